@@ -1,0 +1,1 @@
+"""Kernels of packed weights, in plain torch."""

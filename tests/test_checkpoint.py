@@ -1,0 +1,258 @@
+"""Checkpoint folders: against the safetensors library in both directions, damaged files, and memory that stays flat."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptqcli.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointReader, CheckpointWriter, write_json
+from ptqcli.errors import PTQError
+
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
+
+
+def sample_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t.{dtype}": torch.randn(3, 5, generator=generator).mul(3).to(dtype) for dtype in DTYPES}
+    tensors["scalar"] = torch.tensor(7.0)
+    tensors["empty"] = torch.empty(0, 4)
+    tensors["transposed"] = torch.randn(4, 6, generator=generator).T
+    return tensors
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype
+        assert tensor.shape == right[name].shape
+        a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, right[name]))
+        assert torch.equal(a, b), name
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    reader = CheckpointReader(folder)
+    return {name: reader.read(name) for name in reader.names}
+
+
+def test_reads_what_the_safetensors_library_wrote(tmp_path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in sample_tensors().items()}
+    save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
+    assert_same(tensors, read_all(tmp_path))
+    reader = CheckpointReader(tmp_path)
+    assert reader.names == tuple(sorted(tensors))
+    assert reader.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    name = "t.torch.bfloat16"
+    assert (reader.dtype(name), reader.shape(name), reader.nbytes(name)) == (torch.bfloat16, (3, 5), 30)
+
+
+def test_the_safetensors_library_reads_what_was_written(tmp_path: Path) -> None:
+    tensors = sample_tensors()
+    writer = CheckpointWriter(tmp_path)
+    names = sorted(tensors)
+    writer.write({name: tensors[name] for name in names[:5]})
+    writer.write({name: tensors[name] for name in names[5:]})
+    assert writer.finish() == [tmp_path / SINGLE_FILE]
+    assert_same(tensors, load_file(tmp_path / SINGLE_FILE))
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE_FILE]
+
+
+def test_the_bytes_do_not_depend_on_the_parts(tmp_path: Path) -> None:
+    tensors = sample_tensors()
+    for folder, chunk in (("one", len(tensors)), ("each", 1)):
+        writer = CheckpointWriter(tmp_path / folder, max_shard_bytes=150)
+        names = sorted(tensors, reverse=chunk == 1)
+        for start in range(0, len(names), chunk):
+            writer.write({name: tensors[name] for name in names[start : start + chunk]})
+        writer.finish()
+    one, each = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "each")
+    )
+    assert one == each
+    assert len(one) > 3
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    tensors = {f"layer.{i}": torch.full((10,), float(i)) for i in range(7)}
+    writer = CheckpointWriter(tmp_path, max_shard_bytes=100)  # 40 bytes each: two a file
+    writer.write(tensors)
+    paths = writer.finish()
+    assert [path.name for path in paths] == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+    index = json.loads((tmp_path / INDEX_FILE).read_bytes())
+    assert index["metadata"] == {"total_size": 280}
+    joined = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
+    assert_same(tensors, joined)
+    assert_same(tensors, read_all(tmp_path))
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, max_shard_bytes=10)
+    writer.write({"a": torch.zeros(100), "b": torch.zeros(1)})
+    assert len(writer.finish()) == 2
+
+
+def test_a_name_written_twice_is_refused(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.write({"a": torch.zeros(1)})
+    with pytest.raises(PTQError, match="tensor a was written twice"):
+        writer.write({"a": torch.zeros(1)})
+
+
+def test_a_folder_that_holds_weights_is_refused(tmp_path: Path) -> None:
+    CheckpointWriter(tmp_path).write({"a": torch.zeros(1)})
+    with pytest.raises(PTQError, match=r"already holds part-00000\.safetensors"):
+        CheckpointWriter(tmp_path)
+
+
+def test_a_dtype_without_a_name_is_refused_before_a_file_appears(tmp_path: Path) -> None:
+    with pytest.raises(PTQError, match="complex64"):
+        CheckpointWriter(tmp_path).write({"c": torch.zeros(1, dtype=torch.complex64)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_passes_for_a_checkpoint_before_finish(tmp_path: Path) -> None:
+    CheckpointWriter(tmp_path).write({"a": torch.zeros(1)})
+    with pytest.raises(PTQError, match=f"neither {SINGLE_FILE}"):
+        CheckpointReader(tmp_path)
+
+
+def test_write_json_replaces_a_file_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, {"b": 1, "a": ["ü"]})
+    with pytest.raises(TypeError):
+        write_json(path, {"b": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1, "a": ["ü"]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(PTQError, match="nowhere is not a folder"):
+        CheckpointReader(tmp_path / "nowhere")
+    with pytest.raises(PTQError, match=f"neither {SINGLE_FILE} nor {INDEX_FILE}"):
+        CheckpointReader(tmp_path)
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(PTQError, match=r"pytorch_model\.bin.*never opened; convert"):
+        CheckpointReader(tmp_path)
+
+
+def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / SINGLE_FILE)
+    with pytest.raises(PTQError, match=r"holds no tensor b\.weight"):
+        CheckpointReader(tmp_path).read("b.weight")
+
+
+def with_header(header: object, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def entry(begin: int, end: int, dtype: str = "F32", shape: object = (2,)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+DAMAGED = {
+    "empty": (b"", "truncated or not a safetensors"),
+    "short": (b"\x01\x02", "truncated or not a safetensors"),
+    "header longer than the file": ((1000).to_bytes(8, "little") + b"{}", "truncated or not a safetensors"),
+    "random": (bytes(range(200, 256)) * 4, "truncated or not a safetensors"),
+    "not json": (with_header(b"{]", b""), "header is not JSON"),
+    "not utf-8": (with_header(b"\xff\xfe\xfa", b""), "header is not JSON"),
+    "a list": (with_header([], b""), "not a JSON object"),
+    "truncated body": (with_header({"a": entry(0, 8)}, b"1234567"), "is truncated"),
+    "long body": (with_header({"a": entry(0, 8)}, b"123456789"), "1 bytes after the last tensor"),
+    "a hole": (with_header({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)), "tensor b overlaps"),
+    "an overlap": (with_header({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "tensor b overlaps"),
+    "wrong length": (with_header({"a": entry(0, 12)}, bytes(12)), "has 12 bytes and needs 8"),
+    "negative": (with_header({"a": entry(0, 8, shape=(-2,))}, bytes(8)), "entry of tensor a is malformed"),
+    "no shape": (with_header({"a": {"dtype": "F32"}}, b""), "entry of tensor a is malformed"),
+    "a number": (with_header({"a": 3}, b""), "entry of tensor a is malformed"),
+    "unknown dtype": (with_header({"a": entry(0, 1, "F4", [2])}, b"1"), "dtype F4"),
+    "dtype of a wrong type": (with_header({"a": {**entry(0, 8), "dtype": []}}, bytes(8)), "dtype \\[\\]"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
+    content, message = DAMAGED[kind]
+    (tmp_path / SINGLE_FILE).write_bytes(content)
+    with pytest.raises(PTQError, match=message) as caught:
+        CheckpointReader(tmp_path)
+    assert str(tmp_path / SINGLE_FILE) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BAD_INDEXES = {
+    "not json": (b"{", "is not a safetensors index"),
+    "no map": (b"{}", "is not a safetensors index"),
+    "a list": (b'{"weight_map": []}', "is not a safetensors index"),
+    "not a name": (b'{"weight_map": {"a": 3}}', "is not a safetensors index"),
+    "a missing file": (b'{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors, which is missing"),
+    "another folder": (b'{"weight_map": {"a": "../x.safetensors"}}', "not a file name in the same folder"),
+    "a missing tensor": (b'{"weight_map": {"z": "here.safetensors"}}', "tensor z in here.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INDEXES)
+def test_a_bad_index_is_named(tmp_path: Path, kind: str) -> None:
+    content, message = BAD_INDEXES[kind]
+    (tmp_path / INDEX_FILE).write_bytes(content)
+    save_file({"a": torch.zeros(1)}, tmp_path / "here.safetensors")
+    with pytest.raises(PTQError, match=message) as caught:
+        CheckpointReader(tmp_path)
+    assert str(tmp_path / INDEX_FILE) in str(caught.value)
+
+
+def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(100)}, tmp_path / SINGLE_FILE)
+    reader = CheckpointReader(tmp_path)
+    content = (tmp_path / SINGLE_FILE).read_bytes()
+    (tmp_path / SINGLE_FILE).write_bytes(content[:-8])
+    with pytest.raises(PTQError, match="cut short"):
+        reader.read("a")
+
+
+MEMORY_PROBE = """
+import sys, psutil, torch
+from ptqcli.checkpoint import CheckpointReader, CheckpointWriter
+folder, count = sys.argv[1], int(sys.argv[2])
+resident = psutil.Process().memory_info
+before = peak = resident().rss
+writer = CheckpointWriter(folder)
+for i in range(count):
+    writer.write({f"t.{i}": torch.full((2 << 20,), float(i))})
+    peak = max(peak, resident().rss)
+writer.finish()
+peak = max(peak, resident().rss)
+reader = CheckpointReader(folder)
+for i in range(count):
+    assert reader.read(f"t.{i}")[-1] == i
+    peak = max(peak, resident().rss)
+print((peak - before) >> 20)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Twelve tensors of 8 MB written, joined and read take no more than two of them."""
+    # glibc keeps freed blocks below a threshold that it raises as it goes; held fixed, resident memory shows what lives.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+
+    def growth(count: int) -> int:
+        command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / str(count)), str(count)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return int(run.stdout)
+
+    few, many = growth(2), growth(12)
+    assert many < few + 8, (few, many)
