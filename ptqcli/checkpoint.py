@@ -276,9 +276,7 @@ def _index(files: Mapping[str, Sequence[_Entry]]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _write_safetensors(
-    path: Path, specs: Sequence[_Spec], body: Callable[[str], Iterable[Any]]
-) -> list[_Entry]:
+def _write_safetensors(path: Path, specs: Sequence[_Spec], body: Callable[[str], Iterable[Any]]) -> list[_Entry]:
     """Write one file atomically, taking each tensor's bytes from ``body(name)``; return where they now lie.
 
     Wide dtypes come first, as in the safetensors library, so that each tensor is aligned to its element size.

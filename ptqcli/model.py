@@ -187,14 +187,20 @@ class Skeleton:
 
     @contextmanager
     def outside_loaded(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """The model with everything but the blocks loaded (embeddings, final norm, head) for the duration."""
+        """The model with everything before and after its blocks loaded for the duration, the output head excepted."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         prefix = self.blocks_name + "."
-        outside = [name for name, _ in self.model.named_parameters() if not name.startswith(prefix)]
+        embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}  # type: ignore[operator]
+        outside = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(prefix) and (id(parameter) in embedding or id(parameter) not in own)
+        ]
         for name in outside:
             module, leaf = _owner(self.model, name)
             value = self.reader.read(self.disk_name(name)).to(device, dtype)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        self.model.tie_weights()
         for buffer_name, buffer in list(self.model.named_buffers()):
             module, leaf = _owner(self.model, buffer_name)
             module._buffers[leaf] = buffer.to(device)
@@ -204,7 +210,6 @@ class Skeleton:
             for name in outside:
                 module, leaf = _owner(self.model, name)
                 module._parameters[leaf] = nn.Parameter(_on_meta(module._parameters[leaf]), requires_grad=False)
-            self.model.tie_weights()
 
     def _fill(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         state = {}

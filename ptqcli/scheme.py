@@ -92,6 +92,11 @@ class QuantizedWeight:
         centred = self.codes.float() - self.zero.float()[:, index]
         return (centred * self.scale.float()[:, index]).to(dtype or self.scale.dtype)
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same weight on ``device``."""
+        g_idx = None if self.g_idx is None else self.g_idx.to(device)
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.scheme, g_idx)
+
 
 def _neighbour_groups(columns: int, groups: int, device: torch.device) -> Tensor:
     return torch.arange(columns, device=device) // (columns // groups)
@@ -101,7 +106,7 @@ def _neighbour_groups(columns: int, groups: int, device: torch.device) -> Tensor
 class GroupGrid:
     """Scale and zero point of one group for each row.
 
-    scale: float32 [rows, 1] with values that the stored dtype holds exactly; zero: float32 [rows, 1] with integer values.
+    scale: [rows, 1] with values that the stored dtype holds exactly; zero: [rows, 1] with integer values; both in the dtype of the weights.
     """
 
     scale: Tensor
@@ -109,7 +114,7 @@ class GroupGrid:
 
 
 def fit(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax") -> GroupGrid:
-    """Scale and zero point for each row of ``weights``, float [rows, columns of one group].
+    """Scale and zero point for each row of ``weights``, float32 or float64 [rows, columns of one group].
 
     ``minmax``: symmetric ``2 * absmax / (2^b - 1)``; asymmetric ``(max - min) / (2^b - 1)`` over a range that includes zero, so that
     zero stays exact. ``mse``: the range is shrunk by each of SHRINK_FACTORS and the one with the least summed squared error is kept.
@@ -118,7 +123,6 @@ def fit(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str =
     """
     if search not in ("minmax", "mse"):
         raise UsageError(f"scale search '{search}' is unknown; use minmax or mse")
-    weights = weights.float()
     low = weights.amin(dim=1, keepdim=True).clamp(max=0)
     high = weights.amax(dim=1, keepdim=True).clamp(min=0)
     if scheme.symmetric:
@@ -144,7 +148,7 @@ def _grid(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
     scale = (high - low) / steps
     limits = torch.finfo(scale_dtype)
     scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), torch.ones_like(scale))
-    scale = scale.to(scale_dtype).float()
+    scale = scale.to(scale_dtype).to(low.dtype)
     if scheme.symmetric:
         return GroupGrid(scale, torch.full_like(scale, scheme.middle))
     return GroupGrid(scale, torch.round(-low / scale).clamp(0, steps))
@@ -156,5 +160,5 @@ def _squared_error(weights: Tensor, grid: GroupGrid, scheme: Scheme) -> Tensor:
 
 
 def encode(weights: Tensor, grid: GroupGrid, scheme: Scheme) -> Tensor:
-    """Nearest codes of ``weights`` [rows, columns] on the grid, as float32 integers in [0, 2^bits)."""
+    """Nearest codes of ``weights`` [rows, columns] on the grid, as integers in [0, 2^bits) in the dtype of the weights."""
     return torch.round(weights / grid.scale + grid.zero).clamp_(0, scheme.levels - 1)

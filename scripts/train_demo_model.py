@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     texts = documents("calibration")
     tokenizer = train_tokenizer(texts)
-    encoded = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]
+    encoded = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
     held_out = torch.tensor(tokenizer.encode("\n\n".join(documents("evaluation"))))
     model = build_model(tokenizer.eos_token_id, options.layers)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -75,10 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="training time")
     parser.add_argument("--snapshot-minutes", type=float, default=4.0, help="time between two snapshots")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16, help=f"windows of {CONTEXT} tokens per step")
+    parser.add_argument("--batch", type=int, default=8, help=f"windows of {CONTEXT} tokens per step")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the model first (needs a C++ compiler; faster)")
     return parser.parse_args()
 
 
@@ -113,7 +112,6 @@ def build_model(end_of_text: int, layers: int) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        use_cache=False,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
@@ -128,14 +126,13 @@ def train(
     options: argparse.Namespace,
 ) -> None:
     optimizers = build_optimizers(model)
-    forward = torch.compile(model) if options.compile else model
     corpus_tokens = sum(map(len, encoded))
     batches = endless_batches(encoded, options.batch, options.seed)
     start = last_snapshot = time.monotonic()
     steps, smooth_loss, done = 0, math.log(VOCABULARY), 0.0
     while done < 1.0:
         set_rates(optimizers, done)
-        loss = train_step(forward, next(batches), optimizers)
+        loss = train_step(model, next(batches), optimizers)
         steps += 1
         smooth_loss += 0.05 * (loss - smooth_loss)
         now = time.monotonic()
@@ -202,7 +199,7 @@ def train_step(model: LlamaForCausalLM, windows: Tensor, optimizers: list[torch.
 
 def token_losses(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
     """Loss of every token but the first, [batch * (length - 1)]."""
-    logits = model(input_ids=windows[:, :-1]).logits
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none")
 
 
@@ -223,7 +220,6 @@ def save(
 ) -> None:
     """Measure the bfloat16 model and put its files in place one by one, each complete when it appears."""
     stored = copy.deepcopy(model).to(torch.bfloat16)
-    stored.config.use_cache = True
     measured = {window: perplexity(stored, held_out, window) for window in (256, 512)}
     print(f"snapshot at {progress.minutes:.1f} min, held-out perplexity {measured}", flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -233,6 +229,7 @@ def save(
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(stored, progress, measured, len(held_out), options), encoding="utf-8")
         for file in sorted(folder.iterdir()):
+            file.chmod(0o644)
             file.replace(options.output / file.name)
 
 
@@ -292,7 +289,7 @@ bfloat16 one in this folder, computed in bfloat16.
 ## Again
 
     python scripts/train_demo_model.py --minutes {options.minutes:.0f} --batch {options.batch} --layers {options.layers}\
- --threads {options.threads} --seed {options.seed}{" --compile" if options.compile else ""}
+ --threads {options.threads} --seed {options.seed}
 
 The schedule follows the clock, so another run takes a different number of steps and gives slightly different weights.
 Trained with torch {torch.__version__.split("+")[0]} and transformers {transformers.__version__}.

@@ -75,9 +75,7 @@ def test_the_bytes_do_not_depend_on_the_parts(tmp_path: Path) -> None:
         for start in range(0, len(names), chunk):
             writer.write({name: tensors[name] for name in names[start : start + chunk]})
         writer.finish()
-    one, each = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "each")
-    )
+    one, each = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "each"))
     assert one == each
     assert len(one) > 3
 

@@ -37,7 +37,7 @@ def textbook_gptq(
     error feedback has left them. ``act_order`` takes the columns by falling diagonal (stable): with
     ``static_groups`` on grids fitted beforehand to the original weights of neighbouring columns; without,
     groups are neighbours in the new order, fitted when reached, and ``g_idx`` names the group of each
-    original column.
+    original column (one group for the whole row needs none).
     Raises torch.linalg.LinAlgError if the damped Hessian is not positive definite.
     """
     weight = weight.double().clone()  # [out, in]
@@ -76,7 +76,7 @@ def textbook_gptq(
         scale=scale.to(scale_dtype),
         zero=zero.to(torch.uint8),
         scheme=scheme,
-        g_idx=group_of[place].to(torch.int32) if act_order and not static_groups else None,
+        g_idx=group_of[place].to(torch.int32) if act_order and not static_groups and groups > 1 else None,
     )
 
 

@@ -11,8 +11,8 @@ evaluation part when a hash of its name falls in the lowest 6 %. The hash depend
 in the same part in every Python version. A module and its twin (``decimal``, ``_decimal``, ``_pydecimal``) share a name for
 this purpose. Documents come in the order of a hash of their names, so that any first stretch of them is a mixture.
 
-Left out: tests and what installations often lack (see EXCLUDED), so that two installations of one version have the same text
-as far as possible; tables of character codes; docstrings that show an address in memory; ``pydoc_data`` as a source file,
+Left out: tests, tables of character codes and what installations often lack (EXCLUDED), so that two installations of one version have
+the same text as far as possible; docstrings that show an address in memory; ``pydoc_data`` as a source file,
 because it holds the topics of both parts.
 """
 
@@ -40,14 +40,15 @@ EVALUATION_SHARE = 0.06
 SPLIT_SALT = "ptqcli"
 SMALLEST_CORPUS = 2_000_000  # characters; a complete installation has over 7 million
 
-EXCLUDED = frozenset(
-    "distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages test tests tkinter turtledemo __pycache__".split()
-)
+EXCLUDED = frozenset((
+    "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "tkinter", "turtledemo",
+    "site-packages", "__pycache__",
+))  # fmt: skip
 # Compiled into every CPython, so importing them loads no file and has no effect.
 C_MODULES = (
-    "_codecs _collections _functools _io _operator _signal _sre _stat _string _symtable _thread _weakref atexit builtins errno "
-    "faulthandler gc itertools marshal time"
-).split()
+    "_codecs", "_collections", "_functools", "_io", "_operator", "_signal", "_stat", "_string", "_symtable", "_thread", "_weakref",
+    "atexit", "builtins", "errno", "faulthandler", "gc", "itertools", "marshal", "time",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

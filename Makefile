@@ -1,0 +1,43 @@
+# make demo    quantize the demo model, measure it beside the original, let it speak
+# make test    check, then the whole test suite
+# make check   lint, format and types
+# make clean   remove what the others made, the virtual environment included
+#
+# Each sets up .venv by itself. Another interpreter: make PYTHON=/path/to/python3
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := demo-output
+SOURCES := ptqcli kernels tests scripts
+
+# Nothing below needs a network once the packages are installed; a look at the hub would only be slow.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(BIN)/ptq quantize --algo gptq --wbits 4 --group-size 128 --output $(DEMO) --overwrite
+	$(BIN)/ptq eval $(DEMO) --ppl builtin
+	$(BIN)/ptq generate $(DEMO) "The built-in function" --max-new-tokens 40
+
+test: check
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) not found: install Python 3.10 to 3.13, or name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "$$($(PYTHON) --version) does not do: ptqcli needs 3.10 to 3.13; name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "setting up .venv (the first time downloads PyTorch)"
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@

@@ -1,0 +1,57 @@
+"""Codes in memory: as many as fit whole into a byte, so that reading one back is a shift and a mask.
+
+For ``W[n, k]`` and ``per = {2: 4, 3: 1, 4: 2, 8: 1}[bits]`` codes to a byte,
+
+    packed[n, k // per]  holds code k in bits  [bits * (k % per), bits * (k % per) + bits)
+
+Three-bit codes take a whole byte each: packed tightly they straddle bytes, which saves memory but not the time this reference is for.
+The unused high codes of a row's last byte are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODES_PER_BYTE = {2: 4, 3: 1, 4: 2, 8: 1}
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes in a row of ``columns`` codes. Raises ValueError for a width other than 2, 3, 4, 8."""
+    return -(-columns // _per_byte(bits))
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes, uint8 [N, K] each below 2^bits, as uint8 [N, packed_width(K, bits)].
+
+    Raises TypeError or ValueError for another dtype, number of dimensions, width, or a code that is too large.
+    """
+    per_byte = _per_byte(bits)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, not {codes.dtype}")
+    if codes.dim() != 2:
+        raise ValueError(f"codes must be [N, K], not {list(codes.shape)}")
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ValueError(f"codes must be below 2^{bits}, found {int(codes.max())}")
+    rows, columns = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -columns % per_byte)).view(rows, -1, per_byte)
+    packed = padded[:, :, 0].clone()
+    for position in range(1, per_byte):
+        packed |= padded[:, :, position] << (bits * position)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of ``pack_codes``: uint8 [N, packed_width(columns, bits)] to uint8 [N, columns]."""
+    per_byte = _per_byte(bits)
+    if per_byte == 1:
+        return packed
+    shifts = torch.arange(0, per_byte * bits, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(1)[:, :columns]
+
+
+def _per_byte(bits: int) -> int:
+    if bits not in CODES_PER_BYTE:
+        raise ValueError(f"bits must be one of {tuple(CODES_PER_BYTE)}, not {bits}")
+    return CODES_PER_BYTE[bits]

@@ -1,0 +1,289 @@
+"""Calibration through one block at a time.
+
+``record_calls`` runs the model once with every block replaced by a recorder that notes its arguments and passes its input on: so
+masks, rotary embeddings and per-layer differences are exactly those that the model itself makes. What remains is the hidden states
+between blocks, kept in ``Activations``, and one recorded call per block and batch.
+
+``CalibratedBlock`` then runs one block over all batches. Its linears have to be solved in the order in which they run, and later ones have
+to see the quantized earlier ones. A forward pass cannot be cut at a linear from outside, but it can be suspended there: every
+batch runs in a greenlet of its own, which hands over the input of a linear when it comes to the first one of a stage and sleeps until
+that stage has its codes. So each part of the block runs exactly once per batch. What sleeps are the tensors that are alive at that
+point; when all batches together would need more than the activation budget, the block is instead run again from its start up to
+each stage (same results, up to the number of stages times the work).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+
+from ptqcli.calibration.statistics import Hessian
+from ptqcli.errors import PTQError
+from ptqcli.model import BlockShape, Skeleton, StopForward, is_linear
+
+
+class Activations:
+    """Hidden states of all calibration tokens, [windows, tokens, features], replaced block by block.
+
+    Held in memory, or in a memory-mapped temporary file in ``folder`` when they are larger than ``budget`` bytes.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, budget: int, folder: Path) -> None:
+        count = shape[0] * shape[1] * shape[2]
+        self.nbytes = count * dtype.itemsize
+        self.mapped = self.nbytes > budget
+        if self.mapped:
+            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix="activations-", suffix=".tmp")
+            self._file.truncate(self.nbytes)
+            self.values = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
+        else:
+            self.values = torch.empty(shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Arguments with which the model called a block, the hidden states left out.
+
+    hidden_key: position or name under which the hidden states were passed.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    hidden_key: int | str
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for ``hidden`` [batch, tokens, features], with this call's other arguments."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.hidden_key, int):
+            args[self.hidden_key] = hidden
+        else:
+            kwargs[self.hidden_key] = hidden
+        output = block(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Hidden states before the first block and the calls of every block: calls[block][batch]. batches: windows [start, stop) of each."""
+
+    activations: Activations
+    calls: list[list[BlockCall]]
+    batches: list[tuple[int, int]]
+
+
+def record_calls(
+    skeleton: Skeleton,
+    windows: Tensor,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int,
+    folder: Path,
+) -> Recording:
+    """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them."""
+    batches = [(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
+    calls: list[list[BlockCall]] = [[] for _ in skeleton.blocks]
+    activations: Activations | None = None
+    with skeleton.outside_loaded(device, dtype) as model, torch.no_grad():
+        for start, stop in batches:
+            hidden, batch_calls = _record_batch(skeleton, model, windows[start:stop].to(device))
+            if activations is None:
+                activations = Activations((len(windows), *hidden.shape[1:]), hidden.dtype, budget, folder)
+            activations.values[start:stop] = hidden.cpu()
+            for block_calls, call in zip(calls, batch_calls, strict=True):
+                block_calls.append(_shared(block_calls[0], call) if block_calls else call)
+    assert activations is not None
+    return Recording(activations, calls, batches)
+
+
+def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def recorder(shape: BlockShape) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            key = _hidden_key(args, kwargs)
+            hidden = args[key] if isinstance(key, int) else kwargs[key]
+            if not first:
+                first.append(hidden)
+            stripped = tuple(None if position == key else value for position, value in enumerate(args))
+            calls.append(BlockCall(stripped, {k: v for k, v in kwargs.items() if k != key}, key))
+            if len(calls) == len(skeleton.blocks):
+                raise StopForward
+            return (hidden, *[None] * shape.extra_outputs) if shape.returns_tuple else hidden
+
+        return forward
+
+    for block, shape in zip(skeleton.blocks, skeleton.shapes, strict=True):
+        block.forward = recorder(shape)  # type: ignore[method-assign]
+    try:
+        model(input_ids=ids, use_cache=False)
+    except StopForward:
+        pass
+    finally:
+        for block in skeleton.blocks:
+            del block.forward
+    if len(calls) != len(skeleton.blocks):
+        raise PTQError(f"the model ran {len(calls)} of its {len(skeleton.blocks)} blocks; name the list of blocks with --blocks")
+    return first[0], calls
+
+
+def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return position
+    raise PTQError("a block is called without hidden states as its first tensor argument, which is not supported")
+
+
+def _shared(first: BlockCall, other: BlockCall) -> BlockCall:
+    """``first`` if ``other`` holds equal values, so that a hundred batches do not keep a hundred equal masks."""
+    same = _equal(first.args, other.args) and _equal(dict(first.kwargs), dict(other.kwargs)) and first.hidden_key == other.hidden_key
+    return first if same else other
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one is other or one == other)
+
+
+class CalibratedBlock:
+    """One loaded block with its recorded calls and its share of the activations.
+
+    stages: local names of the linears to solve, those that read one tensor together, in running order. ``sequential`` and ``at_once`` walk
+    through them: each stage comes with the statistics of its input, and its weights are expected to be replaced when the walk goes
+    on. Afterwards the activations hold the outputs of the block with the replaced weights. Call under ``torch.no_grad``.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        stages: Sequence[Sequence[str]],
+        calls: Sequence[BlockCall],
+        recording: Recording,
+        device: torch.device,
+        budget: int,
+    ) -> None:
+        self.block, self.stages, self.calls, self.recording, self.device = block, stages, calls, recording, device
+        self.suspended_fits = self.bytes_asleep() <= budget
+
+    def bytes_asleep(self) -> int:
+        """Upper estimate of the memory of all batches suspended at their widest point."""
+        features = self.recording.activations.values.shape[2]
+        inputs = [linear.weight for linear in self.block.modules() if is_linear(linear)]
+        widest = max((max(weight.shape) for weight in inputs), default=0)
+        tokens = self.recording.activations.values.shape[0] * self.recording.activations.values.shape[1]
+        return tokens * (3 * features + 2 * widest) * self.recording.activations.values.dtype.itemsize
+
+    def _forward(self, batch: int) -> Tensor:
+        start, stop = self.recording.batches[batch]
+        hidden = self.recording.activations.values[start:stop].to(self.device)
+        return self.calls[batch].run(self.block, hidden)
+
+    def _run(self, batch: int) -> None:
+        start, stop = self.recording.batches[batch]
+        values = self.recording.activations.values
+        values[start:stop] = self._forward(batch).to(values.device)
+
+    def _leaders(self, hook: Callable[[int, Tensor], None]) -> list[Any]:
+        def pre_hook(stage: int) -> Callable[..., None]:
+            return lambda _module, args: hook(stage, args[0])
+
+        leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
+        return [leader.register_forward_pre_hook(pre_hook(index)) for index, leader in enumerate(leaders)]
+
+    def _new_hessian(self, stage: int) -> Hessian:
+        leader = self.block.get_submodule(self.stages[stage][0])
+        features = leader.weight.shape[1] if isinstance(leader, nn.Linear) else leader.weight.shape[0]
+        return Hessian.zeros(features, self.device)
+
+    def sequential(self) -> Iterator[tuple[int, Hessian]]:
+        """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""
+        yield from self._suspended() if self.suspended_fits else self._repeated()
+
+    def at_once(self) -> Iterator[tuple[int, Hessian]]:
+        """Yield (stage, statistics) with all statistics taken from the block as it is, in one pass; a second pass makes the outputs."""
+        hessians = [self._new_hessian(stage) for stage in range(len(self.stages))]
+        handles = self._leaders(lambda stage, inputs: hessians[stage].add(inputs))
+        for batch in range(len(self.calls)):
+            self._forward(batch)
+        for handle in handles:
+            handle.remove()
+        yield from enumerate(hessians)
+        self.advance()
+
+    def advance(self) -> None:
+        """Replace the activations by the block's outputs."""
+        for batch in range(len(self.calls)):
+            self._run(batch)
+
+    def _suspended(self) -> Iterator[tuple[int, Hessian]]:
+        asleep: dict[int, tuple[int, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
+        lanes = [greenlet(self._run) for _ in self.recording.batches]
+
+        def wake(batch: int, *args: int) -> None:
+            stop = lanes[batch].switch(*args)
+            if lanes[batch].dead:
+                asleep.pop(batch, None)
+            else:
+                asleep[batch] = stop
+
+        solved: set[int] = set()
+
+        def hook(stage: int, inputs: Tensor) -> None:
+            if stage not in solved:
+                greenlet.getcurrent().parent.switch((stage, inputs))  # type: ignore[union-attr]
+
+        handles = self._leaders(hook)
+        try:
+            for batch in range(len(lanes)):
+                wake(batch, batch)
+            for stage in range(len(self.stages)):
+                hessian = self._new_hessian(stage)
+                waiting = [batch for batch, (where, _) in asleep.items() if where == stage]
+                for batch in waiting:
+                    hessian.add(asleep[batch][1])
+                yield stage, hessian
+                solved.add(stage)
+                for batch in waiting:
+                    wake(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for lane in lanes:
+                if lane and not lane.dead:
+                    lane.throw()
+
+    def _repeated(self) -> Iterator[tuple[int, Hessian]]:
+        for stage in range(len(self.stages)):
+            hessian = self._new_hessian(stage)
+            self._run_until(stage, hessian)
+            yield stage, hessian
+        self.advance()
+
+    def _run_until(self, stage: int, hessian: Hessian) -> None:
+        def hook(reached: int, inputs: Tensor) -> None:
+            if reached == stage:
+                hessian.add(inputs)
+                raise StopForward
+
+        handles = self._leaders(hook)
+        for batch in range(len(self.calls)):
+            with suppress(StopForward):
+                self._forward(batch)
+        for handle in handles:
+            handle.remove()

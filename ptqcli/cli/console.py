@@ -1,0 +1,99 @@
+"""What the commands show: lines, tables, and the one JSON object.
+
+With ``--json`` stdout carries the JSON object and nothing else; all that is for people goes to stderr. With ``--quiet`` nothing is
+shown but errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_WIDTH = 160  # columns where the output is no terminal, so that no tensor name is cut
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def open_console(stderr: bool = False, quiet: bool = False) -> Console:
+    """A rich console that neither cuts lines short nor colours numbers."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(file=stream, quiet=quiet, width=width, highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's words go. as_json: stdout is kept for the JSON object. quiet: no words at all."""
+
+    as_json: bool = False
+    quiet: bool = False
+    console: Console = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "console", open_console(stderr=self.as_json, quiet=self.quiet))
+
+    def say(self, text: str = "") -> None:
+        """One plain line."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table of numbers under a title; every column but the first is right-aligned."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.say()
+        self.console.print(title, style="bold")
+        self._show(table)
+
+    def facts(self, rows: Iterable[Sequence[str]]) -> None:
+        """Names and what is to be said of them, one a line."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        self._show(table)
+
+    def result(self, value: Any) -> None:
+        """The JSON object, if it was asked for."""
+        if self.as_json:
+            print(json.dumps(value, indent=2))
+
+    def _show(self, table: Table) -> None:
+        # rich fills every line up with spaces, which a log or a pasted README would keep.
+        with self.console.capture() as capture:
+            self.console.print(table)
+        for line in capture.get().splitlines():
+            print(line.rstrip(), file=self.console.file)
+
+
+def size_text(count: float) -> str:
+    """A number of bytes as people read it: ``11.3 MiB``."""
+    for unit in UNITS:
+        if abs(count) < 1024 or unit == UNITS[-1]:
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """A duration as people read it: ``0.8 s``, ``75 s``, ``12 min``, ``2 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def path_text(path: Path) -> str:
+    """A path relative to the working directory when it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,136 @@
+"""``ptq eval``: perplexity of a checkpoint, and its divergence from the model that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ptqcli.cli.console import Output, path_text
+from ptqcli.cli.load import load_model, load_tokenizer
+from ptqcli.cli.locate import find_checkpoint, find_model
+from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
+from ptqcli.cli.progress import track
+from ptqcli.cli.report import original_of
+
+PUBLISHED_SEQLEN = 2048  # window of the published WikiText-2 tables
+SECONDS_BETWEEN_LINES = 15.0
+
+
+@click.command()
+@click.argument("checkpoint", required=False)
+@click.option(
+    "--ppl",
+    "texts",
+    multiple=True,
+    default=["builtin"],
+    show_default=True,
+    metavar="wikitext2|c4|builtin|PATH",
+    help="Text to measure perplexity on; may be given several times.",
+)
+@click.option(
+    "--seqlen",
+    type=int,
+    metavar="N",
+    show_default=f"{PUBLISHED_SEQLEN}, or the model's positions if fewer",
+    help="Tokens in a window.",
+)
+@click.option("--stride", type=int, metavar="N", show_default="seqlen: no overlap", help="Tokens from one window to the next.")
+@click.option("--baseline", metavar="MODEL", show_default="where the checkpoint came from", help="Compare with this model.")
+@click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
+@data_dir_option
+@device_option
+@json_option
+@quiet_option
+def command(
+    checkpoint: str | None,
+    texts: tuple[str, ...],
+    seqlen: int | None,
+    stride: int | None,
+    baseline: str | None,
+    no_baseline: bool,
+    data_dir: Path | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how good CHECKPOINT is, beside the original.
+
+    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
+    weights are used as they are.
+    """
+    from ptqcli.calibration.text import evaluation_ids
+
+    output = Output(as_json=as_json, quiet=quiet)
+    if baseline and no_baseline:
+        raise click.UsageError("--baseline and --no-baseline exclude each other")
+    folder = find_checkpoint(checkpoint)
+    reference = None if no_baseline else _reference(folder, baseline, output)
+    tokenizer = load_tokenizer(folder)
+    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
+    model = load_model(folder, device)
+    original = load_model(reference, device) if reference else None
+    window = seqlen or default_seqlen(model)
+    results = [{"text": text, **_measure(model, original, ids, window, stride, quiet)} for text, ids in rows.items()]
+    output.say(f"checkpoint  {path_text(folder)}")
+    output.say(f"baseline    {path_text(reference) if reference else 'none'}")
+    _show(results, output)
+    output.result({"checkpoint": str(folder), "baseline": str(reference) if reference else None, "results": results})
+
+
+def default_seqlen(model: Any) -> int:
+    """The published window, or all positions of a model that has fewer."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PUBLISHED_SEQLEN
+    return min(PUBLISHED_SEQLEN, int(positions))
+
+
+def _reference(folder: Path, baseline: str | None, output: Output) -> Path | None:
+    if baseline:
+        return find_model(baseline)
+    original = original_of(folder)
+    if original is not None and not original.is_dir():
+        output.say(f"{original}, which the checkpoint came from, is gone; name it with --baseline to compare")
+        return None
+    return original
+
+
+def _measure(model: Any, original: Any, ids: Any, seqlen: int, stride: int | None, quiet: bool) -> dict[str, Any]:
+    from ptqcli.evaluate.divergence import compare
+    from ptqcli.evaluate.perplexity import perplexity
+
+    with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
+        step: Callable[[int, int], None] = lambda done, total: tracker.step(done, total, "measured")  # noqa: E731
+        if original is None:
+            return asdict(perplexity(model, ids, seqlen, stride, on_progress=step))
+        both = compare(model, original, ids, seqlen, stride, on_progress=step)
+    return {
+        **asdict(both.model),
+        "baseline_perplexity": both.baseline.perplexity,
+        "mean_kl": both.mean_kl,
+        "top1_agreement": both.top1_agreement,
+    }
+
+
+def _show(results: list[dict[str, Any]], output: Output) -> None:
+    title = f"Perplexity, {results[0]['windows']} windows of {results[0]['seqlen']} tokens"
+    if "mean_kl" not in results[0]:
+        output.table(title, ("text", "tokens", "perplexity"), ([r["text"], str(r["tokens"]), f"{r['perplexity']:.4f}"] for r in results))
+        return
+    columns = ("text", "tokens", "original", "checkpoint", "rise", "mean KL (nats)", "same top-1")
+    output.table(title, columns, (_comparison_row(r) for r in results))
+
+
+def _comparison_row(r: dict[str, Any]) -> list[str]:
+    rise = r["perplexity"] / r["baseline_perplexity"] - 1
+    return [
+        r["text"],
+        str(r["tokens"]),
+        f"{r['baseline_perplexity']:.4f}",
+        f"{r['perplexity']:.4f}",
+        f"{rise:+.2%}",
+        f"{r['mean_kl']:.5f}",
+        f"{r['top1_agreement']:.2%}",
+    ]

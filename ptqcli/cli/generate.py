@@ -1,0 +1,49 @@
+"""``ptq generate``: let a checkpoint continue a text, shown word by word as it comes."""
+
+from __future__ import annotations
+
+import click
+
+from ptqcli.cli.load import load_model, load_tokenizer
+from ptqcli.cli.locate import find_checkpoint
+from ptqcli.cli.options import device_option
+from ptqcli.errors import UsageError
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("text")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Stop after N tokens.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="0 always takes the likeliest token; higher draws more freely.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws, when the temperature is not 0.")
+@device_option
+def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
+    """Let CHECKPOINT continue TEXT.
+
+    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    folder = find_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(folder)
+    prompt = tokenizer(text, return_tensors="pt").to(device)
+    if prompt["input_ids"].numel() == 0:
+        raise UsageError("the text is empty; give at least one character")
+    model = load_model(folder, device)
+    torch.manual_seed(seed)
+    model.generate(
+        **prompt,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer),
+    )

@@ -1,0 +1,178 @@
+"""Perplexity on one long text, by the protocol of the published tables.
+
+    perplexity = exp( mean over the scored tokens of  -log p(token | the tokens before it in its window) )
+
+Which tokens are scored is decided in ``windows.py``. Without a stride all windows score equally many, so the mean over tokens is
+also the mean of the windows' mean losses.
+
+Losses are computed in float32, whatever the dtype of the model, and summed in float64. The float32 copy of the logits is made
+for some rows at a time: for one window of 2,048 tokens and a vocabulary of 128,000 it would take 1 GB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.evaluate.windows import Batch, Window, batches, plan_windows
+
+Progress = Callable[[int, int], None]
+
+# What one forward pass gets where the caller does not say. On two cores larger batches were not faster.
+TOKENS_PER_BATCH = 2048
+# Logits in float32 at a time, 32 MB. Larger chunks leave the processor's cache and were slower.
+LOGITS_PER_CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """perplexity = exp(mean_nll); mean_nll: nats per token, over ``tokens`` scored tokens in ``windows`` windows.
+
+    stride equals seqlen where windows do not overlap.
+    """
+
+    perplexity: float
+    mean_nll: float
+    tokens: int
+    windows: int
+    seqlen: int
+    stride: int
+
+
+def perplexity(
+    model: PreTrainedModel,
+    ids: Tensor,
+    seqlen: int,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    on_progress: Progress | None = None,
+) -> PerplexityResult:
+    """Perplexity of a causal language model on a text.
+
+    ids: int64 [tokens], the whole text. seqlen: tokens in a window. stride: tokens from one window to the next, by default
+    seqlen. batch_size: windows in one forward pass, by default as many as make TOKENS_PER_BATCH tokens. on_progress: called
+    with the number of windows done and of all windows. The model's train or eval mode is restored.
+
+    Raises UsageError for a text shorter than a window, a window longer than the model's positions, a stride or batch size that
+    does not work; PTQError for ids that the model does not have and for a loss that is not finite.
+    """
+    windows = plan_windows(len(ids), seqlen, stride)
+    [loss] = sum_over_windows(_loss, [model], ids, windows, batch_size, on_progress)
+    return result(loss, windows, seqlen, stride)
+
+
+def _loss(targets: Tensor, log_probs: Tensor) -> Tensor:
+    return token_losses(targets, log_probs).sum()[None]  # [1]
+
+
+def token_losses(targets: Tensor, log_probs: Tensor) -> Tensor:
+    """-log p(target) in nats, float64 [rows]. targets: int64 [rows]; log_probs: [rows, vocabulary]."""
+    return -log_probs.gather(1, targets[:, None])[:, 0].double()
+
+
+def sum_over_windows(
+    measure: Callable[..., Tensor],
+    models: list[PreTrainedModel],
+    ids: Tensor,
+    windows: list[Window],
+    batch_size: int | None,
+    on_progress: Progress | None,
+) -> list[float]:
+    """Sums of numbers of the scored tokens, over all windows, with all models run over the same batch.
+
+    measure: gets targets, int64 [rows], and for each model log probabilities, float32 [rows, vocabulary]; gives one sum over
+    the rows for each number, float64 [numbers].
+
+    Raises UsageError and PTQError as ``perplexity`` does.
+    """
+    longest = max(window.length for window in windows)
+    for model in models:
+        _check_fits(model, ids, longest)
+    if batch_size is None:
+        batch_size = max(1, TOKENS_PER_BATCH // longest)
+    elif batch_size < 1:
+        raise UsageError(f"a batch of {batch_size} windows does not work; give 1 or more")
+    sums: list[Tensor] = []
+    done = 0
+    with _evaluating(models):
+        for batch in batches(ids, windows, batch_size):
+            logits = [_scored_logits(model, batch) for model in models]
+            sums.append(_finite(torch.stack([measure(*rows) for rows in _row_chunks(batch, logits)]).sum(0), batch))
+            done += len(batch.windows)
+            if on_progress:
+                on_progress(done, len(windows))
+    totals: list[float] = torch.stack(sums).sum(0).tolist()
+    return totals
+
+
+def result(loss: float, windows: list[Window], seqlen: int, stride: int | None) -> PerplexityResult:
+    """loss: of all scored tokens of the windows, summed, in nats. Raises PTQError if exp of the mean overflows."""
+    tokens = sum(window.scored for window in windows)
+    mean = loss / tokens
+    try:
+        value = math.exp(mean)
+    except OverflowError as error:
+        raise PTQError(f"perplexity is not finite: the mean loss is {mean:.4g} nats; quantize with more bits") from error
+    return PerplexityResult(value, mean, tokens, len(windows), seqlen, stride or seqlen)
+
+
+def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seqlen > positions:
+        raise UsageError(f"a window of {seqlen} tokens is longer than the model's {positions} positions; lower --seqlen")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    lowest, highest = int(ids.min()), int(ids.max())
+    if not 0 <= lowest <= highest < vocabulary:
+        raise PTQError(
+            f"the token ids of the text are {lowest} to {highest}, and the model has {vocabulary} embeddings; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+@contextmanager
+def _evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
+    """No gradients and no dropout; each model's mode comes back at the end."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits that predict the batch's targets, [windows, scored, vocabulary], in the model's dtype."""
+    device = model.get_input_embeddings().weight.device
+    logits = model(input_ids=batch.inputs.to(device), use_cache=False).logits  # [windows, length, vocabulary]
+    return logits[:, -batch.targets.shape[1] - 1 : -1]
+
+
+def _row_chunks(batch: Batch, logits: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Targets [rows] and each model's log probabilities for them, float32 [rows, vocabulary], on the first model's device."""
+    device = logits[0].device
+    size = max(1, LOGITS_PER_CHUNK // logits[0].shape[-1])
+    for window, targets in enumerate(batch.targets):
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            log_probs = [each[window, rows].to(device).log_softmax(-1, dtype=torch.float32) for each in logits]
+            yield [targets[rows].to(device), *log_probs]
+
+
+def _finite(sums: Tensor, batch: Batch) -> Tensor:
+    if not sums.isfinite().all():
+        first, last = batch.windows[0].start, batch.windows[-1].start + batch.windows[-1].length - 1
+        raise PTQError(
+            f"perplexity is not finite: the logits for tokens {first} to {last} of the text give a loss of {sums[0].item()}; "
+            "the weights are damaged or overflow their dtype, so quantize again or load the model in another dtype"
+        )
+    return sums

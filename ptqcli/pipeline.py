@@ -1,0 +1,421 @@
+"""The one loop over blocks: plan, calibrate, solve, write. The only caller of the rooms around it.
+
+A block's weights come from the file when its turn comes and leave when its quantized tensors are written, so memory holds a few blocks
+and the activations, whatever the number of blocks. The checkpoint grows in a folder of its own and takes its final name when
+everything is in it: an interrupted run leaves nothing that looks whole.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import ptqcli
+from ptqcli.algorithms import find_algorithm
+from ptqcli.calibration.capture import CalibratedBlock, Recording, record_calls
+from ptqcli.calibration.statistics import Hessian
+from ptqcli.calibration.text import calibration_windows, documents
+from ptqcli.checkpoint import CheckpointWriter, write_json
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.formats import compressed_tensors
+from ptqcli.model import Skeleton, linear_weight
+from ptqcli.recipe import Plan, PlannedLinear, Recipe, Setting, make_plan
+from ptqcli.solvers import Solution, Stage, Target, lift
+
+REPORT_NAME = "ptq_report.json"
+# Text files that make a folder of weights a model folder; weights and config.json are written anew.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+NOT_COMPANIONS = ("config.json", "*.index.json", REPORT_NAME, "quantize_config.json")
+
+
+class Listener(Protocol):
+    """Who wants to know how far the work is."""
+
+    def planned(self, plan: Plan) -> None:
+        """Everything is decided; work begins."""
+
+    def stage(self, text: str) -> None:
+        """What is being done now, in words."""
+
+    def block_started(self, index: int, count: int) -> None:
+        """Block ``index`` of ``count`` begins."""
+
+    def layer_done(self, name: str, error: float) -> None:
+        """A linear has its codes; ``error`` is its relative output error."""
+
+    def block_done(self, index: int, count: int) -> None:
+        """Block ``index`` of ``count`` is written."""
+
+
+class Silent:
+    """A listener that ignores everything."""
+
+    def planned(self, plan: Plan) -> None:
+        pass
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def block_started(self, index: int, count: int) -> None:
+        pass
+
+    def layer_done(self, name: str, error: float) -> None:
+        pass
+
+    def block_done(self, index: int, count: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear. relative_error: ``|(W - W') X|_F / |W X|_F`` over the calibration inputs; with an algorithm that needs no
+    calibration, ``|W - W'|_F / |W|_F``. The other fields are those of ``solvers.SolveNotes``."""
+
+    name: str
+    scheme: str
+    bits_per_weight: float
+    relative_error: float
+    never_activated: int
+    zero_groups: int
+    damp: float | None
+    damp_raised: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. seconds and peak_memory_bytes describe the run, not the checkpoint, and are not stored in it."""
+
+    source: str
+    recipe: dict[str, Any]
+    layers: list[LayerReport]
+    skipped: list[tuple[str, str]]
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    error_kind: str
+    output: str = ""
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    seconds_by_step: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return asdict(self)
+
+    def stored(self) -> dict[str, Any]:
+        """What is written beside the checkpoint: the same bytes for the same work."""
+        volatile = ("output", "seconds", "peak_memory_bytes", "seconds_by_step")
+        return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
+
+
+class Clock:
+    """Seconds spent on each kind of work."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, kind: str) -> Iterator[None]:
+        """Add the time inside the context to ``kind``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[kind] = self.spent.get(kind, 0.0) + time.perf_counter() - begin
+
+
+def plan_run(model: Path, recipe: Recipe, setting: Setting) -> tuple[Skeleton, Plan]:
+    """Open the model and decide everything that can be decided without its weights."""
+    skeleton = Skeleton(model, recipe.blocks)
+    return skeleton, make_plan(recipe, skeleton, setting)
+
+
+def quantize(
+    model: Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    setting: Setting | None = None,
+    data_dir: Path | None = None,
+    listener: Listener | None = None,
+) -> Report:
+    """Quantize the model folder ``model`` into the new checkpoint folder ``output``.
+
+    Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
+    """
+    setting, listener, clock = setting or Setting(), listener or Silent(), Clock()
+    check_output(output, model, overwrite)
+    with clock.measure("plan"):
+        skeleton, plan = plan_run(model, recipe, setting)
+    listener.planned(plan)
+    with _growing(output, overwrite, plan.disk_bytes) as folder, torch.no_grad():
+        run = _Run(skeleton, plan, setting, folder, listener, clock)
+        if plan.needs_calibration:
+            run.calibrate(data_dir)
+        run.quantize_blocks()
+        with clock.measure("write"):
+            run.write_rest()
+            report = run.report(model)
+            write_json(folder / REPORT_NAME, report.stored())
+    finished = asdict(report)
+    finished["layers"] = report.layers
+    finished["skipped"] = report.skipped
+    finished.update(
+        output=str(output),
+        seconds=time.perf_counter() - clock.start,
+        peak_memory_bytes=_peak_memory(setting.device),
+        seconds_by_step=clock.spent,
+    )
+    return Report(**finished)
+
+
+def check_output(output: Path, model: Path, overwrite: bool) -> None:
+    """Raise UsageError when ``output`` must not be written."""
+    if output.resolve() == model.resolve():
+        raise UsageError(f"{output}: is the model itself; choose another --output")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UsageError(f"{output}: is a file; choose another --output")
+    if not overwrite:
+        raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
+    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+        raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
+
+
+@contextmanager
+def _growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
+    """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
+    folder = output.with_name(output.name + ".partial")
+    parent = output.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        raise PTQError(f"{parent}: cannot write there: {error.strerror}") from error
+    try:
+        yield folder
+        if overwrite and output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Run:
+    """The state of one run: what is open, what is planned, what is done."""
+
+    def __init__(self, skeleton: Skeleton, plan: Plan, setting: Setting, folder: Path, listener: Listener, clock: Clock) -> None:
+        self.skeleton, self.plan, self.setting = skeleton, plan, setting
+        self.folder, self.listener, self.clock = folder, listener, clock
+        limit = {} if setting.max_shard_bytes is None else {"max_shard_bytes": setting.max_shard_bytes}
+        self.writer = CheckpointWriter(folder, **limit)
+        self.dtype = setting.calibration_dtype(plan.linears[0].scale_dtype)
+        self.recording: Recording | None = None
+        self.layers: list[LayerReport] = []
+        self.written: set[str] = set()
+        self.bytes_after = 0
+
+    def calibrate(self, data_dir: Path | None) -> None:
+        """Read the calibration text and record how the model calls its blocks on it."""
+        recipe, seqlen = self.plan.recipe, self.plan.seqlen
+        self.listener.stage(f"reading calibration text from {recipe.calib}")
+        with self.clock.measure("text"):
+            tokenizer = load_tokenizer(self.skeleton.folder)
+            texts = documents(recipe.calib, "calibration", data_dir)
+            windows = calibration_windows(texts, tokenizer, recipe.nsamples, seqlen, recipe.seed)
+        largest = int(windows.max())
+        if largest >= self.skeleton.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+            raise PTQError(f"{self.skeleton.folder}: the tokenizer gives token {largest}, which the model's embedding does not have")
+        self.listener.stage("recording how the model calls its blocks")
+        with self.clock.measure("record"):
+            self.recording = record_calls(
+                self.skeleton,
+                windows,
+                self.setting.windows_per_batch(seqlen),
+                self.setting.device,
+                self.dtype,
+                self.setting.activation_budget,
+                self.folder,
+            )
+
+    def quantize_blocks(self) -> None:
+        """Load, solve, write and release one block after the other."""
+        solve_block = lift(find_algorithm(self.plan.recipe.algo).solver(self.plan.recipe))
+        count = len(self.skeleton.blocks)
+        for index in range(count):
+            self.listener.block_started(index, count)
+            with self.clock.measure("load"):
+                block = self.skeleton.load_block(index, self.setting.device, self.dtype)
+            work = _BlockWork(self, block, index)
+            with self.clock.measure("solve"):
+                solve_block(work)
+            with self.clock.measure("write"):
+                self._write_block(index, work.tensors)
+            self.skeleton.release_block(index)
+            self.listener.block_done(index, count)
+
+    def _write_block(self, index: int, packed: dict[str, Tensor]) -> None:
+        rest = {
+            name: self.skeleton.reader.read(name)
+            for name in self.skeleton.block_disk_names(index)
+            if name not in self.written
+        }
+        self._write({**packed, **rest})
+        self.written.update(rest)
+
+    def write_rest(self) -> None:
+        """Everything outside the blocks, as it was stored, then the files that make the folder a checkpoint."""
+        for name in self.skeleton.reader.names:
+            if name not in self.written:
+                self._write({name: self.skeleton.reader.read(name)})
+        self.writer.finish()
+        copy_companions(self.skeleton.folder, self.folder)
+        write_json(self.folder / "config.json", self._config())
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        self.writer.write(tensors)
+        self.bytes_after += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.skeleton.folder / "config.json").read_text(encoding="utf-8"))
+        schemes = {linear.name: linear.scheme for linear in self.plan.linears}
+        left = [*(name for name, _ in self.plan.skipped), *self.plan.outside]
+        conv1d = any(linear.site.transposed for linear in self.plan.linears)
+        config["quantization_config"] = compressed_tensors.quantization_config(schemes, left, conv1d)
+        return config
+
+    def report(self, source: Path) -> Report:
+        """What has been done so far, as a report."""
+        sizes = {linear.name: linear.site.in_features * linear.site.out_features for linear in self.plan.linears}
+        bits = sum(layer.bits_per_weight * sizes[layer.name] for layer in self.layers)
+        return Report(
+            source=str(source.resolve()),
+            recipe=asdict(self.plan.recipe),
+            layers=self.layers,
+            skipped=list(self.plan.skipped),
+            bytes_before=self.plan.bytes_before,
+            bytes_after=self.bytes_after,
+            bits_per_weight=bits / sum(sizes.values()),
+            error_kind="output" if self.plan.needs_calibration else "weight",
+        )
+
+
+class _BlockWork:
+    """One loaded block as the block solver sees it (``solvers.BlockRun``)."""
+
+    def __init__(self, run: _Run, block: nn.Module, index: int) -> None:
+        self.run, self.block, self.index = run, block, index
+        self.tensors: dict[str, Tensor] = {}
+        self.planned = {linear.site.local: linear for linear in run.plan.linears if linear.site.block == index}
+        self.hessian: Tensor | None = None
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage with its statistics, after all earlier stages have been placed."""
+        stages = self.run.plan.stages[self.index]
+        recording = self.run.recording
+        if recording is None:
+            for stage in stages:
+                yield self._stage(stage, None)
+            return
+        calibrated = CalibratedBlock(
+            self.block,
+            stages,
+            recording.calls[self.index],
+            recording,
+            self.run.setting.device,
+            self.run.setting.activation_budget,
+        )
+        passes = calibrated.sequential() if self.run.plan.recipe.sequential else calibrated.at_once()
+        for number, hessian in passes:
+            hessian.check_finite(self.planned[stages[number][0]].name)
+            self.hessian = hessian.matrix
+            yield self._stage(stages[number], hessian)
+        self.hessian = None
+
+    def _stage(self, names: tuple[str, ...], hessian: Hessian | None) -> Stage:
+        return Stage(tuple(self._target(self.planned[local]) for local in names), hessian)
+
+    def _target(self, linear: PlannedLinear) -> Target:
+        stored = self.run.skeleton.reader.read(self.run.skeleton.disk_name(f"{linear.name}.weight")).to(self.run.setting.device)
+        weight = (stored.t() if linear.site.transposed else stored).float()
+        if not torch.isfinite(weight).all():
+            raise PTQError(f"{linear.name}: the weight holds NaN or infinity; the model file is broken")
+        return Target(linear.name, weight, linear.scheme, linear.scale_dtype)
+
+    def place(self, target: Target, solution: Solution) -> None:
+        """Pack the codes for the file and put their values into the block."""
+        linear = next(planned for planned in self.planned.values() if planned.name == target.name)
+        values = solution.weight.dequantize(linear.scale_dtype)  # [out, in]
+        linear_weight(self.block.get_submodule(linear.site.local)).copy_(values)
+        disk_name = self.run.skeleton.disk_name(f"{linear.name}.weight")
+        weight = solution.weight.to(torch.device("cpu"))
+        packed = compressed_tensors.pack(disk_name.removesuffix(".weight"), weight)
+        self.tensors.update(packed)
+        self.run.written.add(disk_name)
+        error = _relative_error(target.weight, values.float(), self.hessian)
+        self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
+        self.run.listener.layer_done(linear.name, error)
+
+    def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
+        self.run.layers.append(
+            LayerReport(
+                name=linear.name,
+                scheme=linear.scheme.describe(),
+                bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
+                relative_error=error,
+                **asdict(solution.notes),
+            )
+        )
+
+
+def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+    difference = weight - quantized
+    if hessian is None:
+        error, whole = difference.square().sum(), weight.square().sum()
+    else:
+        error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+    return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``. Raises PTQError when there is none or it needs code from the folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PTQError(f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files into the folder") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, chat template and the like."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not any(file.match(unwanted) for unwanted in NOT_COMPANIONS):
+                shutil.copyfile(file, target / file.name)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

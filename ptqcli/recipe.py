@@ -1,0 +1,437 @@
+"""What is to be done, before anything is done.
+
+A ``Recipe`` is the request: it comes from a YAML file, from flags, or from both (flags win), and both meet in ``load_recipe``. ``make_plan``
+confronts it with a model's skeleton and decides for every linear whether it is quantized and in which scheme. Whatever cannot work
+is refused there, by name, before a weight is read: a group that does not divide, a pattern that matches nothing, parts of one
+fused matrix in different schemes, something that the format cannot hold.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+import yaml
+
+from ptqcli.algorithms import find_algorithm
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.formats import compressed_tensors
+from ptqcli.model import LinearSite, Skeleton
+from ptqcli.scheme import Scheme
+
+DEFAULT_SEQLEN = 2048
+PICKABLE_GROUPS = (128, 64, 32)
+DEFAULT_ACTIVATION_BUDGET = 4 << 30
+# Tokens per forward pass: enough for products at full speed, few enough that a batch's intermediate tensors stay small.
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another treatment for the linears whose name ``pattern`` (a regular expression, searched anywhere in the name) finds.
+
+    What is None stays as the recipe has it. Of several overrides that find a linear, later ones win.
+    """
+
+    pattern: str
+    skip: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+    def apply(self, scheme: Scheme) -> Scheme:
+        """``scheme`` with this override's changes."""
+        changes = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return replace(scheme, **{key: value for key, value in changes.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A request, complete with its options; the fields are the keys of a recipe file.
+
+    algo: name in ``ptqcli.algorithms``. wbits, group_size, symmetric: the scheme. act_order, static_groups, damp: see ``solvers.gptq``.
+    scale_search: minmax or mse, see ``scheme.fit``. sequential: later linears of a block are calibrated behind the quantized earlier ones.
+    calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
+    with seed. ignore: patterns of linears to leave alone. blocks: name of the list of blocks, where it is not evident.
+    """
+
+    algo: str = "gptq"
+    wbits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: bool = True
+    static_groups: bool = True
+    damp: float = 0.01
+    scale_search: str = "minmax"
+    sequential: bool = True
+    calib: str = "builtin"
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    format: str = compressed_tensors.NAME
+    blocks: str | None = None
+
+    def __post_init__(self) -> None:
+        find_algorithm(self.algo).solver(self)
+        Scheme(self.wbits, self.group_size, self.symmetric)
+        if self.scale_search not in ("minmax", "mse"):
+            raise UsageError(f"scale search '{self.scale_search}' is unknown; use minmax or mse")
+        if self.format != compressed_tensors.NAME:
+            raise UsageError(f"format '{self.format}' is unknown; the format is {compressed_tensors.NAME}")
+        if self.nsamples < 1:
+            raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
+        for pattern in (*self.ignore, *(override.pattern for override in self.overrides)):
+            _check_pattern(pattern)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of every linear that no override changes."""
+        return Scheme(self.wbits, self.group_size, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run uses the machine; none of it changes what is asked for.
+
+    batch_size: windows per forward pass, None for what makes about TOKENS_PER_BATCH tokens. activation_budget: bytes of activations to hold
+    in memory; more go to a file. dtype: of the calibration passes, None for the model's own (float16 becomes float32 on a CPU, where its
+    products are slow and overflow). max_shard_bytes: largest safetensors file, None for the default.
+    """
+
+    device: torch.device = torch.device("cpu")
+    batch_size: int | None = None
+    activation_budget: int = DEFAULT_ACTIVATION_BUDGET
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int | None = None
+
+    def windows_per_batch(self, seqlen: int) -> int:
+        """Windows of ``seqlen`` tokens in one forward pass."""
+        return self.batch_size or max(1, TOKENS_PER_BATCH // seqlen)
+
+    def calibration_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype of the calibration passes for a model stored in ``stored``."""
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float32 if stored == torch.float16 and self.device.type == "cpu" else stored
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"'{pattern}' is not a regular expression: {error}") from error
+
+
+def load_recipe(file: Path | None = None, flags: Mapping[str, object] | None = None) -> Recipe:
+    """A recipe from a YAML file, from flags that were given explicitly, or from both: a flag wins over the file.
+
+    Raises UsageError for a file that cannot be read, an unknown key, or a value of the wrong type.
+    """
+    values = _read_yaml(file) if file is not None else {}
+    where = str(file) if file is not None else "recipe"
+    values = {**values, **(flags or {})}
+    known = {entry.name for entry in fields(Recipe)}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key '{key}'; the keys are {', '.join(sorted(known))}")
+    values["overrides"] = tuple(_override(entry, where) for entry in _as_list(values.get("overrides", ()), "overrides", where))
+    values["ignore"] = tuple(_as_list(values.get("ignore", ()), "ignore", where))
+    _check_types(Recipe, values, where)
+    return Recipe(**values)  # type: ignore[arg-type]
+
+
+def _read_yaml(file: Path) -> dict[str, object]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"{file}: cannot read the recipe: {reason}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{file}: a recipe is a list of 'key: value' lines; see configs/ for examples")
+    return {str(key): value for key, value in values.items()}
+
+
+def _as_list(value: object, key: str, where: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"{where}: '{key}' must be a list")
+    return list(value)
+
+
+def _override(entry: object, where: str) -> Override:
+    if isinstance(entry, Override):
+        return entry
+    known = {item.name for item in fields(Override)}
+    if not isinstance(entry, dict) or "pattern" not in entry or not set(entry) <= known:
+        raise UsageError(f"{where}: an override has the keys {', '.join(sorted(known))}, of which pattern is required; found {entry!r}")
+    _check_types(Override, entry, where)
+    return Override(**entry)
+
+
+def _check_types(kind: type, values: Mapping[str, object], where: str) -> None:
+    for key, hint in get_type_hints(kind).items():
+        if key in values and not _fits(values[key], hint):
+            expected = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise UsageError(f"{where}: '{key}' must be {expected}, not {values[key]!r}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_args(hint):
+        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """A linear that will be quantized. scale_dtype: the dtype in which its weight is stored now, and its scales will be."""
+
+    site: LinearSite
+    scheme: Scheme
+    scale_dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """Its path in the model."""
+        return self.site.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision that can be made before a weight is read.
+
+    skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. stages: for each
+    block, the local names of its planned linears, grouped by input tensor in running order. The bytes are estimates: bytes_before and
+    disk_bytes of the weights now and afterwards, memory_bytes of the peak beyond what Python and torch need themselves.
+    """
+
+    recipe: Recipe
+    linears: tuple[PlannedLinear, ...]
+    skipped: tuple[tuple[str, str], ...]
+    outside: tuple[str, ...]
+    stages: tuple[tuple[tuple[str, ...], ...], ...]
+    seqlen: int
+    bytes_before: int
+    disk_bytes: int
+    memory_bytes: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the algorithm looks at calibration text at all."""
+        return find_algorithm(self.recipe.algo).solver(self.recipe).needs_hessian
+
+    def schemes(self) -> dict[Scheme, int]:
+        """How many linears each scheme has."""
+        counts: dict[Scheme, int] = {}
+        for linear in self.linears:
+            counts[linear.scheme] = counts.get(linear.scheme, 0) + 1
+        return counts
+
+    def summary_rows(self) -> list[tuple[str, str]]:
+        """(what, value) pairs that tell a person what is about to happen."""
+        recipe = self.recipe
+        schemes = ", ".join(f"{scheme.describe()} x {count}" for scheme, count in self.schemes().items())
+        rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
+        if self.skipped:
+            rows.append(("left as they are", _list_names([f"{name} ({reason})" for name, reason in self.skipped])))
+        if self.needs_calibration:
+            rows.append(("calibration", f"{recipe.nsamples} windows of {self.seqlen} tokens from {recipe.calib}"))
+        rows.append(("format", recipe.format))
+        rows += [("note", note) for note in self.notes]
+        return rows
+
+
+def make_plan(recipe: Recipe, skeleton: Skeleton, setting: Setting) -> Plan:
+    """Decide about every linear of the model. Raises UsageError, by name, for everything that cannot work."""
+    linears, skipped = _choose(recipe, skeleton)
+    outside = _outside(skeleton)
+    _check_patterns_match(recipe, skeleton, outside)
+    if not linears:
+        raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
+    _check_groups(linears)
+    _check_runs_once(linears, skeleton)
+    _check_format(recipe, linears)
+    stages = _planned_stages(linears, skeleton)
+    _check_fused(linears, stages)
+    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
+    _check_length(seqlen, skeleton)
+    disk = _disk_bytes(linears, skeleton)
+    memory = _memory_bytes(recipe, linears, skeleton, seqlen, setting)
+    return Plan(
+        recipe=recipe,
+        linears=tuple(linears),
+        skipped=tuple(skipped),
+        outside=tuple(outside),
+        stages=stages,
+        seqlen=seqlen,
+        bytes_before=skeleton.reader.total_bytes,
+        disk_bytes=disk,
+        memory_bytes=memory,
+        notes=tuple(_notes(linears)),
+    )
+
+
+def model_length(config: Any) -> int | None:
+    """The longest input that the model's config names, or None."""
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
+    linears, skipped = [], []
+    for site in skeleton.linears:
+        scheme, reason = _scheme_for(recipe, site.name)
+        if site.local in skeleton.shapes[site.block].unused:
+            reason = reason or "never runs"
+        if reason is not None:
+            skipped.append((site.name, reason))
+            continue
+        dtype = skeleton.reader.dtype(skeleton.disk_name(f"{site.name}.weight"))
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
+        linears.append(PlannedLinear(site, scheme, dtype))
+    return linears, skipped
+
+
+def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
+    scheme = recipe.scheme
+    reason = "ignored" if any(re.search(pattern, name) for pattern in recipe.ignore) else None
+    for override in recipe.overrides:
+        if re.search(override.pattern, name):
+            scheme = override.apply(scheme)
+            reason = "skipped" if override.skip else reason
+    return scheme, reason
+
+
+def _outside(skeleton: Skeleton) -> list[str]:
+    inside = {site.name for site in skeleton.linears}
+    return [name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear) and name not in inside]
+
+
+def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str]) -> None:
+    names = [site.name for site in skeleton.linears]
+    for override in recipe.overrides:
+        if not any(re.search(override.pattern, name) for name in names):
+            raise UsageError(f"override '{override.pattern}' matches no linear; the linears are named like {names[0]}")
+    for pattern in recipe.ignore:
+        if not any(re.search(pattern, name) for name in (*names, *outside)):
+            raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
+
+
+def _check_groups(linears: Sequence[PlannedLinear]) -> None:
+    for linear in linears:
+        columns = linear.site.in_features
+        if columns % linear.scheme.columns_per_group(columns):
+            fitting = [str(group) for group in PICKABLE_GROUPS if columns % group == 0]
+            raise UsageError(
+                f"group size {linear.scheme.group_size} does not divide the {columns} input features of {linear.name}; "
+                f"use --group-size {' or '.join([*fitting, '-1'])}, or override or ignore that layer"
+            )
+
+
+def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
+    for linear in linears:
+        if linear.site.local in skeleton.shapes[linear.site.block].repeated:
+            raise UsageError(f"{linear.name} runs more than once within its block, which is not supported; add it to --ignore")
+
+
+def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
+    moving = find_algorithm(recipe.algo).solver(recipe).needs_hessian and recipe.act_order and not recipe.static_groups
+    for linear in linears:
+        reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
+        if reason is not None:
+            raise UsageError(f"{linear.name}: {reason}")
+
+
+def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    planned = {(linear.site.block, linear.site.local) for linear in linears}
+    blocks = []
+    for index, shape in enumerate(skeleton.shapes):
+        kept = (tuple(local for local in stage if (index, local) in planned) for stage in shape.stages)
+        blocks.append(tuple(stage for stage in kept if stage))
+    return tuple(blocks)
+
+
+def _check_fused(linears: Sequence[PlannedLinear], stages: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Servers run the linears of one module that read one tensor (q, k, v; gate, up) as a single matrix in a single scheme."""
+    schemes = {(linear.site.block, linear.site.local): linear for linear in linears}
+    for index, block in enumerate(stages):
+        for stage in block:
+            together: dict[str, PlannedLinear] = {}
+            for local in stage:
+                linear = schemes[index, local]
+                first = together.setdefault(local.rpartition(".")[0], linear)
+                if first.scheme != linear.scheme:
+                    raise UsageError(
+                        f"{first.name} ({first.scheme.describe()}) and {linear.name} ({linear.scheme.describe()}) read the same input and "
+                        "are run as one matrix by vLLM; give them the same scheme"
+                    )
+
+
+def _check_length(seqlen: int, skeleton: Skeleton) -> None:
+    longest = model_length(skeleton.config)
+    if longest is not None and seqlen > longest:
+        raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
+
+
+def _notes(linears: Sequence[PlannedLinear]) -> list[str]:
+    notes = []
+    if any(not linear.scheme.symmetric for linear in linears):
+        notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
+    if any(linear.site.transposed for linear in linears):
+        notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
+    return notes
+
+
+def weight_bits(linear: PlannedLinear) -> int:
+    """Stored bits of a quantized linear: codes, scales and zero points."""
+    site, scheme = linear.site, linear.scheme
+    groups = scheme.group_count(site.in_features)
+    zero_bits = 0 if scheme.symmetric else scheme.bits
+    return site.out_features * (site.in_features * scheme.bits + groups * (linear.scale_dtype.itemsize * 8 + zero_bits))
+
+
+def _disk_bytes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+    replaced = sum(skeleton.reader.nbytes(skeleton.disk_name(f"{linear.name}.weight")) for linear in linears)
+    return skeleton.reader.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
+
+
+def _memory_bytes(
+    recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, setting: Setting
+) -> int:
+    """Peak of a run beyond Python and torch themselves: activations, one block, and the solver's copies of the largest matrix."""
+    itemsize = setting.calibration_dtype(linears[0].scale_dtype).itemsize
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
+    largest = max(linear.site.in_features * linear.site.out_features for linear in linears)
+    solving = max(in_blocks) * itemsize + 4 * largest * 4
+    if not find_algorithm(recipe.algo).solver(recipe).needs_hessian:
+        return solving
+    features = min(linear.site.in_features for linear in linears)
+    widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
+    hessian = max(linear.site.in_features for linear in linears) ** 2 * 4
+    tokens = recipe.nsamples * seqlen
+    hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
+    held = min(tokens * hidden, setting.activation_budget) + min(tokens * inside, setting.activation_budget)
+    one_batch = setting.windows_per_batch(seqlen) * seqlen * inside
+    embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize
+    return held + one_batch + max(embeddings, solving + 5 * hessian)
+
+
+def _list_names(names: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

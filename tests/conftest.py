@@ -1,0 +1,25 @@
+"""Set-up that every test shares: no network, two threads, the quick files first."""
+
+from __future__ import annotations
+
+import os
+
+# Before any test imports a Hugging Face library: they read it once, at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("PTQ_DATA_DIR", None)
+
+import pytest
+import torch
+from hypothesis import settings
+
+QUICK_FILES = ("test_architecture.py", "test_scheme.py", "test_configs.py")
+
+# The same examples in every run, and no deadline: the machine may be busy.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick files first and slow tests last, so that most failures show within seconds."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.path.name not in QUICK_FILES))

@@ -1,0 +1,138 @@
+"""Imports point one way. This reads every import statement and fails on any edge that the design does not draw."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ptqcli"
+KERNELS = ROOT / "kernels" / "ptq_kernels"
+
+BASE = {"errors", "scheme"}
+ROOMS = BASE | {"recipe", "checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "state"}
+
+# Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
+ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "scheme": {"errors"},
+    "checkpoint": BASE,
+    "formats": BASE,
+    "calibration": BASE | {"model"},  # capture.py records and replays the model's blocks
+    "model": BASE | {"checkpoint"},
+    "state": BASE | {"checkpoint"},
+    "solvers": BASE | {"calibration.statistics"},
+    "transforms": BASE | {"calibration.statistics"},
+    "algorithms": BASE | {"solvers", "transforms"},
+    "recipe": BASE | {"algorithms", "formats", "model"},
+    "runtime": BASE | {"formats", "checkpoint", "model"},
+    "evaluate": ROOMS | {"runtime"},
+    "bench": ROOMS | {"runtime"},
+    "pipeline": ROOMS,
+    "cli": ROOMS | {"runtime", "evaluate", "bench", "pipeline"},
+}
+KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
+# What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
+QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
+
+
+PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
+KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
+CLI_FILES = sorted((PACKAGE / "cli").glob("*.py"))
+LIBRARY_FILES = [file for file in [*PACKAGE_FILES, *KERNEL_FILES] if file not in CLI_FILES]
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def short_name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def room_of(file: Path) -> str:
+    """The part of ptqcli that ``file`` belongs to, "__init__" for the package's own file."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Dotted names in the import statements among ``nodes``: ``a.b`` for ``from a import b``."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def wrong_edges(names: set[str], room: str) -> set[str]:
+    """Those imports out of ``names`` that leave ``room`` by an edge that is not drawn."""
+    targets = {name.removeprefix("ptqcli.") for name in names if name.startswith("ptqcli.")}
+    allowed = ALLOWED[room] | {room, "__version__"}
+    return {target for target in targets if not any(f"{target}.".startswith(f"{name}.") for name in allowed)}
+
+
+def libraries(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES, ids=short_name)
+def test_rooms_import_only_what_stands_below_them(file: Path) -> None:
+    assert wrong_edges(imported(ast.walk(parse(file))), room_of(file)) == set()
+
+
+@pytest.mark.parametrize(
+    ("room", "statement"),
+    [
+        ("solvers", "from ptqcli.pipeline import quantize"),
+        ("solvers", "from ptqcli.calibration import capture"),
+        ("scheme", "import ptqcli.checkpoint"),
+        ("formats", "def late():\n    from ptqcli.model import Skeleton"),
+        ("pipeline", "from ptqcli import cli"),
+        ("model", "from ptqcli.checkpoints import Reader"),
+    ],
+)
+def test_an_edge_that_is_not_drawn_is_found(room: str, statement: str) -> None:
+    assert wrong_edges(imported(ast.walk(ast.parse(statement))), room)
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES, ids=short_name)
+def test_only_the_runtime_imports_the_kernels(file: Path) -> None:
+    assert room_of(file) == "runtime" or "ptq_kernels" not in libraries(imported(ast.walk(parse(file))))
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=short_name)
+def test_kernels_are_a_library_of_their_own(file: Path) -> None:
+    assert libraries(imported(ast.walk(parse(file)))) <= KERNEL_LIBRARIES
+
+
+@pytest.mark.parametrize("file", CLI_FILES, ids=short_name)
+def test_commands_import_nothing_heavy_before_they_are_called(file: Path) -> None:
+    names = imported(parse(file).body)
+    assert libraries(names) <= QUICK_LIBRARIES | {"ptqcli"}
+    assert {name for name in names if name.startswith("ptqcli.")} <= {
+        name for name in names if name.startswith(("ptqcli.cli", "ptqcli.errors", "ptqcli.__version__"))
+    }
+
+
+@pytest.mark.parametrize("file", LIBRARY_FILES, ids=short_name)
+def test_only_commands_print_exit_or_read_the_environment(file: Path) -> None:
+    used = {ast.unparse(node) for node in ast.walk(parse(file)) if isinstance(node, (ast.Name, ast.Attribute))}
+    assert used.isdisjoint({"print", "input", "sys.exit", "exit", "SystemExit", "os.environ", "os.getenv", "os._exit"})
+
+
+def test_no_file_is_named_for_what_it_is_not() -> None:
+    names = {file.stem for file in [*PACKAGE_FILES, *KERNEL_FILES]}
+    assert names.isdisjoint({"utils", "util", "helpers", "common", "misc"})
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """A top-level ``kernels`` would shadow the Hugging Face package of that name, which transformers looks for."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,452 @@
+"""compressed-tensors: against the library's vectors and code, both directions, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ptqcli.checkpoint import CheckpointReader
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.formats import bitstream, compressed_tensors
+from ptqcli.scheme import SUPPORTED_BITS, QuantizedWeight, Scheme
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden vectors are not beside this checkout")
+
+
+def big_integer_stream(codes: Tensor, bits: int) -> Tensor:
+    """The packed rows by arithmetic on one long integer a row."""
+    width = -(-codes.shape[1] * bits // 32)
+    rows = [sum(int(code) << (bits * e) for e, code in enumerate(row)).to_bytes(4 * width, "little") for row in codes]
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), width)
+
+
+def random_weight(
+    scheme: Scheme, out_features: int, in_features: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    groups = scheme.group_count(in_features)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
+
+    scale = (torch.rand(out_features, groups, generator=generator) + 0.01).to(dtype)
+    zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)
+    if not scheme.symmetric:
+        zero = integers(out_features, groups)
+    return QuantizedWeight(integers(out_features, in_features), scale, zero, scheme)
+
+
+def assert_same_weight(left: QuantizedWeight, right: QuantizedWeight) -> None:
+    assert left.scheme == right.scheme
+    assert left.g_idx is None
+    assert right.g_idx is None
+    for field in ("codes", "scale", "zero"):
+        a, b = getattr(left, field), getattr(right, field)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), field
+
+
+@given(bits=st.integers(1, 8), rows=st.integers(1, 5), elements=st.integers(1, 130), seed=st.integers(0, 2**31))
+@settings(max_examples=200, deadline=None)
+def test_bitstream_is_one_long_integer_a_row(bits: int, rows: int, elements: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, elements), generator=generator, dtype=torch.uint8)
+    words = bitstream.pack(codes, bits)
+    assert words.shape == (rows, bitstream.word_count(elements, bits))
+    assert torch.equal(words, big_integer_stream(codes, bits))
+    assert torch.equal(bitstream.unpack(words, bits, elements), codes)
+
+
+def test_bitstream_reads_transposed_views() -> None:
+    codes = torch.arange(35, dtype=torch.uint8).view(7, 5).t()
+    words = bitstream.pack(codes, 8)
+    assert torch.equal(bitstream.unpack(words.t().contiguous().t(), 8, 7), codes)
+
+
+# Words that the library wrote for the first row of the shared integer pattern code[o, i] = (7o + 3i + o*i//5) mod 2^bits.
+KNOWN_WORDS = {
+    2: "6c6c6c6c 6c6c6c6c",
+    3: "98abc398 c398abc3 abc398ab",
+    4: "52fc9630 da741eb8 52fc9630 da741eb8",
+}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_known_words(bits: int) -> None:
+    codes = (3 * torch.arange(32) % (1 << bits)).to(torch.uint8).unsqueeze(0)
+    words = bitstream.pack(codes, bits)[0]
+    assert " ".join(f"{int(word) & 0xFFFFFFFF:08x}" for word in words) == KNOWN_WORDS[bits]
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> QuantizedWeight:
+    bits = draw(st.sampled_from(SUPPORTED_BITS))
+    group_size = draw(st.sampled_from([-1, 1, 3, 8, 17, 32]))
+    columns = draw(st.integers(1, 5)) * (draw(st.integers(1, 40)) if group_size == -1 else group_size)
+    scheme = Scheme(bits, group_size, draw(st.booleans()))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    return random_weight(scheme, draw(st.integers(1, 40)), columns, draw(st.integers(0, 2**31)), dtype)
+
+
+@given(weight=weights())
+@settings(max_examples=200, deadline=None)
+def test_unpack_is_the_inverse_of_pack(weight: QuantizedWeight) -> None:
+    tensors = compressed_tensors.pack("a.b", weight)
+    assert tuple(tensors) == compressed_tensors.tensor_names("a.b", weight.scheme)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert_same_weight(compressed_tensors.unpack("a.b", tensors.__getitem__, weight.scheme), weight)
+
+
+def golden_cases() -> list[Any]:
+    if not GOLDEN.is_dir():
+        return []
+    cases = json.loads((GOLDEN / "ct_pack_quantized.json").read_text())["cases"]
+    return [pytest.param(case, id=case_id(case)) for case in cases if case["num_bits"] in SUPPORTED_BITS]
+
+
+def case_id(case: dict[str, Any]) -> str:
+    return f"b{case['num_bits']}_{'sym' if case['symmetric'] else 'asym'}_{case['strategy']}"
+
+
+@needs_golden
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden_vectors_both_ways(case: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(GOLDEN / "ct_pack_quantized.safetensors")
+    prefix = case_id(case)
+    scheme = Scheme(case["num_bits"], case["group_size"] or -1, case["symmetric"])
+    weight = compressed_tensors.unpack(prefix, stored.__getitem__, scheme)
+    assert torch.equal(weight.codes.int() - scheme.middle, stored[f"{prefix}.q_signed"].int())
+    if not scheme.symmetric:
+        assert torch.equal(weight.zero.int() - scheme.middle, stored[f"{prefix}.zero_point_signed"].int())
+    assert torch.equal(weight.dequantize(), stored[f"{prefix}.dequantized"])
+    packed = compressed_tensors.pack(prefix, weight)
+    for name, tensor in packed.items():
+        assert tensor.dtype == stored[name].dtype
+        assert torch.equal(tensor, stored[name]), name
+
+
+@needs_golden
+@pytest.mark.parametrize("field", ["codes", "scale", "zero"])
+def test_golden_comparison_notices_one_change(field: str) -> None:
+    """The twin: with one code, scale or zero point moved, neither the values nor the bytes agree."""
+    from safetensors.torch import load_file
+
+    stored = load_file(GOLDEN / "ct_pack_quantized.safetensors")
+    prefix = "b3_asym_group"
+    weight = compressed_tensors.unpack(prefix, lambda name: stored[name].clone(), Scheme(3, 32, False))
+    changed = getattr(weight, field)
+    changed[5, 1] = (changed[5, 1] + 1) % 8
+    assert not torch.equal(weight.dequantize(), stored[f"{prefix}.dequantized"])
+    packed = compressed_tensors.pack(prefix, weight)
+    assert sum(not torch.equal(tensor, stored[name]) for name, tensor in packed.items()) == 1
+
+
+def library_weight(tensors: dict[str, Tensor], name: str, scheme: Scheme) -> Tensor:
+    """One linear as compressed-tensors itself decompresses it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(
+        num_bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        strategy="channel" if scheme.group_size == -1 else "group",
+        group_size=None if scheme.group_size == -1 else scheme.group_size,
+    )
+    local = {stored.rpartition(".")[2]: tensor for stored, tensor in tensors.items()}
+    compressor = BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
+    weight: Tensor = compressor.decompress(local, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_the_library_reads_what_is_packed(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
+    require_dense_packing(bits)
+    weight = random_weight(Scheme(bits, group_size, symmetric), 24, 96, dtype=dtype)
+    tensors = compressed_tensors.pack("m", weight)
+    assert torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
+    tensors["m.weight_packed"][3, 2] ^= 1
+    assert not torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
+
+
+def require_dense_packing(bits: int) -> None:
+    version = pytest.importorskip("compressed_tensors").__version__
+    if bits == 3 and tuple(map(int, version.split(".")[:2])) < (0, 18):
+        pytest.skip(f"compressed-tensors {version} packs 3 bits in the older layout")
+
+
+@needs_golden
+@pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32"])
+def test_checkpoints_written_by_the_library(folder: str) -> None:
+    path = GOLDEN / "ckpt" / folder
+    reader = CheckpointReader(path)
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    plain = {name.removesuffix(".weight") for name in reader.names if name.endswith(".weight")}
+    linears = {name.removesuffix(".weight_packed") for name in reader.names if name.endswith("_packed")}
+    schemes = compressed_tensors.schemes_of(config, [*linears, *(name for name in plain if name == "lm_head")])
+    assert schemes.keys() == linears
+    for name, scheme in schemes.items():
+        require_dense_packing(scheme.bits)
+        weight = compressed_tensors.unpack(name, reader.read, scheme)
+        tensors = {stored: reader.read(stored) for stored in compressed_tensors.tensor_names(name, scheme)}
+        assert torch.equal(weight.dequantize(), library_weight(tensors, name, scheme))
+        for stored, tensor in compressed_tensors.pack(name, weight).items():
+            assert torch.equal(tensor, tensors[stored])
+
+
+def broken(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
+    tensors = compressed_tensors.pack("m", random_weight(Scheme(3, 32, symmetric=False), 16, 64))
+    change(tensors)
+    return tensors
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "older 3-bit layout": (
+        lambda t: t.update({"m.weight_packed": torch.zeros(16, 7, dtype=torch.int32)}),
+        r"m\.weight_packed: expected int32 \[16, 6\], found int32 \[16, 7\]; .*before 0\.18",
+    ),
+    "codes as int64": (
+        lambda t: t.update({"m.weight_packed": t["m.weight_packed"].long()}),
+        r"m\.weight_packed: expected int32",
+    ),
+    "another group size": (
+        lambda t: t.update({"m.weight_scale": torch.ones(16, 4)}),
+        r"m\.weight_scale: expected floating \[16, 2\], found float32 \[16, 4\]",
+    ),
+    "integer scales": (
+        lambda t: t.update({"m.weight_scale": torch.ones(16, 2, dtype=torch.int32)}),
+        r"m\.weight_scale: expected floating \[16, 2\], found int32",
+    ),
+    "unpacked zero points": (
+        lambda t: t.update({"m.weight_zero_point": torch.zeros(16, 2, dtype=torch.int8)}),
+        r"m\.weight_zero_point: expected int32 \[2, 2\], found int8 \[16, 2\]",
+    ),
+    "shape with three numbers": (
+        lambda t: t.update({"m.weight_shape": torch.tensor([1, 2, 3])}),
+        r"m\.weight_shape: expected two integers",
+    ),
+    "shape that the group does not divide": (
+        lambda t: t.update({"m.weight_shape": torch.tensor([16, 65])}),
+        "m: group size 32 does not divide its 65 input features",
+    ),
+    "negative shape": (
+        lambda t: t.update({"m.weight_shape": torch.tensor([-16, 64])}),
+        "m: a matrix of -16 x 64 has no weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_tensors_are_named(kind: str) -> None:
+    change, message = DAMAGE[kind]
+    with pytest.raises(PTQError, match=message):
+        compressed_tensors.unpack("m", broken(change).__getitem__, Scheme(3, 32, symmetric=False))
+
+
+def test_what_cannot_be_held_is_refused() -> None:
+    grouped, row = Scheme(4, 32), Scheme(4, -1)
+    assert compressed_tensors.refusal(grouped, 64, 8) is None
+    assert compressed_tensors.refusal(row, 65, 8, moving_groups=True) is None
+    assert "does not divide its 65" in str(compressed_tensors.refusal(grouped, 65, 8))
+    assert "static groups" in str(compressed_tensors.refusal(grouped, 64, 8, moving_groups=True))
+    weight = random_weight(grouped, 8, 64)
+    moved = QuantizedWeight(weight.codes, weight.scale, weight.zero, grouped, torch.arange(64).int() % 2)
+    with pytest.raises(PTQError, match="layer: act-order"):
+        compressed_tensors.pack("layer", moved)
+
+
+def test_a_symmetric_weight_with_other_zero_points_is_refused() -> None:
+    weight = random_weight(Scheme(4, 32), 8, 64)
+    weight.zero[3, 1] = 7
+    with pytest.raises(PTQError, match="layer: a symmetric weight has zero points other than 8"):
+        compressed_tensors.pack("layer", weight)
+
+
+# The entry in config.json.
+
+
+class TinyModel(nn.Module):
+    """Names and classes as in a transformers model, for compressed-tensors' own matching."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(64, 64) for name in ("q_proj", "k_proj", "up", "down")}) for _ in range(2)
+        )
+        self.embed = nn.Embedding(8, 64)
+        self.lm_head = nn.Linear(64, 8)
+
+
+LINEARS = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "k_proj", "up", "down")] + ["lm_head"]
+
+
+def library_schemes(config: dict[str, Any]) -> dict[str, Scheme]:
+    """Which linear gets which scheme when compressed-tensors itself applies ``config`` to a model."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    model = TinyModel()
+    quantization.apply_quantization_config(model, quantization.QuantizationConfig.model_validate(config), show_progress=False)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
+            args = module.quantization_scheme.weights
+            found[name] = Scheme(args.num_bits, args.group_size or -1, args.symmetric)
+    return found
+
+
+W4, W8, W2 = Scheme(4, 32), Scheme(8, -1), Scheme(2, 64, symmetric=False)
+
+
+def test_one_scheme_targets_the_class() -> None:
+    schemes = {name: W4 for name in LINEARS if "down" not in name and name != "lm_head"}
+    ignored = [name for name in LINEARS if name not in schemes]
+    config = compressed_tensors.quantization_config(schemes, ignored)
+    assert config["quantization_status"] == "compressed"
+    assert config["format"] == "pack-quantized"
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
+    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert library_schemes(config) == schemes
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_several_schemes_target_names() -> None:
+    schemes = {name: {"q": W8, "k": W8, "u": W2, "d": W4}[name[9]] for name in LINEARS[:-1]}
+    del schemes["layers.1.up"]
+    config = compressed_tensors.quantization_config(schemes, ["layers.1.up", "lm_head"])
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    assert sorted(targets) == sorted(schemes)
+    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert library_schemes(config) == schemes
+
+
+def test_nothing_quantized_is_refused() -> None:
+    with pytest.raises(UsageError, match="no linear layer"):
+        compressed_tensors.quantization_config({}, LINEARS)
+
+
+def test_conv1d_makes_the_library_stop() -> None:
+    """Without the extra key compressed-tensors passes over Conv1D, and transformers leaves it with random weights."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    config = compressed_tensors.quantization_config({"h.0.c_attn": W4}, ["lm_head"], conv1d=True)
+    with pytest.raises(ValueError, match="conv1d_layers"):
+        quantization.QuantizationConfig.model_validate(config)
+    assert compressed_tensors.schemes_of(config, ["h.0.c_attn", "lm_head"]) == {"h.0.c_attn": W4}
+
+
+def written(groups: dict[str, tuple[list[str], Scheme]], ignore: list[str] | None) -> dict[str, Any]:
+    """An entry as llm-compressor writes it."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    schemes = {
+        name: quantization.QuantizationScheme(
+            targets=targets,
+            format="pack-quantized",
+            weights=quantization.QuantizationArgs(
+                num_bits=scheme.bits,
+                symmetric=scheme.symmetric,
+                group_size=scheme.group_size,
+                actorder="static",
+                observer="mse",
+            ),
+        )
+        for name, (targets, scheme) in groups.items()
+    }
+    config = quantization.QuantizationConfig(
+        config_groups=schemes, quantization_status="compressed", format="pack-quantized", ignore=ignore
+    )
+    dumped: dict[str, Any] = json.loads(config.model_dump_json())
+    return dumped
+
+
+MATCHING: dict[str, tuple[dict[str, tuple[list[str], Scheme]], list[str] | None]] = {
+    "class": ({"group_0": (["Linear"], W4)}, ["lm_head"]),
+    "class without ignore": ({"group_0": (["Linear"], W4)}, None),
+    "regex": ({"group_0": (["re:.*_proj$"], W4)}, []),
+    "regex is matched from the start": ({"group_0": (["re:up"], W4), "group_1": (["re:layers.0.up"], W8)}, []),
+    "ignored by regex": ({"group_0": (["Linear"], W4)}, ["re:.*down", "lm_head"]),
+    "name before regex before class": (
+        {
+            "group_0": (["Linear"], W4),
+            "group_1": (["re:layers.1.*"], W8),
+            "group_2": (["layers.1.up"], W2),
+        },
+        ["lm_head"],
+    ),
+    "two regexes": ({"group_0": (["re:.*up"], W4), "group_1": (["re:.*1.*"], W8)}, []),
+    "two regexes, written the other way": ({"group_0": (["re:.*1.*"], W8), "group_1": (["re:.*up"], W4)}, []),
+    "one target in two groups": ({"group_0": (["Linear"], W4), "group_1": (["Linear"], W8)}, ["lm_head"]),
+    "ignored class": ({"group_0": (["re:.*"], W4)}, ["Linear"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", MATCHING)
+def test_targets_match_as_in_the_library(kind: str) -> None:
+    config = written(*MATCHING[kind])
+    if kind == "regex is matched from the start":
+        assert compressed_tensors.schemes_of(config, LINEARS) == {"layers.0.up": W8}
+    assert compressed_tensors.schemes_of(config, LINEARS) == library_schemes(config)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(compressed_tensors.quantization_config({"a": W4}, []))
+    *parents, leaf = path.split("/")
+    place = config
+    for parent in parents:
+        place = place[parent]
+    place[leaf] = value
+    return config
+
+
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "another method": ("quant_method", "gptq", "quant_method gptq is not read"),
+    "no method": ("quant_method", None, "quant_method None is not read"),
+    "not compressed": ("quantization_status", "frozen", "quantization_status is frozen"),
+    "status missing": ("quantization_status", None, "quantization_status is None"),
+    "kv cache": ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is not supported"),
+    "rotations": ("transform_config", {"config_groups": {}}, "transform_config is not supported"),
+    "sparsity": ("sparsity_config", {"format": "sparse-24"}, "sparsity_config with format sparse-24"),
+    "activations": ("config_groups/group_0/input_activations", {"num_bits": 8}, "group_0 has input_activations"),
+    "outputs": ("config_groups/group_0/output_activations", {"num_bits": 8}, "group_0 has output_activations"),
+    "int-quantized": ("config_groups/group_0/format", "int-quantized", "group_0 has format int-quantized"),
+    "float": ("config_groups/group_0/weights/type", "float", "weights with type float"),
+    "dynamic": ("config_groups/group_0/weights/dynamic", True, "weights with dynamic True"),
+    "act-order": ("config_groups/group_0/weights/actorder", "group", "weights with actorder group"),
+    "act-order as a flag": ("config_groups/group_0/weights/actorder", True, "weights with actorder True"),
+    "per tensor": ("config_groups/group_0/weights/strategy", "tensor", "strategy tensor"),
+    "block": ("config_groups/group_0/weights/strategy", "block", "strategy block"),
+    "group without a size": ("config_groups/group_0/weights/group_size", None, "group_size None"),
+    "5 bits": ("config_groups/group_0/weights/num_bits", 5, "group_0: 5 bits per weight is not supported"),
+    "preset": ("config_groups", {"W4A16": ["Linear"]}, "W4A16 names a preset"),
+    "no weights": ("config_groups/group_0/weights", None, "malformed"),
+    "groups as a list": ("config_groups", [], "malformed"),
+    "bad regex": ("ignore", ["re:("], "malformed"),
+    "targets of a wrong type": ("config_groups/group_0/targets", 3, "malformed"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_read_is_refused_by_name(kind: str) -> None:
+    path, value, message = REFUSED[kind]
+    with pytest.raises(PTQError, match=message) as caught:
+        compressed_tensors.schemes_of(changed(path, value), ["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_strategy_is_told_by_the_group_size() -> None:
+    for size, expected in ((-1, -1), (32, 32)):
+        config = changed("config_groups/group_0/weights/group_size", size)
+        del config["config_groups"]["group_0"]["weights"]["strategy"]
+        assert compressed_tensors.schemes_of(config, ["a"]) == {"a": Scheme(4, expected)}

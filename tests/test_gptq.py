@@ -1,0 +1,156 @@
+"""GPTQ against the textbook: the same codes as the paper's column-by-column form in float64 with the inverse."""
+
+import pytest
+import torch
+from textbook import excess_rounding, textbook_gptq
+
+from ptqcli.calibration.statistics import Hessian
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.scheme import Scheme
+from ptqcli.solvers.gptq import GPTQ, LEAF
+from ptqcli.solvers.rtn import RTN
+
+
+def layer(out=24, columns=192, tokens=600, dtype=torch.float64, seed=0):
+    """A matrix and the Hessian of correlated inputs whose columns differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, columns, generator=generator, dtype=torch.float64)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ (mix + torch.eye(columns, dtype=torch.float64))
+    inputs *= torch.logspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
+    hessian = Hessian.zeros(columns, torch.device("cpu"), torch.float64)
+    hessian.add(inputs)
+    hessian.lower = hessian.lower.to(dtype)
+    return weight.to(dtype), hessian
+
+
+def solve(solver, weight, hessian, scheme, scale_dtype=torch.float32):
+    return solver.solve(weight, solver.prepare(hessian, "layer"), scheme, scale_dtype)
+
+
+CASES = [
+    pytest.param(bits, group, symmetric, order, static, search, id=f"w{bits}g{group}{'sym' if symmetric else 'asym'}-{name}-{search}")
+    for bits, group in [(2, 16), (3, 32), (4, 64), (4, 96), (4, 192), (8, 48), (3, -1)]
+    for symmetric in (True, False)
+    for name, order, static in [("plain", False, True), ("act", True, True), ("classic", True, False)]
+    for search in (["minmax", "mse"] if bits == 3 else ["minmax"])
+]
+
+
+@pytest.mark.parametrize("bits, group, symmetric, order, static, search", CASES)
+def test_codes_equal_the_textbook(bits, group, symmetric, order, static, search):
+    assert 16 < LEAF < 48, "the cases must hold groups smaller and larger than the internal block"
+    weight, hessian = layer()
+    scheme = Scheme(bits, group, symmetric)
+    ours = solve(GPTQ(0.01, order, static, search), weight, hessian, scheme).weight
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, order, static, search)
+    assert torch.equal(ours.codes, truth.codes)
+    assert torch.equal(ours.scale, truth.scale)
+    assert torch.equal(ours.zero, truth.zero)
+    if static or not order or group == -1:
+        assert ours.g_idx is None
+    else:
+        assert torch.equal(ours.g_idx, truth.g_idx)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_rounded_before_codes_are_chosen(scale_dtype):
+    weight, hessian = layer()
+    scheme = Scheme(4, 64)
+    ours = solve(GPTQ(), weight, hessian, scheme, scale_dtype).weight
+    truth = textbook_gptq(weight, hessian.matrix, scheme, scale_dtype, 0.01, True, True)
+    assert ours.scale.dtype == scale_dtype
+    assert torch.equal(ours.codes, truth.codes)
+    assert torch.equal(ours.scale, truth.scale)
+
+
+def test_the_comparison_notices_one_flipped_code():
+    weight, hessian = layer()
+    scheme = Scheme(4, 64)
+    ours = solve(GPTQ(act_order=False), weight, hessian, scheme).weight
+    assert excess_rounding(weight, hessian.matrix, ours, 0.01) < 1e-6
+    ours.codes[3, 17] ^= 1
+    assert excess_rounding(weight, hessian.matrix, ours, 0.01) > 1e-3
+    assert not torch.equal(ours.codes, textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01).codes)
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("group", [32, 64, -1])
+def test_float32_differs_from_the_textbook_by_ties_only(group, order):
+    weight, hessian = layer(out=32, columns=256, dtype=torch.float32)
+    ours = solve(GPTQ(act_order=order), weight, hessian, Scheme(4, group)).weight
+    assert excess_rounding(weight, hessian.matrix, ours, 0.01, order) < 2e-3
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.0])
+@pytest.mark.parametrize("order", [False, True])
+def test_a_column_never_activated_is_rounded_to_nearest_and_counted(order, damp):
+    weight, hessian = layer()
+    hessian.lower[:, 40] = 0
+    hessian.lower[40, :] = 0
+    scheme = Scheme(4, -1)
+    solution = solve(GPTQ(damp=damp, act_order=order), weight, hessian, scheme)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True)
+    assert torch.equal(solution.weight.codes, truth.codes)
+    assert torch.equal(solution.weight.codes[:, 40], solve(RTN(), weight, None, scheme).weight.codes[:, 40])
+    assert solution.notes.never_activated == 1
+    assert not solution.notes.damp_raised
+
+
+def test_a_rank_deficient_hessian_is_damped_as_the_textbook_does():
+    weight, hessian = layer(tokens=50)
+    assert torch.linalg.matrix_rank(hessian.matrix) <= 50
+    scheme = Scheme(3, 64)
+    solution = solve(GPTQ(act_order=False), weight, hessian, scheme)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01)
+    assert torch.equal(solution.weight.codes, truth.codes)
+    assert solution.notes.damp == 0.01
+
+
+def test_damping_is_raised_and_reported_when_the_hessian_is_not_positive_definite():
+    weight, hessian = layer(tokens=50)
+    hessian.lower -= 0.002 * hessian.matrix.diagonal().mean() * torch.eye(192, dtype=torch.float64)
+    solution = solve(GPTQ(damp=0.0), weight, hessian, Scheme(4, 64))
+    assert solution.notes.damp_raised
+    assert solution.notes.damp == pytest.approx(0.01)
+
+
+def test_a_hopeless_hessian_is_an_error_that_names_the_layer():
+    weight, hessian = layer()
+    hessian.lower = -hessian.lower
+    with pytest.raises(PTQError, match="layer"):
+        solve(GPTQ(), weight, hessian, Scheme(4, 64))
+    hessian.lower.zero_()
+    with pytest.raises(PTQError, match="every calibration input is zero"):
+        solve(GPTQ(), weight, hessian, Scheme(4, 64))
+
+
+def test_all_zero_groups_give_zeros_and_are_counted():
+    weight, hessian = layer()
+    weight[5, 64:128] = 0
+    for solver in (GPTQ(), GPTQ(act_order=False), RTN()):
+        solution = solve(solver, weight, hessian, Scheme(4, 64))
+        assert solution.notes.zero_groups == 1
+        assert torch.isfinite(solution.weight.dequantize()).all()
+    assert (solve(RTN(), weight, None, Scheme(4, 64)).weight.dequantize()[5, 64:128] == 0).all()
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(UsageError, match="damp"):
+        GPTQ(damp=-0.1)
+    weight, hessian = layer()
+    with pytest.raises(UsageError, match="does not divide"):
+        solve(GPTQ(), weight, hessian, Scheme(4, 100))
+    with pytest.raises(UsageError, match="scale search"):
+        solve(GPTQ(scale_search="best"), weight, hessian, Scheme(4, 64))
+
+
+def test_gptq_beats_rounding_in_output_error():
+    weight, hessian = layer()
+    scheme = Scheme(3, 64)
+    errors = {}
+    for name, solver in {"rtn": RTN(), "plain": GPTQ(act_order=False), "act": GPTQ()}.items():
+        solved = solve(solver, weight, hessian, scheme).weight.dequantize(torch.float64)
+        errors[name] = hessian.output_energy(weight - solved)
+    assert errors["plain"] < 0.8 * errors["rtn"]
+    assert errors["act"] < errors["plain"]
