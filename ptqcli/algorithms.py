@@ -7,34 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ptqcli.errors import UsageError
-from ptqcli.solvers import MatrixSolver
+from ptqcli.solvers import MatrixSolver, SolverOptions
 from ptqcli.solvers.gptq import GPTQ
 from ptqcli.solvers.rtn import RTN
-
-if TYPE_CHECKING:
-    from ptqcli.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What ``--algo NAME`` stands for. solver: makes the solver from the options of a recipe."""
+    """What ``--algo NAME`` stands for. solver: makes the solver from its options."""
 
     name: str
     summary: str
-    solver: Callable[[Recipe], MatrixSolver]
+    solver: Callable[[SolverOptions], MatrixSolver]
 
 
 ALGORITHMS = {
     entry.name: entry
     for entry in (
-        Algorithm("rtn", "round to nearest, no calibration", lambda recipe: RTN(recipe.scale_search)),
+        Algorithm("rtn", "round to nearest, no calibration", lambda options: RTN(options.scale_search)),
         Algorithm(
             "gptq",
             "GPTQ: error feedback through the Hessian of the calibration inputs",
-            lambda recipe: GPTQ(recipe.damp, recipe.act_order, recipe.static_groups, recipe.scale_search),
+            lambda options: GPTQ(options.damp, options.act_order, options.static_groups, options.scale_search),
         ),
     )
 }

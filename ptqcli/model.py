@@ -42,7 +42,12 @@ class LinearSite:
     block: int
     in_features: int
     out_features: int
-    transposed: bool  # GPT-2's Conv1D, which stores [in, out]
+    kind: str  # name of its class
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it stores its matrix as [in, out], as GPT-2's Conv1D does."""
+        return self.kind == Conv1D.__name__
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,7 @@ class Skeleton:
         for local, module in self.blocks[index].named_modules():
             if is_linear(module):
                 out_features, in_features = linear_weight(module).shape
-                yield LinearSite(
-                    f"{prefix}.{local}", local, index, in_features, out_features, isinstance(module, Conv1D)
-                )
+                yield LinearSite(f"{prefix}.{local}", local, index, in_features, out_features, type(module).__name__)
 
     def _refuse_fused_experts(self) -> None:
         for name, parameter in self.model.get_submodule(self.blocks_name).named_parameters():

@@ -7,6 +7,7 @@ everything is in it: an interrupted run leaves nothing that looks whole.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import shutil
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 import ptqcli
-from ptqcli.algorithms import find_algorithm
 from ptqcli.calibration.capture import CalibratedBlock, Recording, record_calls
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.calibration.text import calibration_windows, documents
@@ -258,7 +258,7 @@ class _Run:
 
     def quantize_blocks(self) -> None:
         """Load, solve, write and release one block after the other."""
-        solve_block = lift(find_algorithm(self.plan.recipe.algo).solver(self.plan.recipe))
+        solve_block = lift(self.plan.recipe.solver())
         count = len(self.skeleton.blocks)
         for index in range(count):
             self.listener.block_started(index, count)
@@ -270,6 +270,7 @@ class _Run:
             with self.clock.measure("write"):
                 self._write_block(index, work.tensors)
             self.skeleton.release_block(index)
+            _return_freed_memory()
             self.listener.block_done(index, count)
 
     def _write_block(self, index: int, packed: dict[str, Tensor]) -> None:
@@ -414,8 +415,25 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def _return_freed_memory() -> None:
+    """Ask the C library to give freed memory back to the system, where it can (glibc).
+
+    It keeps freed tensors of up to 32 MB for reuse, but in pieces that the next block's do not fit: from 8 to 32 blocks of 12 MB the
+    peak rose by 40 % without this.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def _peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process on ``device``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would also count a parent process that was larger when it forked
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

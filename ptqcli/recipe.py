@@ -23,6 +23,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
 from ptqcli.model import LinearSite, Skeleton
 from ptqcli.scheme import Scheme
+from ptqcli.solvers import MatrixSolver, SolverOptions
 
 DEFAULT_SEQLEN = 2048
 PICKABLE_GROUPS = (128, 64, 32)
@@ -79,7 +80,7 @@ class Recipe:
     blocks: str | None = None
 
     def __post_init__(self) -> None:
-        find_algorithm(self.algo).solver(self)
+        self.solver()
         Scheme(self.wbits, self.group_size, self.symmetric)
         if self.scale_search not in ("minmax", "mse"):
             raise UsageError(f"scale search '{self.scale_search}' is unknown; use minmax or mse")
@@ -96,6 +97,11 @@ class Recipe:
     def scheme(self) -> Scheme:
         """The scheme of every linear that no override changes."""
         return Scheme(self.wbits, self.group_size, self.symmetric)
+
+    def solver(self) -> MatrixSolver:
+        """The solver that the algorithm ends with. Raises UsageError for an unknown algorithm or option."""
+        options = SolverOptions(self.damp, self.act_order, self.static_groups, self.scale_search)
+        return find_algorithm(self.algo).solver(options)
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether the algorithm looks at calibration text at all."""
-        return find_algorithm(self.recipe.algo).solver(self.recipe).needs_hessian
+        return self.recipe.solver().needs_hessian
 
     def schemes(self) -> dict[Scheme, int]:
         """How many linears each scheme has."""
@@ -352,7 +358,7 @@ def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> No
 
 
 def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    moving = find_algorithm(recipe.algo).solver(recipe).needs_hessian and recipe.act_order and not recipe.static_groups
+    moving = recipe.solver().needs_hessian and recipe.act_order and not recipe.static_groups
     for linear in linears:
         reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
         if reason is not None:
@@ -396,6 +402,9 @@ def _notes(linears: Sequence[PlannedLinear]) -> list[str]:
         notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
     if any(linear.site.transposed for linear in linears):
         notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
+    others = sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"})
+    if others:
+        notes.append(f"{', '.join(others)} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
     return notes
 
 
@@ -420,7 +429,7 @@ def _memory_bytes(
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max(linear.site.in_features * linear.site.out_features for linear in linears)
     solving = max(in_blocks) * itemsize + 4 * largest * 4
-    if not find_algorithm(recipe.algo).solver(recipe).needs_hessian:
+    if not recipe.solver().needs_hessian:
         return solving
     features = min(linear.site.in_features for linear in linears)
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)

@@ -60,7 +60,7 @@ class _Loader:
         self.dtype = dtype
         self.packed = set(compressed_tensors.stored_linears(reader.names))
         plain = [name for name in reader.names if name.rpartition(".weight_")[0] not in self.packed]
-        self.names = DiskNames(model, [*plain, *(f"{linear}.weight" for linear in self.packed)])
+        self.names = DiskNames(model, [*plain, *(f"{linear}.weight" for linear in sorted(self.packed))])
         # Two names in memory that share a stored tensor, such as a tied head, get one parameter.
         self._parameters: dict[str, nn.Parameter] = {}
 

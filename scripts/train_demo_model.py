@@ -50,6 +50,7 @@ class Progress:
     """What has been done so far, for the log and the model card."""
 
     minutes: float
+    cpu_minutes: float
     steps: int
     tokens_seen: int
     corpus_tokens: int
@@ -137,9 +138,10 @@ def train(
         smooth_loss += 0.05 * (loss - smooth_loss)
         now = time.monotonic()
         done = (now - start) / (60 * options.minutes)
-        progress = Progress((now - start) / 60, steps, steps * options.batch * CONTEXT, corpus_tokens)
+        tokens_seen = steps * options.batch * CONTEXT
+        progress = Progress((now - start) / 60, time.process_time() / 60, steps, tokens_seen, corpus_tokens)
         if steps % 20 == 0:
-            rate = progress.tokens_seen / (now - start)
+            rate = tokens_seen / (now - start)
             print(f"step {steps}  {progress.minutes:5.1f} min  loss {smooth_loss:.3f}  {rate:,.0f} tokens/s", flush=True)
         if now - last_snapshot > 60 * options.snapshot_minutes and done < 1.0:
             save(model, tokenizer, held_out[:SNAPSHOT_TOKENS], progress, options)
@@ -264,7 +266,7 @@ measured on a machine without a network. It is of no use as an assistant.
 | training text | {progress.corpus_tokens:,} tokens |
 | training | {progress.steps:,} steps of {options.batch} windows of {CONTEXT} tokens: {progress.tokens_seen:,} tokens, \
 {progress.tokens_seen / progress.corpus_tokens:.1f} times the text |
-| time | {progress.minutes:.0f} minutes on {options.threads} CPU cores ({platform.machine()}), shared with other work |
+| time | {progress.minutes:.0f} minutes on {options.threads} CPU cores ({platform.machine()}), {progress.cpu_minutes:.0f} minutes of CPU time |
 | method | Muon for the matrices (rate {MUON_RATE}), AdamW for the embedding and norms (rate {ADAMW_RATE}), weight decay \
 {WEIGHT_DECAY}, bfloat16 autocast, linear decay to zero, seed {options.seed} |
 | held-out perplexity | {measured[256]:.3f} in windows of 256, {measured[512]:.3f} in windows of 512 |

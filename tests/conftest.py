@@ -1,4 +1,4 @@
-"""Set-up that every test shares: no network, two threads, the quick files first."""
+"""Set-up that every test shares: no network, one thread, the quick files first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ QUICK_FILES = ("test_architecture.py", "test_scheme.py", "test_configs.py")
 # The same examples in every run, and no deadline: the machine may be busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# On tensors this small a second thread waits more than it works; it makes the suite several times slower on a busy machine.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

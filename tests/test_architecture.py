@@ -29,7 +29,7 @@ ALLOWED = {
     "solvers": BASE | {"calibration.statistics"},
     "transforms": BASE | {"calibration.statistics"},
     "algorithms": BASE | {"solvers", "transforms"},
-    "recipe": BASE | {"algorithms", "formats", "model"},
+    "recipe": BASE | {"algorithms", "formats", "model", "solvers"},
     "runtime": BASE | {"formats", "checkpoint", "model"},
     "evaluate": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

@@ -341,7 +341,7 @@ def test_conv1d_makes_the_library_stop() -> None:
     """Without the extra key compressed-tensors passes over Conv1D, and transformers leaves it with random weights."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     config = compressed_tensors.quantization_config({"h.0.c_attn": W4}, ["lm_head"], conv1d=True)
-    with pytest.raises(ValueError, match="conv1d_layers"):
+    with pytest.raises(ValueError, match=compressed_tensors.CONV1D_KEY):
         quantization.QuantizationConfig.model_validate(config)
     assert compressed_tensors.schemes_of(config, ["h.0.c_attn", "lm_head"]) == {"h.0.c_attn": W4}
 

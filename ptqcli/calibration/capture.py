@@ -41,9 +41,10 @@ class Activations:
         self.nbytes = count * dtype.itemsize
         self.mapped = self.nbytes > budget
         if self.mapped:
-            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix="activations-", suffix=".tmp")
-            self._file.truncate(self.nbytes)
-            self.values = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
+            # Unlinked at once: the mapping keeps the space for as long as it is used, and no way of ending leaves a file behind.
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
+                file.truncate(self.nbytes)
+                self.values = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
         else:
             self.values = torch.empty(shape, dtype=dtype)
 

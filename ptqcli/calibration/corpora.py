@@ -62,9 +62,7 @@ def _c4(split: str, shards: str, limit: int) -> CorpusFile:
     return CorpusFile("allenai/c4", f"en/{shard}.json.gz", local, limit=limit)
 
 
-_PILE = CorpusFile(
-    "mit-han-lab/pile-val-backup", "val.jsonl.zst", ("val.jsonl.zst", "val.jsonl"), limit=CALIBRATION_DOCUMENTS
-)
+_PILE = CorpusFile("mit-han-lab/pile-val-backup", "val.jsonl.zst", ("val.jsonl.zst", "val.jsonl"), limit=CALIBRATION_DOCUMENTS)
 
 CORPORA: dict[str, dict[Part, CorpusFile]] = {
     "wikitext2": {"calibration": _wikitext2("train"), "evaluation": _wikitext2("test")},

@@ -61,9 +61,7 @@ def documents(source: str, part: Part, data_dir: Path | None = None) -> list[str
     raise UsageError(_unknown_source(source, ["builtin", *corpora.CORPORA]))
 
 
-def calibration_windows(
-    docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
+def calibration_windows(docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """A seeded random choice of full windows without overlap, int64 [nsamples, seqlen], in random order.
 
     Documents are tokenized as they are, without special tokens, in a seeded order, and joined with the end-of-text token where
@@ -107,9 +105,7 @@ def _unknown_source(source: str, names: list[str]) -> str:
     return f"no text is called {source!r}; {hint}give {known}"
 
 
-def _shuffled_tokens(
-    docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, wanted: int, generator: torch.Generator
-) -> list[int]:
+def _shuffled_tokens(docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, wanted: int, generator: torch.Generator) -> list[int]:
     pieces = [piece for text in docs for piece in _pieces(text) if piece.strip()]
     order = torch.randperm(len(pieces), generator=generator).tolist()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

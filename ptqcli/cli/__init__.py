@@ -26,12 +26,12 @@ from ptqcli.errors import PTQError
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
-# Command -> (module of this package, summary). The summaries stand here so that the help needs none of the modules.
+# Command -> (module of this package, first line of its help). They stand here so that the list of commands needs no module.
 COMMANDS = {
-    "quantize": ("quantize", "Turn a model into a packed checkpoint folder."),
-    "eval": ("evaluate", "Measure how good a checkpoint is, beside the original."),
-    "inspect": ("inspect", "Show what is in a checkpoint: schemes, sizes, per-layer error."),
-    "generate": ("generate", "Let a checkpoint continue a text."),
+    "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
+    "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
+    "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
+    "generate": ("generate", "Let CHECKPOINT continue TEXT."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
 }
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import load_model, load_tokenizer
 from ptqcli.cli.locate import find_checkpoint, find_model
-from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
-from ptqcli.cli.progress import track
+from ptqcli.cli.options import data_dir_option, device_option, json_option, open_device, quiet_option
+from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import original_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PUBLISHED_SEQLEN = 2048  # window of the published WikiText-2 tables
 SECONDS_BETWEEN_LINES = 15.0
@@ -67,14 +70,16 @@ def command(
     output = Output(as_json=as_json, quiet=quiet)
     if baseline and no_baseline:
         raise click.UsageError("--baseline and --no-baseline exclude each other")
+    place = open_device(device)
     folder = find_checkpoint(checkpoint)
     reference = None if no_baseline else _reference(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
-    model = load_model(folder, device)
-    original = load_model(reference, device) if reference else None
+    model = load_model(folder, place)
+    original = load_model(reference, place) if reference else None
     window = seqlen or default_seqlen(model)
-    results = [{"text": text, **_measure(model, original, ids, window, stride, quiet)} for text, ids in rows.items()]
+    with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
+        results = [_measure(model, original, text, ids, window, stride, tracker) for text, ids in rows.items()]
     output.say(f"checkpoint  {path_text(folder)}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
@@ -97,16 +102,19 @@ def _reference(folder: Path, baseline: str | None, output: Output) -> Path | Non
     return original
 
 
-def _measure(model: Any, original: Any, ids: Any, seqlen: int, stride: int | None, quiet: bool) -> dict[str, Any]:
+def _measure(model: Any, original: Any, text: str, ids: Tensor, seqlen: int, stride: int | None, tracker: Tracker) -> dict[str, Any]:
     from ptqcli.evaluate.divergence import compare
     from ptqcli.evaluate.perplexity import perplexity
 
-    with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        step: Callable[[int, int], None] = lambda done, total: tracker.step(done, total, "measured")  # noqa: E731
-        if original is None:
-            return asdict(perplexity(model, ids, seqlen, stride, on_progress=step))
-        both = compare(model, original, ids, seqlen, stride, on_progress=step)
+    def step(done: int, total: int) -> None:
+        tracker.step(done, total, text)
+
+    tracker.say(f"measuring perplexity on {text}")
+    if original is None:
+        return {"text": text, **asdict(perplexity(model, ids, seqlen, stride, on_progress=step))}
+    both = compare(model, original, ids, seqlen, stride, on_progress=step)
     return {
+        "text": text,
         **asdict(both.model),
         "baseline_perplexity": both.baseline.perplexity,
         "mean_kl": both.mean_kl,
@@ -115,22 +123,25 @@ def _measure(model: Any, original: Any, ids: Any, seqlen: int, stride: int | Non
 
 
 def _show(results: list[dict[str, Any]], output: Output) -> None:
-    title = f"Perplexity, {results[0]['windows']} windows of {results[0]['seqlen']} tokens"
-    if "mean_kl" not in results[0]:
-        output.table(title, ("text", "tokens", "perplexity"), ([r["text"], str(r["tokens"]), f"{r['perplexity']:.4f}"] for r in results))
-        return
-    columns = ("text", "tokens", "original", "checkpoint", "rise", "mean KL (nats)", "same top-1")
-    output.table(title, columns, (_comparison_row(r) for r in results))
+    title = f"Perplexity over windows of {results[0]['seqlen']} tokens"
+    if "mean_kl" in results[0]:
+        columns = ("text", "tokens", "original", "checkpoint", "rise", "mean KL (nats)", "same top-1")
+        output.table(title, columns, (_comparison_row(result) for result in results))
+    else:
+        output.table(title, ("text", "tokens", "perplexity"), (_row(result) for result in results))
 
 
-def _comparison_row(r: dict[str, Any]) -> list[str]:
-    rise = r["perplexity"] / r["baseline_perplexity"] - 1
+def _row(result: Mapping[str, Any]) -> list[str]:
+    return [result["text"], f"{result['tokens']:,}", f"{result['perplexity']:.4f}"]
+
+
+def _comparison_row(result: Mapping[str, Any]) -> list[str]:
     return [
-        r["text"],
-        str(r["tokens"]),
-        f"{r['baseline_perplexity']:.4f}",
-        f"{r['perplexity']:.4f}",
-        f"{rise:+.2%}",
-        f"{r['mean_kl']:.5f}",
-        f"{r['top1_agreement']:.2%}",
+        result["text"],
+        f"{result['tokens']:,}",
+        f"{result['baseline_perplexity']:.4f}",
+        f"{result['perplexity']:.4f}",
+        f"{result['perplexity'] / result['baseline_perplexity'] - 1:+.2%}",
+        f"{result['mean_kl']:.5f}",
+        f"{result['top1_agreement']:.2%}",
     ]

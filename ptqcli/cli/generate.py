@@ -6,7 +6,7 @@ import click
 
 from ptqcli.cli.load import load_model, load_tokenizer
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import device_option
+from ptqcli.cli.options import device_option, open_device
 from ptqcli.errors import UsageError
 
 
@@ -32,12 +32,13 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
     import torch
     from transformers import TextStreamer
 
+    place = open_device(device)
     folder = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder)
-    prompt = tokenizer(text, return_tensors="pt").to(device)
+    prompt = tokenizer(text, return_tensors="pt").to(place)
     if prompt["input_ids"].numel() == 0:
         raise UsageError("the text is empty; give at least one character")
-    model = load_model(folder, device)
+    model = load_model(folder, place)
     torch.manual_seed(seed)
     model.generate(
         **prompt,

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptqcli.errors import PTQError
 
-
-def is_packed(folder: Path) -> bool:
-    """True if the folder's config.json says that its weights are quantized. Raises PTQError if it has none or it is broken."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PTQError(f"{folder}: has no config.json, so it is not a model folder") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PTQError(f"{path}: not valid JSON; copy or write the folder again") from error
-    return isinstance(config, dict) and "quantization_config" in config
+if TYPE_CHECKING:
+    import torch
 
 
-def load_model(folder: Path, device: str) -> Any:
-    """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are."""
-    packed = is_packed(folder)
+def load_model(folder: Path, device: torch.device) -> Any:
+    """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are.
+
+    Raises PTQError for a folder that holds no model that can be loaded.
+    """
+    from ptqcli.model import load_config
+    from ptqcli.runtime import load_quantized
+
+    config = load_config(folder)
     _hush_transformers()
-    if packed:
-        from ptqcli.runtime import load_quantized
-
+    if getattr(config, "quantization_config", None) is not None:
         return load_quantized(folder, device=device)
     from transformers import AutoModelForCausalLM
 
@@ -39,13 +33,12 @@ def load_model(folder: Path, device: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises PTQError if it has none that transformers can read."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder. Raises PTQError for a folder that is no model's, or has no tokenizer."""
+    from ptqcli import pipeline
+    from ptqcli.model import load_config
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PTQError(f"{folder}: no tokenizer that transformers can read ({str(error).splitlines()[0]})") from error
+    load_config(folder)
+    return pipeline.load_tokenizer(folder)
 
 
 def _hush_transformers() -> None:

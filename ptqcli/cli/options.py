@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from ptqcli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 data_dir_option = click.option(
     "--data-dir",
@@ -14,8 +20,22 @@ data_dir_option = click.option(
     metavar="FOLDER",
     help="Where to look for wikitext2, c4 and pile before the hub.",
 )
-device_option = click.option(
-    "--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where the arithmetic runs."
-)
+device_option = click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where the arithmetic runs.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; all else goes to stderr.")
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors.")
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device called ``name``. Raises UsageError if there is no such device on this machine."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise UsageError(f"device {name!r} is not on this machine, which has {count} CUDA devices (see `ptq doctor`)")
+    return device

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ptqcli.cli.console import open_console, time_text
 
@@ -16,35 +16,58 @@ from ptqcli.cli.console import open_console, time_text
 class Tracker(Protocol):
     """What a command tells while it works."""
 
+    def say(self, text: str) -> None:
+        """A new stage of the work begins; the steps that follow belong to it."""
+
     def note(self, text: str) -> None:
-        """What is being done now."""
+        """A detail of the step that is being done."""
 
     def step(self, done: int, total: int, text: str) -> None:
-        """``done`` of ``total`` steps are behind us; ``text`` says how the last one went."""
+        """``done`` of ``total`` steps of this stage are behind us; ``text`` says how the last one went."""
+
+
+def time_left(start: float, done: int, total: int) -> str:
+    """What remains if the steps go on as fast as since ``start`` (of the monotonic clock): ``40 s left``; "" at the end.
+
+    rich has such a column, but it looks back 30 seconds only, and a block may take minutes.
+    """
+    spent = time.monotonic() - start
+    return f"{time_text(spent / done * (total - done))} left" if done < total else ""
 
 
 class BarTracker:
-    """A bar that is redrawn in place and gone at the end."""
+    """A bar that appears with the first word, is redrawn in place, and is gone at the end."""
 
-    def __init__(self, bar: Progress, unit: str) -> None:
+    def __init__(self, bar: Progress) -> None:
         self._bar = bar
-        self._task = bar.add_task("", total=None, note="", unit=unit)
+        self._task = bar.add_task("", total=None, left="", note="")
+        self._stage_start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._stage_start = time.monotonic()
+        self._bar.start()
+        self._bar.reset(self._task, total=None, left="", note=text)
 
     def note(self, text: str) -> None:
         self._bar.update(self._task, note=text)
 
     def step(self, done: int, total: int, text: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, note=text)
+        left = time_left(self._stage_start, done, total)
+        self._bar.update(self._task, completed=done, total=total, left=left, note=text)
 
 
 class LineTracker:
-    """One line a step, but not more than one in ``pause`` seconds; notes are left out. A log would fill up with all of them."""
+    """One line a stage and a step, but steps not more often than every ``pause`` seconds; no details. A log would fill up."""
 
     def __init__(self, console: Console, unit: str, pause: float) -> None:
         self._console = console
         self._unit = unit
         self._pause = pause
-        self._start = self._last_line = time.monotonic()
+        self._stage_start = self._last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._stage_start = self._last_line = time.monotonic()
+        self._console.print(text, soft_wrap=True)
 
     def note(self, text: str) -> None:
         pass
@@ -54,9 +77,8 @@ class LineTracker:
         if now - self._last_line < self._pause:
             return
         self._last_line = now
-        spent = now - self._start
-        left = f", {time_text(spent / done * (total - done))} left" if done < total else ""
-        self._console.print(f"{self._unit} {done}/{total}: {text}{left}", soft_wrap=True)
+        parts = filter(None, (text, time_left(self._stage_start, done, total)))
+        self._console.print(f"{self._unit} {done}/{total}: {', '.join(parts)}", soft_wrap=True)
 
 
 @contextmanager
@@ -67,10 +89,14 @@ def track(unit: str, quiet: bool = False, pause: float = 0.0) -> Iterator[Tracke
         yield LineTracker(console, unit, pause)
         return
     columns = (
-        TextColumn("{task.fields[unit]} {task.completed}/{task.total}"),
+        TextColumn(unit),
+        MofNCompleteColumn(),
         BarColumn(bar_width=24),
-        TimeRemainingColumn(),
-        TextColumn("left  {task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}  {task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield BarTracker(bar, unit)
+    bar = Progress(*columns, console=console, transient=True)
+    try:
+        yield BarTracker(bar)
+    finally:
+        bar.stop()

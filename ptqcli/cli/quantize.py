@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,44 @@ import click
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.locate import find_model
-from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
+from ptqcli.cli.options import data_dir_option, device_option, json_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
+from ptqcli.cli.report import LAYER_COLUMNS, layer_row
 
 if TYPE_CHECKING:
-    from ptqcli.pipeline import LayerReport, Report, Setting
-    from ptqcli.recipe import Override, Plan, Recipe
+    from ptqcli.pipeline import Report
+    from ptqcli.recipe import Override, Plan, Recipe, Setting
 
 WORST_LAYERS = 5
 OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym"
+
+
+def _parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Override, ...]:
+    return tuple(parse_override(value) for value in values)
+
+
+def parse_override(text: str) -> Override:
+    """``REGEX:skip`` or ``REGEX:bits=8,group=64,sym|asym``; what stands after the last colon is not part of the pattern."""
+    from ptqcli.recipe import Override
+
+    pattern, colon, changes = text.rpartition(":")
+    if not (pattern and colon and changes):
+        raise click.BadParameter(f"{text!r} has no {'pattern' if colon else 'colon'}; write {OVERRIDE_EXAMPLES}")
+    values: dict[str, Any] = {}
+    for change in changes.split(","):
+        key, _, value = change.strip().partition("=")
+        values |= _override_value(key, value, text)
+    return Override(pattern, **values)
+
+
+def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
+    words = {"skip": {"skip": True}, "sym": {"symmetric": True}, "asym": {"symmetric": False}}
+    numbers = {"bits": "bits", "group": "group_size"}
+    if key in words and not value:
+        return words[key]
+    if key in numbers and re.fullmatch(r"-?[0-9]+", value):
+        return {numbers[key]: int(value)}
+    raise click.BadParameter(f"{key}{'=' if value else ''}{value} in {text!r} is not understood; write {OVERRIDE_EXAMPLES}")
 
 
 # Every recipe flag is None unless it was given, so that a value in a recipe file is not overridden by a default of ours.
@@ -49,7 +78,14 @@ OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym"
 @click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows.")
 @click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window.")
 @click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows.")
-@click.option("--override", "overrides", multiple=True, metavar="REGEX:WHAT", help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    callback=_parse_overrides,
+    metavar="REGEX:WHAT",
+    help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
+)
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are.")
 @click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of the above; flags win over it.")
@@ -68,10 +104,143 @@ OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym"
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop.")
 @json_option
 @quiet_option
-@click.pass_context
-def command(ctx: click.Context, model: str | None, **flags: Any) -> None:
+def command(
+    model: str | None,
+    recipe_file: Path | None,
+    output: Path | None,
+    overwrite: bool,
+    data_dir: Path | None,
+    device: str,
+    batch_size: int | None,
+    activation_budget: float | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **recipe_flags: Any,
+) -> None:
     """Turn MODEL into a packed checkpoint folder.
 
     MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
+    from ptqcli.pipeline import plan_run, quantize
+    from ptqcli.recipe import load_recipe
+
+    words = Output(as_json=as_json, quiet=quiet)
+    recipe = load_recipe(recipe_file, _given(recipe_flags))
+    setting = _setting(device, batch_size, activation_budget)
+    folder = find_model(model)
+    target = output or Path(_default_name(model, recipe))
+    if dry_run:
+        _, plan = plan_run(folder, recipe, setting)
+        _show_plan(plan, folder, target, words)
+        words.result(_plan_as_json(plan))
+        return
+    with track("block", quiet) as tracker:
+        listener = _Progress(folder, target, words, tracker)
+        report = quantize(folder, recipe, target, overwrite=overwrite, setting=setting, data_dir=data_dir, listener=listener)
+    _show_report(report, words)
+    words.result(report.to_json())
+
+
+# Flags
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None and value != ()}
+
+
+def _setting(device: str, batch_size: int | None, activation_budget: float | None) -> Setting:
+    from ptqcli.recipe import Setting
+
+    setting = Setting(device=open_device(device), batch_size=batch_size)
+    if activation_budget is None:
+        return setting
+    return replace(setting, activation_budget=int(activation_budget * 1024**3))
+
+
+def _default_name(model: str | None, recipe: Recipe) -> str:
+    if model is None:
+        name = "demo"
+    elif Path(model).is_dir():
+        name = Path(model).resolve().name
+    else:
+        name = model.rpartition("/")[2]
+    group = "" if recipe.group_size == -1 else f"g{recipe.group_size}"
+    return f"{name}-{recipe.algo}-w{recipe.wbits}{group}"
+
+
+# What is shown
+
+
+class _Progress:
+    """Listens to the pipeline and tells a tracker."""
+
+    def __init__(self, model: Path, target: Path, words: Output, tracker: Tracker) -> None:
+        self._model, self._target, self._words, self._tracker = model, target, words, tracker
+        self._errors: list[float] = []
+
+    def planned(self, plan: Plan) -> None:
+        _show_plan(plan, self._model, self._target, self._words)
+
+    def stage(self, text: str) -> None:
+        self._tracker.say(text)
+
+    def block_started(self, index: int, count: int) -> None:
+        self._errors.clear()
+        if index == 0:
+            self._tracker.say(f"quantizing {count} blocks")
+
+    def layer_done(self, name: str, error: float) -> None:
+        self._errors.append(error)
+        self._tracker.note(f"{name}  error {error:.4f}")
+
+    def block_done(self, index: int, count: int) -> None:
+        worst = f", largest error {max(self._errors):.4f}" if self._errors else ""
+        self._tracker.step(index + 1, count, f"{len(self._errors)} linears{worst}")
+
+
+def _show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
+    words.facts(
+        [
+            ("model", path_text(model)),
+            ("output", path_text(target)),
+            *plan.summary_rows(),
+            ("disk needed", f"{size_text(plan.disk_bytes)} (the model has {size_text(plan.bytes_before)})"),
+            ("memory needed", f"about {size_text(plan.memory_bytes)} on top of Python and torch"),
+        ]
+    )
+
+
+def _plan_as_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": asdict(plan.recipe),
+        "linears": [{"name": linear.name, "scheme": linear.scheme.describe()} for linear in plan.linears],
+        "skipped": plan.skipped,
+        "outside": plan.outside,
+        "seqlen": plan.seqlen,
+        "bytes_before": plan.bytes_before,
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "notes": plan.notes,
+    }
+
+
+def _show_report(report: Report, words: Output) -> None:
+    worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
+    words.table(
+        f"Worst layers by relative {report.error_kind} error",
+        LAYER_COLUMNS,
+        (layer_row(asdict(layer)) for layer in worst),
+    )
+    share = report.bytes_after / report.bytes_before
+    words.say()
+    words.facts(
+        [
+            ("written", path_text(Path(report.output))),
+            ("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after ({share:.0%})"),
+            ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, scales and zero points counted"),
+            ("time", time_text(report.seconds)),
+            ("peak memory", size_text(report.peak_memory_bytes)),
+        ]
+    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ptqcli.cli.locate import REPORT_NAME
 from ptqcli.errors import PTQError
+
+LAYER_COLUMNS = ("layer", "scheme", "bits/weight", "error", "remarks")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -28,3 +31,24 @@ def original_of(folder: Path) -> Path | None:
     """The model folder that a checkpoint was made from, as its report says; it may be gone by now."""
     source = (read_report(folder) or {}).get("source")
     return Path(source) if isinstance(source, str) else None
+
+
+def layer_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    """One layer of a report under LAYER_COLUMNS."""
+    error = layer.get("relative_error")
+    return (
+        layer["name"],
+        layer["scheme"],
+        f"{layer['bits_per_weight']:.3f}",
+        "" if error is None else f"{error:.4f}",
+        ", ".join(_remarks(layer)),
+    )
+
+
+def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
+    if layer.get("never_activated"):
+        yield f"{layer['never_activated']} inputs never active"
+    if layer.get("zero_groups"):
+        yield f"{layer['zero_groups']} groups of zeros"
+    if layer.get("damp_raised"):
+        yield f"damping raised to {layer['damp']:g}"

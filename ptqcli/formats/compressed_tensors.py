@@ -16,9 +16,9 @@ What a reader would get silently wrong, and what is done about it here:
   without it is refused.
 - Versions of the library before 0.18 packed 3-bit codes ten to a word, under the same names. Such a file has another width and is
   refused by name.
-- A linear of class ``Conv1D`` (GPT-2) is skipped by compressed-tensors inside transformers, which then leaves it random with a
-  warning. The entry for such a model carries a key that compressed-tensors rejects, so that transformers stops with an error that
-  says why. vLLM's GPT-2 has ordinary linears.
+- A linear of class ``Conv1D`` (GPT-2) is passed over by compressed-tensors inside transformers, which then leaves it random with
+  a warning. The entry for such a model carries a key that compressed-tensors does not know and therefore refuses, so that
+  transformers stops with an error that shows the key.
 - vLLM runs q, k and v, and gate and up, as one matrix and takes the first one's scheme for all.
 
 Left out: activation quantization, the ``int-quantized`` format, floating-point weights, per-tensor scales (vLLM has none of them for
@@ -44,9 +44,8 @@ FORMAT = "pack-quantized"
 # The version of the library whose layout is written. Older than 0.18 would announce the other layout of 3-bit codes.
 LAYOUT_VERSION = "0.20.0"
 
-# Unknown keys of a group make compressed-tensors fail with the key's name and value: the one loud way there is.
-CONV1D_KEY = "conv1d_layers"
-_CONV1D_NOTE = "transformers would leave them random; use ptqcli or vLLM"
+# compressed-tensors fails on a key of a group that it does not know, and shows it; this one tells the reader what is the matter.
+CONV1D_KEY = "conv1d_unknown_to_compressed_tensors"
 
 
 def refusal(scheme: Scheme, in_features: int, out_features: int, moving_groups: bool = False) -> str | None:
@@ -136,7 +135,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: Sequence[str], c
     """The ``quantization_config`` entry of config.json.
 
     schemes: the scheme of each quantized linear by module name. ignored: module names of all other linears, the output head too.
-    conv1d: some quantized linears are ``Conv1D`` in transformers. Raises UsageError if nothing is quantized.
+    conv1d: some quantized linears are ``Conv1D``, so that transformers has to be stopped. Raises UsageError if nothing is quantized.
     """
     if not schemes:
         raise UsageError("no linear layer is quantized, so there is nothing to describe")
@@ -177,7 +176,7 @@ def _group(scheme: Scheme, targets: list[str], conv1d: bool) -> dict[str, Any]:
         "input_activations": None,
         "output_activations": None,
     }
-    return {**group, CONV1D_KEY: _CONV1D_NOTE} if conv1d else group
+    return {**group, CONV1D_KEY: True} if conv1d else group
 
 
 def schemes_of(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[str, Scheme]:

@@ -22,6 +22,16 @@ from ptqcli.scheme import QuantizedWeight, Scheme
 
 
 @dataclass(frozen=True)
+class SolverOptions:
+    """The options of all solvers; each takes those that it knows. They are explained in the solvers' modules."""
+
+    damp: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    scale_search: str = "minmax"
+
+
+@dataclass(frozen=True)
 class SolveNotes:
     """What a solver had to handle, for the report.
 

@@ -1,0 +1,516 @@
+"""The commands as a person meets them: what they print, what they refuse, and their exit codes."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from rich.console import Console
+from tiny import make_model, write_text
+
+from ptqcli import pipeline
+from ptqcli.cli import COMMANDS, app, doctor, locate, run
+from ptqcli.cli.console import size_text, time_text
+from ptqcli.cli.progress import LineTracker, track
+from ptqcli.cli.quantize import command as quantize_command
+from ptqcli.cli.quantize import parse_override
+from ptqcli.recipe import Override, Recipe
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+Ptq = Callable[..., Answer]
+
+
+@pytest.fixture
+def ptq(capsys: pytest.CaptureFixture[str]) -> Ptq:
+    """Runs one command line in this process."""
+
+    def call(*arguments: str | Path) -> Answer:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a text, a checkpoint of the model, and some files that are not what they seem."""
+    folder = tmp_path_factory.mktemp("workshop")
+    make_model(folder / "model", "llama", torch.bfloat16)
+    write_text(folder / "text.txt")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\xfa" * 100)
+    (folder / "empty").mkdir()
+    (folder / "recipe.yaml").write_text("algo: rtn\nwbits: 8\ngroup_size: 32\n")
+    (folder / "typo.yaml").write_text("algo: rtn\nwbit: 8\n")
+    (folder / "broken.yaml").write_text("algo: [rtn\n")
+    (folder / "pickled").mkdir()
+    shutil.copy(folder / "model" / "config.json", folder / "pickled")
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    shutil.copytree(folder / "model", folder / "truncated")
+    os.truncate(folder / "truncated" / "model.safetensors", 5000)
+    assert (
+        run(["quantize", str(folder / "model"), "--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "done"), "--quiet"]) == 0
+    )
+    return folder
+
+
+@pytest.fixture
+def at_work(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(workshop)
+    return workshop
+
+
+def one_line(answer: Answer) -> str:
+    """The error, which must be the last line, without a traceback."""
+    assert "Traceback" not in answer.err
+    last = answer.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert answer.err.count("error: ") == 1
+    return last
+
+
+# What is refused
+
+REFUSED = [
+    # command line, exit code, what the line says
+    ("frobnicate", 2, "No such command 'frobnicate'"),
+    ("quantize model --wbit 4", 2, "No such option '--wbit'"),
+    ("quantize model --wbits four", 2, "'four' is not a valid integer"),
+    ("quantize model --wbits 5", 2, "5 bits per weight is not supported; choose one of"),
+    ("quantize model --group-size 0", 2, "group size 0 is not valid"),
+    ("quantize model --group-size 48", 2, "does not divide the 64 input features of model.layers.0"),
+    ("quantize model --algo magic", 2, "algorithm 'magic' is unknown; choose one of rtn, gptq"),
+    ("quantize model --scale-search best", 2, "use minmax or mse"),
+    ("quantize model --group-size 32 --seqlen 4096", 2, "longer than the model's 128 positions"),
+    ("quantize model --nsamples 0", 2, "nsamples 0"),
+    ("quantize model --device tpu0", 2, "device 'tpu0' is unknown"),
+    ("quantize model --device meta", 2, "device 'meta' is not supported"),
+    ("quantize model --device cuda:99", 2, "device 'cuda:99' is not on this machine"),
+    ("quantize model --batch-size 0", 2, "0 is not in the range"),
+    ("quantize model --override q_proj", 2, "has no colon"),
+    ("quantize model --override :skip", 2, "has no pattern"),
+    ("quantize model --override q_proj:bit=8", 2, "bit=8 in 'q_proj:bit=8' is not understood"),
+    ("quantize model --override q_proj:bits=x", 2, "is not understood"),
+    ("quantize model --override q_proj:bits=5", 2, "5 bits"),
+    ("quantize model --group-size 32 --override (:skip", 2, "not a regular expression"),
+    ("quantize model --group-size 32 --override nothing:skip", 2, "matches no linear"),
+    ("quantize model --group-size 32 --ignore nothing", 2, "matches no linear"),
+    ("quantize model --group-size 32 --ignore .", 2, "nothing is left to quantize"),
+    ("quantize model --no-static-groups --group-size 32 --calib text.txt", 2, "use static groups"),
+    ("quantize model --blocks nowhere", 2, "nowhere"),
+    ("quantize model --recipe nowhere.yaml", 2, "nowhere.yaml: cannot read the recipe: No such file"),
+    ("quantize model --recipe empty", 2, "empty: cannot read the recipe: Is a directory"),
+    ("quantize model --recipe binary.txt", 2, "binary.txt: cannot read the recipe"),
+    ("quantize model --recipe typo.yaml", 2, "typo.yaml: unknown key 'wbit'"),
+    ("quantize model --recipe broken.yaml", 2, "broken.yaml: is not valid YAML"),
+    ("quantize model --group-size 32 --calib nowhere.txt", 2, "nowhere.txt"),
+    ("quantize model --group-size 32 --calib wikitext3", 2, "wikitext2"),
+    ("quantize model --group-size 32 --calib binary.txt", 1, "binary.txt: not UTF-8"),
+    ("quantize model --group-size 32 --calib text.txt --nsamples 100000", 2, "100000"),
+    ("quantize model --group-size 32 --calib wikitext2 --data-dir nowhere", 2, "nowhere"),
+    ("quantize nowhere", 2, "nowhere: no such folder"),
+    ("quantize ./no/where", 2, "./no/where: no such folder"),
+    ("quantize model/nowhere", 2, "model/nowhere: no such folder"),
+    ("quantize text.txt", 2, "text.txt is a file"),
+    ("quantize some-owner/some-model", 1, "some-owner/some-model: no such folder here, and the hub cannot be reached"),
+    ("quantize empty", 1, "has no config.json"),
+    ("quantize pickled", 1, "pickle"),
+    ("quantize truncated --group-size 32", 1, "model.safetensors"),
+    ("quantize done", 1, "already quantized"),
+    ("quantize model --recipe recipe.yaml --output done", 2, "done: already exists"),
+    ("quantize model --recipe recipe.yaml --output model --overwrite", 2, "is the model itself"),
+    ("quantize model --recipe recipe.yaml --output text.txt --overwrite", 2, "is a file"),
+    ("quantize model --recipe recipe.yaml --output pickled --overwrite", 2, "was not written by ptq quantize"),
+    ("quantize model --recipe recipe.yaml --output text.txt/inside", 1, "cannot write there"),
+    ("eval nowhere", 2, "nowhere: no such folder"),
+    ("eval empty", 1, "has no config.json"),
+    ("eval done --baseline model --no-baseline", 2, "exclude each other"),
+    ("eval done --baseline nowhere", 2, "nowhere: no such folder"),
+    ("eval done --ppl nowhere.txt", 2, "nowhere.txt"),
+    ("eval done --ppl binary.txt", 1, "binary.txt: not UTF-8"),
+    ("eval done --ppl text.txt --seqlen 1", 2, "--seqlen"),
+    ("eval done --ppl text.txt --seqlen 129", 2, "128 positions"),
+    ("eval done --ppl text.txt --seqlen 64 --stride 65", 2, "stride 65"),
+    ("eval done --ppl wikitext2", 1, "PTQ_DATA_DIR"),
+    ("inspect empty", 1, "has no config.json"),
+    ("inspect truncated", 1, "model.safetensors"),
+    ("generate done", 2, "Missing argument 'TEXT'"),
+    ("generate done hello --max-new-tokens 0", 2, "0 is not in the range"),
+    ("generate done hello --temperature -1", 2, "-1.0 is not in the range"),
+    ("doctor --jason", 2, "No such option '--jason'"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "says"), REFUSED, ids=[line for line, *_ in REFUSED])
+def test_refusals_are_one_clear_line(ptq: Ptq, at_work: Path, line: str, code: int, says: str) -> None:
+    before = sorted(at_work.iterdir())
+    answer = ptq(*line.split())
+    assert says in one_line(answer)
+    assert answer.code == code
+    assert sorted(at_work.iterdir()) == before
+
+
+def test_an_empty_prompt_is_refused(ptq: Ptq, at_work: Path) -> None:
+    assert "the text is empty" in one_line(ptq("generate", "done", ""))
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_no_checkpoint_here(ptq: Ptq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = ptq(command)
+    assert "no checkpoint in this folder yet" in one_line(answer)
+    assert answer.code == 2
+
+
+def test_a_damaged_report(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "done", tmp_path / "done")
+    (tmp_path / "done" / locate.REPORT_NAME).write_text("{")
+    assert f"{locate.REPORT_NAME}: not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_read_permission(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").chmod(0)
+    assert "model.safetensors" in one_line(ptq("quantize", tmp_path / "model", "--group-size", "32"))
+
+
+# What fails on the way
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/part"), 1, "error: out/part: No space left on device"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"), 1, "error: out: Permission denied"),
+        (OSError("a message of its own"), 1, "error: a message of its own"),
+        (MemoryError(), 1, "error: out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted; no half-written file is left behind"),
+        (RuntimeError("two\n  lines"), 1, "internal error: RuntimeError: two lines; run `ptq --debug ...`"),
+    ],
+)
+def test_failures_are_one_line(ptq: Ptq, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "_python", fail)
+    answer = ptq("doctor")
+    assert answer.code == code
+    assert answer.out == ""
+    assert answer.err.strip().startswith(says)
+    assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(ptq: Ptq, at_work: Path) -> None:
+    answer = ptq("--debug", "quantize", "nowhere")
+    assert answer.code == 2
+    assert "Traceback" in answer.err
+    assert answer.err.strip().splitlines()[-1].startswith("error: nowhere: no such folder")
+
+
+def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptqcli.cli.quantize._Progress.block_done", interrupt)
+    answer = ptq("quantize", "model", "--recipe", "recipe.yaml", "--output", tmp_path / "out")
+    assert answer.code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    ptq = f'"{sys.executable}" -c "from ptqcli.cli import main; main()"'
+    script = f"{{ {ptq} --help; {ptq} doctor; }} | true"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stderr == ""
+
+
+# Help
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    code = (
+        "import sys; from ptqcli.cli import run; code = run(['--help']); "
+        f"print([name for name in {HEAVY!r} if name in sys.modules], [n for n in sys.modules if n.startswith('ptqcli.cli.')], code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    *help_lines, last = done.stdout.strip().splitlines()
+    assert last == "[] [] 0"
+    for name, (_, summary) in COMMANDS.items():
+        assert any(name in line and summary in line for line in help_lines)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_needs_nothing_heavy(name: str) -> None:
+    code = f"import sys; from ptqcli.cli import run; run([{name!r}, '--help']); print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_summaries_in_the_list_are_those_of_the_commands(name: str) -> None:
+    command = app.get_command(click.Context(app), name)
+    assert command is not None
+    assert (command.help or "").splitlines()[0] == COMMANDS[name][1]
+
+
+def test_version(ptq: Ptq) -> None:
+    assert ptq("--version").out.strip() == f"ptq, version {importlib.metadata.version('ptqcli')}"
+
+
+def test_both_names_are_installed() -> None:
+    scripts = importlib.metadata.entry_points(group="console_scripts")
+    assert {entry.name for entry in scripts if entry.value == "ptqcli.cli:main"} == {"ptq", "ptqcli"}
+
+
+def test_shown_defaults_are_the_recipes() -> None:
+    options = {option.name: option for option in quantize_command.params if isinstance(option, click.Option)}
+    for entry in fields(Recipe):
+        if entry.name not in options or entry.name in ("seqlen", "overrides", "ignore", "blocks"):
+            continue
+        option, default = options[entry.name], entry.default
+        if isinstance(default, bool):
+            shown = (option.opts if default else option.secondary_opts)[0].removeprefix("--")
+        else:
+            shown = str(default)
+        assert option.show_default == shown, entry.name
+
+
+def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
+    run_flags = {"model", "recipe_file", "output", "overwrite", "data_dir", "device", "batch_size", "activation_budget"}
+    run_flags |= {"dry_run", "as_json", "quiet"}
+    names = {param.name for param in quantize_command.params} - run_flags
+    assert names == {entry.name for entry in fields(Recipe)} - {"format"}
+
+
+# What works
+
+
+def test_quantize_to_json(ptq: Ptq, at_work: Path, tmp_path: Path) -> None:
+    answer = ptq("quantize", "model", "--recipe", "recipe.yaml", "--wbits", "4", "--output", tmp_path / "out", "--json")
+    report = json.loads(answer.out)
+    assert answer.code == 0
+    assert report["recipe"]["wbits"] == 4  # the flag wins over the file
+    assert report["recipe"]["group_size"] == 32
+    assert {layer["scheme"] for layer in report["layers"]} == {"W4 g32 sym"}
+    assert "Worst layers" in answer.err
+    assert "block 2/2" in answer.err
+
+
+def test_quantize_tells_what_it_did(ptq: Ptq, at_work: Path, tmp_path: Path) -> None:
+    command = ("quantize", "model", "--group-size", "64", "--nsamples", "4", "--calib", "text.txt", "--output", tmp_path / "out")
+    answer = ptq(*command, "--override", r"down_proj:bits=8,group=32,asym", "--override", r"\.0\.self_attn:skip")
+    assert answer.code == 0
+    assert re.search(r"linears +W4 g64 sym x 8, W8 g32 asym x 2", answer.out)
+    assert re.search(r"left as they are +model\.layers\.0\.self_attn\.q_proj \(skipped\)", answer.out)
+    assert re.search(r"calibration +4 windows of 128 tokens from text\.txt", answer.out)
+    assert "Worst layers by relative output error" in answer.out
+    assert re.search(r"size +\S+ KiB before, \S+ KiB after", answer.out)
+    assert re.search(r"bits per weight +5\.\d+", answer.out)
+    assert re.search(r"peak memory +\S+ [MG]iB", answer.out)
+    assert not re.search(r"[ \t]$", answer.out, re.MULTILINE)
+
+
+def test_quiet_is_silent(ptq: Ptq, at_work: Path, tmp_path: Path) -> None:
+    quantized = ptq("quantize", "model", "--recipe", "recipe.yaml", "--output", tmp_path / "out", "--quiet")
+    assert quantized == Answer(0, "", "")
+    measured = ptq("eval", tmp_path / "out", "--ppl", "text.txt", "--quiet", "--json")
+    assert (measured.code, measured.err) == (0, "")
+    assert json.loads(measured.out)["results"]
+
+
+def test_dry_run_writes_nothing(ptq: Ptq, at_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = ptq("quantize", at_work / "model", "--group-size", "32", "--dry-run", "--json")
+    plan = json.loads(answer.out)
+    assert answer.code == 0
+    assert len(plan["linears"]) == 14
+    assert plan["disk_bytes"] < plan["bytes_before"]
+    assert "memory needed" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_output_and_newest_checkpoint(ptq: Ptq, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32").code == 0
+    assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "-1", "--wbits", "8").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-rtn-w4g32", "model-rtn-w8"]
+    assert ptq("inspect").out.startswith("checkpoint    model-rtn-w8\n")
+    os.utime(tmp_path / "model-rtn-w4g32" / locate.REPORT_NAME, (2e9, 2e9))
+    assert ptq("inspect").out.startswith("checkpoint    model-rtn-w4g32\n")
+    again = ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32")
+    assert "--output" in one_line(again)
+    assert "--overwrite" in one_line(again)
+    assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32", "--overwrite").code == 0
+
+
+def test_inspect(ptq: Ptq, at_work: Path) -> None:
+    shown = ptq("inspect", "done")
+    facts = json.loads(ptq("inspect", "done", "--json").out)
+    assert shown.code == 0
+    assert re.search(r"W8 g32 sym +14 ", shown.out)
+    assert facts["source"] == str(at_work / "model")
+    layer = facts["layers"][0]
+    assert (layer["name"], layer["scheme"], layer["shape"]) == ("model.layers.0.self_attn.q_proj", "W8 g32 sym", [64, 64])
+    assert layer["bytes"] == 64 * 64 + 64 * 2 * 2 + 16  # codes, bfloat16 scales, the shape
+    assert 0 < layer["relative_error"] < 0.02
+
+
+def test_inspect_of_an_unquantized_model(ptq: Ptq, at_work: Path) -> None:
+    assert re.search(r"quantized +nothing", ptq("inspect", "model").out)
+
+
+def test_eval_beside_the_original(ptq: Ptq, at_work: Path) -> None:
+    shown = ptq("eval", "done", "--ppl", "text.txt", "--seqlen", "64")
+    facts = json.loads(ptq("eval", "done", "--ppl", "text.txt", "--seqlen", "64", "--json").out)
+    alone = json.loads(ptq("eval", "model", "--ppl", "text.txt", "--seqlen", "64", "--json").out)
+    result = facts["results"][0]
+    assert shown.code == 0
+    assert "same top-1" in shown.out
+    assert f"{result['perplexity']:.4f}" in shown.out
+    assert facts["baseline"] == str(at_work / "model")
+    assert result["baseline_perplexity"] == pytest.approx(alone["results"][0]["perplexity"], rel=1e-6)
+    assert result["perplexity"] != result["baseline_perplexity"]
+    assert 0 < result["mean_kl"] < 0.1
+    assert alone["baseline"] is None
+
+
+def test_eval_without_the_original(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    out = tmp_path / "out"
+    assert ptq("quantize", tmp_path / "model", "--recipe", workshop / "recipe.yaml", "--output", out).code == 0
+    shutil.rmtree(tmp_path / "model")
+    answer = ptq("eval", out, "--ppl", workshop / "text.txt")
+    assert answer.code == 0
+    assert "is gone; name it with --baseline" in answer.out
+    assert "same top-1" not in answer.out
+    assert "is gone" not in ptq("eval", out, "--ppl", workshop / "text.txt", "--no-baseline").out
+    assert "same top-1" in ptq("eval", out, "--ppl", workshop / "text.txt", "--baseline", workshop / "model").out
+
+
+def test_eval_on_several_texts(ptq: Ptq, at_work: Path) -> None:
+    write_text(at_work / "empty" / "other.txt", seed=1)
+    facts = json.loads(ptq("eval", "done", "--ppl", "text.txt", "--ppl", "empty", "--no-baseline", "--json").out)
+    (at_work / "empty" / "other.txt").unlink()
+    assert [result["text"] for result in facts["results"]] == ["text.txt", "empty"]
+
+
+def test_generate(ptq: Ptq, at_work: Path) -> None:
+    first = ptq("generate", "done", "a scale and", "--max-new-tokens", "5")
+    drawn = [ptq("generate", "done", "a scale and", "--temperature", "2", "--seed", seed).out for seed in ("1", "1", "2")]
+    assert first.code == 0
+    assert first.out.startswith("a scale and")
+    assert first.err == ""
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_doctor(ptq: Ptq, tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.raw").write_text("text")
+    shown = ptq("doctor", "--data-dir", tmp_path)
+    facts = {check["name"]: check for check in json.loads(ptq("doctor", "--json", "--data-dir", tmp_path).out)}
+    assert shown.code == 0
+    assert facts["torch"]["found"] == torch.__version__
+    assert facts["wikitext2"]["status"] == "ok"
+    assert all(name in shown.out for name in facts)
+
+
+def test_doctor_names_what_is_missing(ptq: Ptq, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["no-such-package>=3", "click>=999", 'triton>=99; extra == "triton"'])
+    answer = ptq("doctor")
+    assert answer.code == 1
+    assert re.search(r"no-such-package +MISSING +not installed +pip install 'no-such-package>=3'", answer.out)
+    assert re.search(r"click +MISSING +\S+ is out of range +pip install 'click>=999'", answer.out)
+    assert re.search(r"triton +not there", answer.out)
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("q_proj:skip", Override("q_proj", skip=True)),
+        ("(?:a|b):bits=8", Override("(?:a|b)", bits=8)),
+        ("x:bits=8,group=-1,asym", Override("x", bits=8, group_size=-1, symmetric=False)),
+        ("x: group=64, sym", Override("x", group_size=64, symmetric=True)),
+    ],
+)
+def test_overrides(text: str, expected: Override) -> None:
+    assert parse_override(text) == expected
+
+
+def test_the_demo_model_is_the_default() -> None:
+    assert (locate.find_model(None) / "config.json").is_file()
+
+
+def test_only_weights_and_text_are_fetched() -> None:
+    repository = ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "pytorch_model.bin"]
+    repository += ["model.pkl", "modeling_own.py", "consolidated.safetensors", "onnx/model.safetensors", "training_args.pt"]
+    fetched = [
+        name
+        for name in repository
+        if any(fnmatch.fnmatch(name, pattern) for pattern in locate.WANTED_FILES)
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in locate.UNWANTED_FILES)
+    ]
+    assert fetched == ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
+
+
+def test_the_report_is_where_the_pipeline_writes_it() -> None:
+    assert locate.REPORT_NAME == pipeline.REPORT_NAME
+
+
+def test_sizes_and_times() -> None:
+    assert [size_text(count) for count in (0, 1023, 1536, 5 * 1024**3)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+    assert [time_text(seconds) for seconds in (0.84, 75, 720, 7500)] == ["0.8 s", "75 s", "12 min", "2 h 05 min"]
+
+
+def test_lines_of_progress() -> None:
+    stream = io.StringIO()
+    tracker = LineTracker(Console(file=stream), "block", pause=0.0)
+    tracker.say("working")
+    tracker.note("a detail")
+    tracker.step(1, 2, "first")
+    tracker.step(2, 2, "second")
+    assert re.fullmatch(r"working\nblock 1/2: first, 0\.\d s left\nblock 2/2: second\n", stream.getvalue())
+
+
+def test_lines_come_not_too_often() -> None:
+    stream = io.StringIO()
+    tracker = LineTracker(Console(file=stream), "window", pause=60.0)
+    for done in range(1, 11):
+        tracker.step(done, 10, "text")
+    assert stream.getvalue() == ""
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("ptqcli.cli.progress.open_console", lambda **_: Console(file=stream, force_terminal=True, width=100))
+    with track("block") as tracker:
+        tracker.say("working")
+        tracker.step(1, 2, "first")
+        tracker.note("a detail")
+    assert "block" in stream.getvalue()
+    assert "1/2" in stream.getvalue()

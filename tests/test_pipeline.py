@@ -1,0 +1,332 @@
+"""The loop over blocks: what it writes, in what memory, and what it refuses."""
+
+import filecmp
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import POSITIONS, make_model, write_text
+
+import ptqcli.pipeline
+from ptqcli.calibration.capture import Activations
+from ptqcli.calibration.statistics import Hessian
+from ptqcli.checkpoint import CheckpointReader
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.model import Skeleton, find_blocks
+from ptqcli.pipeline import quantize
+from ptqcli.recipe import Override, Recipe, Setting, load_recipe
+from ptqcli.runtime import load_quantized
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    return tmp_path / "model"
+
+
+def small(model, **changes):
+    return Recipe(**{"group_size": 32, "calib": str(model.parent / "text.txt"), "nsamples": 7, "seqlen": 48, **changes})
+
+
+def same_files(one, other):
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+
+
+def test_two_runs_give_the_same_bytes_and_another_seed_does_not(model, tmp_path):
+    quantize(model, small(model), tmp_path / "a")
+    quantize(model, small(model), tmp_path / "b")
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    quantize(model, small(model, seed=1), tmp_path / "c")
+    assert not filecmp.cmp(tmp_path / "a" / "model.safetensors", tmp_path / "c" / "model.safetensors", shallow=False)
+
+
+def test_a_small_activation_budget_changes_the_memory_and_not_the_bytes(model, tmp_path):
+    quantize(model, small(model), tmp_path / "asleep", setting=Setting(batch_size=2))
+    quantize(model, small(model), tmp_path / "again", setting=Setting(batch_size=2, activation_budget=0))
+    assert same_files(tmp_path / "asleep", tmp_path / "again")
+
+
+def test_activations_beyond_the_budget_lie_in_a_file_that_leaves_no_trace(tmp_path):
+    held = Activations((3, 4, 5), torch.float32, 3 * 4 * 5 * 4, tmp_path)
+    mapped = Activations((3, 4, 5), torch.float32, 3 * 4 * 5 * 4 - 1, tmp_path)
+    assert not held.mapped
+    assert mapped.mapped
+    mapped.values[1] = 7
+    assert float(mapped.values.sum()) == 7 * 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_sequential_calibrates_behind_the_quantized_layers(model, tmp_path):
+    one = quantize(model, small(model, wbits=2), tmp_path / "sequential")
+    other = quantize(model, small(model, wbits=2, sequential=False), tmp_path / "at-once")
+    first = {layer.name: layer.relative_error for layer in one.layers if ".layers.0." in layer.name}
+    second = {layer.name: layer.relative_error for layer in other.layers if ".layers.0." in layer.name}
+    assert list(first) == list(second)
+    q_proj, down_proj = next(iter(first)), list(first)[-1]
+    assert first[q_proj] == second[q_proj]
+    assert first[down_proj] != second[down_proj]
+
+
+def test_each_part_of_a_block_runs_once_per_batch(model, tmp_path, monkeypatch):
+    """Calibration asks nothing twice: with enough memory every linear of every block runs exactly once per batch."""
+    calls = {}
+    monkeypatch.setattr(Skeleton, "load_block", _counting_load(calls))
+    quantize(model, small(model, nsamples=6), tmp_path / "out", setting=Setting(batch_size=2))
+    assert set(calls.values()) == {3}
+    assert len(calls) == 14
+
+
+def _counting_load(calls):
+    load = Skeleton.load_block
+
+    def counting(self, index, device, dtype):
+        block = load(self, index, device, dtype)
+        for name, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                key = (index, name)
+                module.register_forward_hook(lambda *_, key=key: calls.__setitem__(key, calls.get(key, 0) + 1))
+        return block
+
+    return counting
+
+
+def test_the_hessian_is_the_sum_of_outer_products():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 9, 600, generator=generator) for _ in range(3)]
+    hessian = Hessian.zeros(600, torch.device("cpu"))
+    for batch in batches:
+        hessian.add(batch)
+    rows = torch.cat(batches).reshape(-1, 600).double()
+    torch.testing.assert_close(hessian.matrix.double(), rows.T @ rows, rtol=1e-5, atol=1e-4)
+    assert torch.equal(hessian.matrix, hessian.matrix.T)
+    assert hessian.tokens == 54
+    weight = torch.randn(5, 600, generator=generator)
+    assert hessian.output_energy(weight) == pytest.approx(float((weight.double() @ rows.T).square().sum()), rel=1e-4)
+
+
+def test_reported_errors_and_sizes_are_those_of_the_files(model, tmp_path):
+    report = quantize(model, small(model, scale_search="mse"), tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "ptq_report.json").read_text())
+    assert len(stored["layers"]) == len(report.layers) == 14
+    assert "seconds" not in stored
+    reader, before = CheckpointReader(tmp_path / "out"), CheckpointReader(model)
+    assert report.bytes_after == reader.total_bytes
+    assert report.bytes_before == before.total_bytes
+    packed = [name for name in reader.names if ".weight_packed" in name or ".weight_scale" in name or ".weight_shape" in name]
+    weights = sum(before.shape(f"{layer.name}.weight")[0] * before.shape(f"{layer.name}.weight")[1] for layer in report.layers)
+    assert report.bits_per_weight == pytest.approx(sum(reader.nbytes(name) for name in packed) * 8 / weights)
+
+
+def test_everything_that_is_not_quantized_is_carried_over(model, tmp_path):
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "notes.py").write_text("raise SystemExit")
+    quantize(model, small(model, algo="rtn"), tmp_path / "out")
+    before, after = CheckpointReader(model), CheckpointReader(tmp_path / "out")
+    for name in before.names:
+        if "norm" in name or "embed" in name or "lm_head" in name:
+            assert torch.equal(before.read(name), after.read(name))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"chat_template.jinja", "tokenizer.json", "generation_config.json", "config.json", "model.safetensors"} <= names
+    assert "notes.py" not in names
+
+
+def test_shards_have_an_index_and_load(model, tmp_path):
+    quantize(model, small(model, algo="rtn"), tmp_path / "whole")
+    quantize(model, small(model, algo="rtn"), tmp_path / "cut", setting=Setting(max_shard_bytes=40_000))
+    assert (tmp_path / "cut" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_quantized(tmp_path / "whole")(ids).logits, load_quantized(tmp_path / "cut")(ids).logits)
+
+
+def test_overrides_skip_and_change_schemes(model, tmp_path):
+    overrides = (Override("down_proj", bits=8, group_size=-1), Override(r"layers\.1\.self_attn", skip=True))
+    report = quantize(model, small(model, overrides=overrides, ignore=("layers.0.self_attn.o_proj",)), tmp_path / "out")
+    schemes = {layer.name: layer.scheme for layer in report.layers}
+    assert schemes["model.layers.0.mlp.down_proj"] == "W8 per row sym"
+    assert schemes["model.layers.0.mlp.up_proj"] == "W4 g32 sym"
+    assert "model.layers.0.self_attn.o_proj" not in schemes
+    assert not [name for name in schemes if "layers.1.self_attn" in name]
+    assert torch.isfinite(load_quantized(tmp_path / "out")(torch.arange(9)[None]).logits).all()
+
+
+REFUSALS = [
+    ({"group_size": 48}, "does not divide the 64 input features of model.layers.0.self_attn.q_proj"),
+    ({"overrides": (Override("no_such_layer", skip=True),)}, "matches no linear"),
+    ({"ignore": ("no_such_layer",)}, "matches no linear"),
+    ({"ignore": ("proj",)}, "nothing is left to quantize"),
+    ({"overrides": (Override("q_proj", bits=8),)}, "run as one matrix by vLLM"),
+    ({"static_groups": False}, "static groups"),
+    ({"seqlen": POSITIONS + 1}, f"longer than the model's {POSITIONS} positions"),
+    ({"blocks": "model.nothing"}, "no such list of blocks"),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSALS, ids=[message[:24] for _, message in REFUSALS])
+def test_what_cannot_work_is_refused_by_name_before_work_starts(model, tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(CheckpointReader, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    with pytest.raises(UsageError, match=message.replace(".", r"\.")):
+        quantize(model, small(model, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"wbits": 5}, "5 bits"),
+        ({"group_size": 0}, "group size 0"),
+        ({"algo": "magic"}, "algorithm 'magic' is unknown"),
+        ({"damp": -1.0}, "damp"),
+        ({"scale_search": "best"}, "scale search"),
+        ({"nsamples": 0}, "nsamples"),
+        ({"seqlen": 1}, "seqlen"),
+        ({"ignore": ("(",)}, "regular expression"),
+        ({"format": "gguf"}, "format"),
+    ],
+)
+def test_a_recipe_refuses_values_that_do_not_exist(changes, message):
+    with pytest.raises(UsageError, match=message):
+        Recipe(**changes)
+
+
+def test_flags_win_over_the_recipe_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("algo: rtn\nwbits: 3\noverrides:\n  - pattern: down_proj\n    bits: 8\nignore: [gate]\n")
+    recipe = load_recipe(file, {"wbits": 8})
+    assert (recipe.algo, recipe.wbits, recipe.group_size) == ("rtn", 8, 128)
+    assert recipe.overrides == (Override("down_proj", bits=8),)
+    assert recipe.ignore == ("gate",)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("wbit: 4", "unknown key 'wbit'"),
+        ("wbits: four", "'wbits' must be int"),
+        ("wbits: true", "'wbits' must be int"),
+        ("symmetric: 1", "'symmetric' must be bool"),
+        ("ignore: lm_head", "'ignore' must be a list"),
+        ("overrides: [{bits: 8}]", "pattern is required"),
+        ("overrides: [{pattern: a, bit: 8}]", "an override has the keys"),
+        ("- a", "list of 'key: value' lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_broken_recipe_file_is_named_with_its_fault(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message) as raised:
+        load_recipe(file)
+    assert str(file) in str(raised.value)
+
+
+def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_checkpoint(model, tmp_path):
+    quantize(model, small(model, algo="rtn"), tmp_path / "out")
+    with pytest.raises(UsageError, match="already exists"):
+        quantize(model, small(model), tmp_path / "out")
+    quantize(model, small(model, algo="rtn", wbits=8), tmp_path / "out", overwrite=True)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="was not written by ptq quantize"):
+        quantize(model, small(model, algo="rtn"), precious, overwrite=True)
+    with pytest.raises(UsageError, match="is the model itself"):
+        quantize(model, small(model), model, overwrite=True)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(model, tmp_path):
+    class Interrupting(ptqcli.pipeline.Silent):
+        def block_done(self, index, count):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, small(model), tmp_path / "out", listener=Interrupting())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+    quantize(model, small(model, algo="rtn"), tmp_path / "out")
+    kept = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, small(model), tmp_path / "out", overwrite=True, listener=Interrupting())
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == kept
+
+
+def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(model, tmp_path):
+    make_model(tmp_path / "broken", dtype=torch.float32)
+    weights = CheckpointReader(tmp_path / "broken")
+    tensors = {name: weights.read(name) for name in weights.names}
+    tensors["model.layers.1.input_layernorm.weight"][:] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PTQError, match=r"model\.layers\.1\.self_attn\.q_proj: calibration inputs are not finite"):
+        quantize(tmp_path / "broken", small(model), tmp_path / "out")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PTQError, match=r"model\.layers\.0\.mlp\.up_proj: the weight holds NaN or infinity"):
+        quantize(tmp_path / "broken", small(model), tmp_path / "out")
+
+
+def test_a_quantized_model_is_not_quantized_again(model, tmp_path):
+    quantize(model, small(model, algo="rtn"), tmp_path / "out")
+    with pytest.raises(PTQError, match="already quantized"):
+        quantize(tmp_path / "out", small(model, algo="rtn"), tmp_path / "twice")
+
+
+def test_names_with_and_without_the_prefix_are_one(tmp_path):
+    """Old checkpoints hold the bare base model's names; the weights read are the same."""
+    from safetensors.torch import save_file
+
+    make_model(tmp_path / "model", "gpt2")
+    reader = CheckpointReader(tmp_path / "model")
+    bare = {name.removeprefix("transformer."): reader.read(name) for name in reader.names}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()  # a buffer that old files carry
+    save_file(bare, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    quantize(tmp_path / "model", Recipe(algo="rtn", group_size=32), tmp_path / "out")
+    after = CheckpointReader(tmp_path / "out")
+    assert "h.0.attn.c_attn.weight_packed" in after.names
+    assert "h.0.attn.bias" in after.names
+
+
+def test_blocks_are_found_or_asked_for():
+    blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+    rivals = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+    model = torch.nn.Module()
+    model.layers = blocks
+    assert find_blocks(model) == "layers"
+    model.others = rivals
+    with pytest.raises(UsageError, match="several lists of blocks"):
+        find_blocks(model)
+    assert find_blocks(model, "others") == "others"
+    with pytest.raises(UsageError, match="candidates are layers, others"):
+        find_blocks(model, "layer")
+    with pytest.raises(UsageError, match="no list of repeated blocks"):
+        find_blocks(torch.nn.Linear(2, 2))
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+from ptqcli.pipeline import quantize
+from ptqcli.recipe import Recipe, Setting
+recipe = Recipe(group_size=64, calib=sys.argv[2], nsamples=16, seqlen=64)
+report = quantize(Path(sys.argv[1]), recipe, Path(sys.argv[3]))
+print(report.peak_memory_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
+    text, peaks = write_text(tmp_path / "text.txt"), {}
+    for depth in (8, 32):
+        make_model(tmp_path / str(depth), hidden_size=512, intermediate_size=1536, num_hidden_layers=depth)
+        arguments = [str(tmp_path / str(depth)), str(text), str(tmp_path / f"{depth}-out")]
+        done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
+        peaks[depth] = int(done.stdout)
+    weights = {depth: CheckpointReader(tmp_path / str(depth)).total_bytes for depth in peaks}
+    assert weights[32] - weights[8] > 0.4 * peaks[8], "the models must differ by much more than the tolerance"
+    assert abs(peaks[32] - peaks[8]) < 0.1 * peaks[8], peaks
