@@ -126,7 +126,7 @@ class Skeleton:
         self.model = build_on_meta(self.config)
         self.names = DiskNames(self.model, self.reader.names)
         self.blocks_name = find_blocks(self.model, blocks)
-        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name))  # type: ignore[arg-type]
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
         self._refuse_fused_experts()
         self._refuse_missing()
         self.shapes = probe_blocks(self.model, self.blocks)
@@ -267,7 +267,7 @@ def _declared_renamings(model: nn.Module) -> tuple[list[Any], list[Any]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    declared = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    declared = get_model_conversion_mapping(model)
     renamings = [entry for entry in declared if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in declared if isinstance(entry, WeightConverter)]
 

@@ -274,11 +274,7 @@ class _Run:
             self.listener.block_done(index, count)
 
     def _write_block(self, index: int, packed: dict[str, Tensor]) -> None:
-        rest = {
-            name: self.skeleton.reader.read(name)
-            for name in self.skeleton.block_disk_names(index)
-            if name not in self.written
-        }
+        rest = {name: self.skeleton.reader.read(name) for name in self.skeleton.block_disk_names(index) if name not in self.written}
         self._write({**packed, **rest})
         self.written.update(rest)
 

@@ -1,9 +1,9 @@
 """What is to be done, before anything is done.
 
-A ``Recipe`` is the request: it comes from a YAML file, from flags, or from both (flags win), and both meet in ``load_recipe``. ``make_plan``
-confronts it with a model's skeleton and decides for every linear whether it is quantized and in which scheme. Whatever cannot work
-is refused there, by name, before a weight is read: a group that does not divide, a pattern that matches nothing, parts of one
-fused matrix in different schemes, something that the format cannot hold.
+A ``Recipe`` is the request: it comes from a YAML file, from flags, or from both (flags win), and both meet in ``load_recipe``.
+``make_plan`` confronts it with a model's skeleton and decides for every linear whether it is quantized and in which scheme. Whatever
+cannot work is refused there, by name, before a weight is read: a group that does not divide, a pattern that matches nothing, parts of
+one fused matrix in different schemes, something that the format cannot hold.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -47,8 +47,11 @@ class Override:
 
     def apply(self, scheme: Scheme) -> Scheme:
         """``scheme`` with this override's changes."""
-        changes = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        return replace(scheme, **{key: value for key, value in changes.items() if value is not None})
+        return Scheme(
+            bits=scheme.bits if self.bits is None else self.bits,
+            group_size=scheme.group_size if self.group_size is None else self.group_size,
+            symmetric=scheme.symmetric if self.symmetric is None else self.symmetric,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Setting:
     products are slow and overflow). max_shard_bytes: largest safetensors file, None for the default.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
     activation_budget: int = DEFAULT_ACTIVATION_BUDGET
     dtype: torch.dtype | None = None
@@ -421,9 +424,7 @@ def _disk_bytes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
     return skeleton.reader.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
 
 
-def _memory_bytes(
-    recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, setting: Setting
-) -> int:
+def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, setting: Setting) -> int:
     """Peak of a run beyond Python and torch themselves: activations, one block, and the solver's copies of the largest matrix."""
     itemsize = setting.calibration_dtype(linears[0].scale_dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]

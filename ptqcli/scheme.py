@@ -87,7 +87,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``(codes - zero) * scale`` as [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's)."""
-        out, columns = self.codes.shape
+        _out, columns = self.codes.shape
         index = self.g_idx.long() if self.g_idx is not None else _neighbour_groups(columns, self.scale.shape[1], self.codes.device)
         centred = self.codes.float() - self.zero.float()[:, index]
         return (centred * self.scale.float()[:, index]).to(dtype or self.scale.dtype)

@@ -62,9 +62,7 @@ def textbook_gptq(
     for j in range(columns):
         group = int(group_of[j])
         if not fitted_beforehand and j % width == 0:
-            scale[:, group], zero[:, group] = textbook_grid(
-                weight[:, j : j + width], scheme, scale_dtype, search
-            )
+            scale[:, group], zero[:, group] = textbook_grid(weight[:, j : j + width], scheme, scale_dtype, search)
         codes[:, j] = textbook_codes(weight[:, j], scale[:, group], zero[:, group], scheme)
         quantized = (codes[:, j] - zero[:, group]) * scale[:, group]
         error = (weight[:, j] - quantized) / factor[j, j]
@@ -80,9 +78,7 @@ def textbook_gptq(
     )
 
 
-def excess_rounding(
-    weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, damp: float = 0.0, act_order: bool = False
-) -> float:
+def excess_rounding(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, damp: float = 0.0, act_order: bool = False) -> float:
     """Code steps by which the worst code lies farther from its value than the nearest; 0 for exact GPTQ.
 
     Replays the error feedback in float64 for the codes as they are, so that one tie that went the other way
@@ -127,9 +123,7 @@ def importance_order(hessian: Tensor) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def textbook_grid(
-    weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax"
-) -> tuple[Tensor, Tensor]:
+def textbook_grid(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax") -> tuple[Tensor, Tensor]:
     """Scale, rounded to ``scale_dtype``, and zero point of one group [rows, columns]; float64 [rows] each."""
     low = weights.min(dim=1).values.clamp(max=0.0)
     high = weights.max(dim=1).values.clamp(min=0.0)
@@ -147,9 +141,7 @@ def textbook_grid(
     return torch.stack(scales).gather(0, best)[0], torch.stack(zeros).gather(0, best)[0]
 
 
-def _grid_of_range(
-    low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(scale_dtype)
     scale = (high - low) / (2**scheme.bits - 1)
     scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), 1.0).to(scale_dtype).double()

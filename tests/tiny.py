@@ -24,6 +24,8 @@ ROTARY = {
 }
 OLDER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": POSITIONS}
 
+TWO_KINDS = ["sliding_attention", "full_attention"]
+
 # name: (configuration class, its arguments). Gemma 3 and Mistral get a window that the test text is longer than.
 ARCHITECTURES = {
     "llama": ("LlamaConfig", ROTARY),
@@ -31,7 +33,7 @@ ARCHITECTURES = {
     "qwen2": ("Qwen2Config", ROTARY),
     "qwen3": ("Qwen3Config", {**ROTARY, "head_dim": 16}),
     "gemma2": ("Gemma2Config", {**ROTARY, "head_dim": 16, "sliding_window": 16}),
-    "gemma3": ("Gemma3TextConfig", {**ROTARY, "head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": ("Gemma3TextConfig", {**ROTARY, "head_dim": 16, "sliding_window": 16, "layer_types": TWO_KINDS}),
     "phi3": ("Phi3Config", ROTARY),
     "opt": ("OPTConfig", {**OLDER, "ffn_dim": 128, "word_embed_proj_dim": 64}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}),
@@ -75,7 +77,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
     """A text of common words in random order."""
     source = random.Random(seed)
-    vocabulary = "the of a model weight is code scale and zero group error column row then sum 1 2 3 , . ( )".split()
+    vocabulary = ["the", "of", "model", "weight", "scale", "zero", "group", "error", "row", "sum", "1", "2", ",", ".", "(", ")"]
     path.write_text(" ".join(source.choice(vocabulary) for _ in range(words)), encoding="utf-8")
     return path
 

@@ -68,8 +68,7 @@ def documents(part: Part) -> list[str]:
     corpus = read_corpus()
     if sum(len(document.text) for document in corpus) < SMALLEST_CORPUS:
         raise PTQError(
-            "this Python carries too little text for the built-in corpus (its library has no source files); "
-            "give a text with --calib PATH"
+            "this Python carries too little text for the built-in corpus (its library has no source files); give a text with --calib PATH"
         )
     calibration = [document.text for document in corpus if part_of(document.module) == "calibration"]
     if part == "calibration":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import PTQError
-from ptqcli.model import BlockShape, Skeleton, StopForward, is_linear
+from ptqcli.model import BlockShape, Skeleton, StopForward, is_linear, linear_weight
 
 
 class Activations:
@@ -124,7 +124,7 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
         return forward
 
     for block, shape in zip(skeleton.blocks, skeleton.shapes, strict=True):
-        block.forward = recorder(shape)  # type: ignore[method-assign]
+        block.forward = recorder(shape)
     try:
         model(input_ids=ids, use_cache=False)
     except StopForward:
@@ -184,11 +184,9 @@ class CalibratedBlock:
 
     def bytes_asleep(self) -> int:
         """Upper estimate of the memory of all batches suspended at their widest point."""
-        features = self.recording.activations.values.shape[2]
-        inputs = [linear.weight for linear in self.block.modules() if is_linear(linear)]
-        widest = max((max(weight.shape) for weight in inputs), default=0)
-        tokens = self.recording.activations.values.shape[0] * self.recording.activations.values.shape[1]
-        return tokens * (3 * features + 2 * widest) * self.recording.activations.values.dtype.itemsize
+        widest = max((max(linear_weight(linear).shape) for linear in self.block.modules() if is_linear(linear)), default=0)
+        windows, tokens, features = self.recording.activations.values.shape
+        return windows * tokens * (3 * features + 2 * widest) * self.recording.activations.values.dtype.itemsize
 
     def _forward(self, batch: int) -> Tensor:
         start, stop = self.recording.batches[batch]
@@ -209,8 +207,7 @@ class CalibratedBlock:
 
     def _new_hessian(self, stage: int) -> Hessian:
         leader = self.block.get_submodule(self.stages[stage][0])
-        features = leader.weight.shape[1] if isinstance(leader, nn.Linear) else leader.weight.shape[0]
-        return Hessian.zeros(features, self.device)
+        return Hessian.zeros(linear_weight(leader).shape[1], self.device)
 
     def sequential(self) -> Iterator[tuple[int, Hessian]]:
         """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""
@@ -233,41 +230,20 @@ class CalibratedBlock:
             self._run(batch)
 
     def _suspended(self) -> Iterator[tuple[int, Hessian]]:
-        asleep: dict[int, tuple[int, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
-        lanes = [greenlet(self._run) for _ in self.recording.batches]
-
-        def wake(batch: int, *args: int) -> None:
-            stop = lanes[batch].switch(*args)
-            if lanes[batch].dead:
-                asleep.pop(batch, None)
-            else:
-                asleep[batch] = stop
-
-        solved: set[int] = set()
-
-        def hook(stage: int, inputs: Tensor) -> None:
-            if stage not in solved:
-                greenlet.getcurrent().parent.switch((stage, inputs))  # type: ignore[union-attr]
-
-        handles = self._leaders(hook)
+        lanes = _Lanes(self._run, len(self.calls))
+        handles = self._leaders(lanes.pause)
         try:
-            for batch in range(len(lanes)):
-                wake(batch, batch)
+            lanes.start()
             for stage in range(len(self.stages)):
                 hessian = self._new_hessian(stage)
-                waiting = [batch for batch, (where, _) in asleep.items() if where == stage]
-                for batch in waiting:
-                    hessian.add(asleep[batch][1])
+                for inputs in lanes.inputs_of(stage):
+                    hessian.add(inputs)
                 yield stage, hessian
-                solved.add(stage)
-                for batch in waiting:
-                    wake(batch)
+                lanes.pass_stage(stage)
         finally:
             for handle in handles:
                 handle.remove()
-            for lane in lanes:
-                if lane and not lane.dead:
-                    lane.throw()
+            lanes.stop()
 
     def _repeated(self) -> Iterator[tuple[int, Hessian]]:
         for stage in range(len(self.stages)):
@@ -288,3 +264,48 @@ class CalibratedBlock:
                 self._forward(batch)
         for handle in handles:
             handle.remove()
+
+
+class _Lanes:
+    """All batches of a block on their way through it, each in a greenlet that sleeps before a stage which has no codes yet."""
+
+    def __init__(self, run: Callable[[int], None], count: int) -> None:
+        self._greenlets = [greenlet(run) for _ in range(count)]
+        self._asleep: dict[int, tuple[int, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
+        self._solved: set[int] = set()
+
+    def start(self) -> None:
+        """Send every batch off, up to its first stage."""
+        for batch in range(len(self._greenlets)):
+            self._resume(batch, batch)
+
+    def pause(self, stage: int, inputs: Tensor) -> None:
+        """Called inside a batch's forward pass when it comes to ``stage``: sleep if the stage is not solved yet."""
+        if stage not in self._solved:
+            greenlet.getcurrent().parent.switch((stage, inputs))
+
+    def inputs_of(self, stage: int) -> Iterator[Tensor]:
+        """The inputs of ``stage`` in all batches that sleep before it, in the order of the batches."""
+        for batch in self._waiting(stage):
+            yield self._asleep[batch][1]
+
+    def pass_stage(self, stage: int) -> None:
+        """``stage`` has its codes: wake the batches that waited for them, up to their next stage or the end of the block."""
+        self._solved.add(stage)
+        for batch in self._waiting(stage):
+            self._resume(batch)
+
+    def stop(self) -> None:
+        """End batches that never came to their end, after an error or an interruption."""
+        for lane in self._greenlets:
+            if lane and not lane.dead:
+                lane.throw()
+
+    def _waiting(self, stage: int) -> list[int]:
+        return sorted(batch for batch, (where, _) in self._asleep.items() if where == stage)
+
+    def _resume(self, batch: int, *first: int) -> None:
+        self._asleep.pop(batch, None)
+        stop = self._greenlets[batch].switch(*first)
+        if not self._greenlets[batch].dead:
+            self._asleep[batch] = stop

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ptqcli.errors import PTQError
 
-
 # Width of the strips in which the lower triangle is summed: H is symmetric, and n strips need (n + 1) / 2n of the full product.
 # Below 256 columns the products become too thin to run at full speed.
 STRIP = 256

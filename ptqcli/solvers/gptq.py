@@ -17,10 +17,10 @@ product, so nearly all of the work is in large products and what is left for the
 A group's grid is fitted on the weights that the feedback of all earlier columns leaves for it, ``w' = w + B R_gg^-1`` (``B`` the feedback
 sums of the group's columns, ``R_gg`` the group's triangle of R): the recursion is cut so that a group is a node of it.
 
-Order of the columns (``act_order``): by falling diagonal of H, so that the columns which carry the most are rounded while there are still
-many others to take up their error. With ``static_groups`` a group stays ``group_size`` neighbouring columns and its grid is fitted before the
-first column is rounded, so that the file needs no index; without, groups are neighbours in the new order, as in the original code, and
-``QuantizedWeight.g_idx`` says which column belongs to which.
+Order of the columns (``act_order``): by falling diagonal of H, so that the columns which carry the most are rounded while there are
+still many others to take up their error. With ``static_groups`` a group stays ``group_size`` neighbouring columns and its grid is
+fitted before the first column is rounded, so that the file needs no index; without, groups are neighbours in the new order, as in
+the original code, and ``QuantizedWeight.g_idx`` says which column belongs to which.
 
 What is handled, and counted in ``SolveNotes``:
 
@@ -55,7 +55,7 @@ LARGEST_DAMP = 10.0
 class Factor:
     """The damped Hessian, factored in processing order.
 
-    order: int64 [in], processing position -> column. feedback: [in, in], ``feedback[j, k] = R_kj / R_jj`` for k <= j, unit lower triangular.
+    order: int64 [in], processing position -> column. feedback: [in, in], unit lower triangular, ``feedback[j, k] = R_kj / R_jj``.
     """
 
     order: Tensor
