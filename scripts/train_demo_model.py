@@ -50,7 +50,6 @@ class Progress:
     """What has been done so far, for the log and the model card."""
 
     minutes: float
-    cpu_minutes: float
     steps: int
     tokens_seen: int
     corpus_tokens: int
@@ -139,7 +138,7 @@ def train(
         now = time.monotonic()
         done = (now - start) / (60 * options.minutes)
         tokens_seen = steps * options.batch * CONTEXT
-        progress = Progress((now - start) / 60, time.process_time() / 60, steps, tokens_seen, corpus_tokens)
+        progress = Progress((now - start) / 60, steps, tokens_seen, corpus_tokens)
         if steps % 20 == 0:
             rate = tokens_seen / (now - start)
             print(f"step {steps}  {progress.minutes:5.1f} min  loss {smooth_loss:.3f}  {rate:,.0f} tokens/s", flush=True)
@@ -266,7 +265,7 @@ measured on a machine without a network. It is of no use as an assistant.
 | training text | {progress.corpus_tokens:,} tokens |
 | training | {progress.steps:,} steps of {options.batch} windows of {CONTEXT} tokens: {progress.tokens_seen:,} tokens, \
 {progress.tokens_seen / progress.corpus_tokens:.1f} times the text |
-| time | {progress.minutes:.0f} minutes on {options.threads} CPU cores ({platform.machine()}), {progress.cpu_minutes:.0f} minutes of CPU time |
+| time | {progress.minutes:.0f} minutes on {options.threads} CPU cores ({platform.machine()}) |
 | method | Muon for the matrices (rate {MUON_RATE}), AdamW for the embedding and norms (rate {ADAMW_RATE}), weight decay \
 {WEIGHT_DECAY}, bfloat16 autocast, linear decay to zero, seed {options.seed} |
 | held-out perplexity | {measured[256]:.3f} in windows of 256, {measured[512]:.3f} in windows of 512 |
@@ -293,7 +292,8 @@ bfloat16 one in this folder, computed in bfloat16.
     python scripts/train_demo_model.py --minutes {options.minutes:.0f} --batch {options.batch} --layers {options.layers}\
  --threads {options.threads} --seed {options.seed}
 
-The schedule follows the clock, so another run takes a different number of steps and gives slightly different weights.
+The schedule follows the clock, so another run takes a different number of steps and gives slightly different weights: fewer
+steps where other work shares the cores.
 Trained with torch {torch.__version__.split("+")[0]} and transformers {transformers.__version__}.
 
 ## Licence

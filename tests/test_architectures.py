@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
+from packaging.version import Version
 from tiny import ARCHITECTURES, make_model, token_ids, write_text
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -113,6 +115,8 @@ def test_transformers_loads_the_checkpoint_or_says_why_not(architecture, tmp_pat
         return
     if architecture == "falcon":  # its linears multiply with their weight themselves, which the packed ones do not have
         assert any("FalconLinear" in note and "dequantize=True" in note for note in notes)
+        if Version(transformers.__version__) < Version("5.23"):
+            pytest.skip("transformers before 5.23 cannot load Falcon from this format at all")
         choice = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     else:
         assert not notes

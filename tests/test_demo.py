@@ -1,0 +1,63 @@
+"""What the toolkit promises on the demo model that it carries: GPTQ repairs most of what rounding breaks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptqcli
+from ptqcli.calibration.text import evaluation_ids
+from ptqcli.evaluate.perplexity import perplexity
+from ptqcli.pipeline import load_tokenizer, quantize
+from ptqcli.recipe import Recipe
+from ptqcli.runtime import load_quantized
+
+DEMO = Path(ptqcli.__file__).parent / "demo"
+TOKENS = 32768
+WINDOW = 256
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return evaluation_ids("builtin", load_tokenizer(DEMO))[:TOKENS]
+
+
+@pytest.fixture(scope="module")
+def original(held_out):
+    from transformers import AutoModelForCausalLM
+
+    return perplexity(AutoModelForCausalLM.from_pretrained(DEMO).eval(), held_out, WINDOW).perplexity
+
+
+def rise(held_out, original, folder, **changes):
+    recipe = Recipe(nsamples=128, seqlen=WINDOW, **changes)
+    quantize(DEMO, recipe, folder)
+    return perplexity(load_quantized(folder), held_out, WINDOW).perplexity - original
+
+
+@pytest.mark.parametrize("bits, group", [(3, 128), (2, 64)])
+def test_the_rise_in_perplexity_is_at_most_two_fifths_of_rounding(bits, group, held_out, original, tmp_path):
+    scheme = {"wbits": bits, "group_size": group}
+    rounded = rise(held_out, original, tmp_path / "rtn", algo="rtn", **scheme)
+    solved = rise(held_out, original, tmp_path / "gptq", algo="gptq", **scheme)
+    assert rounded > 0.02 * original, "at this width rounding has to hurt, or the comparison means nothing"
+    assert solved < 0.4 * rounded
+
+
+def test_four_bits_stay_close_to_the_original(held_out, original, tmp_path):
+    assert rise(held_out, original, tmp_path / "w4") < 0.03 * original
+
+
+def test_the_demo_model_is_what_its_card_says():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(DEMO)
+    assert config.model_type == "llama"
+    assert config.hidden_size == 256
+    assert config.intermediate_size % 128 == 0
+    assert config.num_hidden_layers >= 4
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.dtype == torch.bfloat16
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 12e6
