@@ -289,7 +289,7 @@ bfloat16 one in this folder, computed in bfloat16.
 
 ## Again
 
-    python scripts/train_demo_model.py --minutes {options.minutes:.0f} --batch {options.batch} --layers {options.layers}\
+    python scripts/train_demo_model.py --minutes {options.minutes:g} --batch {options.batch} --layers {options.layers}\
  --threads {options.threads} --seed {options.seed}
 
 The schedule follows the clock, so another run takes a different number of steps and gives slightly different weights: fewer
