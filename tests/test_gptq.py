@@ -20,7 +20,7 @@ def layer(out=24, columns=192, tokens=600, dtype=torch.float64, seed=0):
     inputs *= torch.logspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
     hessian = Hessian.zeros(columns, torch.device("cpu"), torch.float64)
     hessian.add(inputs)
-    hessian.lower = hessian.lower.to(dtype)
+    hessian.sums = hessian.sums.to(dtype)
     return weight.to(dtype), hessian
 
 
@@ -86,8 +86,8 @@ def test_float32_differs_from_the_textbook_by_ties_only(group, order):
 @pytest.mark.parametrize("order", [False, True])
 def test_a_column_never_activated_is_rounded_to_nearest_and_counted(order, damp):
     weight, hessian = layer()
-    hessian.lower[:, 40] = 0
-    hessian.lower[40, :] = 0
+    hessian.sums[:, 40] = 0
+    hessian.sums[40, :] = 0
     scheme = Scheme(4, -1)
     solution = solve(GPTQ(damp=damp, act_order=order), weight, hessian, scheme)
     truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True)
@@ -109,7 +109,7 @@ def test_a_rank_deficient_hessian_is_damped_as_the_textbook_does():
 
 def test_damping_is_raised_and_reported_when_the_hessian_is_not_positive_definite():
     weight, hessian = layer(tokens=50)
-    hessian.lower -= 0.002 * hessian.matrix.diagonal().mean() * torch.eye(192, dtype=torch.float64)
+    hessian.sums -= 0.002 * hessian.matrix.diagonal().mean() * torch.eye(192, dtype=torch.float64)
     solution = solve(GPTQ(damp=0.0), weight, hessian, Scheme(4, 64))
     assert solution.notes.damp_raised
     assert solution.notes.damp == pytest.approx(0.01)
@@ -117,10 +117,10 @@ def test_damping_is_raised_and_reported_when_the_hessian_is_not_positive_definit
 
 def test_a_hopeless_hessian_is_an_error_that_names_the_layer():
     weight, hessian = layer()
-    hessian.lower = -hessian.lower
+    hessian.sums = -hessian.sums
     with pytest.raises(PTQError, match="layer"):
         solve(GPTQ(), weight, hessian, Scheme(4, 64))
-    hessian.lower.zero_()
+    hessian.sums.zero_()
     with pytest.raises(PTQError, match="every calibration input is zero"):
         solve(GPTQ(), weight, hessian, Scheme(4, 64))
 

@@ -21,9 +21,12 @@ STRIP = 256
 
 @dataclass
 class Hessian:
-    """Running ``sum x x^T``: lower float32 or float64 [in, in], of which ``add`` fills the lower triangle; tokens seen so far."""
+    """Running ``sum x x^T``, float32 or float64 [in, in], and the tokens seen so far.
 
-    lower: Tensor
+    ``add`` fills ``sums`` in the strips on and below the diagonal only; ``matrix`` is the whole.
+    """
+
+    sums: Tensor
     tokens: int = 0
 
     @classmethod
@@ -32,25 +35,30 @@ class Hessian:
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs, floating [..., in]."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.lower.dtype)  # [tokens, in]
-        for start in range(0, rows.shape[1], STRIP):
-            stop = start + STRIP
-            self.lower[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.sums.dtype)  # [tokens, in]
+        for start, stop in self._strips():
+            self.sums[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
         self.tokens += rows.shape[0]
 
     @property
     def matrix(self) -> Tensor:
-        """The whole symmetric matrix [in, in], a new tensor."""
-        return self.lower.tril() + self.lower.tril(-1).t()
+        """The symmetric matrix [in, in]; the storage of ``sums``, whose part above the strips is filled in."""
+        for start, stop in self._strips():
+            self.sums[:start, start:stop] = self.sums[start:stop, :start].t()
+        return self.sums
+
+    def _strips(self) -> list[tuple[int, int]]:
+        features = self.sums.shape[0]
+        return [(start, min(start + STRIP, features)) for start in range(0, features, STRIP)]
 
     def check_finite(self, where: str) -> None:
         """Raise PTQError if the statistics hold NaN or infinity. The diagonal tells: an infinite entry always reaches it."""
-        if not torch.isfinite(self.lower.diagonal()).all():
+        if not torch.isfinite(self.sums.diagonal()).all():
             raise PTQError(
                 f"{where}: calibration inputs are not finite (NaN or infinity); the model overflows in this dtype or its weights are broken"
             )
 
     def output_energy(self, weight: Tensor) -> float:
         """``sum_t |W x_t|^2`` for a matrix [out, in]."""
-        weight = weight.to(self.lower.dtype)
+        weight = weight.to(self.sums.dtype)
         return float(((weight @ self.matrix) * weight).sum().clamp(min=0))
