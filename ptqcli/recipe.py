@@ -71,7 +71,7 @@ class Recipe:
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.01
-    scale_search: str = "minmax"
+    scale_search: str = "mse"
     sequential: bool = True
     calib: str = "builtin"
     nsamples: int = 128

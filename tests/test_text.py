@@ -432,6 +432,7 @@ def test_a_text_longer_than_the_model_brings_no_warning(
 ) -> None:
     monkeypatch.setattr(tokenizer, "model_max_length", 8)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
     (tmp_path / "a.txt").write_text(words(0, 100))
     assert evaluation_ids(str(tmp_path / "a.txt"), tokenizer).tolist() == list(range(100))
     assert not caplog.records

@@ -67,7 +67,7 @@ def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
     help="GPTQ: with act-order, groups stay neighbours, so the file needs no index.",
 )
 @click.option("--damp", type=float, metavar="X", show_default="0.01", help="GPTQ: damping, as a share of the Hessian's mean diagonal.")
-@click.option("--scale-search", metavar="minmax|mse", show_default="minmax", help="How a group's scale is fitted.")
+@click.option("--scale-search", metavar="minmax|mse", show_default="mse", help="How a group's scale is fitted.")
 @click.option(
     "--sequential/--no-sequential",
     default=None,

@@ -28,7 +28,7 @@ class SolverOptions:
     damp: float = 0.01
     act_order: bool = True
     static_groups: bool = True
-    scale_search: str = "minmax"
+    scale_search: str = "mse"
 
 
 @dataclass(frozen=True)
