@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,13 @@ def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder.")
 @data_dir_option
 @device_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the calibration passes; the checkpoint keeps the model's own. float32 is quicker on a CPU without bfloat16 arithmetic.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", show_default="by window length", help="Windows in one forward pass.")
 @click.option(
     "--activation-budget",
@@ -111,6 +118,7 @@ def command(
     overwrite: bool,
     data_dir: Path | None,
     device: str,
+    dtype: str,
     batch_size: int | None,
     activation_budget: float | None,
     dry_run: bool,
@@ -128,7 +136,7 @@ def command(
 
     words = Output(as_json=as_json, quiet=quiet)
     recipe = load_recipe(recipe_file, _given(recipe_flags))
-    setting = _setting(device, batch_size, activation_budget)
+    setting = _setting(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
     target = output or Path(_default_name(model, recipe))
     if dry_run:
@@ -150,13 +158,17 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
-def _setting(device: str, batch_size: int | None, activation_budget: float | None) -> Setting:
-    from ptqcli.recipe import Setting
+def _setting(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Setting:
+    import torch
 
-    setting = Setting(device=open_device(device), batch_size=batch_size)
-    if activation_budget is None:
-        return setting
-    return replace(setting, activation_budget=int(activation_budget * 1024**3))
+    from ptqcli.recipe import DEFAULT_ACTIVATION_BUDGET, Setting
+
+    return Setting(
+        device=open_device(device),
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        batch_size=batch_size,
+        activation_budget=DEFAULT_ACTIVATION_BUDGET if activation_budget is None else int(activation_budget * 1024**3),
+    )
 
 
 def _default_name(model: str | None, recipe: Recipe) -> str:
