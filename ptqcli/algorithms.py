@@ -1,4 +1,4 @@
-"""The table of algorithms: a name, the transforms that come first, and the solver that ends it.
+"""The table of algorithms: a name and the solver behind it.
 
 A new solver is one file in ``solvers/`` and one entry here.
 """

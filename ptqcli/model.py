@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +32,9 @@ from ptqcli.errors import PTQError, UsageError
 
 # Tokens of the pass of empty tensors; more than one, so that code which treats single-token decoding apart is not taken.
 PROBE_TOKENS = 8
+
+# What transformers raises, depending on the model type, for a value in config.json that makes no sense.
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,20 @@ def load_config(folder: Path) -> Any:
     try:
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (OSError, *CONFIG_ERRORS) as error:
+        if "trust_remote_code" in str(error):
+            raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run") from error
         raise PTQError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})") from error
     return config
+
+
+def refuse_other_kinds(config: Any) -> None:
+    """Raise PTQError unless ``config`` is that of a causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # Of encoder-decoders transformers would build the decoder alone.
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise PTQError(f"a model of type {config.model_type} is not a causal language model, which is all that is supported")
 
 
 def build_on_meta(config: Any) -> nn.Module:
@@ -99,13 +114,14 @@ def build_on_meta(config: Any) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    refuse_other_kinds(config)
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False), _quiet_transformers():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError, TypeError, RuntimeError, AttributeError) as error:
+    except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
         raise PTQError(f"transformers cannot build a causal language model from this config: {_first_line(error)}") from error
     return model.eval()
 
@@ -243,8 +259,10 @@ class DiskNames:
             else:
                 self._disk.setdefault(target, name)
         for tied, source in _tied(model, memory):
-            if source in self._disk:
-                self._disk.setdefault(tied, self._disk[source])
+            # The file holds one of the two, most often but not always the embedding.
+            for name, twin in ((tied, source), (source, tied)):
+                if twin in self._disk:
+                    self._disk.setdefault(name, self._disk[twin])
 
     @staticmethod
     def _refuse_conversion(name: str, conversions: Sequence[Any]) -> None:
@@ -296,8 +314,8 @@ def _tied(model: nn.Module, memory: set[str]) -> Iterator[tuple[str, str]]:
 def find_blocks(model: nn.Module, wanted: str | None = None) -> str:
     """Name of the ModuleList whose entries are the repeated blocks.
 
-    The candidates are lists of modules of one class that hold linears and together more than half of the parameters outside the
-    embeddings. Raises UsageError with the list of candidates when there is none or more than one, or ``wanted`` is not a candidate.
+    The candidates are the outermost lists of modules of one class that hold linears; the largest is taken. Raises UsageError with the
+    list of candidates when there is none, when another has more than half of its size, or when ``wanted`` is not a candidate.
     """
     lists = {
         name: module

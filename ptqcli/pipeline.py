@@ -8,7 +8,9 @@ everything is in it: an interrupted run leaves nothing that looks whole.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
+import os
 import resource
 import shutil
 import sys
@@ -35,7 +37,7 @@ from ptqcli.solvers import Solution, Stage, Target, lift
 
 REPORT_NAME = "ptq_report.json"
 # Text files that make a folder of weights a model folder; weights and config.json are written anew.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
 NOT_COMPANIONS = ("config.json", "*.index.json", REPORT_NAME, "quantize_config.json")
 
 
@@ -199,24 +201,47 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
 @contextmanager
 def _growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
     """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
+    output = output.resolve()  # a link stays, and the folder that it leads to is replaced
     folder = output.with_name(output.name + ".partial")
-    parent = output.resolve().parent
+    parent = output.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        lock = _claim(folder)
     except OSError as error:
         raise PTQError(f"{parent}: cannot write there: {error.strerror}") from error
     try:
         yield folder
+        replaced = output.with_name(output.name + ".replaced")
         if overwrite and output.exists():
-            shutil.rmtree(output)
+            output.rename(replaced)
         folder.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(folder: Path) -> int:
+    """Make ``folder`` and lock it; return the open descriptor, which holds the lock. What a killed run has left in it goes.
+
+    The lock ends with the process, however it ends. Raises PTQError if another run holds it, or if it holds something else.
+    """
+    folder.mkdir(exist_ok=True)
+    foreign = [left for left in folder.iterdir() if not left.match("*.safetensors*") and not (folder / "config.json").is_file()]
+    if foreign:
+        raise PTQError(f"{folder}: is in the way and holds {foreign[0].name}; move it, or choose another --output")
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise PTQError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
+    for left in folder.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return lock
 
 
 class _Run:
@@ -263,7 +288,7 @@ class _Run:
         for index in range(count):
             self.listener.block_started(index, count)
             with self.clock.measure("load"):
-                block = self.skeleton.load_block(index, self.setting.device, self.dtype)
+                block = self._load(index)
             work = _BlockWork(self, block, index)
             with self.clock.measure("solve"):
                 solve_block(work)
@@ -272,6 +297,10 @@ class _Run:
             self.skeleton.release_block(index)
             _return_freed_memory()
             self.listener.block_done(index, count)
+
+    def _load(self, index: int) -> nn.Module | None:
+        """The block, if anything runs through it: without calibration its matrices are read one by one."""
+        return None if self.recording is None else self.skeleton.load_block(index, self.setting.device, self.dtype)
 
     def _write_block(self, index: int, packed: dict[str, Tensor]) -> None:
         rest = {name: self.skeleton.reader.read(name) for name in self.skeleton.block_disk_names(index) if name not in self.written}
@@ -318,7 +347,7 @@ class _Run:
 class _BlockWork:
     """One loaded block as the block solver sees it (``solvers.BlockRun``)."""
 
-    def __init__(self, run: _Run, block: nn.Module, index: int) -> None:
+    def __init__(self, run: _Run, block: nn.Module | None, index: int) -> None:
         self.run, self.block, self.index = run, block, index
         self.tensors: dict[str, Tensor] = {}
         self.planned = {linear.site.local: linear for linear in run.plan.linears if linear.site.block == index}
@@ -328,7 +357,7 @@ class _BlockWork:
         """Every stage with its statistics, after all earlier stages have been placed."""
         stages = self.run.plan.stages[self.index]
         recording = self.run.recording
-        if recording is None:
+        if recording is None or self.block is None:
             for stage in stages:
                 yield self._stage(stage, None)
             return
@@ -361,7 +390,8 @@ class _BlockWork:
         """Pack the codes for the file and put their values into the block."""
         linear = next(planned for planned in self.planned.values() if planned.name == target.name)
         values = solution.weight.dequantize(linear.scale_dtype)  # [out, in]
-        linear_weight(self.block.get_submodule(linear.site.local)).copy_(values)
+        if self.block is not None:
+            linear_weight(self.block.get_submodule(linear.site.local)).copy_(values)
         disk_name = self.run.skeleton.disk_name(f"{linear.name}.weight")
         weight = solution.weight.to(torch.device("cpu"))
         packed = compressed_tensors.pack(disk_name.removesuffix(".weight"), weight)
@@ -408,7 +438,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not any(file.match(unwanted) for unwanted in NOT_COMPANIONS):
-                shutil.copyfile(file, target / file.name)
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _return_freed_memory() -> None:

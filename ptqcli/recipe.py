@@ -36,7 +36,8 @@ TOKENS_PER_BATCH = 4096
 class Override:
     """Another treatment for the linears whose name ``pattern`` (a regular expression, searched anywhere in the name) finds.
 
-    What is None stays as the recipe has it. Of several overrides that find a linear, later ones win.
+    What is None stays as the recipe has it. Of several overrides that find a linear, later ones win. Raises UsageError for an override
+    that both skips and changes, or does neither.
     """
 
     pattern: str
@@ -44,6 +45,11 @@ class Override:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        changes = any(value is not None for value in (self.bits, self.group_size, self.symmetric))
+        if self.skip == changes:
+            raise UsageError(f"override '{self.pattern}' must either skip or change bits, group_size or symmetric")
 
     def apply(self, scheme: Scheme) -> Scheme:
         """``scheme`` with this override's changes."""
@@ -93,6 +99,8 @@ class Recipe:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
+        if abs(self.seed) >= 2**63:
+            raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in (*self.ignore, *(override.pattern for override in self.overrides)):
             _check_pattern(pattern)
 
@@ -226,7 +234,8 @@ class Plan:
 
     skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. stages: for each
     block, the local names of its planned linears, grouped by input tensor in running order. The bytes are estimates: bytes_before and
-    disk_bytes of the weights now and afterwards, memory_bytes of the peak beyond what Python and torch need themselves.
+    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs (the parts and the joined file stand side by
+    side at the end), memory_bytes of the peak beyond what Python and torch need themselves.
     """
 
     recipe: Recipe
@@ -236,6 +245,7 @@ class Plan:
     stages: tuple[tuple[tuple[str, ...], ...], ...]
     seqlen: int
     bytes_before: int
+    bytes_after: int
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
@@ -277,10 +287,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, setting: Setting) -> Plan:
     _check_runs_once(linears, skeleton)
     _check_format(recipe, linears)
     stages = _planned_stages(linears, skeleton)
-    _check_fused(linears, stages)
+    _check_fused(linears, skeleton)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
     _check_length(seqlen, skeleton)
-    disk = _disk_bytes(linears, skeleton)
+    after = _bytes_after(linears, skeleton)
     memory = _memory_bytes(recipe, linears, skeleton, seqlen, setting)
     return Plan(
         recipe=recipe,
@@ -290,15 +300,16 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, setting: Setting) -> Plan:
         stages=stages,
         seqlen=seqlen,
         bytes_before=skeleton.reader.total_bytes,
-        disk_bytes=disk,
+        bytes_after=after,
+        disk_bytes=2 * after + _mapped_bytes(recipe, linears, seqlen, setting),
         memory_bytes=memory,
-        notes=tuple(_notes(linears)),
+        notes=tuple(_notes(linears, skeleton)),
     )
 
 
 def model_length(config: Any) -> int | None:
     """The longest input that the model's config names, or None."""
-    length = getattr(config, "max_position_embeddings", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
@@ -324,7 +335,7 @@ def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
     for override in recipe.overrides:
         if re.search(override.pattern, name):
             scheme = override.apply(scheme)
-            reason = "skipped" if override.skip else reason
+            reason = "skipped" if override.skip else (None if reason == "skipped" else reason)
     return scheme, reason
 
 
@@ -377,19 +388,20 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _check_fused(linears: Sequence[PlannedLinear], stages: Sequence[Sequence[Sequence[str]]]) -> None:
+def _check_fused(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     """Servers run the linears of one module that read one tensor (q, k, v; gate, up) as a single matrix in a single scheme."""
-    schemes = {(linear.site.block, linear.site.local): linear for linear in linears}
-    for index, block in enumerate(stages):
-        for stage in block:
-            together: dict[str, PlannedLinear] = {}
+    described = {(linear.site.block, linear.site.local): linear.scheme.describe() for linear in linears}
+    for index, shape in enumerate(skeleton.shapes):
+        for stage in shape.stages:
+            together: dict[str, str] = {}  # module -> its first linear in this stage
             for local in stage:
-                linear = schemes[index, local]
-                first = together.setdefault(local.rpartition(".")[0], linear)
-                if first.scheme != linear.scheme:
+                first = together.setdefault(local.rpartition(".")[0], local)
+                one, other = (described.get((index, name), "left as it is") for name in (first, local))
+                if one != other:
+                    prefix = skeleton.block_prefix(index)
                     raise UsageError(
-                        f"{first.name} ({first.scheme.describe()}) and {linear.name} ({linear.scheme.describe()}) read the same input and "
-                        "are run as one matrix by vLLM; give them the same scheme"
+                        f"{prefix}.{first} ({one}) and {prefix}.{local} ({other}) read the same input and are run as one matrix by vLLM; "
+                        "give them the same scheme, or leave all of them as they are"
                     )
 
 
@@ -399,8 +411,11 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _notes(linears: Sequence[PlannedLinear]) -> list[str]:
+def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
     notes = []
+    unused = skeleton.names.unmatched
+    if unused:
+        notes.append(f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}")
     if any(not linear.scheme.symmetric for linear in linears):
         notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
     if any(linear.site.transposed for linear in linears):
@@ -419,9 +434,18 @@ def weight_bits(linear: PlannedLinear) -> int:
     return site.out_features * (site.in_features * scheme.bits + groups * (linear.scale_dtype.itemsize * 8 + zero_bits))
 
 
-def _disk_bytes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
     replaced = sum(skeleton.reader.nbytes(skeleton.disk_name(f"{linear.name}.weight")) for linear in linears)
     return skeleton.reader.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
+
+
+def _mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, setting: Setting) -> int:
+    """Size of the file that holds the activations, 0 when they fit into memory."""
+    if not recipe.solver().needs_hessian:
+        return 0
+    features = min(linear.site.in_features for linear in linears)
+    size = recipe.nsamples * seqlen * features * setting.calibration_dtype(linears[0].scale_dtype).itemsize
+    return size if size > setting.activation_budget else 0
 
 
 def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, setting: Setting) -> int:

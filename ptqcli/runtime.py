@@ -1,13 +1,13 @@
 """A packed checkpoint as a transformers model whose quantized linears run on the kernels.
 
 The model is built on the meta device from config.json, each quantized linear is replaced by a layer that keeps its weight packed, and
-everything else is read as it is. No weight is ever expanded while loading. Nothing is skipped: a tensor that the model needs and the
-file lacks, or the other way round, is an error that names it.
+everything else is read as it is. No weight is ever expanded while loading. A tensor that the model needs and the file lacks is an
+error that names it, and so is a packed tensor that no linear takes. Other tensors that the model does not know (buffers that old files
+carry, heads that transformers does not build) are left alone.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,12 +78,8 @@ class _Loader:
     def _refuse_unexpected(self) -> None:
         known = {name for linear, scheme in self._stored_schemes() for name in compressed_tensors.tensor_names(linear, scheme)}
         stray = [name for name in self.reader.names if name.rpartition(".weight_")[0] in self.packed and name not in known]
-        # Buffers that older versions of a model stored and transformers has since learned to compute.
-        outdated = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []
-        unmatched = [name for name in self.names.unmatched if not any(re.search(pattern, name) for pattern in outdated)]
-        if stray or unmatched:
-            unexpected = stray + unmatched
-            raise PTQError(f"{self.reader.folder}: nothing in the model takes the tensor {unexpected[0]}{_and_more(unexpected)}")
+        if stray:
+            raise PTQError(f"{self.reader.folder}: nothing in the model takes the tensor {stray[0]}{_and_more(stray)}")
 
     def _stored_schemes(self) -> list[tuple[str, Scheme]]:
         return [(self._stored_linear(name), scheme) for name, scheme in self.schemes.items()]

@@ -3,7 +3,7 @@
 A weight matrix ``W[out, in]`` is cut along ``in`` into groups of ``group_size`` neighbouring columns (``-1``: the whole row is one
 group). Each group of each row has a scale ``s`` and an integer zero point ``z``; with ``b`` bits a weight is stored as an unsigned code
 
-    u = clamp(round(w / s) + z, 0, 2^b - 1)        and read back as        w' = (u - z) * s
+    u = clamp(round(w / s + z), 0, 2^b - 1)        and read back as        w' = (u - z) * s
 
 A symmetric scheme fixes ``z = 2^(b-1)``, so the range is the full two's complement one, -2^(b-1) .. 2^(b-1) - 1.
 Rounding is to the nearest, ties to even. Scales are rounded to the dtype in which they are stored *before* codes are chosen,
@@ -24,6 +24,10 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 # Candidate shrink factors of the squared-error search. Below 0.35 no group of a trained model won at 2 bits, the width
 # that clips hardest, so the grid stops there.
 SHRINK_FACTORS = tuple(1.0 - 0.05 * step for step in range(14))
+
+# float16 ends its normal numbers at 6e-5, above the scales of real 8-bit groups. 2^-20 still has 4 bits of mantissa there, and codes are
+# chosen for the rounded scale anyway. The other dtypes have no scale to lose: their normal numbers end at 1e-38.
+SMALLEST_SCALE = {torch.float16: 2.0**-20}
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ def fit(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str =
 
     ``minmax``: symmetric ``2 * absmax / (2^b - 1)``; asymmetric ``(max - min) / (2^b - 1)`` over a range that includes zero, so that
     zero stays exact. ``mse``: the range is shrunk by each of SHRINK_FACTORS and the one with the least summed squared error is kept.
-    A row of zeros gets scale 1. The scale is rounded to ``scale_dtype``; a range too small or too large for it is held at that
-    dtype's smallest normal or largest number.
+    A row of zeros gets scale 1. The scale is rounded to ``scale_dtype``; one too small or too large for it is held at the smallest or
+    largest that it can hold (see SMALLEST_SCALE).
     """
     if search not in ("minmax", "mse"):
         raise UsageError(f"scale search '{search}' is unknown; use minmax or mse")
@@ -147,7 +151,8 @@ def _grid(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
     steps = scheme.levels - 1
     scale = (high - low) / steps
     limits = torch.finfo(scale_dtype)
-    scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), torch.ones_like(scale))
+    smallest = SMALLEST_SCALE.get(scale_dtype, limits.tiny)
+    scale = torch.where(scale > 0, scale.clamp(smallest, limits.max), torch.ones_like(scale))
     scale = scale.to(scale_dtype).to(low.dtype)
     if scheme.symmetric:
         return GroupGrid(scale, torch.full_like(scale, scheme.middle))

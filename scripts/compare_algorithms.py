@@ -58,7 +58,8 @@ def main() -> None:
         bits, group = map(int, scheme.split(":"))
         for search in options.searches:
             for name, changes in VARIANTS.items():
-                recipe = Recipe(wbits=bits, group_size=group, scale_search=search, nsamples=options.nsamples, seqlen=options.seqlen, **changes)
+                text = {"nsamples": options.nsamples, "seqlen": options.seqlen}
+                recipe = Recipe(wbits=bits, group_size=group, scale_search=search, **text, **changes)
                 rows.append({"algorithm": name, "search": search, **measure(recipe, options, original, ids)})
     for row in rows:
         rounding = next(r for r in rows if (r["scheme"], r["search"], r["algorithm"]) == (row["scheme"], row["search"], "rtn"))

@@ -107,11 +107,16 @@ REFUSED = [
     ("quantize model --group-size 32 --seqlen 4096", 2, "longer than the model's 128 positions"),
     ("quantize model --nsamples 0", 2, "nsamples 0"),
     ("quantize model --device tpu0", 2, "device 'tpu0' is unknown"),
+    ("quantize model --device cuda:99", 2, "device 'cuda:99' is not on this machine"),
+    ("quantize model --activation-budget nan", 2, "--activation-budget nan is not a size"),
+    ("quantize model --activation-budget inf", 2, "--activation-budget inf is not a size"),
+    ("quantize model --seed 9999999999999999999", 2, "seed 9999999999999999999 is too large"),
     ("quantize model --device meta", 2, "device 'meta' is not supported"),
     ("quantize model --device cuda:99", 2, "device 'cuda:99' is not on this machine"),
     ("quantize model --batch-size 0", 2, "0 is not in the range"),
     ("quantize model --override q_proj", 2, "has no colon"),
     ("quantize model --override :skip", 2, "has no pattern"),
+    ("quantize model --override q_proj:", 2, "has nothing after the colon"),
     ("quantize model --override q_proj:bit=8", 2, "bit=8 in 'q_proj:bit=8' is not understood"),
     ("quantize model --override q_proj:bits=x", 2, "is not understood"),
     ("quantize model --override q_proj:bits=5", 2, "5 bits"),
@@ -151,7 +156,10 @@ REFUSED = [
     ("eval done --baseline nowhere", 2, "nowhere: no such folder"),
     ("eval done --ppl nowhere.txt", 2, "nowhere.txt"),
     ("eval done --ppl binary.txt", 1, "binary.txt: not UTF-8"),
+    ("eval done --ppl text.txt --seqlen 0", 2, "--seqlen"),
     ("eval done --ppl text.txt --seqlen 1", 2, "--seqlen"),
+    ("eval truncated --ppl text.txt", 1, "model.safetensors is truncated"),
+    ("eval pickled --ppl text.txt", 1, "tokenizer"),
     ("eval done --ppl text.txt --seqlen 129", 2, "128 positions"),
     ("eval done --ppl text.txt --seqlen 64 --stride 65", 2, "stride 65"),
     ("eval done --ppl wikitext2", 1, "PTQ_DATA_DIR"),
@@ -159,6 +167,7 @@ REFUSED = [
     ("inspect truncated", 1, "model.safetensors"),
     ("generate done", 2, "Missing argument 'TEXT'"),
     ("generate done hello --max-new-tokens 0", 2, "0 is not in the range"),
+    ("generate done " + "x" * 128, 2, "the text has 128 tokens and the model 128 positions"),
     ("generate done hello --temperature -1", 2, "-1.0 is not in the range"),
     ("doctor --jason", 2, "No such option '--jason'"),
 ]
@@ -189,6 +198,56 @@ def test_a_damaged_report(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop / "done", tmp_path / "done")
     (tmp_path / "done" / locate.REPORT_NAME).write_text("{")
     assert f"{locate.REPORT_NAME}: not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
+
+
+def test_a_report_of_another_program(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "done", tmp_path / "done")
+    (tmp_path / "done" / locate.REPORT_NAME).write_text('{"layers": []}')
+    assert "not a report of ptq quantize" in one_line(ptq("inspect", tmp_path / "done"))
+
+
+CONFIGS = {
+    "heads": ({"num_attention_heads": 7}, "transformers cannot read it"),
+    "no heads": ({"num_attention_heads": 0}, "transformers cannot"),
+    "text for a number": ({"hidden_size": "big"}, "transformers cannot read it"),
+    "vocabulary": ({"vocab_size": 200}, "transformers cannot build"),
+    "dtype": ({"dtype": "float99"}, "transformers cannot"),
+    "quantization": ({"quantization_config": "yes"}, "transformers cannot read it"),
+    "code": ({"model_type": "its_own", "auto_map": {"AutoConfig": "own.Config"}}, "Python code from its folder, which is never run"),
+    "no language model": ({"model_type": "vit"}, "type vit is not a causal language model"),
+    "encoder-decoder": ({"model_type": "whisper"}, "type whisper is not a causal language model"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_makes_no_sense(ptq: Ptq, workshop: Path, tmp_path: Path, kind: str) -> None:
+    changes, says = CONFIGS[kind]
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | changes))
+    answer = ptq("quantize", tmp_path / "model", "--group-size", "32", "--output", tmp_path / "out")
+    assert says in one_line(answer)
+    assert len(one_line(answer)) < 500
+    assert answer.code == 1
+
+
+def test_a_tensor_of_another_shape_is_named(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    answer = ptq("eval", tmp_path / "model", "--ppl", workshop / "text.txt")
+    assert "model.layers.0.mlp.down_proj.weight is stored as [64, 128], but config.json asks for [64, 64]" in one_line(answer)
+
+
+def test_a_missing_tensor_is_not_made_up(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
+    """transformers would give it random numbers; so it is with a checkpoint whose quantization_config is lost."""
+    shutil.copytree(workshop / "done", tmp_path / "done")
+    config = json.loads((tmp_path / "done" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "done" / "config.json").write_text(json.dumps(config))
+    answer = ptq("eval", tmp_path / "done", "--ppl", workshop / "text.txt", "--no-baseline")
+    assert "hold no tensor for model.layers.0.mlp.down_proj.weight, 14 missing in all" in one_line(answer)
+    assert answer.code == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -238,6 +297,20 @@ def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Pa
     monkeypatch.setattr("ptqcli.cli.quantize._Progress.block_done", interrupt)
     answer = ptq("quantize", "model", "--recipe", "recipe.yaml", "--output", tmp_path / "out")
     assert answer.code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_run_that_is_told_to_end_leaves_nothing(at_work: Path, tmp_path: Path, name: str) -> None:
+    code = (
+        "import os, signal, sys, ptqcli.cli, ptqcli.cli.quantize as q; "
+        f"q._Progress.block_done = lambda *_: os.kill(os.getpid(), signal.{name}); ptqcli.cli.main()"
+    )
+    line = ["quantize", "model", "--recipe", "recipe.yaml", "--output", str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip().endswith("interrupted; no half-written file is left behind")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,8 +373,8 @@ def test_shown_defaults_are_the_recipes() -> None:
 
 
 def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
-    run_flags = {"model", "recipe_file", "output", "overwrite", "data_dir", "device", "batch_size", "activation_budget"}
-    run_flags |= {"dry_run", "as_json", "quiet"}
+    run_flags = {"model", "recipe_file", "output", "overwrite", "data_dir", "device", "dtype", "batch_size", "activation_budget"}
+    run_flags |= {"dtype", "dry_run", "as_json", "quiet"}
     names = {param.name for param in quantize_command.params} - run_flags
     assert names == {entry.name for entry in fields(Recipe)} - {"format"}
 
@@ -348,7 +421,8 @@ def test_dry_run_writes_nothing(ptq: Ptq, at_work: Path, tmp_path: Path, monkeyp
     plan = json.loads(answer.out)
     assert answer.code == 0
     assert len(plan["linears"]) == 14
-    assert plan["disk_bytes"] < plan["bytes_before"]
+    assert plan["bytes_after"] < plan["bytes_before"]
+    assert plan["disk_bytes"] >= 2 * plan["bytes_after"]
     assert "memory needed" in answer.err
     assert list(tmp_path.iterdir()) == []
 
@@ -365,6 +439,19 @@ def test_default_output_and_newest_checkpoint(ptq: Ptq, workshop: Path, tmp_path
     assert "--output" in one_line(again)
     assert "--overwrite" in one_line(again)
     assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32", "--overwrite").code == 0
+
+
+def test_an_output_below_home(ptq: Ptq, at_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert ptq("quantize", "model", "--recipe", "recipe.yaml", "--output=~/out").code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_generate_stops_at_the_last_position(ptq: Ptq, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "gpt2", eos_token_id=None)
+    answer = ptq("generate", tmp_path / "model", "x" * 120, "--max-new-tokens", "50")
+    assert answer.code == 0
 
 
 def test_inspect(ptq: Ptq, at_work: Path) -> None:

@@ -428,6 +428,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "per tensor": ("config_groups/group_0/weights/strategy", "tensor", "strategy tensor"),
     "block": ("config_groups/group_0/weights/strategy", "block", "strategy block"),
     "group without a size": ("config_groups/group_0/weights/group_size", None, "group_size None"),
+    "4.0 bits": ("config_groups/group_0/weights/num_bits", 4.0, "group_0 has weights with num_bits 4.0"),
+    "symmetric as text": ("config_groups/group_0/weights/symmetric", "no", "group_0 has weights with symmetric 'no'"),
     "5 bits": ("config_groups/group_0/weights/num_bits", 5, "group_0: 5 bits per weight is not supported"),
     "preset": ("config_groups", {"W4A16": ["Linear"]}, "W4A16 names a preset"),
     "no weights": ("config_groups/group_0/weights", None, "malformed"),

@@ -297,7 +297,6 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: [t.pop(name) for name in list(t) if name.startswith("model.layers.1.") and "norm" in name],
         r"no tensor is stored for model\.layers\.1\.\S+ and 1 more",
     ),
-    "stray tensor": (lambda t: t.update({"model.extra.weight": torch.zeros(1)}), r"takes the tensor model\.extra\.weight"),
     "stray codes": (lambda t: t.update({"model.x.weight_packed": torch.zeros(1)}), r"takes the tensor model\.x\.weight"),
     "stray zero points": (
         lambda t: t.update({f"{UP}.weight_zero_point": torch.zeros(1)}),

@@ -144,7 +144,8 @@ def textbook_grid(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, sea
 def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(scale_dtype)
     scale = (high - low) / (2**scheme.bits - 1)
-    scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), 1.0).to(scale_dtype).double()
+    smallest = 1 / 1048576 if scale_dtype == torch.float16 else limits.tiny
+    scale = torch.where(scale > 0, scale.clamp(smallest, limits.max), 1.0).to(scale_dtype).double()
     if scheme.symmetric:
         return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
     return scale, (-low / scale).round().clamp(0, 2**scheme.bits - 1)

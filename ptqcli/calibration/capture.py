@@ -109,10 +109,15 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
     calls: list[BlockCall] = []
     first: list[Tensor] = []
 
-    def recorder(shape: BlockShape) -> Callable[..., Any]:
+    def recorder(index: int, shape: BlockShape) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             key = _hidden_key(args, kwargs)
             hidden = args[key] if isinstance(key, int) else kwargs[key]
+            if len(calls) != index or (first and hidden is not first[0]):
+                raise PTQError(
+                    f"{skeleton.block_prefix(index)}: the model does not hand each block's output straight to the next, "
+                    "which block-by-block quantization needs"
+                )
             if not first:
                 first.append(hidden)
             stripped = tuple(None if position == key else value for position, value in enumerate(args))
@@ -123,8 +128,8 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
 
         return forward
 
-    for block, shape in zip(skeleton.blocks, skeleton.shapes, strict=True):
-        block.forward = recorder(shape)
+    for index, (block, shape) in enumerate(zip(skeleton.blocks, skeleton.shapes, strict=True)):
+        block.forward = recorder(index, shape)
     try:
         model(input_ids=ids, use_cache=False)
     except StopForward:
@@ -190,7 +195,8 @@ class CalibratedBlock:
 
     def _forward(self, batch: int) -> Tensor:
         start, stop = self.recording.batches[batch]
-        hidden = self.recording.activations.values[start:stop].to(self.device)
+        # a copy: a block may change its input in place
+        hidden = self.recording.activations.values[start:stop].to(self.device, copy=True)
         return self.calls[batch].run(self.block, hidden)
 
     def _run(self, batch: int) -> None:

@@ -13,6 +13,7 @@ prints, exits, or reads the environment. Whatever fails ends in one line on stde
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -73,7 +74,16 @@ def app(session: Session, debug: bool) -> None:
 
 def main() -> None:
     """Entry point of ``ptq`` and ``ptqcli``."""
+    _clean_up_when_told_to_end()
     sys.exit(run(sys.argv[1:]))
+
+
+def _clean_up_when_told_to_end() -> None:
+    """Treat a polite request to end as Ctrl-C; by default Python would end at once and leave the half-written folder."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
 
 
 def run(arguments: Sequence[str]) -> int:

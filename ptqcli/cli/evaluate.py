@@ -77,7 +77,7 @@ def command(
     rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
     model = load_model(folder, place)
     original = load_model(reference, place) if reference else None
-    window = seqlen or default_seqlen(model)
+    window = default_seqlen(model) if seqlen is None else seqlen
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
         results = [_measure(model, original, text, ids, window, stride, tracker) for text, ids in rows.items()]
     output.say(f"checkpoint  {path_text(folder)}")

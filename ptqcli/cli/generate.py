@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import click
 
 from ptqcli.cli.load import load_model, load_tokenizer
@@ -22,7 +25,9 @@ from ptqcli.errors import UsageError
     metavar="T",
     help="0 always takes the likeliest token; higher draws more freely.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws, when the temperature is not 0.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the draws, when the temperature is not 0."
+)
 @device_option
 def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
     """Let CHECKPOINT continue TEXT.
@@ -39,12 +44,23 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
     if prompt["input_ids"].numel() == 0:
         raise UsageError("the text is empty; give at least one character")
     model = load_model(folder, place)
+    room = _room(model, prompt["input_ids"].numel())
     torch.manual_seed(seed)
     model.generate(
         **prompt,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, room),
         do_sample=temperature > 0,
         temperature=temperature or None,
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer),
     )
+
+
+def _room(model: Any, used: int) -> int:
+    """Tokens that fit behind a text of ``used`` tokens. Raises UsageError when there are none."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return sys.maxsize
+    if used >= positions:
+        raise UsageError(f"the text has {used} tokens and the model {positions} positions; give a shorter text")
+    return int(positions) - used

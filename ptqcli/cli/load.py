@@ -20,16 +20,37 @@ def load_model(folder: Path, device: torch.device) -> Any:
     from ptqcli.runtime import load_quantized
 
     config = load_config(folder)
-    _hush_transformers()
+    hush_transformers()
     if getattr(config, "quantization_config", None) is not None:
         return load_quantized(folder, device=device)
+    return _load_plain(folder, config).to(device).eval()
+
+
+def _load_plain(folder: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from ptqcli.checkpoint import CheckpointReader
+    from ptqcli.model import refuse_other_kinds
+
+    refuse_other_kinds(config)
+    CheckpointReader(folder)  # says of a damaged file what is wrong with it
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of here, with names and shapes
+        )
+    except (OSError, ValueError, RuntimeError) as error:
         raise PTQError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
-    return model.to(device).eval()
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise PTQError(f"{folder}: {name} is stored as {list(stored)}, but config.json asks for {list(wanted)}")
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers fills them with random numbers, and whatever were measured would mean nothing
+        raise PTQError(f"{folder}: the safetensors files hold no tensor for {missing[0]}, {len(missing)} missing in all")
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -41,7 +62,7 @@ def load_tokenizer(folder: Path) -> Any:
     return pipeline.load_tokenizer(folder)
 
 
-def _hush_transformers() -> None:
+def hush_transformers() -> None:
     """A command's output is its own: no bars and no notices of the library between our lines."""
     from transformers.utils import logging
 

@@ -35,7 +35,9 @@ def open_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise UsageError(f"device {name!r} is not on this machine, which has {count} CUDA devices (see `ptq doctor`)")
     return device

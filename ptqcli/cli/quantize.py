@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
+from ptqcli.cli.load import hush_transformers
 from ptqcli.cli.locate import find_model
 from ptqcli.cli.options import data_dir_option, device_option, json_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
+from ptqcli.errors import UsageError
 
 if TYPE_CHECKING:
     from ptqcli.pipeline import Report
@@ -33,12 +36,18 @@ def parse_override(text: str) -> Override:
 
     pattern, colon, changes = text.rpartition(":")
     if not (pattern and colon and changes):
-        raise click.BadParameter(f"{text!r} has no {'pattern' if colon else 'colon'}; write {OVERRIDE_EXAMPLES}")
+        raise click.BadParameter(f"{text!r} has {_missing_part(pattern, colon)}; write {OVERRIDE_EXAMPLES}")
     values: dict[str, Any] = {}
     for change in changes.split(","):
         key, _, value = change.strip().partition("=")
         values |= _override_value(key, value, text)
     return Override(pattern, **values)
+
+
+def _missing_part(pattern: str, colon: str) -> str:
+    if not colon:
+        return "no colon"
+    return "nothing after the colon" if pattern else "no pattern"
 
 
 def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
     "--sequential/--no-sequential",
     default=None,
     show_default="sequential",
-    help="Later linears of a block see the earlier ones quantized, or the whole block as it was (quicker).",
+    help="Calibrate later linears of a block behind the quantized earlier ones, or all on the block as it was (less memory).",
 )
 @click.option("--calib", metavar="builtin|wikitext2|c4|pile|PATH", show_default="builtin", help="Calibration text.")
 @click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows.")
@@ -131,15 +140,17 @@ def command(
     MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
-    from ptqcli.pipeline import plan_run, quantize
+    from ptqcli.pipeline import check_output, plan_run, quantize
     from ptqcli.recipe import load_recipe
 
     words = Output(as_json=as_json, quiet=quiet)
     recipe = load_recipe(recipe_file, _given(recipe_flags))
     setting = _setting(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
-    target = output or Path(_default_name(model, recipe))
+    hush_transformers()
+    target = output.expanduser() if output else Path(_default_name(model, recipe))
     if dry_run:
+        check_output(target, folder, overwrite)
         _, plan = plan_run(folder, recipe, setting)
         _show_plan(plan, folder, target, words)
         words.result(_plan_as_json(plan))
@@ -167,8 +178,14 @@ def _setting(device: str, dtype: str, batch_size: int | None, activation_budget:
         device=open_device(device),
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         batch_size=batch_size,
-        activation_budget=DEFAULT_ACTIVATION_BUDGET if activation_budget is None else int(activation_budget * 1024**3),
+        activation_budget=DEFAULT_ACTIVATION_BUDGET if activation_budget is None else _bytes(activation_budget),
     )
+
+
+def _bytes(gib: float) -> int:
+    if not math.isfinite(gib):
+        raise UsageError(f"--activation-budget {gib} is not a size; give a number of GiB")
+    return int(gib * 1024**3)
 
 
 def _default_name(model: str | None, recipe: Recipe) -> str:
@@ -218,7 +235,8 @@ def _show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
             ("model", path_text(model)),
             ("output", path_text(target)),
             *plan.summary_rows(),
-            ("disk needed", f"{size_text(plan.disk_bytes)} (the model has {size_text(plan.bytes_before)})"),
+            ("size", f"{size_text(plan.bytes_before)} now, {size_text(plan.bytes_after)} afterwards"),
+            ("disk needed", f"{size_text(plan.disk_bytes)} while it is written"),
             ("memory needed", f"about {size_text(plan.memory_bytes)} on top of Python and torch"),
         ]
     )
@@ -232,10 +250,25 @@ def _plan_as_json(plan: Plan) -> dict[str, Any]:
         "outside": plan.outside,
         "seqlen": plan.seqlen,
         "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
         "notes": plan.notes,
     }
+
+
+def _handled(report: Report) -> list[tuple[str, str]]:
+    """What the solver had to handle anywhere, one row for all layers; nothing if there was nothing."""
+    raised = sum(layer.damp_raised for layer in report.layers)
+    inputs = sum(layer.never_activated for layer in report.layers)
+    groups = sum(layer.zero_groups for layer in report.layers)
+    found = [
+        f"damping raised in {raised} linears" if raised else "",
+        f"{inputs} input columns never activated" if inputs else "",
+        f"{groups} groups of zeros" if groups else "",
+    ]
+    told = ", ".join(text for text in found if text)
+    return [("handled", told)] if told else []
 
 
 def _show_report(report: Report, words: Output) -> None:
@@ -252,6 +285,7 @@ def _show_report(report: Report, words: Output) -> None:
             ("written", path_text(Path(report.output))),
             ("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after ({share:.0%})"),
             ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, scales and zero points counted"),
+            *_handled(report),
             ("time", time_text(report.seconds)),
             ("peak memory", size_text(report.peak_memory_bytes)),
         ]

@@ -10,6 +10,7 @@ from typing import Any
 from ptqcli.cli.locate import REPORT_NAME
 from ptqcli.errors import PTQError
 
+REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 LAYER_COLUMNS = ("layer", "scheme", "bits/weight", "error", "remarks")
 
 
@@ -22,7 +23,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PTQError(f"{path}: not valid JSON; delete it, or quantize again") from error
-    if not isinstance(report, dict):
+    if not isinstance(report, dict) or not report.keys() >= REPORT_KEYS:
         raise PTQError(f"{path}: not a report of ptq quantize; delete it, or quantize again")
     return report
 

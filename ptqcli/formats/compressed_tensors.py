@@ -244,6 +244,9 @@ def _group_scheme(name: str, group: Any, default_format: str | None) -> Scheme:
     for key, read in (("type", ("int",)), ("dynamic", (False, None)), ("actorder", (None, False, "weight", "static"))):
         if weights.get(key, read[0]) not in read:
             raise PTQError(f"quantization_config: {name} has weights with {key} {weights[key]}, which is not read")
+    for key, kind in (("num_bits", int), ("symmetric", bool)):
+        if not isinstance(weights.get(key, True), kind):
+            raise PTQError(f"quantization_config: {name} has weights with {key} {weights[key]!r}, which is not read")
     try:
         return Scheme(weights["num_bits"], _group_size(name, weights), weights.get("symmetric", True))
     except UsageError as error:

@@ -27,7 +27,8 @@ What is handled, and counted in ``SolveNotes``:
 - An input column that calibration never activated has a zero row in H. Damping gives it a diagonal of its own, tied to no other
   column, and so it is rounded to nearest (the original code sets its weights to zero, which destroys them for inputs that
   calibration happened not to reach). With no damping at all its diagonal is set to 1, with the same effect.
-- A Hessian that is not positive definite after damping: the damping is multiplied by 10 until the factorisation succeeds.
+- A Hessian that is not positive definite after damping: the damping is multiplied by 10 (and is at least 1e-4) until the
+  factorisation succeeds.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class GPTQ:
     """GPTQ with its options.
 
     damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search: as in ``scheme.fit``.
+    The command line's defaults are those of ``SolverOptions``.
     """
 
     needs_hessian: ClassVar[bool] = True
