@@ -1,6 +1,7 @@
 # make demo    quantize the demo model, measure it beside the original, let it speak
 # make test    check, then the whole test suite
 # make check   lint, format and types
+# make test-oldest   the test suite with the oldest transformers that is supported, in an environment of its own
 # make clean   remove what the others made, the virtual environment included
 #
 # Each sets up .venv by itself. Another interpreter: make PYTHON=/path/to/python3
@@ -14,7 +15,7 @@ SOURCES := ptqcli kernels tests scripts
 # Nothing below needs a network once the packages are installed; a look at the hub would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-oldest check clean
 
 demo: $(READY)
 	$(BIN)/ptq quantize --algo gptq --wbits 4 --group-size 128 --output $(DEMO) --overwrite
@@ -24,13 +25,21 @@ demo: $(READY)
 test: check
 	$(BIN)/pytest
 
+OLDEST := .venv-oldest
+test-oldest: $(READY)
+	@$(OLDEST)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
+	@grep -viE '^(transformers|tokenizers|huggingface)' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+	  --editable '.[test]' 'transformers==5.17.*'
+	$(OLDEST)/bin/pytest
+
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OLDEST) build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || \

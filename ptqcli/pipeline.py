@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -213,15 +214,24 @@ def _growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
     except OSError as error:
         raise PTQError(f"{parent}: cannot write there: {error.strerror}") from error
     try:
+        if output.exists() and not overwrite:  # another run has finished since the first look
+            raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
         yield folder
-        replaced = output.with_name(output.name + ".replaced")
         if overwrite and output.exists():
-            output.rename(replaced)
-        folder.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+            _replace(output, folder)
+        else:
+            folder.rename(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _replace(output: Path, folder: Path) -> None:
+    """Put ``folder`` in the place of ``output``, which is moved aside first and removed last."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    output.rename(aside / "old")
+    folder.rename(output)
+    shutil.rmtree(aside)
 
 
 def _claim(folder: Path) -> int:
@@ -230,16 +240,17 @@ def _claim(folder: Path) -> int:
     The lock ends with the process, however it ends. Raises PTQError if another run holds it, or if it holds something else.
     """
     folder.mkdir(exist_ok=True)
-    foreign = [left for left in folder.iterdir() if not left.match("*.safetensors*") and not (folder / "config.json").is_file()]
-    if foreign:
-        raise PTQError(f"{folder}: is in the way and holds {foreign[0].name}; move it, or choose another --output")
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
         raise PTQError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
-    for left in folder.iterdir():
+    leftovers = sorted(folder.iterdir())
+    if leftovers and not any(left.match("*.safetensors*") for left in leftovers):  # a run's first file is one of weights
+        os.close(lock)
+        raise PTQError(f"{folder}: is in the way and holds {leftovers[0].name}; move it, or choose another --output")
+    for left in leftovers:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return lock
 

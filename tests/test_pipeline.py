@@ -333,6 +333,16 @@ def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
     load_quantized(tmp_path / "out")
 
 
+def test_an_output_that_another_run_finishes_meanwhile_is_noticed_before_the_work(model, tmp_path):
+    class Late(ptqcli.pipeline.Silent):
+        def planned(self, plan):
+            quantize(model, small(model, algo="rtn"), tmp_path / "out")
+
+    with pytest.raises(UsageError, match="already exists"):
+        quantize(model, small(model, algo="rtn", wbits=8), tmp_path / "out", listener=Late())
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_an_output_that_is_a_link_stays_one(model, tmp_path):
     quantize(model, small(model, algo="rtn"), tmp_path / "target")
     (tmp_path / "out").symlink_to("target")
