@@ -3,18 +3,19 @@
     pip install -e '.[peers]'
     python scripts/bench_quantize.py --nsamples 256 --seqlen 256
 
-Both run GPTQ in the same scheme, act-order with groups fixed beforehand (the default of both), damping 0.01, a whole
-block at a time, and write a packed compressed-tensors checkpoint. llm-compressor runs with its own defaults, once
-for each of --peer-batch windows per forward pass (its default is 1); the fastest one counts.
+Both run GPTQ in the same scheme, act-order with groups fixed beforehand (the default of both), damping 0.01, and
+write a packed compressed-tensors checkpoint. Each otherwise runs with its own defaults: ours fits scales by least
+squared error and solves a block in stages, llm-compressor fits them to the range and solves a whole block at once.
+llm-compressor runs once for each of --peer-batch windows per forward pass (its default is 1); the fastest counts.
 
 What is timed: from a model folder on disk and token windows in memory to a finished checkpoint on disk. Not timed:
 imports, and reading and tokenizing the calibration text, which llm-compressor is given as token ids. Every run has
 a process of its own that first quantizes the model with a few windows to warm up; the runs take turns, in an order
 that is reversed every round, and the median counts.
 
-The floor is what no such method can go below: one forward pass over the same tokens, and for every distinct input
-of a linear its Hessian, X^T X in float32. Its batch size is the fastest of FLOOR_BATCHES. Our loop over the blocks
-(everything but building the skeleton) is compared with it.
+The floor is the least that calibration needs: one forward pass over the same tokens, and for every distinct input
+of a linear its Hessian, the plain product X^T X in float32 (ours sums the lower triangle only). Its batch size is the
+fastest of FLOOR_BATCHES. Our loop over the blocks (everything but building the skeleton) is compared with it.
 
 Perplexity is that of the checkpoints as plain transformers loads them, on the held-out part of the built-in text.
 """
@@ -297,12 +298,15 @@ def run_floor(job: Job) -> dict[str, float]:
 
 
 def run_perplexity(job: Job) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
     from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluate.perplexity import perplexity
 
-    model = AutoModelForCausalLM.from_pretrained(job.output, dtype="auto")
+    # transformers reads packed zero points only this way; the original has nothing to expand
+    packed = not job.symmetric and job.output != job.model
+    choice = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
+    model = AutoModelForCausalLM.from_pretrained(job.output, dtype="auto", **choice)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     return {"perplexity": perplexity(model, evaluation_ids("builtin", tokenizer), job.seqlen).perplexity}
 
