@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -81,3 +82,11 @@ def test_every_module_imports_on_its_own(installed: Path) -> None:
 def test_the_demo_model_is_found_without_a_checkout(installed: Path) -> None:
     code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--dry-run', '--json']))"
     assert json.loads(run_installed(installed, code))["linears"]
+
+
+def test_the_readme_is_complete() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "@@" not in text
+    listed = set(re.findall(r"^  ([a-z_]+)(?:/|\.py) ", text, flags=re.MULTILINE))
+    rooms = {path.stem for path in (ROOT / "ptqcli").iterdir() if not path.name.startswith("_") and path.suffix in ("", ".py")}
+    assert rooms - {"transforms"} <= listed
