@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -173,16 +173,13 @@ def quantize(
             run.write_rest()
             report = run.report(model)
             write_json(folder / REPORT_NAME, report.stored())
-    finished = asdict(report)
-    finished["layers"] = report.layers
-    finished["skipped"] = report.skipped
-    finished.update(
+    return replace(
+        report,
         output=str(output),
         seconds=time.perf_counter() - clock.start,
         peak_memory_bytes=_peak_memory(setting.device),
         seconds_by_step=clock.spent,
     )
-    return Report(**finished)
 
 
 def check_output(output: Path, model: Path, overwrite: bool) -> None:
