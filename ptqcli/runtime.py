@@ -1,9 +1,9 @@
 """A packed checkpoint as a transformers model whose quantized linears run on the kernels.
 
-The model is built on the meta device from config.json, each quantized linear is replaced by a layer that keeps its weight packed, and
-everything else is read as it is. No weight is ever expanded while loading. A tensor that the model needs and the file lacks is an
-error that names it, and so is a packed tensor that no linear takes. Other tensors that the model does not know (buffers that old files
-carry, heads that transformers does not build) are left alone.
+The model is built on the meta device from config.json, each quantized linear is replaced by a layer that keeps its weight in integers,
+and everything else is read as it is. No weight is ever expanded while loading. A tensor that the model needs and the file lacks is an
+error that names it, and so is a tensor beside a quantized linear that its scheme does not take. Other tensors that the model does not
+know (buffers that old files carry, heads that transformers does not build) are left alone.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ptq_kernels import WeightOnlyLinear
+from ptq_kernels import LLMInt8Linear, W8A8Linear, WeightOnlyLinear, signed_codes
 from torch import Tensor, nn
 
 from ptqcli.checkpoint import CheckpointReader
 from ptqcli.errors import PTQError
 from ptqcli.formats import compressed_tensors
 from ptqcli.model import DiskNames, build_on_meta, is_linear, linear_weight, load_config
-from ptqcli.scheme import Scheme
+from ptqcli.scheme import WHOLE_MATRIX, ActivationScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,9 +58,9 @@ class _Loader:
         self.schemes = schemes
         self.device = device
         self.dtype = dtype
-        self.packed = set(compressed_tensors.stored_linears(reader.names))
-        plain = [name for name in reader.names if name.rpartition(".weight_")[0] not in self.packed]
-        self.names = DiskNames(model, [*plain, *(f"{linear}.weight" for linear in sorted(self.packed))])
+        self.quantized = set(compressed_tensors.stored_linears(reader.names))
+        plain = [name for name in reader.names if not self._belongs(name)]
+        self.names = DiskNames(model, [*plain, *(f"{linear}.weight" for linear in sorted(self.quantized))])
         # Two names in memory that share a stored tensor, such as a tied head, get one parameter.
         self._parameters: dict[str, nn.Parameter] = {}
 
@@ -75,9 +75,14 @@ class _Loader:
         if missing:
             raise PTQError(f"{self.reader.folder}: no tensor is stored for {missing[0]}{_and_more(missing)}")
 
+    def _belongs(self, name: str) -> bool:
+        """Whether the stored tensor ``name`` is part of a quantized weight: a linear has nothing else but a bias."""
+        linear, _, leaf = name.rpartition(".")
+        return linear in self.quantized and leaf != "bias"
+
     def _refuse_unexpected(self) -> None:
         known = {name for linear, scheme in self._stored_schemes() for name in compressed_tensors.tensor_names(linear, scheme)}
-        stray = [name for name in self.reader.names if name.rpartition(".weight_")[0] in self.packed and name not in known]
+        stray = [name for name in self.reader.names if self._belongs(name) and name not in known]
         if stray:
             raise PTQError(f"{self.reader.folder}: nothing in the model takes the tensor {stray[0]}{_and_more(stray)}")
 
@@ -87,25 +92,21 @@ class _Loader:
     def _stored_linear(self, name: str) -> str:
         """The stored name of the quantized linear ``name``."""
         linear = (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
-        if linear not in self.packed:
-            raise PTQError(f"{self.reader.folder}: config.json says that {name} is quantized, but it is not stored so")
+        if linear not in self.quantized:
+            raise PTQError(f"{self.reader.folder}: config.json says that {name} is quantized, but {linear}.weight_scale is not stored")
         return linear
 
-    def _layer(self, name: str, module: nn.Module, scheme: Scheme) -> WeightOnlyLinear:
+    def _layer(self, name: str, module: nn.Module, scheme: Scheme) -> nn.Module:
         weight = compressed_tensors.unpack(self._stored_linear(name), self.reader.read, scheme)
         self._expect_shape(name, weight.codes, linear_weight(module))
-        bias = self.names.disk(f"{name}.bias")
-        if module.bias is not None and bias is None:
+        stored_bias = self.names.disk(f"{name}.bias")
+        if module.bias is not None and stored_bias is None:
             raise PTQError(f"{self.reader.folder}: no tensor is stored for {name}.bias")
-        layer = WeightOnlyLinear(
-            weight.codes,
-            # transformers rounds the scales to the model's dtype, too, before it expands a weight
-            weight.scale.to(self.dtype),
-            None if scheme.symmetric else weight.zero,
-            scheme.bits,
-            scheme.group_size,
-            None if bias is None else self.reader.read(bias).to(self.dtype),
-        )
+        bias = None if stored_bias is None else self.reader.read(stored_bias).to(self.dtype)
+        if scheme.activations is None:
+            layer = _weight_only_layer(weight, bias, self.dtype)
+        else:
+            layer = _integer_layer(weight, scheme.activations, bias, self.dtype)
         return layer.to(self.device)
 
     def _fill(self, name: str, stored: str) -> None:
@@ -120,7 +121,7 @@ class _Loader:
         module._parameters[leaf] = self._parameters[stored]
 
     def _read(self, name: str, stored: str, expected: Tensor | None) -> Tensor:
-        if stored.removesuffix(".weight") in self.packed:
+        if stored.removesuffix(".weight") in self.quantized:
             raise PTQError(f"{self.reader.folder}: {name} is stored quantized, but config.json gives it no scheme")
         value = self.reader.read(stored)
         self._expect_shape(name, value, expected)
@@ -130,6 +131,28 @@ class _Loader:
         if expected is None or value.shape != expected.shape:
             wanted = "nothing" if expected is None else str(list(expected.shape))
             raise PTQError(f"{self.reader.folder}: {name} is stored as {list(value.shape)}, but config.json asks for {wanted}")
+
+
+def _weight_only_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The layer of a weight-only scheme. transformers rounds the scales to the model's dtype, too, before it expands a weight."""
+    scheme = weight.scheme
+    zero = None if scheme.symmetric else weight.zero
+    return WeightOnlyLinear(weight.codes, weight.scale.to(dtype), zero, scheme.bits, scheme.group_size, bias)
+
+
+def _integer_layer(weight: QuantizedWeight, activations: ActivationScheme, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The layer of a scheme with 8-bit activations, scales rounded as in ``_weight_only_layer``."""
+    scheme = weight.scheme
+    codes = signed_codes(weight.codes, scheme.bits)
+    scale = weight.scale.flatten().to(dtype)
+    if scheme.group_size == WHOLE_MATRIX:
+        scale = scale[:1].clone()
+    if scheme.outliers is None or weight.outliers is None:
+        input_scale = None if weight.input_scale is None else weight.input_scale.to(dtype)
+        return W8A8Linear(codes, scale, input_scale, activations.per_token, bias)
+    columns = weight.outliers.weight.to(dtype)
+    threshold = scheme.outliers.threshold if scheme.outliers.dynamic else None
+    return LLMInt8Linear(codes, scale, weight.outliers.index, columns, threshold, activations.per_token, bias)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ptqcli.checkpoint import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import bitstream, compressed_tensors
-from ptqcli.scheme import SUPPORTED_BITS, QuantizedWeight, Scheme
+from ptqcli.scheme import SUPPORTED_BITS, ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme, encode, fit
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden vectors are not beside this checkout")
@@ -31,7 +32,7 @@ def big_integer_stream(codes: Tensor, bits: int) -> Tensor:
 
 
 def random_weight(
-    scheme: Scheme, out_features: int, in_features: int, seed: int = 0, dtype: torch.dtype = torch.float32
+    scheme: Scheme, out_features: int, in_features: int, seed: int = 0, dtype: torch.dtype = torch.float32, outliers: int = 3
 ) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.group_count(in_features)
@@ -40,20 +41,31 @@ def random_weight(
         return torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
 
     scale = (torch.rand(out_features, groups, generator=generator) + 0.01).to(dtype)
+    if scheme.group_size == 0:
+        scale = scale[:1].expand(out_features, 1).clone()
     zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)
     if not scheme.symmetric:
         zero = integers(out_features, groups)
-    return QuantizedWeight(integers(out_features, in_features), scale, zero, scheme)
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    input_scale = torch.rand(1, generator=generator).to(dtype) if static else None
+    columns = None
+    if scheme.outliers is not None:
+        index = torch.randperm(in_features, generator=generator)[:outliers].sort().values.int()
+        columns = OutlierColumns(index, torch.randn(out_features, len(index), generator=generator).to(dtype))
+    return QuantizedWeight(integers(out_features, in_features), scale, zero, scheme, None, input_scale, columns)
 
 
 def assert_same_weight(left: QuantizedWeight, right: QuantizedWeight) -> None:
     assert left.scheme == right.scheme
-    assert left.g_idx is None
-    assert right.g_idx is None
-    for field in ("codes", "scale", "zero"):
-        a, b = getattr(left, field), getattr(right, field)
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b), field
+    pairs = [(getattr(left, field), getattr(right, field)) for field in ("codes", "scale", "zero", "g_idx", "input_scale")]
+    assert (left.outliers is None) == (right.outliers is None)
+    if left.outliers is not None and right.outliers is not None:
+        pairs += [(left.outliers.index, right.outliers.index), (left.outliers.weight, right.outliers.weight)]
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(1, 5), elements=st.integers(1, 130), seed=st.integers(0, 2**31))
@@ -98,8 +110,24 @@ def weights(draw: st.DrawFn) -> QuantizedWeight:
     return random_weight(scheme, draw(st.integers(1, 40)), columns, draw(st.integers(0, 2**31)), dtype)
 
 
-@given(weight=weights())
-@settings(max_examples=200, deadline=None)
+TOKEN, TENSOR, STATIC = ActivationScheme(), ActivationScheme(per_token=False), ActivationScheme(per_token=False, dynamic=False)
+SPLITS = (None, OutlierSplit(), OutlierSplit(4.5, dynamic=False))
+
+
+@st.composite
+def integer_weights(draw: st.DrawFn) -> QuantizedWeight:
+    activations = draw(st.sampled_from([TOKEN, TENSOR, STATIC]))
+    split = draw(st.sampled_from(SPLITS)) if activations.dynamic else None
+    scheme = Scheme(draw(st.sampled_from(SUPPORTED_BITS)), draw(st.sampled_from([-1, 0])), True, activations, split)
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    columns = draw(st.integers(1, 60))
+    return random_weight(
+        scheme, draw(st.integers(1, 40)), columns, draw(st.integers(0, 2**31)), dtype, outliers=draw(st.integers(0, columns))
+    )
+
+
+@given(weight=st.one_of(weights(), integer_weights()))
+@settings(max_examples=400, deadline=None)
 def test_unpack_is_the_inverse_of_pack(weight: QuantizedWeight) -> None:
     tensors = compressed_tensors.pack("a.b", weight)
     assert tuple(tensors) == compressed_tensors.tensor_names("a.b", weight.scheme)
@@ -156,18 +184,66 @@ def test_golden_comparison_notices_one_change(field: str) -> None:
 def library_weight(tensors: dict[str, Tensor], name: str, scheme: Scheme) -> Tensor:
     """One linear as compressed-tensors itself decompresses it."""
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationScheme
 
-    args = QuantizationArgs(
-        num_bits=scheme.bits,
-        symmetric=scheme.symmetric,
-        strategy="channel" if scheme.group_size == -1 else "group",
-        group_size=None if scheme.group_size == -1 else scheme.group_size,
-    )
+    group = compressed_tensors.quantization_config({name: scheme}, [])["config_groups"]["group_0"]
     local = {stored.rpartition(".")[2]: tensor for stored, tensor in tensors.items()}
-    compressor = BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
-    weight: Tensor = compressor.decompress(local, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+    compressor = BaseCompressor.get_value_from_registry(group["format"])
+    weight: Tensor = compressor.decompress(local, QuantizationScheme.model_validate(group))["weight"]
     return weight
+
+
+@needs_golden
+@pytest.mark.parametrize(("case", "group_size"), [("w8_sym_channel", -1), ("w8_sym_tensor", 0)])
+def test_golden_integers_both_ways(case: str, group_size: int) -> None:
+    """Scales, codes and values as the library computed them from a float weight, and the bytes back."""
+    from safetensors.torch import load_file
+
+    golden = load_file(GOLDEN / "ct_int_quantized.safetensors")
+    scheme = Scheme(8, group_size, activations=TOKEN)
+    weight = compressed_tensors.unpack(case, golden.__getitem__, scheme)
+    assert torch.equal(weight.dequantize(), golden[f"{case}.dequantized"])
+    grid = fit(golden["input_weight"], scheme, torch.float32)
+    assert torch.equal(grid.scale, weight.scale)
+    assert torch.equal(encode(golden["input_weight"], grid, scheme), weight.codes.float())
+    packed = compressed_tensors.pack(case, weight)
+    assert list(packed) == [f"{case}.weight", f"{case}.weight_scale"]
+    for name, tensor in packed.items():
+        assert tensor.dtype == golden[name].dtype
+        assert torch.equal(tensor, golden[name]), name
+    weight.codes[5, 1] ^= 1
+    assert not torch.equal(weight.dequantize(), golden[f"{case}.dequantized"])
+    assert not torch.equal(compressed_tensors.pack(case, weight)[f"{case}.weight"], golden[f"{case}.weight"])
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), ()])
+def test_one_scale_for_the_matrix_in_any_shape(shape: tuple[int, ...]) -> None:
+    weight = random_weight(Scheme(8, 0, activations=TOKEN), 5, 7)
+    tensors = compressed_tensors.pack("m", weight)
+    tensors["m.weight_scale"] = tensors["m.weight_scale"].reshape(shape)
+    assert_same_weight(compressed_tensors.unpack("m", tensors.__getitem__, weight.scheme), weight)
+
+
+def test_integers_are_signed_bytes_at_every_width() -> None:
+    codes = torch.tensor([[0, 7, 8, 15]], dtype=torch.uint8)
+    scheme = Scheme(4, -1, activations=STATIC)
+    ones = torch.ones(1, 1)
+    weight = QuantizedWeight(codes, ones, torch.full((1, 1), 8, dtype=torch.uint8), scheme, input_scale=torch.ones(1))
+    tensors = compressed_tensors.pack("m", weight)
+    assert tensors["m.weight"].dtype == torch.int8
+    assert tensors["m.weight"].tolist() == [[-8, -1, 0, 7]]
+    assert list(tensors) == ["m.weight", "m.weight_scale", "m.input_scale"]
+
+
+def test_stored_linears_of_both_formats() -> None:
+    schemes = {
+        "a.p": Scheme(4, 32, symmetric=False),
+        "a.i": Scheme(8, -1, activations=STATIC),
+        "o": Scheme(8, 0, True, TOKEN, OutlierSplit()),
+    }
+    names = [name for linear, scheme in schemes.items() for name in compressed_tensors.tensor_names(linear, scheme)]
+    plain = ["a.norm.weight", "a.i.bias", "head.weight"]
+    assert sorted(compressed_tensors.stored_linears(sorted([*names, *plain]))) == sorted(schemes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -183,6 +259,18 @@ def test_the_library_reads_what_is_packed(bits: int, symmetric: bool, group_size
     assert not torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [-1, 0])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_the_library_reads_integers(bits: int, group_size: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("compressed_tensors")
+    weight = random_weight(Scheme(bits, group_size, activations=TOKEN), 24, 97, dtype=dtype)
+    tensors = compressed_tensors.pack("m", weight)
+    assert torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
+    tensors["m.weight"][3, 2] ^= 1
+    assert not torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
+
+
 def require_dense_packing(bits: int) -> None:
     version = pytest.importorskip("compressed_tensors").__version__
     if bits == 3 and tuple(map(int, version.split(".")[:2])) < (0, 18):
@@ -190,14 +278,14 @@ def require_dense_packing(bits: int) -> None:
 
 
 @needs_golden
-@pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32"])
+@pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_written_by_the_library(folder: str) -> None:
     path = GOLDEN / "ckpt" / folder
     reader = CheckpointReader(path)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
-    plain = {name.removesuffix(".weight") for name in reader.names if name.endswith(".weight")}
-    linears = {name.removesuffix(".weight_packed") for name in reader.names if name.endswith("_packed")}
-    schemes = compressed_tensors.schemes_of(config, [*linears, *(name for name in plain if name == "lm_head")])
+    linears = set(compressed_tensors.stored_linears(reader.names))
+    assert linears == {name.removesuffix("_scale").removesuffix(".weight") for name in reader.names if name.endswith("weight_scale")}
+    schemes = compressed_tensors.schemes_of(config, [*linears, "lm_head"])
     assert schemes.keys() == linears
     for name, scheme in schemes.items():
         require_dense_packing(scheme.bits)
@@ -250,6 +338,64 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 }
 
 
+def broken_integers(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
+    tensors = compressed_tensors.pack("m", random_weight(Scheme(4, -1, True, TOKEN, OutlierSplit()), 16, 64))
+    change(tensors)
+    return tensors
+
+
+def columns(*index: int) -> Tensor:
+    return torch.tensor(index, dtype=torch.int32)
+
+
+INTEGER_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "unsigned codes": (
+        lambda t: t.update({"m.weight": torch.zeros(16, 64, dtype=torch.uint8)}),
+        r"m\.weight: expected int8 codes \[out, in\], found uint8 \[16, 64\]",
+    ),
+    "flat codes": (lambda t: t.update({"m.weight": torch.zeros(64, dtype=torch.int8)}), r"m\.weight: expected int8 codes"),
+    "no codes": (lambda t: t.update({"m.weight": torch.zeros(16, 0, dtype=torch.int8)}), "m: a matrix of 16 x 0 has no weights"),
+    "too large": (lambda t: t["m.weight"][2, 3].fill_(8), r"m\.weight: holds codes outside of 4 bits"),
+    "too small": (lambda t: t["m.weight"][2, 3].fill_(-9), r"m\.weight: holds codes outside of 4 bits"),
+    "groups": (
+        lambda t: t.update({"m.weight_scale": torch.ones(16, 2)}),
+        r"m\.weight_scale: expected floating \[16, 1\], found float32 \[16, 2\]",
+    ),
+    "one scale": (lambda t: t.update({"m.weight_scale": torch.ones(1)}), r"m\.weight_scale: expected floating \[16, 1\]"),
+    "column beyond": (
+        lambda t: t.update({"m.outlier_index": columns(1, 2, 64)}),
+        r"m\.outlier_index: expected rising columns below 64",
+    ),
+    "negative column": (lambda t: t.update({"m.outlier_index": columns(-1, 2, 3)}), r"m\.outlier_index: expected rising columns"),
+    "a column twice": (lambda t: t.update({"m.outlier_index": columns(1, 2, 2)}), r"m\.outlier_index: expected rising columns"),
+    "falling columns": (lambda t: t.update({"m.outlier_index": columns(1, 3, 2)}), r"m\.outlier_index: expected rising columns"),
+    "index as int64": (lambda t: t.update({"m.outlier_index": columns(1, 2, 3).long()}), r"m\.outlier_index: expected int32"),
+    "other columns": (
+        lambda t: t.update({"m.outlier_index": columns(1, 2)}),
+        r"m\.outlier_weight: expected floating \[16, 2\], found float32 \[16, 3\]",
+    ),
+    "integer columns": (
+        lambda t: t.update({"m.outlier_weight": torch.ones(16, 3, dtype=torch.int8)}),
+        r"m\.outlier_weight: expected floating \[16, 3\], found int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INTEGER_DAMAGE)
+def test_damaged_integers_are_named(kind: str) -> None:
+    change, message = INTEGER_DAMAGE[kind]
+    with pytest.raises(PTQError, match=message):
+        compressed_tensors.unpack("m", broken_integers(change).__getitem__, Scheme(4, -1, True, TOKEN, OutlierSplit()))
+
+
+def test_a_damaged_input_scale_is_named() -> None:
+    scheme = Scheme(8, 0, activations=STATIC)
+    tensors = compressed_tensors.pack("m", random_weight(scheme, 5, 7))
+    tensors["m.input_scale"] = torch.ones(7)
+    with pytest.raises(PTQError, match=r"m\.input_scale: expected floating \[1\], found float32 \[7\]"):
+        compressed_tensors.unpack("m", tensors.__getitem__, scheme)
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_tensors_are_named(kind: str) -> None:
     change, message = DAMAGE[kind]
@@ -274,6 +420,31 @@ def test_a_symmetric_weight_with_other_zero_points_is_refused() -> None:
     weight.zero[3, 1] = 7
     with pytest.raises(PTQError, match="layer: a symmetric weight has zero points other than 8"):
         compressed_tensors.pack("layer", weight)
+
+
+def test_parts_that_do_not_go_with_the_scheme_are_refused() -> None:
+    split = random_weight(Scheme(8, -1, True, TOKEN, OutlierSplit()), 5, 7)
+    static = random_weight(Scheme(8, 0, activations=STATIC), 5, 7)
+    message = "layer: the input scale or the outlier columns do not go with its scheme"
+    for wrong in (
+        replace(split, outliers=None),
+        replace(split, scheme=static.scheme, scale=static.scale),
+        replace(split, scheme=Scheme(8, -1, activations=TOKEN)),
+        replace(static, input_scale=None),
+        replace(static, scheme=Scheme(8, 0, activations=TENSOR)),
+    ):
+        with pytest.raises(PTQError, match=message):
+            compressed_tensors.pack("layer", wrong)
+    static.scale[2] *= 2
+    with pytest.raises(PTQError, match="layer: a weight with one scale for the whole matrix has several"):
+        compressed_tensors.pack("layer", static)
+
+
+def test_sums_that_32_bits_cannot_hold_are_refused() -> None:
+    scheme = Scheme(8, -1, activations=TOKEN)
+    assert compressed_tensors.refusal(scheme, (1 << 17) - 1, 8, moving_groups=True) is None
+    assert "can exceed 32 bits" in str(compressed_tensors.refusal(scheme, 1 << 17, 8))
+    assert compressed_tensors.refusal(Scheme(8, -1), 1 << 17, 8) is None
 
 
 # The entry in config.json.
@@ -302,12 +473,17 @@ def library_schemes(config: dict[str, Any]) -> dict[str, Scheme]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
-            args = module.quantization_scheme.weights
-            found[name] = Scheme(args.num_bits, args.group_size or -1, args.symmetric)
+            weights, inputs = module.quantization_scheme.weights, module.quantization_scheme.input_activations
+            activations = inputs and ActivationScheme(inputs.num_bits, inputs.strategy == "token", inputs.dynamic)
+            group_size = {"channel": -1, "tensor": 0}.get(weights.strategy, weights.group_size)
+            found[name] = Scheme(weights.num_bits, group_size, weights.symmetric, activations)
     return found
 
 
 W4, W8, W2 = Scheme(4, 32), Scheme(8, -1), Scheme(2, 64, symmetric=False)
+W8A8, W4A8 = Scheme(8, -1, activations=TOKEN), Scheme(4, -1, activations=TOKEN)
+W8A8_TENSOR, W8A8_STATIC = Scheme(8, 0, activations=TENSOR), Scheme(8, 0, activations=STATIC)
+LLM_INT8 = Scheme(8, -1, True, TOKEN, OutlierSplit())
 
 
 def test_one_scheme_targets_the_class() -> None:
@@ -332,6 +508,44 @@ def test_several_schemes_target_names() -> None:
     assert library_schemes(config) == schemes
 
 
+@pytest.mark.parametrize("scheme", [W8A8, W4A8, W8A8_TENSOR, W8A8_STATIC, Scheme(8, -1, activations=STATIC)], ids=Scheme.describe)
+def test_schemes_with_activations(scheme: Scheme) -> None:
+    schemes = dict.fromkeys(LINEARS[:-1], scheme)
+    config = compressed_tensors.quantization_config(schemes, ["lm_head"])
+    assert config["format"] == config["config_groups"]["group_0"]["format"] == "int-quantized"
+    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert library_schemes(config) == schemes
+    assert json.loads(json.dumps(config)) == config
+
+
+@needs_golden
+@pytest.mark.parametrize(("folder", "scheme"), [("ct_w8a8_dyn", W8A8), ("ct_w8a8_static", W8A8_STATIC)])
+def test_the_entry_is_the_one_that_the_library_writes(folder: str, scheme: Scheme) -> None:
+    theirs = json.loads((GOLDEN / "ckpt" / folder / "config.json").read_text())["quantization_config"]
+    ours = compressed_tensors.quantization_config({"a": scheme}, ["lm_head"])
+    assert ours == {key: value for key, value in theirs.items() if key != "moe_sparsity_config"}
+
+
+def test_formats_differ_between_groups() -> None:
+    schemes = {name: {"q": W8A8, "k": W8A8, "u": W2, "d": W4}[name[9]] for name in LINEARS[:-1]}
+    config = compressed_tensors.quantization_config(schemes, ["lm_head"])
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == ["int-quantized", "pack-quantized", "pack-quantized"]
+    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert library_schemes(config) == schemes
+
+
+@pytest.mark.parametrize("split", [OutlierSplit(), OutlierSplit(0.125, dynamic=False)], ids=OutlierSplit.describe)
+def test_an_outlier_split_makes_the_library_stop(split: OutlierSplit) -> None:
+    """It would leave the 16-bit columns out of the product."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = Scheme(8, -1, True, TOKEN, split)
+    config = compressed_tensors.quantization_config({"a": scheme, "b": W8A8}, ["lm_head"])
+    with pytest.raises(ValueError, match=compressed_tensors.OUTLIERS_KEY):
+        quantization.QuantizationConfig.model_validate(config)
+    assert compressed_tensors.schemes_of(json.loads(json.dumps(config)), ["a", "b", "lm_head"]) == {"a": scheme, "b": W8A8}
+
+
 def test_nothing_quantized_is_refused() -> None:
     with pytest.raises(UsageError, match="no linear layer"):
         compressed_tensors.quantization_config({}, LINEARS)
@@ -352,19 +566,25 @@ def written(groups: dict[str, tuple[list[str], Scheme]], ignore: list[str] | Non
     schemes = {
         name: quantization.QuantizationScheme(
             targets=targets,
-            format="pack-quantized",
+            format="pack-quantized" if scheme.activations is None else "naive-quantized",
             weights=quantization.QuantizationArgs(
                 num_bits=scheme.bits,
                 symmetric=scheme.symmetric,
-                group_size=scheme.group_size,
-                actorder="static",
+                group_size=scheme.group_size or None,
+                actorder="static" if scheme.group_size else None,
                 observer="mse",
+            ),
+            input_activations=scheme.activations
+            and quantization.QuantizationArgs(
+                strategy="token" if scheme.activations.per_token else "tensor",
+                dynamic=scheme.activations.dynamic,
+                observer=None if scheme.activations.dynamic else "minmax",
             ),
         )
         for name, (targets, scheme) in groups.items()
     }
     config = quantization.QuantizationConfig(
-        config_groups=schemes, quantization_status="compressed", format="pack-quantized", ignore=ignore
+        config_groups=schemes, quantization_status="compressed", format="mixed-precision", ignore=ignore
     )
     dumped: dict[str, Any] = json.loads(config.model_dump_json())
     return dumped
@@ -387,6 +607,8 @@ MATCHING: dict[str, tuple[dict[str, tuple[list[str], Scheme]], list[str] | None]
     "two regexes": ({"group_0": (["re:.*up"], W4), "group_1": (["re:.*1.*"], W8)}, []),
     "two regexes, written the other way": ({"group_0": (["re:.*1.*"], W8), "group_1": (["re:.*up"], W4)}, []),
     "one target in two groups": ({"group_0": (["Linear"], W4), "group_1": (["Linear"], W8)}, ["lm_head"]),
+    "activations": ({"group_0": (["re:.*_proj"], W8A8), "group_1": (["re:.*up"], W8A8_STATIC), "group_2": (["Linear"], W4)}, ["lm_head"]),
+    "activations per tensor": ({"group_0": (["Linear"], W8A8_TENSOR), "group_1": (["re:.*down"], W4A8)}, ["lm_head"]),
     "ignored class": ({"group_0": (["re:.*"], W4)}, ["Linear"]),
 }
 
@@ -400,8 +622,8 @@ def test_targets_match_as_in_the_library(kind: str) -> None:
     assert compressed_tensors.schemes_of(config, LINEARS) == library_schemes(config)
 
 
-def changed(path: str, value: Any) -> dict[str, Any]:
-    config = copy.deepcopy(compressed_tensors.quantization_config({"a": W4}, []))
+def changed(path: str, value: Any, scheme: Scheme = W4) -> dict[str, Any]:
+    config = copy.deepcopy(compressed_tensors.quantization_config({"a": scheme}, []))
     *parents, leaf = path.split("/")
     place = config
     for parent in parents:
@@ -410,6 +632,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return config
 
 
+INPUTS = "config_groups/group_0/input_activations"
+WEIGHTS = "config_groups/group_0/weights"
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "another method": ("quant_method", "gptq", "quant_method gptq is not read"),
     "no method": ("quant_method", None, "quant_method None is not read"),
@@ -418,25 +642,55 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "kv cache": ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is not supported"),
     "rotations": ("transform_config", {"config_groups": {}}, "transform_config is not supported"),
     "sparsity": ("sparsity_config", {"format": "sparse-24"}, "sparsity_config with format sparse-24"),
-    "activations": ("config_groups/group_0/input_activations", {"num_bits": 8}, "group_0 has input_activations"),
-    "outputs": ("config_groups/group_0/output_activations", {"num_bits": 8}, "group_0 has output_activations"),
-    "int-quantized": ("config_groups/group_0/format", "int-quantized", "group_0 has format int-quantized"),
-    "float": ("config_groups/group_0/weights/type", "float", "weights with type float"),
-    "dynamic": ("config_groups/group_0/weights/dynamic", True, "weights with dynamic True"),
-    "act-order": ("config_groups/group_0/weights/actorder", "group", "weights with actorder group"),
-    "act-order as a flag": ("config_groups/group_0/weights/actorder", True, "weights with actorder True"),
-    "per tensor": ("config_groups/group_0/weights/strategy", "tensor", "strategy tensor"),
-    "block": ("config_groups/group_0/weights/strategy", "block", "strategy block"),
-    "group without a size": ("config_groups/group_0/weights/group_size", None, "group_size None"),
-    "4.0 bits": ("config_groups/group_0/weights/num_bits", 4.0, "group_0 has weights with num_bits 4.0"),
-    "symmetric as text": ("config_groups/group_0/weights/symmetric", "no", "group_0 has weights with symmetric 'no'"),
-    "5 bits": ("config_groups/group_0/weights/num_bits", 5, "group_0: 5 bits per weight is not supported"),
-    "preset": ("config_groups", {"W4A16": ["Linear"]}, "W4A16 names a preset"),
-    "no weights": ("config_groups/group_0/weights", None, "malformed"),
+    "activations": (INPUTS, {"num_bits": 8}, "group_0: input_activations are read in format int-quantized, not in pack-quantized"),
+    "outputs": ("config_groups/group_0/output_activations", {"num_bits": 8}, "group_0: output_activations are not read"),
+    "unknown key": ("config_groups/group_0/rotation", "R1", "group_0: the key rotation is not read"),
+    "int-quantized": ("config_groups/group_0/format", "int-quantized", "group_0: format int-quantized without input_activations"),
+    "another format": ("config_groups/group_0/format", "float-quantized", "group_0: format float-quantized is not read"),
+    "float": (f"{WEIGHTS}/type", "float", "weights with type 'float' are not read"),
+    "dynamic": (f"{WEIGHTS}/dynamic", True, "weights with dynamic True are not read"),
+    "act-order": (f"{WEIGHTS}/actorder", "group", "weights with actorder 'group' are not read"),
+    "act-order as a flag": (f"{WEIGHTS}/actorder", True, "weights with actorder True are not read"),
+    "per tensor": (f"{WEIGHTS}/strategy", "tensor", "strategy tensor"),
+    "block": (f"{WEIGHTS}/strategy", "block", "strategy block"),
+    "group without a size": (f"{WEIGHTS}/group_size", None, "group_size None"),
+    "group of none": (f"{WEIGHTS}/group_size", 0, "group_size 0"),
+    "4.0 bits": (f"{WEIGHTS}/num_bits", 4.0, "group_0: weights with num_bits 4.0 are not read"),
+    "symmetric as text": (f"{WEIGHTS}/symmetric", "no", "group_0: weights with symmetric 'no' are not read"),
+    "5 bits": (f"{WEIGHTS}/num_bits", 5, "group_0: 5 bits per weight is not supported"),
+    "preset": ("config_groups", {"W4A16": ["Linear"]}, "W4A16: names a preset"),
+    "no weights": (WEIGHTS, None, "malformed"),
     "groups as a list": ("config_groups", [], "malformed"),
     "bad regex": ("ignore", ["re:("], "malformed"),
     "targets of a wrong type": ("config_groups/group_0/targets", 3, "malformed"),
 }
+REFUSED_INTEGERS: dict[str, tuple[str, Any, str]] = {
+    "4-bit inputs": (f"{INPUTS}/num_bits", 4, "group_0: input_activations with num_bits 4 are not read"),
+    "float inputs": (f"{INPUTS}/type", "float", "input_activations with type 'float' are not read"),
+    "asymmetric inputs": (f"{INPUTS}/symmetric", False, "input_activations with symmetric False are not read"),
+    "inputs in groups": (f"{INPUTS}/strategy", "group", "input_activations with strategy 'group' are not read"),
+    "local inputs": (f"{INPUTS}/dynamic", "local", "input_activations with dynamic 'local' are not read"),
+    "static tokens": (f"{INPUTS}/dynamic", False, "group_0: activation scales fixed by calibration are per tensor"),
+    "inputs as text": (INPUTS, "int8", "malformed"),
+    "asymmetric weights": (f"{WEIGHTS}/symmetric", False, "weights beside input_activations with symmetric False are not read"),
+    "grouped weights": (f"{WEIGHTS}/strategy", "group", "weights with strategy group, group_size None are not read"),
+    "packed": ("config_groups/group_0/format", "pack-quantized", "input_activations are read in format int-quantized"),
+    "no inputs": (INPUTS, None, "format int-quantized without input_activations is not read; expected pack-quantized"),
+    "no threshold": (f"config_groups/group_0/{compressed_tensors.OUTLIERS_KEY}", {"dynamic": True}, "malformed"),
+    "negative threshold": (
+        f"config_groups/group_0/{compressed_tensors.OUTLIERS_KEY}",
+        {"threshold": -1.0, "dynamic": True},
+        "group_0: outlier threshold -1.0 is not valid",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_INTEGERS)
+def test_activations_that_are_not_read_are_refused_by_name(kind: str) -> None:
+    path, value, message = REFUSED_INTEGERS[kind]
+    with pytest.raises(PTQError, match=message) as caught:
+        compressed_tensors.schemes_of(changed(path, value, W8A8), ["a"])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -6,6 +6,8 @@ For ``W[n, k]`` and ``per = {2: 4, 3: 1, 4: 2, 8: 1}[bits]`` codes to a byte,
 
 Three-bit codes take a whole byte each: packed tightly they straddle bytes, which saves memory but not the time this reference is for.
 The unused high codes of a row's last byte are zero.
+
+Integer products take signed codes, one to a byte at every width: ``code - 2^(bits-1)``.
 """
 
 from __future__ import annotations
@@ -26,13 +28,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Raises TypeError or ValueError for another dtype, number of dimensions, width, or a code that is too large.
     """
+    _check_codes(codes, bits)
     per_byte = _per_byte(bits)
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must be uint8, not {codes.dtype}")
-    if codes.dim() != 2:
-        raise ValueError(f"codes must be [N, K], not {list(codes.shape)}")
-    if codes.numel() and int(codes.max()) >> bits:
-        raise ValueError(f"codes must be below 2^{bits}, found {int(codes.max())}")
     rows, columns = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -columns % per_byte)).view(rows, -1, per_byte)
     packed = padded[:, :, 0].clone()
@@ -49,6 +46,22 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     shifts = torch.arange(0, per_byte * bits, bits, dtype=torch.uint8, device=packed.device)
     codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(1)[:, :columns]
+
+
+def signed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes, uint8 [N, K] each below 2^bits, as int8 [N, K] with 2^(bits-1) taken off. Raises TypeError or ValueError."""
+    _check_codes(codes, bits)
+    return (codes - (1 << (bits - 1))).view(torch.int8)  # an unsigned byte wraps around; read as signed it is the difference
+
+
+def _check_codes(codes: Tensor, bits: int) -> None:
+    _per_byte(bits)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, not {codes.dtype}")
+    if codes.dim() != 2:
+        raise ValueError(f"codes must be [N, K], not {list(codes.shape)}")
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ValueError(f"codes must be below 2^{bits}, found {int(codes.max())}")
 
 
 def _per_byte(bits: int) -> int:
