@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,19 +28,24 @@ from torch import Tensor, nn
 
 import ptqcli
 from ptqcli.calibration.capture import CalibratedBlock, Recording, record_calls
-from ptqcli.calibration.statistics import Hessian
+from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.checkpoint import CheckpointWriter, write_json
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
 from ptqcli.model import Skeleton, linear_weight
-from ptqcli.recipe import Plan, PlannedLinear, Recipe, Setting, make_plan
-from ptqcli.solvers import Solution, Stage, Target, lift
+from ptqcli.recipe import TRIED_TOKENS, Plan, PlannedLinear, Recipe, Setting, make_plan
+from ptqcli.solvers import Solution, Stage, Target, lift, needs_of
+from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
+from ptqcli.transforms.folds import Found, find_folds, proven
 
 REPORT_NAME = "ptq_report.json"
 # Text files that make a folder of weights a model folder; weights and config.json are written anew.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
 NOT_COMPANIONS = ("config.json", "*.index.json", REPORT_NAME, "quantize_config.json")
+
+# Tokens of the two window beginnings on which folds are looked for and proved.
+PROBE_TOKENS = 12
 
 
 class Listener(Protocol):
@@ -53,6 +59,12 @@ class Listener(Protocol):
 
     def block_started(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` begins."""
+
+    def detail(self, text: str) -> None:
+        """What is being done inside a block, in words."""
+
+    def layer_progress(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` pieces of the work on one linear are behind us; only slow solvers tell."""
 
     def layer_done(self, name: str, error: float) -> None:
         """A linear has its codes; ``error`` is its relative output error."""
@@ -71,6 +83,12 @@ class Silent:
         pass
 
     def block_started(self, index: int, count: int) -> None:
+        pass
+
+    def detail(self, text: str) -> None:
+        pass
+
+    def layer_progress(self, name: str, done: int, total: int) -> None:
         pass
 
     def layer_done(self, name: str, error: float) -> None:
@@ -93,6 +111,21 @@ class LayerReport:
     zero_groups: int
     damp: float | None
     damp_raised: bool
+    outlier_columns: int | None
+    outlier_share: float | None
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What transforms did with one fold of one block, or why they left it alone. The names are paths in the model.
+
+    choices: (transform, what it chose). left_alone: the reason, None for a fold that was used.
+    """
+
+    producer: str
+    readers: tuple[str, ...]
+    choices: tuple[tuple[str, str], ...] = ()
+    left_alone: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +140,7 @@ class Report:
     bytes_after: int
     bits_per_weight: float
     error_kind: str
+    folds: list[FoldReport] = field(default_factory=list)
     output: str = ""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -262,7 +296,9 @@ class _Run:
         self.writer = CheckpointWriter(folder, **limit)
         self.dtype = setting.calibration_dtype(plan.linears[0].scale_dtype)
         self.recording: Recording | None = None
+        self.transforms = plan.recipe.transforms()
         self.layers: list[LayerReport] = []
+        self.folds: list[FoldReport] = []
         self.written: set[str] = set()
         self.bytes_after = 0
 
@@ -287,7 +323,16 @@ class _Run:
                 self.dtype,
                 self.setting.activation_budget,
                 self.folder,
+                self._excerpts(len(windows)) if self.transforms else None,
             )
+
+    def _excerpts(self, count: int) -> dict[str, tuple[Sequence[int], int]]:
+        seqlen = self.plan.seqlen
+        tried = min(count, max(1, TRIED_TOKENS // seqlen))
+        return {
+            "probe": (range(min(2, count)), min(PROBE_TOKENS, seqlen)),
+            "tried": (range(0, count // tried * tried, count // tried), seqlen),
+        }
 
     def quantize_blocks(self) -> None:
         """Load, solve, write and release one block after the other."""
@@ -301,7 +346,7 @@ class _Run:
             with self.clock.measure("solve"):
                 solve_block(work)
             with self.clock.measure("write"):
-                self._write_block(index, work.tensors)
+                self._write_block(index, work)
             self.skeleton.release_block(index)
             _return_freed_memory()
             self.listener.block_done(index, count)
@@ -310,9 +355,11 @@ class _Run:
         """The block, if anything runs through it: without calibration its matrices are read one by one."""
         return None if self.recording is None else self.skeleton.load_block(index, self.setting.device, self.dtype)
 
-    def _write_block(self, index: int, packed: dict[str, Tensor]) -> None:
-        rest = {name: self.skeleton.reader.read(name) for name in self.skeleton.block_disk_names(index) if name not in self.written}
-        self._write({**packed, **rest})
+    def _write_block(self, index: int, work: _BlockWork) -> None:
+        rewritten = work.rewritten()
+        names = [name for name in self.skeleton.block_disk_names(index) if name not in self.written]
+        rest = {name: rewritten[name] if name in rewritten else self.skeleton.reader.read(name) for name in names}
+        self._write({**work.tensors, **rest})
         self.written.update(rest)
 
     def write_rest(self) -> None:
@@ -349,50 +396,127 @@ class _Run:
             bytes_after=self.bytes_after,
             bits_per_weight=bits / sum(sizes.values()),
             error_kind="output" if self.plan.needs_calibration else "weight",
+            folds=self.folds,
         )
 
 
 class _BlockWork:
-    """One loaded block as the block solver sees it (``solvers.BlockRun``)."""
+    """One loaded block as the block solver sees it (``solvers.BlockRun``), after the transforms have had their turn."""
 
     def __init__(self, run: _Run, block: nn.Module | None, index: int) -> None:
         self.run, self.block, self.index = run, block, index
+        self.prefix = run.skeleton.block_prefix(index)
         self.tensors: dict[str, Tensor] = {}
         self.planned = {linear.site.local: linear for linear in run.plan.linears if linear.site.block == index}
-        self.hessian: Tensor | None = None
+        self.statistics: InputStatistics | None = None
+        self.folded: FoldedBlock | None = None
 
     def stages(self) -> Iterator[Stage]:
         """Every stage with its statistics, after all earlier stages have been placed."""
         stages = self.run.plan.stages[self.index]
-        recording = self.run.recording
+        recording, setting = self.run.recording, self.run.setting
         if recording is None or self.block is None:
             for stage in stages:
-                yield self._stage(stage, None)
+                yield self._stage(stage)
             return
-        calibrated = CalibratedBlock(
-            self.block,
-            stages,
-            recording.calls[self.index],
-            recording,
-            self.run.setting.device,
-            self.run.setting.activation_budget,
-        )
-        passes = calibrated.sequential() if self.run.plan.recipe.sequential else calibrated.at_once()
-        for number, hessian in passes:
-            hessian.check_finite(self.planned[stages[number][0]].name)
-            self.hessian = hessian.matrix
-            yield self._stage(stages[number], hessian)
-        self.hessian = None
+        calls = recording.calls[self.index]
+        calibrated = CalibratedBlock(self.block, stages, calls, recording, setting.device, setting.activation_budget)
+        for number, statistics in self._passes(calibrated, recording):
+            statistics.check_finite(self.planned[stages[number][0]].name)
+            self.statistics = statistics
+            yield self._stage(stages[number])
+        self.statistics = None
 
-    def _stage(self, names: tuple[str, ...], hessian: Hessian | None) -> Stage:
-        return Stage(tuple(self._target(self.planned[local]) for local in names), hessian)
+    def _passes(self, calibrated: CalibratedBlock, recording: Recording) -> Iterator[tuple[int, InputStatistics]]:
+        """One pass for the solver, and one before it for all transforms together. Calibrating at once, the solver shares the first."""
+        wanted, sequential = self._solver_needs(), self.run.plan.recipe.sequential
+        needs = Needs() if sequential else wanted
+        for transform in self.run.transforms:
+            needs |= transform.needs
+        statistics = calibrated.observe(needs) if needs else []
+        if self.run.transforms:
+            statistics = self._transform(statistics, recording)
+        return calibrated.sequential(wanted) if sequential else calibrated.at_once(statistics)
+
+    def _solver_needs(self) -> Needs:
+        hessian = self.run.plan.recipe.solver().needs_hessian
+        needs = Needs(hessian=hessian, samples=not hessian)  # the samples are for the report's errors
+        for linear in self.planned.values():
+            needs |= needs_of(linear.scheme)
+        return needs
+
+    def _transform(self, statistics: Sequence[InputStatistics], recording: Recording) -> list[InputStatistics]:
+        """Apply the transforms to the block; return the statistics as they are behind them."""
+        assert self.block is not None
+        stages = self.run.plan.stages[self.index]
+        for stage, seen in zip(stages, statistics, strict=True):
+            seen.check_finite(self.planned[stage[0]].name)
+        probe, tried = (self._excerpt_run(recording, name) for name in ("probe", "tried"))
+        self.run.listener.detail(f"{self.prefix}: looking for folds")
+        found = proven(self.block, find_folds(self.block, probe), probe)
+        self.folded = FoldedBlock(
+            self.block,
+            found.folds,
+            order=[local for stage in self.run.skeleton.shapes[self.index].stages for local in stage],
+            treatments={local: Treatment(linear.scheme, linear.scale_dtype) for local, linear in self.planned.items()},
+            inputs={local: seen for stage, seen in zip(stages, statistics, strict=True) for local in stage},
+            stored=functools.cache(self._stored),
+            run=lambda block: tried(block, torch.float32),
+            scale_search=self.run.plan.recipe.scale_search,
+            tell=lambda text: self.run.listener.detail(f"{self.prefix}: {text}"),
+        )
+        notes = [(transform.name, note) for transform in self.run.transforms for note in transform.apply(self.folded)]
+        self.folded.release()
+        self._note_folds(found, notes)
+        return [self.folded.inputs(stage[0]) for stage in stages]
+
+    def _excerpt_run(self, recording: Recording, name: str) -> Callable[[nn.Module, torch.dtype], Tensor]:
+        excerpt, device = recording.excerpts[name], self.run.setting.device
+        hidden, call = excerpt.hidden(recording.activations).to(device), excerpt.calls[self.index]
+
+        def run(block: nn.Module, dtype: torch.dtype) -> Tensor:
+            return call.cast(dtype).run(block, hidden.to(dtype, copy=True))  # a copy: a block may change its input in place
+
+        return run
+
+    def _note_folds(self, found: Found, notes: Sequence[tuple[str, FoldNote]]) -> None:
+        for fold in found.folds:
+            choices = tuple((name, note.choice) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers)
+            readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
+            self.run.folds.append(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices))
+        for producer, reason in found.dropped:
+            self.run.folds.append(FoldReport(f"{self.prefix}.{producer}", (), left_alone=reason))
+
+    def _stage(self, names: tuple[str, ...]) -> Stage:
+        return Stage(tuple(self._target(self.planned[local]) for local in names), self.statistics)
+
+    def _stored(self, local: str) -> Tensor:
+        """A parameter of the block as the file has it."""
+        skeleton = self.run.skeleton
+        return skeleton.reader.read(skeleton.disk_name(f"{self.prefix}.{local}")).to(self.run.setting.device)
 
     def _target(self, linear: PlannedLinear) -> Target:
-        stored = self.run.skeleton.reader.read(self.run.skeleton.disk_name(f"{linear.name}.weight")).to(self.run.setting.device)
-        weight = (stored.t() if linear.site.transposed else stored).float()
+        local = linear.site.local
+        if self.folded is not None:
+            weight = self.folded.weight(local)
+        else:
+            stored = self._stored(f"{local}.weight")
+            weight = (stored.t() if linear.site.transposed else stored).float()
         if not torch.isfinite(weight).all():
             raise PTQError(f"{linear.name}: the weight holds NaN or infinity; the model file is broken")
-        return Target(linear.name, weight, linear.scheme, linear.scale_dtype)
+        limit = None if self.folded is None else self.folded.limits.get(local)
+        return Target(linear.name, weight, linear.scheme, linear.scale_dtype, limit)
+
+    def rewritten(self) -> dict[str, Tensor]:
+        """The parameters that transforms have changed and that are not quantized, by the names under which they are stored."""
+        if self.folded is None:
+            return {}
+        changed = self.folded.rewritten().items()
+        return {self.run.skeleton.disk_name(f"{self.prefix}.{local}"): tensor.cpu() for local, tensor in changed}
+
+    def progress(self, target: Target, done: int, total: int) -> None:
+        """Pass on how far the work on one linear is."""
+        self.run.listener.layer_progress(target.name, done, total)
 
     def place(self, target: Target, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block."""
@@ -405,28 +529,34 @@ class _BlockWork:
         packed = compressed_tensors.pack(disk_name.removesuffix(".weight"), weight)
         self.tensors.update(packed)
         self.run.written.add(disk_name)
-        error = _relative_error(target.weight, values.float(), self.hessian)
+        error = _relative_error(target.weight, values.float(), self.statistics)
         self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.listener.layer_done(linear.name, error)
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
+        outliers = solution.notes.outlier_columns
         self.run.layers.append(
             LayerReport(
                 name=linear.name,
                 scheme=linear.scheme.describe(),
                 bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
                 relative_error=error,
+                outlier_share=None if outliers is None else outliers / linear.site.in_features,
                 **asdict(solution.notes),
             )
         )
 
 
-def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+def _relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
     difference = weight - quantized
-    if hessian is None:
+    if statistics is None:
         error, whole = difference.square().sum(), weight.square().sum()
-    else:
+    elif statistics.hessian is not None:
+        hessian = statistics.hessian.matrix
         error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+    else:
+        inputs = statistics.sampled()
+        error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()
     return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
 
 

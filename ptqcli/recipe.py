@@ -11,25 +11,38 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
 
-from ptqcli.algorithms import find_algorithm
+from ptqcli.algorithms import Algorithm, find_algorithm
+from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
 from ptqcli.model import LinearSite, Skeleton
-from ptqcli.scheme import Scheme
-from ptqcli.solvers import MatrixSolver, SolverOptions
+from ptqcli.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.solvers import MatrixSolver, SolverOptions, needs_of
+from ptqcli.transforms import BlockTransform, TransformOptions
 
 DEFAULT_SEQLEN = 2048
 PICKABLE_GROUPS = (128, 64, 32)
 DEFAULT_ACTIVATION_BUDGET = 4 << 30
+DEFAULT_GROUP = 128
+# Settings of the SmoothQuant paper (table 2): weights have one scale in all, activations these.
+SMOOTH_LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
+ACTIVATION_SCALES = {
+    "token": ActivationScheme(),
+    "tensor": ActivationScheme(per_token=False),
+    "static": ActivationScheme(per_token=False, dynamic=False),
+}
+OUTLIER_KINDS = ("none", "dynamic", "static")
 # Tokens per forward pass: enough for products at full speed, few enough that a batch's intermediate tensors stay small.
 TOKENS_PER_BATCH = 4096
+# Tokens on which transforms try their choices out, in whole windows.
+TRIED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -45,39 +58,61 @@ class Override:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    abits: int | None = None
 
     def __post_init__(self) -> None:
-        changes = any(value is not None for value in (self.bits, self.group_size, self.symmetric))
+        changes = any(value is not None for value in (self.bits, self.group_size, self.symmetric, self.abits))
         if self.skip == changes:
-            raise UsageError(f"override '{self.pattern}' must either skip or change bits, group_size or symmetric")
+            raise UsageError(f"override '{self.pattern}' must either skip or change bits, abits, group_size or symmetric")
 
     def apply(self, scheme: Scheme) -> Scheme:
-        """``scheme`` with this override's changes."""
-        return Scheme(
-            bits=scheme.bits if self.bits is None else self.bits,
-            group_size=scheme.group_size if self.group_size is None else self.group_size,
-            symmetric=scheme.symmetric if self.symmetric is None else self.symmetric,
-        )
+        """``scheme`` with this override's changes. Where the activations change, so does a group size that goes with the old ones only."""
+        activations, group_size = scheme.activations, scheme.group_size
+        if self.abits == 16 and activations is not None:
+            activations, group_size = None, WHOLE_ROW
+        elif self.abits not in (None, 16) and activations is None:
+            activations, group_size = ActivationScheme(self.abits or 0), WHOLE_ROW
+        try:
+            return Scheme(
+                bits=scheme.bits if self.bits is None else self.bits,
+                group_size=group_size if self.group_size is None else self.group_size,
+                symmetric=scheme.symmetric if self.symmetric is None else self.symmetric,
+                activations=activations,
+                outliers=scheme.outliers if activations is not None else None,
+            )
+        except UsageError as error:
+            raise UsageError(f"override '{self.pattern}': {error}") from error
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A request, complete with its options; the fields are the keys of a recipe file.
 
-    algo: name in ``ptqcli.algorithms``. wbits, group_size, symmetric: the scheme. act_order, static_groups, damp: see ``solvers.gptq``.
-    scale_search: minmax or mse, see ``scheme.fit``. sequential: later linears of a block are calibrated behind the quantized earlier ones.
+    algo: parts named in ``ptqcli.algorithms``, joined by ``+``. wbits, group_size, symmetric: the weights, see ``scheme.Scheme``. abits: 8,
+    or 16 to leave activations alone. act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none,
+    dynamic or static, columns with inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
+    act_order, static_groups, damp: see ``solvers.gptq``. scale_search: minmax or mse, see ``scheme.fit``. awq_clip: see ``transforms.awq``.
+    smooth_alpha: a number from 0 to 1 or "auto", see ``transforms.smoothquant``. smooth_level: O1, O2 or O3 of that paper, which stand for
+    one weight scale in all and an act_scales. sequential: later linears of a block are calibrated behind the quantized earlier ones.
     calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
     with seed. ignore: patterns of linears to leave alone. blocks: name of the list of blocks, where it is not evident.
     """
 
     algo: str = "gptq"
-    wbits: int = 4
-    group_size: int = 128
+    wbits: int | None = None
+    group_size: int | None = None
     symmetric: bool = True
+    abits: int | None = None
+    act_scales: str | None = None
+    outliers: str | None = None
+    outlier_threshold: float = 6.0
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.01
     scale_search: str = "mse"
+    awq_clip: bool = True
+    smooth_alpha: float | str = 0.5
+    smooth_level: str | None = None
     sequential: bool = True
     calib: str = "builtin"
     nsamples: int = 128
@@ -90,7 +125,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.solver()
-        Scheme(self.wbits, self.group_size, self.symmetric)
+        self.transforms()
+        self._check_level()
+        _ = self.scheme
         if self.scale_search not in ("minmax", "mse"):
             raise UsageError(f"scale search '{self.scale_search}' is unknown; use minmax or mse")
         if self.format != compressed_tensors.NAME:
@@ -104,15 +141,67 @@ class Recipe:
         for pattern in (*self.ignore, *(override.pattern for override in self.overrides)):
             _check_pattern(pattern)
 
+    def _check_level(self) -> None:
+        if self.smooth_level is None:
+            return
+        if self.smooth_level not in SMOOTH_LEVELS:
+            raise UsageError(f"smooth level '{self.smooth_level}' is unknown; use {', '.join(SMOOTH_LEVELS)}")
+        if all(part.name != "smoothquant" for part in self.algorithm.transforms):
+            raise UsageError(
+                f"smooth level {self.smooth_level} belongs to smoothquant, not to {self.algo}; use group size 0 and act_scales"
+            )
+        if self.group_size is not None or self.act_scales is not None:
+            raise UsageError(f"smooth level {self.smooth_level} sets the group size and act_scales; leave those out")
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The parts that ``algo`` names."""
+        return find_algorithm(self.algo)
+
     @property
     def scheme(self) -> Scheme:
-        """The scheme of every linear that no override changes."""
-        return Scheme(self.wbits, self.group_size, self.symmetric)
+        """The scheme of every linear that no override changes. Raises UsageError for one that does not exist."""
+        defaults = self.algorithm.defaults
+        activations = self._activations(defaults.abits if self.abits is None else self.abits)
+        group_size = self.group_size
+        if group_size is None:
+            group_size = DEFAULT_GROUP if activations is None else (WHOLE_ROW if self.smooth_level is None else WHOLE_MATRIX)
+        return Scheme(
+            bits=defaults.wbits if self.wbits is None else self.wbits,
+            group_size=group_size,
+            symmetric=self.symmetric,
+            activations=activations,
+            outliers=self._outlier_split(activations),
+        )
+
+    def _activations(self, abits: int) -> ActivationScheme | None:
+        if abits == 16:
+            if self.act_scales is not None or self.smooth_level is not None:
+                raise UsageError("activations stay in 16 bit, so they have no scales; give --abits 8, or leave the scales out")
+            return None
+        scales = SMOOTH_LEVELS[self.smooth_level] if self.smooth_level else self.act_scales or "token"
+        if scales not in ACTIVATION_SCALES:
+            raise UsageError(f"activation scales '{scales}' are unknown; use {', '.join(ACTIVATION_SCALES)}")
+        return replace(ACTIVATION_SCALES[scales], bits=abits)
+
+    def _outlier_split(self, activations: ActivationScheme | None) -> OutlierSplit | None:
+        kind = self.outliers
+        if kind is None:
+            kind = self.algorithm.defaults.outliers if activations is not None else "none"
+        if kind not in OUTLIER_KINDS:
+            raise UsageError(f"outliers '{kind}' is unknown; use {', '.join(OUTLIER_KINDS)}")
+        return None if kind == "none" else OutlierSplit(self.outlier_threshold, dynamic=kind == "dynamic")
 
     def solver(self) -> MatrixSolver:
         """The solver that the algorithm ends with. Raises UsageError for an unknown algorithm or option."""
-        options = SolverOptions(self.damp, self.act_order, self.static_groups, self.scale_search)
-        return find_algorithm(self.algo).solver(options)
+        make = self.algorithm.solver.solver
+        assert make is not None
+        return make(SolverOptions(self.damp, self.act_order, self.static_groups, self.scale_search))
+
+    def transforms(self) -> list[BlockTransform]:
+        """The transforms that come before the solver, in order."""
+        options = TransformOptions(self.awq_clip, self.smooth_alpha)
+        return [part.transform(options) for part in self.algorithm.transforms if part.transform is not None]
 
 
 @dataclass(frozen=True)
@@ -252,8 +341,8 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the algorithm looks at calibration text at all."""
-        return self.recipe.solver().needs_hessian
+        """Whether anything looks at calibration text at all."""
+        return _needs_calibration(self.recipe, self.linears)
 
     def schemes(self) -> dict[Scheme, int]:
         """How many linears each scheme has."""
@@ -305,6 +394,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, setting: Setting) -> Plan:
         memory_bytes=memory,
         notes=tuple(_notes(linears, skeleton)),
     )
+
+
+def _needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
+    looked_at = any(needs_of(linear.scheme) for linear in linears)
+    return recipe.solver().needs_hessian or bool(recipe.transforms()) or looked_at
 
 
 def model_length(config: Any) -> int | None:
@@ -418,6 +512,8 @@ def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
         notes.append(f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}")
     if any(not linear.scheme.symmetric for linear in linears):
         notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
+    if any(linear.scheme.outliers is not None for linear in linears):
+        notes.append("outlier columns: only ptqcli reads them; transformers refuses the file")
     if any(linear.site.transposed for linear in linears):
         notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
     others = sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"})
@@ -427,11 +523,15 @@ def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
 
 
 def weight_bits(linear: PlannedLinear) -> int:
-    """Stored bits of a quantized linear: codes, scales and zero points."""
+    """Stored bits of a quantized linear: codes, scales and zero points. The columns that outliers will take are not known yet."""
     site, scheme = linear.site, linear.scheme
+    scale_bits = linear.scale_dtype.itemsize * 8
+    if scheme.activations is not None:  # signed codes of a byte each, whatever their width
+        scales = (1 if scheme.group_size == WHOLE_MATRIX else site.out_features) + (0 if scheme.activations.dynamic else 1)
+        return site.out_features * site.in_features * 8 + scales * scale_bits
     groups = scheme.group_count(site.in_features)
     zero_bits = 0 if scheme.symmetric else scheme.bits
-    return site.out_features * (site.in_features * scheme.bits + groups * (linear.scale_dtype.itemsize * 8 + zero_bits))
+    return site.out_features * (site.in_features * scheme.bits + groups * (scale_bits + zero_bits))
 
 
 def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
@@ -441,7 +541,7 @@ def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
 
 def _mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, setting: Setting) -> int:
     """Size of the file that holds the activations, 0 when they fit into memory."""
-    if not recipe.solver().needs_hessian:
+    if not _needs_calibration(recipe, linears):
         return 0
     features = min(linear.site.in_features for linear in linears)
     size = recipe.nsamples * seqlen * features * setting.calibration_dtype(linears[0].scale_dtype).itemsize
@@ -452,19 +552,24 @@ def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
     """Peak of a run beyond Python and torch themselves: activations, one block, and the solver's copies of the largest matrix."""
     itemsize = setting.calibration_dtype(linears[0].scale_dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
-    largest = max(linear.site.in_features * linear.site.out_features for linear in linears)
-    solving = max(in_blocks) * itemsize + 4 * largest * 4
-    if not recipe.solver().needs_hessian:
+    largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
+    workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)
+    solving = max(in_blocks) * itemsize + 2 * largest.in_features * largest.out_features * 4 + workspace
+    if not _needs_calibration(recipe, linears):
         return solving
     features = min(linear.site.in_features for linear in linears)
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
-    hessian = max(linear.site.in_features for linear in linears) ** 2 * 4
+    solving += SAMPLED_TOKENS * sum(linear.site.in_features for linear in linears if linear.site.block == 0) * 4
+    if recipe.solver().needs_hessian:
+        solving += max(linear.site.in_features for linear in linears) ** 2 * 4
+    if recipe.transforms():
+        solving += max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * (3 * features + 2 * widest) * 4
     tokens = recipe.nsamples * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
     held = min(tokens * hidden, setting.activation_budget) + min(tokens * inside, setting.activation_budget)
     one_batch = setting.windows_per_batch(seqlen) * seqlen * inside
     embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize
-    return held + one_batch + max(embeddings, solving + 5 * hessian)
+    return held + one_batch + max(embeddings, solving)
 
 
 def _list_names(names: Sequence[str], limit: int = 4) -> str:

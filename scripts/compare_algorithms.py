@@ -1,10 +1,11 @@
-"""Every algorithm at several widths on one model, in one table: perplexity, divergence, size, time.
+"""Every algorithm and the useful combinations on one model, in two tables: perplexity, divergence, size, time, memory.
 
     python scripts/compare_algorithms.py [--model FOLDER] [--schemes 4:128 3:128 2:64] [--tokens 65536] [--json FILE]
 
 Each row quantizes the model with the same calibration windows, writes a checkpoint, loads it through the runtime and measures it on
-the held-out part of the built-in text beside the original. "rise" is what perplexity has risen over the original, "of rtn" that
-rise as a share of what rounding to nearest costs in the same scheme with the same scale search.
+the held-out part of the built-in text beside the original. "rise" is what perplexity has risen over the original, "of rtn" that rise as
+a share of what rounding to nearest costs in the same scheme. The first table is of weights alone, bits by bits and group by group, the
+second of weights and activations in 8 bits.
 """
 
 from __future__ import annotations
@@ -27,20 +28,41 @@ from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
-VARIANTS: dict[str, dict[str, Any]] = {
+# The first of each table is what "of rtn" refers to.
+WEIGHTS: dict[str, dict[str, Any]] = {
     "rtn": {"algo": "rtn"},
+    "rtn, min-max scales": {"algo": "rtn", "scale_search": "minmax"},
+    "awq, scales only": {"algo": "awq", "awq_clip": False},
+    "awq": {"algo": "awq"},
+    "obq": {"algo": "obq"},
     "gptq, plain order": {"algo": "gptq", "act_order": False},
     "gptq": {"algo": "gptq"},
+    "awq+obq": {"algo": "awq+obq"},
+    "awq+gptq": {"algo": "awq+gptq"},
 }
-COLUMNS = ("scheme", "scales", "algorithm", "bits/weight", "perplexity", "rise", "of rtn", "KL, nats", "top-1", "seconds", "peak MiB")
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "rtn": {"algo": "rtn", "wbits": 8, "abits": 8},
+    "rtn, per tensor": {"algo": "rtn", "wbits": 8, "abits": 8, "act_scales": "tensor"},
+    "rtn, static": {"algo": "rtn", "wbits": 8, "abits": 8, "act_scales": "static"},
+    "smoothquant": {"algo": "smoothquant"},
+    "smoothquant, alpha auto": {"algo": "smoothquant", "smooth_alpha": "auto"},
+    "smoothquant O1": {"algo": "smoothquant", "smooth_level": "O1"},
+    "smoothquant O2": {"algo": "smoothquant", "smooth_level": "O2"},
+    "smoothquant O3": {"algo": "smoothquant", "smooth_level": "O3"},
+    "smoothquant+gptq": {"algo": "smoothquant+gptq"},
+    "llm-int8": {"algo": "llm-int8"},
+    "llm-int8, static": {"algo": "llm-int8", "outliers": "static"},
+    "llm-int8+gptq, static": {"algo": "llm-int8+gptq", "outliers": "static"},
+}
+COLUMNS = ("scheme", "algorithm", "bits/weight", "perplexity", "rise", "of rtn", "KL, nats", "top-1", "seconds", "peak MiB")
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--schemes", nargs="+", default=["4:128", "3:128", "2:64"], metavar="BITS:GROUP")
-    parser.add_argument("--searches", nargs="+", default=["minmax", "mse"])
+    parser.add_argument("--schemes", nargs="*", default=["4:128", "3:128", "2:64"], metavar="BITS:GROUP", help="of the first table")
+    parser.add_argument("--only", choices=["weights", "activations"], help="one of the two tables")
     parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -49,28 +71,31 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     options = arguments()
     ids = evaluation_ids("builtin", load_tokenizer(options.model))[: options.tokens]
     original = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    rows: list[dict[str, Any]] = []
-    for scheme in options.schemes:
-        bits, group = map(int, scheme.split(":"))
-        for search in options.searches:
-            for name, changes in VARIANTS.items():
-                text = {"nsamples": options.nsamples, "seqlen": options.seqlen}
-                recipe = Recipe(wbits=bits, group_size=group, scale_search=search, **text, **changes)
-                rows.append({"algorithm": name, "search": search, **measure(recipe, options, original, ids)})
-    for row in rows:
-        rounding = next(r for r in rows if (r["scheme"], r["search"], r["algorithm"]) == (row["scheme"], row["search"], "rtn"))
-        row["of_rtn"] = row["rise"] / rounding["rise"]
-    show(rows)
+    tables = []
+    if options.only != "activations":
+        for scheme in options.schemes:
+            bits, group = map(int, scheme.split(":"))
+            tables.append({name: {**changes, "wbits": bits, "group_size": group} for name, changes in WEIGHTS.items()})
+    if options.only != "weights":
+        tables.append(ACTIVATIONS)
+    rows = []
+    for variants in tables:
+        measured = [{"algorithm": name, **measure(changes, options, original, ids)} for name, changes in variants.items()]
+        for row in measured:
+            row["of_rtn"] = row["rise"] / measured[0]["rise"]
+        show(measured)
+        rows += measured
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
 
 
-def measure(recipe: Recipe, options: argparse.Namespace, original: Any, ids: Any) -> dict[str, Any]:
+def measure(changes: dict[str, Any], options: argparse.Namespace, original: Any, ids: Any) -> dict[str, Any]:
     """Quantize, load, evaluate."""
+    recipe = Recipe(nsamples=options.nsamples, seqlen=options.seqlen, **changes)
     peak = Path("/proc/self/clear_refs")
     if peak.exists():
         peak.write_text("5")  # Linux: the peak of this row, not of all rows so far
@@ -97,7 +122,6 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             row["scheme"],
-            row["search"],
             row["algorithm"],
             f"{row['bits_per_weight']:.3f}",
             f"{row['perplexity']:.3f}",

@@ -27,9 +27,9 @@ ALLOWED = {
     "model": BASE | {"checkpoint"},
     "state": BASE | {"checkpoint"},
     "solvers": BASE | {"calibration.statistics"},
-    "transforms": BASE | {"calibration.statistics"},
+    "transforms": BASE | {"calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"solvers", "transforms"},
-    "recipe": BASE | {"algorithms", "formats", "model", "solvers"},
+    "recipe": BASE | {"algorithms", "calibration.statistics", "formats", "model", "solvers", "transforms"},
     "runtime": BASE | {"formats", "checkpoint", "model"},
     "evaluate": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

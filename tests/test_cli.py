@@ -100,9 +100,31 @@ REFUSED = [
     ("quantize model --wbit 4", 2, "No such option '--wbit'"),
     ("quantize model --wbits four", 2, "'four' is not a valid integer"),
     ("quantize model --wbits 5", 2, "5 bits per weight is not supported; choose one of"),
-    ("quantize model --group-size 0", 2, "group size 0 is not valid"),
+    ("quantize model --group-size 0", 2, "one scale for the whole matrix (group size 0) needs 8-bit activations"),
+    ("quantize model --group-size -2", 2, "group size -2 is not valid"),
     ("quantize model --group-size 48", 2, "does not divide the 64 input features of model.layers.0"),
-    ("quantize model --algo magic", 2, "algorithm 'magic' is unknown; choose one of rtn, gptq"),
+    ("quantize model --algo magic", 2, "algorithm 'magic' is unknown; choose one of awq, smoothquant"),
+    ("quantize model --algo awq+magic", 2, "algorithm 'magic' is unknown"),
+    ("quantize model --algo awq+", 2, "algorithm '' is unknown"),
+    ("quantize model --algo rtn+gptq", 2, "rtn and gptq are both solvers"),
+    ("quantize model --algo gptq+awq", 2, "the solver comes last; write awq+gptq"),
+    ("quantize model --algo awq+awq", 2, "awq stands twice"),
+    ("quantize model --abits 4", 2, "4 bits per activation is not supported"),
+    ("quantize model --algo rtn --abits 8 --group-size 32", 2, "8-bit activations need one scale for a whole row"),
+    ("quantize model --algo rtn --abits 8 --asym", 2, "8-bit activations need symmetric weights"),
+    ("quantize model --act-scales token", 2, "activations stay in 16 bit"),
+    ("quantize model --algo smoothquant --act-scales row", 2, "activation scales 'row' are unknown; use token, tensor, static"),
+    ("quantize model --algo smoothquant --smooth-alpha 1.5", 2, "smooth alpha 1.5 is not valid"),
+    ("quantize model --algo smoothquant --smooth-alpha much", 2, "'much' is neither a number nor auto"),
+    ("quantize model --algo smoothquant --smooth-level O4", 2, "smooth level 'O4' is unknown"),
+    ("quantize model --algo smoothquant --smooth-level O1 --act-scales token", 2, "leave those out"),
+    ("quantize model --smooth-level O1", 2, "smooth level O1 belongs to smoothquant"),
+    ("quantize model --outliers static", 2, "outlier columns are split off from 8-bit activations"),
+    ("quantize model --algo llm-int8 --outliers some", 2, "outliers 'some' is unknown; use none, dynamic, static"),
+    ("quantize model --algo llm-int8 --act-scales static", 2, "an outlier split needs activation scales computed at run time"),
+    ("quantize model --algo llm-int8 --outlier-threshold 0", 2, "outlier threshold 0.0 is not valid"),
+    ("quantize model --algo llm-int8 --outlier-threshold nan", 2, "outlier threshold nan is not valid"),
+    ("quantize model --algo smoothquant --override mlp:group=32", 2, "override 'mlp': 8-bit activations need"),
     ("quantize model --scale-search best", 2, "use minmax or mse"),
     ("quantize model --group-size 32 --seqlen 4096", 2, "longer than the model's 128 positions"),
     ("quantize model --nsamples 0", 2, "nsamples 0"),
@@ -365,11 +387,26 @@ def test_shown_defaults_are_the_recipes() -> None:
         if entry.name not in options or entry.name in ("seqlen", "overrides", "ignore", "blocks"):
             continue
         option, default = options[entry.name], entry.default
+        if default is None:
+            continue  # follows from other fields, see below
         if isinstance(default, bool):
             shown = (option.opts if default else option.secondary_opts)[0].removeprefix("--")
         else:
             shown = str(default)
         assert option.show_default == shown, entry.name
+
+
+def test_shown_defaults_that_follow_from_others_do() -> None:
+    shown = {option.name: str(option.show_default) for option in quantize_command.params if isinstance(option, click.Option)}
+    plain, eight_bits = Recipe().scheme, Recipe(algo="smoothquant").scheme
+    assert eight_bits.activations is not None
+    assert shown["wbits"] == f"{plain.bits}; smoothquant, llm-int8: {eight_bits.bits}"
+    assert shown["group_size"] == f"{plain.group_size}; with 8-bit activations: {eight_bits.group_size}"
+    assert shown["abits"] == f"16; smoothquant, llm-int8: {eight_bits.activations.bits}"
+    assert shown["act_scales"] == eight_bits.activations.describe()
+    split = Recipe(algo="llm-int8").scheme.outliers
+    assert split is not None
+    assert shown["outliers"] == f"none; llm-int8: {'dynamic' if split.dynamic else 'static'}"
 
 
 def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:

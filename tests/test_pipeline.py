@@ -20,6 +20,7 @@ from ptqcli.model import Skeleton, find_blocks
 from ptqcli.pipeline import plan_run, quantize
 from ptqcli.recipe import Override, Recipe, Setting, load_recipe
 from ptqcli.runtime import load_quantized
+from ptqcli.scheme import Scheme
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ def test_flags_win_over_the_recipe_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("algo: rtn\nwbits: 3\noverrides:\n  - pattern: down_proj\n    bits: 8\nignore: [gate]\n")
     recipe = load_recipe(file, {"wbits": 8})
-    assert (recipe.algo, recipe.wbits, recipe.group_size) == ("rtn", 8, 128)
+    assert (recipe.algo, recipe.scheme) == ("rtn", Scheme(8, 128))
     assert recipe.overrides == (Override("down_proj", bits=8),)
     assert recipe.ignore == ("gate",)
 

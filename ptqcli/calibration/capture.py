@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from ptqcli.calibration.statistics import Hessian
+from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.errors import PTQError
 from ptqcli.model import BlockShape, Skeleton, StopForward, is_linear, linear_weight
 
@@ -70,14 +70,38 @@ class BlockCall:
         output = block(*args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def cast(self, dtype: torch.dtype) -> BlockCall:
+        """The same call with every floating tensor among the arguments in ``dtype``."""
+        return BlockCall(_cast(self.args, dtype), _cast(dict(self.kwargs), dtype), self.hidden_key)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A few windows, or their beginnings, on which a block can be run on its own, again and again.
+
+    windows: their numbers. tokens: how many of each. calls: how the model calls each of its blocks on them.
+    """
+
+    windows: tuple[int, ...]
+    tokens: int
+    calls: list[BlockCall]
+
+    def hidden(self, activations: Activations) -> Tensor:
+        """Its hidden states [windows, tokens, features]; the beginnings of windows do not depend on what follows in a causal model."""
+        return activations.values[list(self.windows), : self.tokens]
+
 
 @dataclass(frozen=True)
 class Recording:
-    """Hidden states before the first block and the calls of every block: calls[block][batch]. batches: windows [start, stop) of each."""
+    """Hidden states before the first block and the calls of every block: calls[block][batch]. batches: windows [start, stop) of each.
+
+    excerpts: by the names under which they were asked for.
+    """
 
     activations: Activations
     calls: list[list[BlockCall]]
     batches: list[tuple[int, int]]
+    excerpts: dict[str, Excerpt] = field(default_factory=dict)
 
 
 def record_calls(
@@ -88,8 +112,12 @@ def record_calls(
     dtype: torch.dtype,
     budget: int,
     folder: Path,
+    excerpts: Mapping[str, tuple[Sequence[int], int]] | None = None,
 ) -> Recording:
-    """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them."""
+    """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them.
+
+    excerpts: name -> (numbers of the windows, tokens of each) of the excerpts to record as well.
+    """
     batches = [(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
     calls: list[list[BlockCall]] = [[] for _ in skeleton.blocks]
     activations: Activations | None = None
@@ -101,8 +129,12 @@ def record_calls(
             activations.values[start:stop] = hidden.cpu()
             for block_calls, call in zip(calls, batch_calls, strict=True):
                 block_calls.append(_shared(block_calls[0], call) if block_calls else call)
+        recorded = {}
+        for name, (numbers, tokens) in (excerpts or {}).items():
+            _, excerpt_calls = _record_batch(skeleton, model, windows[list(numbers), :tokens].to(device))
+            recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls)
     assert activations is not None
-    return Recording(activations, calls, batches)
+    return Recording(activations, calls, batches, recorded)
 
 
 def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -151,6 +183,16 @@ def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
     raise PTQError("a block is called without hidden states as its first tensor argument, which is not supported")
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(entry, dtype) for entry in value)
+    if isinstance(value, dict):
+        return {key: _cast(entry, dtype) for key, entry in value.items()}
+    return value
+
+
 def _shared(first: BlockCall, other: BlockCall) -> BlockCall:
     """``first`` if ``other`` holds equal values, so that a hundred batches do not keep a hundred equal masks."""
     same = _equal(first.args, other.args) and _equal(dict(first.kwargs), dict(other.kwargs)) and first.hidden_key == other.hidden_key
@@ -170,9 +212,10 @@ def _equal(one: Any, other: Any) -> bool:
 class CalibratedBlock:
     """One loaded block with its recorded calls and its share of the activations.
 
-    stages: local names of the linears to solve, those that read one tensor together, in running order. ``sequential`` and ``at_once`` walk
-    through them: each stage comes with the statistics of its input, and its weights are expected to be replaced when the walk goes
-    on. Afterwards the activations hold the outputs of the block with the replaced weights. Call under ``torch.no_grad``.
+    stages: local names of the linears to solve, those that read one tensor together, in running order. ``observe`` only looks.
+    ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its weights are expected to be
+    replaced when the walk goes on. Afterwards the activations hold the outputs of the block with the replaced weights. Call under
+    ``torch.no_grad``.
     """
 
     def __init__(
@@ -211,23 +254,28 @@ class CalibratedBlock:
         leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
         return [leader.register_forward_pre_hook(pre_hook(index)) for index, leader in enumerate(leaders)]
 
-    def _new_hessian(self, stage: int) -> Hessian:
+    def _empty(self, stage: int, needs: Needs) -> InputStatistics:
         leader = self.block.get_submodule(self.stages[stage][0])
-        return Hessian.zeros(linear_weight(leader).shape[1], self.device)
+        windows, tokens, _features = self.recording.activations.values.shape
+        return InputStatistics.empty(linear_weight(leader).shape[1], needs, windows * tokens, self.device)
 
-    def sequential(self) -> Iterator[tuple[int, Hessian]]:
-        """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""
-        yield from self._suspended() if self.suspended_fits else self._repeated()
-
-    def at_once(self) -> Iterator[tuple[int, Hessian]]:
-        """Yield (stage, statistics) with all statistics taken from the block as it is, in one pass; a second pass makes the outputs."""
-        hessians = [self._new_hessian(stage) for stage in range(len(self.stages))]
-        handles = self._leaders(lambda stage, inputs: hessians[stage].add(inputs))
+    def observe(self, needs: Needs) -> list[InputStatistics]:
+        """Statistics of all stages, taken from the block as it is, in one pass; the activations stay before the block."""
+        statistics = [self._empty(stage, needs) for stage in range(len(self.stages))]
+        handles = self._leaders(lambda stage, inputs: statistics[stage].add(inputs))
         for batch in range(len(self.calls)):
             self._forward(batch)
         for handle in handles:
             handle.remove()
-        yield from enumerate(hessians)
+        return statistics
+
+    def sequential(self, needs: Needs) -> Iterator[tuple[int, InputStatistics]]:
+        """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""
+        yield from self._suspended(needs) if self.suspended_fits else self._repeated(needs)
+
+    def at_once(self, statistics: Sequence[InputStatistics]) -> Iterator[tuple[int, InputStatistics]]:
+        """Yield (stage, statistics) with what ``observe`` saw before any stage was replaced; then another pass makes the outputs."""
+        yield from enumerate(statistics)
         self.advance()
 
     def advance(self) -> None:
@@ -235,33 +283,33 @@ class CalibratedBlock:
         for batch in range(len(self.calls)):
             self._run(batch)
 
-    def _suspended(self) -> Iterator[tuple[int, Hessian]]:
+    def _suspended(self, needs: Needs) -> Iterator[tuple[int, InputStatistics]]:
         lanes = _Lanes(self._run, len(self.calls))
         handles = self._leaders(lanes.pause)
         try:
             lanes.start()
             for stage in range(len(self.stages)):
-                hessian = self._new_hessian(stage)
+                statistics = self._empty(stage, needs)
                 for inputs in lanes.inputs_of(stage):
-                    hessian.add(inputs)
-                yield stage, hessian
+                    statistics.add(inputs)
+                yield stage, statistics
                 lanes.pass_stage(stage)
         finally:
             for handle in handles:
                 handle.remove()
             lanes.stop()
 
-    def _repeated(self) -> Iterator[tuple[int, Hessian]]:
+    def _repeated(self, needs: Needs) -> Iterator[tuple[int, InputStatistics]]:
         for stage in range(len(self.stages)):
-            hessian = self._new_hessian(stage)
-            self._run_until(stage, hessian)
-            yield stage, hessian
+            statistics = self._empty(stage, needs)
+            self._run_until(stage, statistics)
+            yield stage, statistics
         self.advance()
 
-    def _run_until(self, stage: int, hessian: Hessian) -> None:
+    def _run_until(self, stage: int, statistics: InputStatistics) -> None:
         def hook(reached: int, inputs: Tensor) -> None:
             if reached == stage:
-                hessian.add(inputs)
+                statistics.add(inputs)
                 raise StopForward
 
         handles = self._leaders(hook)

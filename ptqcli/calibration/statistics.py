@@ -1,5 +1,9 @@
 """What calibration keeps of a linear's inputs.
 
+``InputStatistics`` holds what one pass over the calibration tokens is asked for (``Needs``): magnitudes of each channel, a sample of the
+tokens, the Hessian. All transforms and solvers share it, so the number of passes does not depend on how many there are; when a transform
+divides the channels by its scales, the statistics are divided with them.
+
 ``Hessian`` is the second moment ``H = sum_t x_t x_t^T`` of an input tensor over all calibration tokens ``t``, streamed batch by batch.
 The layer-wise objective ``sum_t |(W - W') x_t|^2 = tr((W - W') H (W - W')^T)`` needs nothing else (Frantar et al. 2022, section 3.1; the
 paper's factor 2 drops out). One is kept for each distinct tensor, not for each linear.
@@ -7,7 +11,7 @@ paper's factor 2 drops out). One is kept for each distinct tensor, not for each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +21,11 @@ from ptqcli.errors import PTQError
 # Width of the strips in which the lower triangle is summed: H is symmetric, and n strips need (n + 1) / 2n of the full product.
 # Below 256 columns the products become too thin to run at full speed.
 STRIP = 256
+
+# Tokens kept as a sample of each input, taken at even distances: enough that the Gram matrix of a group of 128 columns is well determined.
+SAMPLED_TOKENS = 1024
+
+NOT_FINITE = "{where}: calibration inputs are not finite (NaN or infinity); the model overflows in this dtype or its weights are broken"
 
 
 @dataclass
@@ -47,6 +56,16 @@ class Hessian:
             self.sums[:start, start:stop] = self.sums[start:stop, :start].t()
         return self.sums
 
+    def divided(self, scales: Tensor) -> Hessian:
+        """The Hessian of the inputs divided, channel by channel, by ``scales`` [in]."""
+        scales = scales.to(self.sums)
+        return Hessian(self.matrix / scales.unsqueeze(1) / scales, self.tokens)
+
+    def without(self, columns: Tensor) -> Hessian:
+        """The Hessian of the inputs without the ``columns`` that are True in a bool [in]."""
+        kept = torch.nonzero(~columns).squeeze(1)
+        return Hessian(self.matrix.index_select(0, kept).index_select(1, kept), self.tokens)
+
     def _strips(self) -> list[tuple[int, int]]:
         features = self.sums.shape[0]
         return [(start, min(start + STRIP, features)) for start in range(0, features, STRIP)]
@@ -54,11 +73,90 @@ class Hessian:
     def check_finite(self, where: str) -> None:
         """Raise PTQError if the statistics hold NaN or infinity. The diagonal tells: an infinite entry always reaches it."""
         if not torch.isfinite(self.sums.diagonal()).all():
-            raise PTQError(
-                f"{where}: calibration inputs are not finite (NaN or infinity); the model overflows in this dtype or its weights are broken"
-            )
+            raise PTQError(NOT_FINITE.format(where=where))
 
     def output_energy(self, weight: Tensor) -> float:
         """``sum_t |W x_t|^2`` for a matrix [out, in]."""
         weight = weight.to(self.sums.dtype)
         return float(((weight @ self.matrix) * weight).sum().clamp(min=0))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a part wants to know of the inputs; ``|`` joins the wants of several parts."""
+
+    hessian: bool = False
+    magnitudes: bool = False
+    samples: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.hessian or other.hessian, self.magnitudes or other.magnitudes, self.samples or other.samples)
+
+    def __bool__(self) -> bool:
+        return self.hessian or self.magnitudes or self.samples
+
+
+@dataclass
+class InputStatistics:
+    """What is known of one input tensor, float32 throughout; what was not asked for is None (samples: empty).
+
+    largest: [in], the largest magnitude of each channel. summed: [in], the sum of magnitudes. samples: every ``stride``-th token, in
+    pieces [tokens, in]. hessian: see ``Hessian``. tokens: how many were seen.
+    """
+
+    largest: Tensor | None
+    summed: Tensor | None
+    hessian: Hessian | None
+    stride: int
+    samples: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, features: int, needs: Needs, tokens: int, device: torch.device) -> InputStatistics:
+        """Statistics of nothing yet, of a pass that will see ``tokens`` tokens."""
+        return cls(
+            largest=torch.zeros(features, device=device) if needs.magnitudes else None,
+            summed=torch.zeros(features, device=device) if needs.magnitudes else None,
+            hessian=Hessian.zeros(features, device) if needs.hessian else None,
+            stride=-(-tokens // SAMPLED_TOKENS) if needs.samples else 0,
+        )
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch of inputs, floating [..., in]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])  # [tokens, in]
+        if self.largest is not None and self.summed is not None:
+            magnitudes = rows.abs().float()
+            torch.maximum(self.largest, magnitudes.amax(dim=0), out=self.largest)
+            self.summed += magnitudes.sum(dim=0)
+        if self.stride:
+            self.samples.append(rows[-self.tokens % self.stride :: self.stride].float())
+        if self.hessian is not None:
+            self.hessian.add(rows)
+        self.tokens += rows.shape[0]
+
+    def sampled(self) -> Tensor:
+        """The sampled tokens, [tokens, in]."""
+        return torch.cat(self.samples)
+
+    def mean_magnitude(self) -> Tensor:
+        """The mean magnitude of each channel, [in]."""
+        assert self.summed is not None
+        return self.summed / max(self.tokens, 1)
+
+    def divided(self, scales: Tensor) -> InputStatistics:
+        """The statistics of the inputs divided, channel by channel, by the positive ``scales`` [in]."""
+        return InputStatistics(
+            largest=None if self.largest is None else self.largest / scales,
+            summed=None if self.summed is None else self.summed / scales,
+            hessian=None if self.hessian is None else self.hessian.divided(scales),
+            stride=self.stride,
+            samples=[piece / scales for piece in self.samples],
+            tokens=self.tokens,
+        )
+
+    def check_finite(self, where: str) -> None:
+        """Raise PTQError if the inputs held NaN or infinity."""
+        if self.hessian is not None:
+            self.hessian.check_finite(where)
+        elif not all(bool(torch.isfinite(piece).all()) for piece in (self.largest, *self.samples) if piece is not None):
+            raise PTQError(NOT_FINITE.format(where=where))

@@ -88,12 +88,15 @@ def _facts(
     if layers:
         facts.append(("unquantized", f"{size_text(reader.total_bytes - packed)} (embeddings, output head, norms and what was left alone)"))
     if report:
-        facts += [("made from", str(report["source"])), ("made by", f"ptqcli {report['ptqcli']}, {_recipe_text(report['recipe'])}")]
+        facts += [
+            ("made from", str(report["source"])),
+            ("made by", f"ptqcli {report['ptqcli']}, {_recipe_text(report['recipe'], report.get('error_kind'))}"),
+        ]
     return facts
 
 
-def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    calibration = f", calibrated on {recipe['nsamples']} windows of {recipe['calib']}" if recipe["algo"] != "rtn" else ""
+def _recipe_text(recipe: Mapping[str, Any], error_kind: object) -> str:
+    calibration = f", calibrated on {recipe['nsamples']} windows of {recipe['calib']}" if error_kind == "output" else ""
     return f"{recipe['algo']}{calibration}"
 
 

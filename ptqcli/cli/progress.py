@@ -22,8 +22,29 @@ class Tracker(Protocol):
     def note(self, text: str) -> None:
         """A detail of the step that is being done."""
 
+    def part(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` pieces of the part ``name`` of a step are behind us."""
+
     def step(self, done: int, total: int, text: str) -> None:
         """``done`` of ``total`` steps of this stage are behind us; ``text`` says how the last one went."""
+
+
+# Least seconds between plain lines about the parts of one step.
+PART_PAUSE = 10.0
+
+
+class PartClock:
+    """When the part began that is being worked on."""
+
+    def __init__(self) -> None:
+        self._name, self._start = "", 0.0
+
+    def text(self, name: str, done: int, total: int) -> str:
+        """How far it is, and what is left: ``NAME 37%, 20 s left``."""
+        if name != self._name:
+            self._name, self._start = name, time.monotonic()
+        left = time_left(self._start, done, total) if done else ""
+        return ", ".join(filter(None, (f"{name} {done / total:.0%}", left)))
 
 
 def time_left(start: float, done: int, total: int) -> str:
@@ -42,6 +63,7 @@ class BarTracker:
         self._bar = bar
         self._task = bar.add_task("", total=None, left="", note="")
         self._stage_start = time.monotonic()
+        self._parts = PartClock()
 
     def say(self, text: str) -> None:
         self._stage_start = time.monotonic()
@@ -51,19 +73,23 @@ class BarTracker:
     def note(self, text: str) -> None:
         self._bar.update(self._task, note=text)
 
+    def part(self, name: str, done: int, total: int) -> None:
+        self.note(self._parts.text(name, done, total))
+
     def step(self, done: int, total: int, text: str) -> None:
         left = time_left(self._stage_start, done, total)
         self._bar.update(self._task, completed=done, total=total, left=left, note=text)
 
 
 class LineTracker:
-    """One line a stage and a step, but steps not more often than every ``pause`` seconds; no details. A log would fill up."""
+    """One line a stage and a step, but steps not more often than every ``pause`` seconds; of parts, one line in 10 seconds."""
 
     def __init__(self, console: Console, unit: str, pause: float) -> None:
         self._console = console
         self._unit = unit
         self._pause = pause
-        self._stage_start = self._last_line = time.monotonic()
+        self._stage_start = self._last_line = self._last_part = time.monotonic()
+        self._parts = PartClock()
 
     def say(self, text: str) -> None:
         self._stage_start = self._last_line = time.monotonic()
@@ -71,6 +97,12 @@ class LineTracker:
 
     def note(self, text: str) -> None:
         pass
+
+    def part(self, name: str, done: int, total: int) -> None:
+        text, now = self._parts.text(name, done, total), time.monotonic()
+        if now - max(self._last_part, self._last_line) >= PART_PAUSE:
+            self._last_part = now
+            self._console.print(text, soft_wrap=True)
 
     def step(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ptqcli.recipe import Override, Plan, Recipe, Setting
 
 WORST_LAYERS = 5
-OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym"
+OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym or REGEX:abits=16"
 
 
 def _parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Override, ...]:
@@ -31,7 +32,7 @@ def _parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[s
 
 
 def parse_override(text: str) -> Override:
-    """``REGEX:skip`` or ``REGEX:bits=8,group=64,sym|asym``; what stands after the last colon is not part of the pattern."""
+    """``REGEX:skip`` or ``REGEX:bits=8,group=64,sym|asym,abits=8|16``; what stands after the last colon is not part of the pattern."""
     from ptqcli.recipe import Override
 
     pattern, colon, changes = text.rpartition(":")
@@ -52,7 +53,7 @@ def _missing_part(pattern: str, colon: str) -> str:
 
 def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
     words = {"skip": {"skip": True}, "sym": {"symmetric": True}, "asym": {"symmetric": False}}
-    numbers = {"bits": "bits", "group": "group_size"}
+    numbers = {"bits": "bits", "group": "group_size", "abits": "abits"}
     if key in words and not value:
         return words[key]
     if key in numbers and re.fullmatch(r"-?[0-9]+", value):
@@ -60,14 +61,63 @@ def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
     raise click.BadParameter(f"{key}{'=' if value else ''}{value} in {text!r} is not understood; write {OVERRIDE_EXAMPLES}")
 
 
+def _parse_alpha(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
+    if value in (None, "auto"):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from error
+
+
 # Every recipe flag is None unless it was given, so that a value in a recipe file is not overridden by a default of ours.
 # The defaults shown are those of `ptqcli.recipe.Recipe`; a test compares them.
 @click.command()
 @click.argument("model", required=False)
-@click.option("--algo", metavar="rtn|gptq", show_default="gptq", help="How codes are chosen: round to nearest, or GPTQ.")
-@click.option("--wbits", type=int, metavar="2|3|4|8", show_default="4", help="Bits per weight.")
-@click.option("--group-size", type=int, metavar="N", show_default="128", help="Neighbouring columns that share a scale; -1: whole rows.")
+@click.option(
+    "--algo",
+    metavar="NAME[+NAME]",
+    show_default="gptq",
+    help="rtn, gptq, obq, awq, smoothquant, llm-int8, or several joined: transforms, then a solver, such as awq+gptq.",
+)
+@click.option("--wbits", type=int, metavar="2|3|4|8", show_default="4; smoothquant, llm-int8: 8", help="Bits per weight.")
+@click.option(
+    "--group-size",
+    type=int,
+    metavar="N",
+    show_default="128; with 8-bit activations: -1",
+    help="Neighbouring columns that share a scale; -1: whole rows; 0: the whole matrix.",
+)
 @click.option("--sym/--asym", "symmetric", default=None, show_default="sym", help="Fixed zero point, or one per group.")
+@click.option(
+    "--abits",
+    type=int,
+    metavar="8|16",
+    show_default="16; smoothquant, llm-int8: 8",
+    help="Bits per activation; 16 leaves them as they are.",
+)
+@click.option(
+    "--act-scales",
+    metavar="token|tensor|static",
+    show_default="token",
+    help="Scales of 8-bit activations: for each token or for the whole tensor when the model runs, or for the tensor from calibration.",
+)
+@click.option(
+    "--outliers",
+    metavar="none|dynamic|static",
+    show_default="none; llm-int8: dynamic",
+    help="Columns with outliers in 16 bit: found when the model runs (the paper's), or fixed by calibration.",
+)
+@click.option("--outlier-threshold", type=float, metavar="X", show_default="6.0", help="Magnitude above which an input is an outlier.")
+@click.option("--awq-clip/--no-awq-clip", default=None, show_default="awq-clip", help="AWQ: search the range of every group, too.")
+@click.option(
+    "--smooth-alpha", metavar="X|auto", callback=_parse_alpha, show_default="0.5", help="SmoothQuant: share moved to the weights."
+)
+@click.option(
+    "--smooth-level",
+    metavar="O1|O2|O3",
+    help="SmoothQuant's settings: one scale for a weight matrix, and --act-scales token, tensor or static.",
+)
 @click.option("--act-order/--no-act-order", default=None, show_default="act-order", help="GPTQ: most active columns first.")
 @click.option(
     "--static-groups/--no-static-groups",
@@ -195,8 +245,10 @@ def _default_name(model: str | None, recipe: Recipe) -> str:
         name = Path(model).resolve().name
     else:
         name = model.rpartition("/")[2]
-    group = "" if recipe.group_size == -1 else f"g{recipe.group_size}"
-    return f"{name}-{recipe.algo}-w{recipe.wbits}{group}"
+    scheme = recipe.scheme
+    group = f"g{scheme.group_size}" if scheme.group_size > 0 else ""
+    activations = f"a{scheme.activations.bits}" if scheme.activations else ""
+    return f"{name}-{recipe.algo}-w{scheme.bits}{activations}{group}"
 
 
 # What is shown
@@ -219,6 +271,12 @@ class _Progress:
         self._errors.clear()
         if index == 0:
             self._tracker.say(f"quantizing {count} blocks")
+
+    def detail(self, text: str) -> None:
+        self._tracker.note(text)
+
+    def layer_progress(self, name: str, done: int, total: int) -> None:
+        self._tracker.part(name, done, total)
 
     def layer_done(self, name: str, error: float) -> None:
         self._errors.append(error)
@@ -257,6 +315,23 @@ def _plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _transformed(report: Report) -> list[tuple[str, str]]:
+    """What transforms did, one row each, and what they had to leave alone."""
+    used = [fold for fold in report.folds if fold.left_alone is None]
+    left = [fold for fold in report.folds if fold.left_alone is not None]
+    rows = []
+    if used or left:
+        reasons = "".join(f"; {fold.producer} left alone: {fold.left_alone}" for fold in left[:1])
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        rows.append(("folds", f"{len(used)} found and proved{reasons}{more}"))
+    for name in dict.fromkeys(name for fold in used for name, _ in fold.choices):
+        choices = Counter(choice for fold in used for part, choice in fold.choices if part == name)
+        rows.append(
+            (name, ", ".join(f"{choice} x {count}" for choice, count in choices.most_common(4)) + (", ..." if len(choices) > 4 else ""))
+        )
+    return rows
+
+
 def _handled(report: Report) -> list[tuple[str, str]]:
     """What the solver had to handle anywhere, one row for all layers; nothing if there was nothing."""
     raised = sum(layer.damp_raised for layer in report.layers)
@@ -269,6 +344,19 @@ def _handled(report: Report) -> list[tuple[str, str]]:
     ]
     told = ", ".join(text for text in found if text)
     return [("handled", told)] if told else []
+
+
+def _outliers(report: Report) -> list[tuple[str, str]]:
+    shares = {layer.name: layer.outlier_share for layer in report.layers if layer.outlier_share is not None}
+    if not shares:
+        return []
+    most = max(shares, key=lambda name: shares[name])
+    return [
+        (
+            "outlier columns",
+            f"{sum(shares.values()) / len(shares):.2%} of a linear's columns on average, at most {shares[most]:.2%} ({most})",
+        )
+    ]
 
 
 def _show_report(report: Report, words: Output) -> None:
@@ -284,7 +372,9 @@ def _show_report(report: Report, words: Output) -> None:
         [
             ("written", path_text(Path(report.output))),
             ("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after ({share:.0%})"),
-            ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, scales and zero points counted"),
+            ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, everything stored for them counted"),
+            *_transformed(report),
+            *_outliers(report),
             *_handled(report),
             ("time", time_text(report.seconds)),
             ("peak memory", size_text(report.peak_memory_bytes)),

@@ -47,6 +47,8 @@ def layer_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
+    if layer.get("outlier_share") is not None:
+        yield f"{layer['outlier_share']:.2%} outlier columns"
     if layer.get("never_activated"):
         yield f"{layer['never_activated']} inputs never active"
     if layer.get("zero_groups"):

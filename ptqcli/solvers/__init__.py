@@ -5,20 +5,28 @@ inputs of a linear (for GPTQ the factorisation); it is called once for every dis
 all linears that read it (q, k, v; gate, up). ``solve`` then chooses codes for one matrix.
 
 The pipeline itself works on whole blocks, since some methods learn over a block at once; ``lift`` turns any matrix solver into
-a block solver.
+a block solver. It also adds what a scheme has beside codes: the static scale of the inputs, and the columns with outliers,
+which a static split takes out of the matrix before the solver sees it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import QuantizedWeight, Scheme
+from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
+from ptqcli.scheme import ActivationScheme, OutlierColumns, QuantizedWeight, Scheme
+
+# (done, total) of the work inside one matrix, called by solvers that are slow enough to be asked.
+Progress = Callable[[int, int], None]
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """A ``Progress`` that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,14 @@ class SolveNotes:
 
     never_activated: input columns that calibration never reached. zero_groups: (row, group) pairs whose weights are all zero.
     damp: relative damping that was used, None where the method has none. damp_raised: it is above the one asked for.
+    outlier_columns: columns kept in 16 bit, None where the scheme splits none off.
     """
 
     never_activated: int = 0
     zero_groups: int = 0
     damp: float | None = None
     damp_raised: bool = False
+    outlier_columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,26 +71,41 @@ class MatrixSolver(Protocol):
     def prepare(self, hessian: Hessian | None, where: str) -> Any:
         """Work shared by all linears with this input. ``where`` names them for errors."""
 
-    def solve(self, weight: Tensor, prepared: Any, scheme: Scheme, scale_dtype: torch.dtype) -> Solution:
-        """Codes for ``weight``, float32 [out, in]; ``prepared`` is what ``prepare`` returned."""
+    def solve(
+        self,
+        weight: Tensor,
+        prepared: Any,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        limit: Tensor | None = None,
+        progress: Progress = ignore_progress,
+    ) -> Solution:
+        """Codes for ``weight``, float32 [out, in]; ``prepared`` is what ``prepare`` returned.
+
+        limit: [out, groups], the largest magnitude that each group's grid may reach, see ``scheme.fit``.
+        """
+
+    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+        """Peak memory of solving one matrix, beyond the matrix, its codes and the Hessian."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that waits for its codes: its matrix as float32 [out, in] and its scheme."""
+    """A linear that waits for its codes: its matrix as float32 [out, in] and its scheme. limit: as in ``MatrixSolver.solve``."""
 
     name: str
     weight: Tensor
     scheme: Scheme
     scale_dtype: torch.dtype
+    limit: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears that read one tensor, and the statistics of that tensor (None if the solver asked for none)."""
+    """Linears that read one tensor, and the statistics of that tensor (None if nothing was asked for)."""
 
     targets: tuple[Target, ...]
-    hessian: Hessian | None
+    statistics: InputStatistics | None
 
 
 class BlockRun(Protocol):
@@ -92,6 +117,9 @@ class BlockRun(Protocol):
     def place(self, target: Target, solution: Solution) -> None:
         """Put the dequantized codes into the block, so that whatever runs later sees them."""
 
+    def progress(self, target: Target, done: int, total: int) -> None:
+        """``done`` of ``total`` pieces of work on ``target`` are behind us."""
+
 
 BlockSolver = Callable[[BlockRun], None]
 
@@ -101,9 +129,84 @@ def lift(solver: MatrixSolver) -> BlockSolver:
 
     def solve_block(run: BlockRun) -> None:
         for stage in run.stages():
-            where = ", ".join(target.name for target in stage.targets)
-            prepared = solver.prepare(stage.hessian, where)
+            work = _StageWork(solver, stage)
             for target in stage.targets:
-                run.place(target, solver.solve(target.weight, prepared, target.scheme, target.scale_dtype))
+                run.place(target, work.solve(target, lambda done, total, target=target: run.progress(target, done, total)))  # type: ignore[misc]
 
     return solve_block
+
+
+def needs_of(scheme: Scheme) -> Needs:
+    """What ``lift`` wants to know of the inputs of a linear in ``scheme``."""
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    return Needs(magnitudes=static or scheme.outliers is not None)
+
+
+class _StageWork:
+    """The targets of one stage; what they share is prepared once for each set of columns that a split takes out."""
+
+    def __init__(self, solver: MatrixSolver, stage: Stage) -> None:
+        self.solver, self.statistics = solver, stage.statistics
+        self.where = ", ".join(target.name for target in stage.targets)
+        self._prepared: dict[float | None, Any] = {}  # threshold of a static split, None without
+
+    def solve(self, target: Target, progress: Progress) -> Solution:
+        """Codes, static input scale and outlier columns of ``target``."""
+        split, activations = target.scheme.outliers, target.scheme.activations
+        outliers = None if split is None else self._largest() > split.threshold  # bool [in]
+        if split is None or outliers is None or split.dynamic:
+            solution = self._codes(target, target.weight, None, progress)
+        else:
+            solution = self._codes(target, target.weight[:, ~outliers], split.threshold, progress)
+            solution = replace(solution, weight=_with_gaps(solution.weight, outliers))
+        if outliers is not None:
+            solution = _with_outliers(solution, target, outliers)
+        if activations is not None and not activations.dynamic:
+            scale = _static_scale(self._largest(), activations).to(target.scale_dtype)
+            solution = replace(solution, weight=replace(solution.weight, input_scale=scale))
+        return solution
+
+    def _codes(self, target: Target, weight: Tensor, threshold: float | None, progress: Progress) -> Solution:
+        if weight.shape[1] == 0:
+            return Solution(_no_codes(target), SolveNotes())
+        prepared = self._prepare(threshold)
+        return self.solver.solve(weight, prepared, target.scheme, target.scale_dtype, target.limit, progress)
+
+    def _prepare(self, threshold: float | None) -> Any:
+        if threshold not in self._prepared:
+            hessian = None if self.statistics is None else self.statistics.hessian
+            if hessian is not None and threshold is not None:
+                hessian = hessian.without(self._largest() > threshold)
+            self._prepared[threshold] = self.solver.prepare(hessian, self.where)
+        return self._prepared[threshold]
+
+    def _largest(self) -> Tensor:
+        assert self.statistics is not None
+        assert self.statistics.largest is not None
+        return self.statistics.largest
+
+
+def _static_scale(largest: Tensor, activations: ActivationScheme) -> Tensor:
+    top = largest.max().reshape(1)
+    return torch.where(top > 0, top / ((2**activations.bits - 1) / 2), torch.ones_like(top))
+
+
+def _no_codes(target: Target) -> QuantizedWeight:
+    rows = target.weight.shape[0]
+    empty = torch.empty(rows, 0, dtype=torch.uint8, device=target.weight.device)
+    scale = torch.ones(rows, 1, dtype=target.scale_dtype, device=target.weight.device)
+    return QuantizedWeight(empty, scale, torch.full_like(scale, target.scheme.middle, dtype=torch.uint8), target.scheme)
+
+
+def _with_gaps(weight: QuantizedWeight, outliers: Tensor) -> QuantizedWeight:
+    """``weight`` widened by the columns that were taken out; their codes are the zero point."""
+    codes = torch.full((len(weight.codes), len(outliers)), weight.scheme.middle, dtype=torch.uint8, device=weight.codes.device)
+    codes[:, ~outliers] = weight.codes
+    return replace(weight, codes=codes)
+
+
+def _with_outliers(solution: Solution, target: Target, outliers: Tensor) -> Solution:
+    index = torch.nonzero(outliers).squeeze(1)
+    columns = OutlierColumns(index.to(torch.int32), target.weight[:, index].to(target.scale_dtype))
+    notes = replace(solution.notes, outlier_columns=len(index))
+    return Solution(replace(solution.weight, outliers=columns), notes)

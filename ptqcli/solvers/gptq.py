@@ -22,13 +22,9 @@ still many others to take up their error. With ``static_groups`` a group stays `
 fitted before the first column is rounded, so that the file needs no index; without, groups are neighbours in the new order, as in
 the original code, and ``QuantizedWeight.g_idx`` says which column belongs to which.
 
-What is handled, and counted in ``SolveNotes``:
-
-- An input column that calibration never activated has a zero row in H. Damping gives it a diagonal of its own, tied to no other
-  column, and so it is rounded to nearest (the original code sets its weights to zero, which destroys them for inputs that
-  calibration happened not to reach). With no damping at all its diagonal is set to 1, with the same effect.
-- A Hessian that is not positive definite after damping: the damping is multiplied by 10 (and is at least 1e-4) until the
-  factorisation succeeds.
+Damping, columns that calibration never activated, and Hessians that are not positive definite: see ``ptqcli.solvers.damping``. A
+column without activation is then rounded to nearest (the original code sets its weights to zero, which destroys them for inputs that
+calibration happened not to reach).
 """
 
 from __future__ import annotations
@@ -40,16 +36,13 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.errors import PTQError, UsageError
 from ptqcli.scheme import GroupGrid, QuantizedWeight, Scheme, encode, fit
-from ptqcli.solvers import Solution, SolveNotes
+from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.damping import check_damp, factorise
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
 # time within noise; larger leaves move work from products into the loop.
 LEAF = 32
-
-SMALLEST_DAMP = 1e-4
-LARGEST_DAMP = 10.0
 
 
 @dataclass(frozen=True)
@@ -81,44 +74,34 @@ class GPTQ:
     scale_search: str = "minmax"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp <= LARGEST_DAMP:
-            raise UsageError(f"damp {self.damp} is out of range; give a share of the mean diagonal between 0 and {LARGEST_DAMP:g}")
+        check_damp(self.damp)
 
     def prepare(self, hessian: Hessian | None, where: str) -> Factor:
         """Order the columns and factor the Hessian. Raises PTQError if no damping makes it positive definite."""
         assert hessian is not None
         matrix = hessian.matrix
-        diagonal = matrix.diagonal()
-        dead = diagonal <= 0
-        mean = diagonal.mean()
-        if not mean > 0:
-            raise PTQError(f"{where}: every calibration input is zero; give calibration text that reaches this layer")
-        importance = diagonal if self.act_order else torch.zeros_like(diagonal)
+        importance = matrix.diagonal() if self.act_order else torch.zeros_like(matrix.diagonal())
         order = torch.argsort(importance, descending=True, stable=True)
-        lower, damp = self._factorise(matrix, order, dead, mean, where)
-        feedback = lower.flip(0, 1)  # R
-        feedback /= feedback.diagonal().clone()
-        return Factor(order, feedback, damp, damp > self.damp, int(dead.sum()))
-
-    def _factorise(self, hessian: Tensor, order: Tensor, dead: Tensor, mean: Tensor, where: str) -> tuple[Tensor, float]:
         reverse = order.flip(0)
-        damped = hessian.index_select(0, reverse).index_select(1, reverse)
-        diagonal = damped.diagonal().clone() + dead[reverse].to(damped.dtype) * (mean if self.damp == 0 else 0)
-        damp = self.damp
-        while damp <= LARGEST_DAMP:
-            damped.diagonal().copy_(diagonal + damp * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                return lower, damp
-            damp = max(damp * 10, SMALLEST_DAMP)
-        raise PTQError(f"{where}: the Hessian is not positive definite even with damping {damp / 10:g}; give more calibration text")
+        damped = factorise(matrix.index_select(0, reverse).index_select(1, reverse), self.damp, where)
+        feedback = damped.lower.flip(0, 1)  # R
+        feedback /= feedback.diagonal().clone()
+        return Factor(order, feedback, damped.damp, damped.damp > self.damp, damped.never_activated)
 
-    def solve(self, weight: Tensor, prepared: Factor, scheme: Scheme, scale_dtype: torch.dtype) -> Solution:
+    def solve(
+        self,
+        weight: Tensor,
+        prepared: Factor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        limit: Tensor | None = None,
+        progress: Progress = ignore_progress,
+    ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
         groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
         fixed = self.act_order and (self.static_groups or groups == 1)
-        work = _Columns(weight, prepared, scheme, scale_dtype, self.scale_search)
+        work = _Columns(weight, prepared, scheme, scale_dtype, self.scale_search, limit)
         if fixed:
             work.fit_beforehand()
         work.run(0, weight.shape[1])
@@ -131,12 +114,17 @@ class GPTQ:
         )
         return Solution(quantized, notes)
 
+    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+        """The factorisation holds four more matrices of the Hessian's size, the solve four of the weight's."""
+        return 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
+
 
 class _Columns:
     """One matrix while its columns are rounded; everything is [in, out] in processing order, so that a column is contiguous."""
 
-    def __init__(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, search: str) -> None:
+    def __init__(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, search: str, limit: Tensor | None) -> None:
         out_features, in_features = weight.shape
+        self.limit = limit  # [out, groups]
         self.scheme, self.scale_dtype, self.search = scheme, scale_dtype, search
         self.group = scheme.columns_per_group(in_features)
         self.order = factor.order
@@ -187,7 +175,8 @@ class _Columns:
         return torch.addmm(self.weight[low:high], inverse.t(), self.target[low:high] - self.weight[low:high])
 
     def _fit(self, index: int, columns: Tensor) -> None:
-        grid: GroupGrid = fit(columns.t(), self.scheme, self.scale_dtype, self.search)
+        limit = None if self.limit is None else self.limit[:, index : index + 1]
+        grid: GroupGrid = fit(columns.t(), self.scheme, self.scale_dtype, self.search, limit)
         self.scale[index] = grid.scale.squeeze(1)
         self.zero[index] = grid.zero.squeeze(1)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import QuantizedWeight, Scheme, encode, fit
-from ptqcli.solvers import Solution, SolveNotes
+from ptqcli.scheme import Scheme, round_to_nearest
+from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,20 @@ class RTN:
     def prepare(self, hessian: Hessian | None, where: str) -> None:
         """Nothing to share."""
 
-    def solve(self, weight: Tensor, prepared: None, scheme: Scheme, scale_dtype: torch.dtype) -> Solution:
+    def solve(
+        self,
+        weight: Tensor,
+        prepared: None,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        limit: Tensor | None = None,
+        progress: Progress = ignore_progress,
+    ) -> Solution:
         """Nearest codes for ``weight``, float [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        out_features, in_features = weight.shape
-        groups = scheme.group_count(in_features)
-        rows = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
-        grid = fit(rows, scheme, scale_dtype, self.scale_search)
-        codes = encode(rows, grid, scheme).to(torch.uint8).reshape(out_features, in_features)
-        quantized = QuantizedWeight(
-            codes=codes,
-            scale=grid.scale.to(scale_dtype).reshape(out_features, groups),
-            zero=grid.zero.to(torch.uint8).reshape(out_features, groups),
-            scheme=scheme,
-        )
-        return Solution(quantized, SolveNotes(zero_groups=int((rows == 0).all(dim=1).sum())))
+        quantized = round_to_nearest(weight, scheme, scale_dtype, self.scale_search, limit)
+        groups = weight.reshape(*quantized.scale.shape, -1)  # [out, groups, columns of a group]
+        return Solution(quantized, SolveNotes(zero_groups=int((groups == 0).all(dim=2).sum())))
+
+    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+        """Three copies of the matrix, while a grid is fitted."""
+        return 3 * out_features * in_features * 4

@@ -1,0 +1,32 @@
+"""Transforms: each rewrites a block without changing what it computes, so that it quantizes better. One file a method.
+
+A transform is a frozen dataclass of its options with what ``BlockTransform`` asks for. It sees a block as ``FoldedBlock`` (``block.py``):
+its folds, the statistics of the inputs, the weights, and how far the block's output moves when some linears are quantized. ``folds.py``
+finds the folds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from ptqcli.calibration.statistics import Needs
+from ptqcli.transforms.block import FoldedBlock, FoldNote
+
+
+@dataclass(frozen=True)
+class TransformOptions:
+    """The options of all transforms; each takes those that it knows. They are explained in the transforms' modules."""
+
+    awq_clip: bool = True
+    smooth_alpha: float | str = 0.5
+
+
+class BlockTransform(Protocol):
+    """Rewrites one block."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+
+    def apply(self, block: FoldedBlock) -> list[FoldNote]:
+        """Choose scales for the block's folds and apply them; say what was chosen for each."""

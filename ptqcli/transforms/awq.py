@@ -1,0 +1,121 @@
+"""AWQ (Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", sections 3.2 and 3.3).
+
+A weight matters as much as the inputs that it meets. Scaling input channel ``c`` up by ``s_c`` before rounding, and its input down,
+divides the rounding error of that channel's weights by ``s_c``, at the cost of a coarser grid for the rest of the group. For every fold
+the scales are searched on one line (equation 5): with ``x_c`` the mean magnitude of channel ``c`` over the calibration tokens and ``w_c``
+the mean magnitude of its weights, each relative to the largest of its group,
+
+    s_c = x_c^alpha                          or, with duo scaling,      s_c = x_c^alpha / w_c^(1 - alpha)
+
+for alpha = 0, 0.1 ... 0.9, normalised so that ``max(s) min(s) = 1``. The s with the least squared error of the block's output wins, when
+the fold's readers are rounded with the scale search of the run; no scaling at all takes part. The paper measures the error behind the
+attention or the MLP; here it is the whole block's.
+
+Clipping: afterwards the range of every group of every row is shrunk by each of SHRINK_FACTORS, and the one with the least squared error of
+that group's share of the output, ``d G d^T`` with ``d`` the group's rounding errors and ``G`` the Gram matrix of its sampled inputs,
+becomes the limit of its grid. Solvers other than rounding take that limit over.
+
+A channel that calibration never reached, or whose weights are all zero, keeps the scale 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ptqcli.calibration.statistics import Needs
+from ptqcli.scheme import SHRINK_FACTORS, GroupGrid, Scheme, encode, fit
+from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
+from ptqcli.transforms.folds import Fold
+
+ALPHAS = tuple(step / 10 for step in range(10))
+SMALLEST_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """AWQ with its one option. clip: search the ranges of the groups after the scales."""
+
+    name: ClassVar[str] = "awq"
+    needs: ClassVar[Needs] = Needs(magnitudes=True, samples=True)
+    clip: bool = True
+
+    def apply(self, block: FoldedBlock) -> list[FoldNote]:
+        """Scale every fold that has a linear to quantize, then clip every linear to quantize."""
+        notes = [_scale(block, fold) for fold in block.folds if block.readers(fold)]
+        if self.clip:
+            for local, treatment in block.treatments.items():
+                block.tell(f"awq searches ranges for {local}")
+                block.limit(local, clip_limits(block.weight(local), block.inputs(local).sampled(), treatment))
+        return notes
+
+
+def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
+    block.tell(f"awq searches scales for {fold.producer}")
+    plain = best = block.fold_error(fold, None)
+    choice, chosen = "no scaling", None
+    for name, scales in _candidates(block, fold):
+        error = block.fold_error(fold, scales)
+        if error < best:
+            best, choice, chosen = error, name, scales
+    if chosen is not None:
+        block.scale(fold, chosen)
+    return FoldNote(fold.producer, fold.readers, choice, best / plain if plain > 0 else 1.0)
+
+
+def _candidates(block: FoldedBlock, fold: Fold) -> Iterator[tuple[str, Tensor]]:
+    readers = block.readers(fold)
+    inputs = fold.largest(block.inputs(readers[0]).mean_magnitude())
+    relative = torch.cat([_relative_to_group(block.weight(local), block.treatments[local].scheme) for local in readers])
+    weights = fold.largest(relative.mean(dim=0))
+    usable = (inputs > 0) & (weights > 0)
+    for alpha in ALPHAS:
+        if alpha > 0:  # alpha 0 without the weights is no scaling
+            yield f"alpha {alpha:g}", _normalised(inputs**alpha, usable)
+        yield f"alpha {alpha:g} duo", _normalised(inputs**alpha / (weights ** (1 - alpha) + SMALLEST_SCALE), usable)
+
+
+def _normalised(scales: Tensor, usable: Tensor) -> Tensor:
+    """Scales whose largest and smallest multiply to 1; 1 where a channel is not usable."""
+    scales = scales.clamp(min=SMALLEST_SCALE)
+    among = scales[usable]
+    if among.numel() == 0:
+        return torch.ones_like(scales)
+    return torch.where(usable, scales / (among.max() * among.min()).sqrt(), torch.ones_like(scales))
+
+
+def _relative_to_group(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Magnitudes relative to the largest of each group, [out, in]; 0 in a group of zeros."""
+    groups = weight.abs().reshape(len(weight), scheme.group_count(weight.shape[1]), -1)
+    largest = groups.amax(dim=2, keepdim=True)
+    return (groups / torch.where(largest > 0, largest, torch.ones_like(largest))).reshape(weight.shape)
+
+
+def clip_limits(weight: Tensor, samples: Tensor, treatment: Treatment) -> Tensor:
+    """The limit [out, groups] of each group's grid that gives the least squared output error.
+
+    weight: float32 [out, in]. samples: inputs of the linear, float32 [tokens, in].
+    """
+    scheme = treatment.scheme
+    columns = scheme.columns_per_group(weight.shape[1])
+    limits = [
+        _group_limit(group, inputs.t() @ inputs, scheme, treatment.scale_dtype)
+        for group, inputs in zip(weight.split(columns, dim=1), samples.split(columns, dim=1), strict=True)
+    ]
+    return torch.cat(limits, dim=1)
+
+
+def _group_limit(weight: Tensor, gram: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    largest = weight.abs().amax(dim=1, keepdim=True)  # [out, 1]
+    best, limit = torch.full_like(largest, torch.inf), largest
+    for factor in SHRINK_FACTORS:
+        grid: GroupGrid = fit(weight, scheme, scale_dtype, limit=largest * factor)
+        difference = (encode(weight, grid, scheme) - grid.zero) * grid.scale - weight
+        error = ((difference @ gram) * difference).sum(dim=1, keepdim=True)
+        limit = torch.where(error < best, largest * factor, limit)
+        best = torch.minimum(best, error)
+    return limit

@@ -1,0 +1,80 @@
+"""SmoothQuant (Xiao et al. 2022, section 4).
+
+A few channels of the inputs are a hundred times as large as the others, so that 8 bits for a token leave next to nothing to the rest, while
+weights are even and easy to quantize. Dividing channel ``c`` of the inputs by ``s_c`` and multiplying the weights' column by it shares the
+difficulty between the two (equation 4):
+
+    s_c = max|X_c|^alpha / max|W_c|^(1 - alpha)
+
+with the largest magnitudes over the calibration tokens and over all linears that read the channel. ``alpha`` is given, 0.5 in the paper for
+most models, or searched for every fold ("auto") as the one of ALPHAS with the least squared error of the block's output when the fold's
+readers compute in their scheme, activations included.
+
+A channel that calibration never reached, or whose weights are all zero, keeps the scale 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ptqcli.calibration.statistics import Needs
+from ptqcli.errors import UsageError
+from ptqcli.transforms.block import FoldedBlock, FoldNote
+from ptqcli.transforms.folds import Fold
+
+AUTO = "auto"
+ALPHAS = tuple(step / 20 for step in range(21))
+SMALLEST_SCALE = 1e-5
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """SmoothQuant with its one option. alpha: from 0 (all difficulty stays in the activations) to 1 (all in the weights), or "auto"."""
+
+    name: ClassVar[str] = "smoothquant"
+    needs: ClassVar[Needs] = Needs(magnitudes=True)
+    alpha: float | str = 0.5
+
+    def __post_init__(self) -> None:
+        if self.alpha != AUTO and not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
+            raise UsageError(f"smooth alpha {self.alpha} is not valid; give a number from 0 to 1, or {AUTO}")
+
+    def apply(self, block: FoldedBlock) -> list[FoldNote]:
+        """Smooth every fold that has a linear to quantize."""
+        return [self._smooth(block, fold) for fold in block.folds if block.readers(fold)]
+
+    def _smooth(self, block: FoldedBlock, fold: Fold) -> FoldNote:
+        if isinstance(self.alpha, str):
+            return _search(block, fold)
+        block.scale(fold, _scales(block, fold, self.alpha))
+        return FoldNote(fold.producer, fold.readers, f"alpha {self.alpha:g}")
+
+
+def _search(block: FoldedBlock, fold: Fold) -> FoldNote:
+    block.tell(f"smoothquant searches alpha for {fold.producer}")
+    plain = best = block.fold_error(fold, None)
+    choice, chosen = "no smoothing", None
+    for alpha in ALPHAS:
+        scales = _scales(block, fold, alpha)
+        error = block.fold_error(fold, scales)
+        if error < best:
+            best, choice, chosen = error, f"alpha {alpha:g}", scales
+    if chosen is not None:
+        block.scale(fold, chosen)
+    return FoldNote(fold.producer, fold.readers, choice, best / plain if plain > 0 else 1.0)
+
+
+def _scales(block: FoldedBlock, fold: Fold, alpha: float) -> Tensor:
+    """Equation 4 for the channels of the fold's producer."""
+    readers = block.readers(fold)
+    largest = block.inputs(readers[0]).largest
+    assert largest is not None
+    inputs = fold.largest(largest)
+    weights = fold.largest(torch.cat([block.weight(local) for local in readers]).abs().amax(dim=0))
+    usable = (inputs > 0) & (weights > 0)
+    scales = inputs.clamp(min=SMALLEST_SCALE) ** alpha / weights.clamp(min=SMALLEST_SCALE) ** (1 - alpha)
+    return torch.where(usable, scales.clamp(min=SMALLEST_SCALE), torch.ones_like(scales))
