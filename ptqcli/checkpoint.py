@@ -305,7 +305,9 @@ def _header(specs: Sequence[_Spec]) -> bytes:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # of a single element any stride counts as contiguous, but its bytes can only be seen through a stride of 1
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
 
 
 def _stored_bytes(entry: _Entry) -> Iterator[bytes]:

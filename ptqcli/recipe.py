@@ -513,7 +513,9 @@ def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
     if any(not linear.scheme.symmetric for linear in linears):
         notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
     if any(linear.scheme.outliers is not None for linear in linears):
-        notes.append("outlier columns: only ptqcli reads them; transformers refuses the file")
+        notes.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
+    if any(scheme.activations == ACTIVATION_SCALES["tensor"] for scheme in (linear.scheme for linear in linears)):
+        notes.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
     if any(linear.site.transposed for linear in linears):
         notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
     others = sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"})

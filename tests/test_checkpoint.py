@@ -27,6 +27,7 @@ def sample_tensors() -> dict[str, Tensor]:
     tensors = {f"t.{dtype}": torch.randn(3, 5, generator=generator).mul(3).to(dtype) for dtype in DTYPES}
     tensors["scalar"] = torch.tensor(7.0)
     tensors["empty"] = torch.empty(0, 4)
+    tensors["strided"] = torch.randn(5, 128, generator=generator)[:1, 3]
     tensors["transposed"] = torch.randn(4, 6, generator=generator).T
     return tensors
 
@@ -36,7 +37,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype
         assert tensor.shape == right[name].shape
-        a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, right[name]))
+        a, b = (t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for t in (tensor, right[name]))
         assert torch.equal(a, b), name
 
 
