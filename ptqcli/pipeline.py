@@ -466,6 +466,8 @@ class _BlockWork:
             tell=lambda text: self.run.listener.detail(f"{self.prefix}: {text}"),
         )
         notes = [(transform.name, note) for transform in self.run.transforms for note in transform.apply(self.folded)]
+        for transform in self.run.transforms:
+            transform.finish(self.folded)
         self.folded.release()
         self._note_folds(found, notes)
         return [self.folded.inputs(stage[0]) for stage in stages]
@@ -483,7 +485,8 @@ class _BlockWork:
         for fold in found.folds:
             choices = tuple((name, note.choice) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers)
             readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
-            self.run.folds.append(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices))
+            reason = None if choices else "none of its readers is quantized"
+            self.run.folds.append(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
         for producer, reason in found.dropped:
             self.run.folds.append(FoldReport(f"{self.prefix}.{producer}", (), left_alone=reason))
 

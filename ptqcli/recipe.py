@@ -68,11 +68,12 @@ class Override:
     def apply(self, scheme: Scheme) -> Scheme:
         """``scheme`` with this override's changes. Where the activations change, so does a group size that goes with the old ones only."""
         activations, group_size = scheme.activations, scheme.group_size
-        if self.abits == 16 and activations is not None:
-            activations, group_size = None, WHOLE_ROW
-        elif self.abits not in (None, 16) and activations is None:
-            activations, group_size = ActivationScheme(self.abits or 0), WHOLE_ROW
         try:
+            if self.abits is not None:
+                changed = None if self.abits == 16 else replace(activations or ActivationScheme(), bits=self.abits)
+                if (changed is None) != (activations is None):
+                    group_size = WHOLE_ROW
+                activations = changed
             return Scheme(
                 bits=scheme.bits if self.bits is None else self.bits,
                 group_size=group_size if self.group_size is None else self.group_size,
@@ -185,9 +186,7 @@ class Recipe:
         return replace(ACTIVATION_SCALES[scales], bits=abits)
 
     def _outlier_split(self, activations: ActivationScheme | None) -> OutlierSplit | None:
-        kind = self.outliers
-        if kind is None:
-            kind = self.algorithm.defaults.outliers if activations is not None else "none"
+        kind = self.algorithm.defaults.outliers if self.outliers is None else self.outliers
         if kind not in OUTLIER_KINDS:
             raise UsageError(f"outliers '{kind}' is unknown; use {', '.join(OUTLIER_KINDS)}")
         return None if kind == "none" else OutlierSplit(self.outlier_threshold, dynamic=kind == "dynamic")

@@ -30,3 +30,6 @@ class BlockTransform(Protocol):
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Choose scales for the block's folds and apply them; say what was chosen for each."""
+
+    def finish(self, block: FoldedBlock) -> None:
+        """Choose what depends on the weights as all transforms have left them."""

@@ -11,9 +11,9 @@ for alpha = 0, 0.1 ... 0.9, normalised so that ``max(s) min(s) = 1``. The s with
 the fold's readers are rounded with the scale search of the run; no scaling at all takes part. The paper measures the error behind the
 attention or the MLP; here it is the whole block's.
 
-Clipping: afterwards the range of every group of every row is shrunk by each of SHRINK_FACTORS, and the one with the least squared error of
-that group's share of the output, ``d G d^T`` with ``d`` the group's rounding errors and ``G`` the Gram matrix of its sampled inputs,
-becomes the limit of its grid. Solvers other than rounding take that limit over.
+Clipping: when all transforms are done, the range of every group of every row is shrunk by each of SHRINK_FACTORS, and the one with the
+least squared error of that group's share of the output, ``d G d^T`` with ``d`` the group's rounding errors and ``G`` the Gram matrix of
+its sampled inputs, becomes the limit of its grid. Solvers other than rounding take that limit over.
 
 A channel that calibration never reached, or whose weights are all zero, keeps the scale 1.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Needs
-from ptqcli.scheme import SHRINK_FACTORS, GroupGrid, Scheme, encode, fit
+from ptqcli.scheme import SHRINK_FACTORS, WHOLE_MATRIX, GroupGrid, Scheme, encode, fit
 from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
 from ptqcli.transforms.folds import Fold
 
@@ -45,13 +45,15 @@ class AWQ:
     clip: bool = True
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
-        """Scale every fold that has a linear to quantize, then clip every linear to quantize."""
-        notes = [_scale(block, fold) for fold in block.folds if block.readers(fold)]
-        if self.clip:
-            for local, treatment in block.treatments.items():
+        """Scale every fold that has a linear to quantize."""
+        return [_scale(block, fold) for fold in block.folds if block.readers(fold)]
+
+    def finish(self, block: FoldedBlock) -> None:
+        """Clip every linear to quantize, but for those whose outlier columns are not known until their codes are chosen."""
+        for local, treatment in block.treatments.items():
+            if self.clip and treatment.scheme.outliers is None:
                 block.tell(f"awq searches ranges for {local}")
                 block.limit(local, clip_limits(block.weight(local), block.inputs(local).sampled(), treatment))
-        return notes
 
 
 def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
@@ -111,11 +113,15 @@ def clip_limits(weight: Tensor, samples: Tensor, treatment: Treatment) -> Tensor
 
 def _group_limit(weight: Tensor, gram: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
     largest = weight.abs().amax(dim=1, keepdim=True)  # [out, 1]
+    if scheme.group_size == WHOLE_MATRIX:
+        largest = largest.amax().expand_as(largest)
     best, limit = torch.full_like(largest, torch.inf), largest
     for factor in SHRINK_FACTORS:
         grid: GroupGrid = fit(weight, scheme, scale_dtype, limit=largest * factor)
         difference = (encode(weight, grid, scheme) - grid.zero) * grid.scale - weight
         error = ((difference @ gram) * difference).sum(dim=1, keepdim=True)
+        if scheme.group_size == WHOLE_MATRIX:
+            error = error.sum().expand_as(error)
         limit = torch.where(error < best, largest * factor, limit)
         best = torch.minimum(best, error)
     return limit

@@ -7,13 +7,14 @@ which it is stored; for a norm the scales that this leaves are taken over by its
 
 ``output_error`` tells how far the block's output moves on an excerpt of the calibration text when some of its linears are quantized. It
 runs the block in float32, whatever the dtype of the calibration: in bfloat16 the noise of a run is as large as the error of 8-bit
-codes. What ran before the linears on trial is not run again: every module that had finished by then returns what it returned the
-first time.
+codes. What ran before the linears on trial is not run again: every module that had finished by then, and runs only once, returns what it
+returned the first time.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,19 +43,23 @@ class Trial:
     """A linear as it would compute when quantized: ``round(x / divisor) W^T + b``.
 
     weight: [out, in]. divisor: [in], None for 1. activations: how inputs are rounded, None for not at all. input_scale: [1], if static.
+    outliers: bool [in], inputs that are not rounded, None for none.
     """
 
     weight: Tensor
     divisor: Tensor | None = None
     activations: ActivationScheme | None = None
     input_scale: Tensor | None = None
+    outliers: Tensor | None = None
 
     def run(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """The output for ``inputs`` [..., in]."""
         if self.divisor is not None:
             inputs = inputs / self.divisor
         if self.activations is not None:
-            inputs = round_activations(inputs, self.activations, self.input_scale)
+            even = inputs if self.outliers is None else inputs.masked_fill(self.outliers, 0)
+            rounded = round_activations(even, self.activations, self.input_scale)
+            inputs = rounded if self.outliers is None else torch.where(self.outliers, inputs, rounded)
         return functional.linear(inputs, self.weight, bias)
 
 
@@ -101,6 +106,7 @@ class FoldedBlock:
         self._changed: dict[str, Tensor] = {}  # parameters of producers, in the dtype of the file
         self._outputs: dict[str, Any] = {}  # of every module of the unquantized block, in the order in which they finished
         self._finished: dict[str, int] = {}  # linear -> how many modules had finished when it started
+        self._often: set[str] = set()  # modules that run more than once
         self._expected: Tensor | None = None
 
     # What a transform looks at
@@ -129,22 +135,25 @@ class FoldedBlock:
         """
         trials = {}
         for local in self.readers(fold):
-            weight, treatment = self.weight(local), self.treatments[local]
+            weight = self.weight(local)
             columns = torch.ones_like(weight[0]) if scales is None else fold.spread(scales)
-            quantized = round_to_nearest(weight * columns, treatment.scheme, treatment.scale_dtype, self.scale_search)
-            trials[local] = self._trial(local, quantized.dequantize(torch.float32), columns)
+            trials[local] = self._trial(local, weight * columns, columns)
         return self.output_error(trials)
 
-    def _trial(self, local: str, quantized: Tensor, columns: Tensor) -> Trial:
-        activations = self.treatments[local].scheme.activations
-        if activations is None:
-            return Trial(quantized / columns)
-        static = None
-        if not activations.dynamic:
-            largest = self._inputs[local].largest
-            assert largest is not None
-            static = activation_scale(largest / columns, replace(activations, dynamic=True))
-        return Trial(quantized, columns, activations, static)
+    def _trial(self, local: str, weight: Tensor, columns: Tensor) -> Trial:
+        treatment = self.treatments[local]
+        scheme = treatment.scheme
+        rounded = round_to_nearest(weight, scheme, treatment.scale_dtype, self.scale_search).dequantize(torch.float32)
+        if scheme.activations is None:
+            return Trial(rounded / columns)
+        largest = self._inputs[local].largest
+        assert largest is not None
+        largest = largest / columns
+        static = None if scheme.activations.dynamic else activation_scale(largest, replace(scheme.activations, dynamic=True))
+        if scheme.outliers is None:
+            return Trial(rounded, columns, scheme.activations, static)
+        outliers = largest > scheme.outliers.threshold
+        return Trial(torch.where(outliers, weight, rounded), columns, scheme.activations, static, outliers)
 
     def output_error(self, trials: Mapping[str, Trial]) -> float:
         """Mean squared difference of the block's output on the excerpt, with the linears in ``trials`` replaced, to its own."""
@@ -153,7 +162,8 @@ class FoldedBlock:
         if not self._outputs:
             self._remember_outputs()
         known = min(self._finished[local] for local in trials)
-        with self._replaced(trials, list(self._outputs)[:known]):
+        known_before = [name for name in list(self._outputs)[:known] if name not in self._often]
+        with self._replaced(trials, known_before):
             output = self._run(self._twin)
         return float((output - self._expected).square().mean())
 
@@ -220,17 +230,24 @@ class FoldedBlock:
         self._outputs.clear()
 
     def _remember_outputs(self) -> None:
+        runs: Counter[str] = Counter()
+
         def started(local: str) -> Callable[..., None]:
             return lambda _module, _args: self._finished.update({local: len(self._outputs)})
 
         def finished(name: str) -> Callable[..., None]:
-            return lambda _module, _args, output: self._outputs.update({name: _cloned(output)})
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                runs[name] += 1
+                self._outputs[name] = _cloned(output)
+
+            return hook
 
         handles = [self._twin.get_submodule(local).register_forward_pre_hook(started(local)) for local in self.order]
         handles += [module.register_forward_hook(finished(name)) for name, module in self._twin.named_modules() if name]
         self._run(self._twin)
         for handle in handles:
             handle.remove()
+        self._often = {name for name, count in runs.items() if count > 1}
 
     @contextmanager
     def _replaced(self, trials: Mapping[str, Trial], before: Sequence[str]) -> Iterator[None]:

@@ -40,12 +40,16 @@ class SmoothQuant:
     alpha: float | str = 0.5
 
     def __post_init__(self) -> None:
-        if self.alpha != AUTO and not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if self.alpha != AUTO and not (number and 0 <= float(self.alpha) <= 1):
             raise UsageError(f"smooth alpha {self.alpha} is not valid; give a number from 0 to 1, or {AUTO}")
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Smooth every fold that has a linear to quantize."""
         return [self._smooth(block, fold) for fold in block.folds if block.readers(fold)]
+
+    def finish(self, block: FoldedBlock) -> None:
+        """Nothing is left to choose."""
 
     def _smooth(self, block: FoldedBlock, fold: Fold) -> FoldNote:
         if isinstance(self.alpha, str):
