@@ -79,7 +79,12 @@ def linear_weight(module: nn.Module) -> Tensor:
     """The matrix of a linear as a [out, in] view, whichever way the module stores it."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return rows_first(module, weight)
+
+
+def rows_first(linear: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` of ``linear`` turned from the way the module stores it to [out, in], or back."""
+    return weight.t() if isinstance(linear, Conv1D) else weight
 
 
 def load_config(folder: Path) -> Any:

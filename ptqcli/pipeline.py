@@ -119,12 +119,13 @@ class LayerReport:
 class FoldReport:
     """What transforms did with one fold of one block, or why they left it alone. The names are paths in the model.
 
-    choices: (transform, what it chose). left_alone: the reason, None for a fold that was used.
+    choices: (transform, what it chose, the block's squared error relative to no scaling or None if not measured). left_alone: the reason,
+    None for a fold that was used; producer is None for linears that no fold reaches.
     """
 
-    producer: str
+    producer: str | None
     readers: tuple[str, ...]
-    choices: tuple[tuple[str, str], ...] = ()
+    choices: tuple[tuple[str, str, float | None], ...] = ()
     left_alone: str | None = None
 
 
@@ -348,6 +349,7 @@ class _Run:
             with self.clock.measure("write"):
                 self._write_block(index, work)
             self.skeleton.release_block(index)
+            del work, block  # before the next block is loaded
             _return_freed_memory()
             self.listener.block_done(index, count)
 
@@ -433,7 +435,7 @@ class _BlockWork:
         needs = Needs() if sequential else wanted
         for transform in self.run.transforms:
             needs |= transform.needs
-        statistics = calibrated.observe(needs) if needs else []
+        statistics = calibrated.observe(needs) if self.run.transforms or not sequential else []
         if self.run.transforms:
             statistics = self._transform(statistics, recording)
         return calibrated.sequential(wanted) if sequential else calibrated.at_once(statistics)
@@ -452,7 +454,8 @@ class _BlockWork:
         for stage, seen in zip(stages, statistics, strict=True):
             seen.check_finite(self.planned[stage[0]].name)
         probe, tried = (self._excerpt_run(recording, name) for name in ("probe", "tried"))
-        self.run.listener.detail(f"{self.prefix}: looking for folds")
+        listener, prefix = self.run.listener, self.prefix  # closures over self would keep every finished block alive
+        listener.detail(f"{prefix}: looking for folds")
         found = proven(self.block, find_folds(self.block, probe), probe)
         self.folded = FoldedBlock(
             self.block,
@@ -460,17 +463,18 @@ class _BlockWork:
             order=[local for stage in self.run.skeleton.shapes[self.index].stages for local in stage],
             treatments={local: Treatment(linear.scheme, linear.scale_dtype) for local, linear in self.planned.items()},
             inputs={local: seen for stage, seen in zip(stages, statistics, strict=True) for local in stage},
-            stored=functools.cache(self._stored),
+            stored=functools.partial(_stored, self.run.skeleton, prefix, self.run.setting.device),
             run=lambda block: tried(block, torch.float32),
             scale_search=self.run.plan.recipe.scale_search,
-            tell=lambda text: self.run.listener.detail(f"{self.prefix}: {text}"),
+            tell=lambda text: listener.detail(f"{prefix}: {text}"),
         )
         notes = [(transform.name, note) for transform in self.run.transforms for note in transform.apply(self.folded)]
         for transform in self.run.transforms:
             transform.finish(self.folded)
+        behind = [self.folded.inputs(stage[0]) for stage in stages]
         self.folded.release()
         self._note_folds(found, notes)
-        return [self.folded.inputs(stage[0]) for stage in stages]
+        return behind
 
     def _excerpt_run(self, recording: Recording, name: str) -> Callable[[nn.Module, torch.dtype], Tensor]:
         excerpt, device = recording.excerpts[name], self.run.setting.device
@@ -482,28 +486,29 @@ class _BlockWork:
         return run
 
     def _note_folds(self, found: Found, notes: Sequence[tuple[str, FoldNote]]) -> None:
+        report = self.run.folds.append
         for fold in found.folds:
-            choices = tuple((name, note.choice) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers)
+            mine = [(name, note) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers]
+            choices = tuple((name, note.choice, note.error) for name, note in mine)
             readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
             reason = None if choices else "none of its readers is quantized"
-            self.run.folds.append(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
+            report(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
         for producer, reason in found.dropped:
-            self.run.folds.append(FoldReport(f"{self.prefix}.{producer}", (), left_alone=reason))
+            report(FoldReport(self.prefix if producer == "block" else f"{self.prefix}.{producer}", (), left_alone=reason))
+        read = {reader for fold in found.folds for reader in fold.readers}
+        alone = tuple(f"{self.prefix}.{local}" for local in self.planned if local not in read)
+        if alone:
+            report(FoldReport(None, alone, left_alone="nothing that feeds them can be scaled"))
 
     def _stage(self, names: tuple[str, ...]) -> Stage:
         return Stage(tuple(self._target(self.planned[local]) for local in names), self.statistics)
-
-    def _stored(self, local: str) -> Tensor:
-        """A parameter of the block as the file has it."""
-        skeleton = self.run.skeleton
-        return skeleton.reader.read(skeleton.disk_name(f"{self.prefix}.{local}")).to(self.run.setting.device)
 
     def _target(self, linear: PlannedLinear) -> Target:
         local = linear.site.local
         if self.folded is not None:
             weight = self.folded.weight(local)
         else:
-            stored = self._stored(f"{local}.weight")
+            stored = _stored(self.run.skeleton, self.prefix, self.run.setting.device, f"{local}.weight")
             weight = (stored.t() if linear.site.transposed else stored).float()
         if not torch.isfinite(weight).all():
             raise PTQError(f"{linear.name}: the weight holds NaN or infinity; the model file is broken")
@@ -548,6 +553,11 @@ class _BlockWork:
                 **asdict(solution.notes),
             )
         )
+
+
+def _stored(skeleton: Skeleton, prefix: str, device: torch.device, local: str) -> Tensor:
+    """A parameter of the block at ``prefix`` as the file has it."""
+    return skeleton.reader.read(skeleton.disk_name(f"{prefix}.{local}")).to(device)
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:

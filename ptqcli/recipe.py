@@ -31,6 +31,8 @@ DEFAULT_SEQLEN = 2048
 PICKABLE_GROUPS = (128, 64, 32)
 DEFAULT_ACTIVATION_BUDGET = 4 << 30
 DEFAULT_GROUP = 128
+DEFAULT_THRESHOLD = 6.0
+DEFAULT_ALPHA = 0.5
 # Settings of the SmoothQuant paper (table 2): weights have one scale in all, activations these.
 SMOOTH_LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
 ACTIVATION_SCALES = {
@@ -106,13 +108,13 @@ class Recipe:
     abits: int | None = None
     act_scales: str | None = None
     outliers: str | None = None
-    outlier_threshold: float = 6.0
+    outlier_threshold: float = DEFAULT_THRESHOLD
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.01
     scale_search: str = "mse"
     awq_clip: bool = True
-    smooth_alpha: float | str = 0.5
+    smooth_alpha: float | str = DEFAULT_ALPHA
     smooth_level: str | None = None
     sequential: bool = True
     calib: str = "builtin"
@@ -128,7 +130,7 @@ class Recipe:
         self.solver()
         self.transforms()
         self._check_level()
-        _ = self.scheme
+        self._check_unused()
         if self.scale_search not in ("minmax", "mse"):
             raise UsageError(f"scale search '{self.scale_search}' is unknown; use minmax or mse")
         if self.format != compressed_tensors.NAME:
@@ -153,6 +155,17 @@ class Recipe:
             )
         if self.group_size is not None or self.act_scales is not None:
             raise UsageError(f"smooth level {self.smooth_level} sets the group size and act_scales; leave those out")
+
+    def _check_unused(self) -> None:
+        parts = {part.name for part in self.algorithm.transforms}
+        if self.scheme.outliers is None and self.outlier_threshold != DEFAULT_THRESHOLD:
+            raise UsageError(
+                "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
+            )
+        if not self.awq_clip and "awq" not in parts:
+            raise UsageError(f"awq clip belongs to awq, not to {self.algo}; leave it out")
+        if self.smooth_alpha != DEFAULT_ALPHA and "smoothquant" not in parts:
+            raise UsageError(f"smooth alpha belongs to smoothquant, not to {self.algo}; leave it out")
 
     @property
     def algorithm(self) -> Algorithm:
@@ -189,6 +202,8 @@ class Recipe:
         kind = self.algorithm.defaults.outliers if self.outliers is None else self.outliers
         if kind not in OUTLIER_KINDS:
             raise UsageError(f"outliers '{kind}' is unknown; use {', '.join(OUTLIER_KINDS)}")
+        if kind != "none" and activations is None and self.outliers is None:
+            raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
         return None if kind == "none" else OutlierSplit(self.outlier_threshold, dynamic=kind == "dynamic")
 
     def solver(self) -> MatrixSolver:
@@ -513,13 +528,29 @@ def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
         notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
     if any(linear.scheme.outliers is not None for linear in linears):
         notes.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
-    if any(scheme.activations == ACTIVATION_SCALES["tensor"] for scheme in (linear.scheme for linear in linears)):
-        notes.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
+    notes += _activation_notes(linears)
     if any(linear.site.transposed for linear in linears):
         notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
-    others = sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"})
-    if others:
-        notes.append(f"{', '.join(others)} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
+    others = ", ".join(sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"}))
+    if others and all(linear.scheme.activations is None for linear in linears):
+        notes.append(f"{others} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
+    elif others:
+        notes.append(
+            f"{others} layers: transformers cannot run them with 8-bit activations, and with dequantize=True it drops the rounding"
+        )
+    return notes
+
+
+def _activation_notes(linears: Sequence[PlannedLinear]) -> list[str]:
+    schemes = {linear.scheme: linear.scheme.activations for linear in linears if linear.scheme.activations is not None}
+    notes = []
+    if any(activations == ACTIVATION_SCALES["tensor"] for activations in schemes.values()):
+        notes.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
+    narrow = [scheme for scheme in schemes if scheme.bits < 8]
+    if narrow:
+        notes.append(f"{narrow[0].bits}-bit codes beside 8-bit activations take a byte each, so the file is no smaller than with --wbits 8")
+    if any(scheme.bits != 4 or schemes[scheme] != ACTIVATION_SCALES["token"] for scheme in narrow):
+        notes.append("of weights below 8 bits beside 8-bit activations, vLLM reads only 4 bits with --act-scales token")
     return notes
 
 
@@ -560,11 +591,14 @@ def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
         return solving
     features = min(linear.site.in_features for linear in linears)
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
-    solving += SAMPLED_TOKENS * sum(linear.site.in_features for linear in linears if linear.site.block == 0) * 4
+    inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
+    solving += SAMPLED_TOKENS * inputs * 4
     if recipe.solver().needs_hessian:
         solving += max(linear.site.in_features for linear in linears) ** 2 * 4
     if recipe.transforms():
-        solving += max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * (3 * features + 2 * widest) * 4
+        # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
+        outputs = max(sum(site.out_features for site in skeleton.linears if site.block == index) for index in range(len(in_blocks)))
+        solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
     tokens = recipe.nsamples * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
     held = min(tokens * hidden, setting.activation_budget) + min(tokens * inside, setting.activation_budget)

@@ -132,7 +132,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['seconds']:.1f}",
             f"{row['peak_bytes'] / 2**20:.0f}",
         )
-    Console(width=140).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ REFUSED = [
     ({"algo": "llm-int8", "act_scales": "static"}, "not static ones"),
     ({"algo": "llm-int8", "outliers": "some"}, "outliers 'some'"),
     *(({"algo": "llm-int8", "outlier_threshold": value}, f"threshold {value}") for value in (0.0, -6.0, float("nan"), float("inf"))),
-    *(({"algo": "smoothquant", "smooth_alpha": value}, f"alpha {value}") for value in (-0.1, 1.1, float("nan"), "best")),
+    *(({"algo": "smoothquant", "smooth_alpha": value}, f"alpha {value!r}") for value in (-0.1, 1.1, float("nan"), "best")),
     ({"algo": "smoothquant", "smooth_level": "O4"}, "smooth level 'O4'"),
     ({"algo": "gptq", "smooth_level": "O1"}, "belongs to smoothquant, not to gptq"),
     ({"algo": "smoothquant", "smooth_level": "O1", "group_size": -1}, "smooth level O1 sets the group size"),

@@ -124,6 +124,11 @@ REFUSED = [
     ("quantize model --algo llm-int8 --act-scales static", 2, "an outlier split needs activation scales computed at run time"),
     ("quantize model --algo llm-int8 --outlier-threshold 0", 2, "outlier threshold 0.0 is not valid"),
     ("quantize model --algo llm-int8 --outlier-threshold nan", 2, "outlier threshold nan is not valid"),
+    ("quantize model --outlier-threshold 3", 2, "an outlier threshold has no effect without an outlier split"),
+    ("quantize model --no-awq-clip", 2, "awq clip belongs to awq, not to gptq"),
+    ("quantize model --smooth-alpha auto", 2, "smooth alpha belongs to smoothquant, not to gptq"),
+    ("quantize model --algo llm-int8 --abits 16", 2, "llm-int8 splits 8-bit activations; leave --abits out"),
+    ("quantize model --algo smoothquant --override mlp:abits=4", 2, "override 'mlp': 4 bits per activation"),
     ("quantize model --algo smoothquant --override mlp:group=32", 2, "override 'mlp': 8-bit activations need"),
     ("quantize model --scale-search best", 2, "use minmax or mse"),
     ("quantize model --group-size 32 --seqlen 4096", 2, "longer than the model's 128 positions"),
@@ -202,6 +207,33 @@ def test_refusals_are_one_clear_line(ptq: Ptq, at_work: Path, line: str, code: i
     assert says in one_line(answer)
     assert answer.code == code
     assert sorted(at_work.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--group-size 32", "model-gptq-w4g32"),
+        ("--algo awq+gptq --wbits 3 --group-size -1", "model-awq+gptq-w3"),
+        ("--algo smoothquant", "model-smoothquant-w8a8"),
+        ("--algo smoothquant --act-scales static", "model-smoothquant-w8a8-static"),
+        ("--algo smoothquant --smooth-level O2", "model-smoothquant-w8a8-O2"),
+        ("--algo rtn --wbits 8 --abits 8 --group-size 0", "model-rtn-w8a8-per-tensor"),
+        ("--algo llm-int8", "model-llm-int8-w8a8"),
+        ("--algo llm-int8 --outliers static", "model-llm-int8-w8a8-outliers-static"),
+    ],
+)
+def test_runs_that_differ_write_to_folders_that_differ(ptq: Ptq, at_work: Path, flags: str, name: str) -> None:
+    answer = ptq("quantize", "model", "--dry-run", *flags.split())
+    assert re.search(rf"^output +{re.escape(name)}$", answer.out + answer.err, flags=re.MULTILINE)
+
+
+def test_folds_are_reported(ptq: Ptq, at_work: Path, tmp_path: Path) -> None:
+    calibration = ("--calib", "text.txt", "--nsamples", "4", "--seqlen", "32")
+    done = ptq("quantize", "model", "--algo", "awq", "--group-size", "32", "--output", tmp_path / "awq", *calibration)
+    assert done.code == 0
+    assert "8 found and proved; they reach 14 of 14 linears" in done.out
+    shown = ptq("inspect", tmp_path / "awq")
+    assert re.search(r"model\.layers\.1\.mlp\.up_proj +mlp\.down_proj +awq: (alpha|no scaling)", shown.out)
 
 
 def test_an_empty_prompt_is_refused(ptq: Ptq, at_work: Path) -> None:

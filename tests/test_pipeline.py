@@ -1,11 +1,13 @@
 """The loop over blocks: what it writes, in what memory, and what it refuses."""
 
 import filecmp
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -462,3 +464,27 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     weights = {depth: CheckpointReader(tmp_path / str(depth)).total_bytes for depth in peaks}
     assert weights[32] - weights[8] > 0.4 * peaks[8], "the models must differ by much more than the tolerance"
     assert abs(peaks[32] - peaks[8]) < 0.1 * peaks[8], peaks
+
+
+@pytest.mark.parametrize("options", [{}, {"sequential": False}])
+@pytest.mark.parametrize("algo", ["gptq", "smoothquant+gptq", "awq"])
+def test_a_finished_block_is_gone_before_the_next_is_loaded(algo, options, tmp_path, monkeypatch):
+    make_model(tmp_path / "model", num_hidden_layers=4)
+    alive, seen = [], []
+
+    class Watched(ptqcli.pipeline._BlockWork):
+        def __init__(self, *args):
+            seen.append(sum(reference() is not None for reference in alive))
+            alive.append(weakref.ref(self))
+            super().__init__(*args)
+
+    monkeypatch.setattr(ptqcli.pipeline, "_BlockWork", Watched)
+    recipe = Recipe(
+        algo=algo, wbits=4, abits=16, group_size=32, nsamples=4, seqlen=32, calib=str(write_text(tmp_path / "t.txt")), **options
+    )
+    gc.disable()  # memory must not wait for it
+    try:
+        quantize(tmp_path / "model", recipe, tmp_path / "out")
+    finally:
+        gc.enable()
+    assert seen == [0, 0, 0, 0]

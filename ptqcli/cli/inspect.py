@@ -12,7 +12,7 @@ import click
 from ptqcli.cli.console import Output, path_text, size_text
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import json_option
-from ptqcli.cli.report import LAYER_COLUMNS, layer_row, read_report
+from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row, read_report
 
 if TYPE_CHECKING:
     from ptqcli.checkpoint import CheckpointReader
@@ -40,6 +40,8 @@ def command(checkpoint: str | None, as_json: bool) -> None:
         output.table("Schemes", ("scheme", "linears", "weights", "size", "bits/weight"), _scheme_rows(layers))
         error_kind = report.get("error_kind", "unknown")
         output.table(f"Layers (error: relative, {error_kind})", LAYER_COLUMNS, (layer_row(layer) for layer in layers))
+    if report.get("folds"):
+        output.table("Folds", ("producer", "linears that read it", "choice"), (fold_row(fold) for fold in report["folds"]))
     output.result(
         {
             "checkpoint": str(folder),
@@ -48,6 +50,7 @@ def command(checkpoint: str | None, as_json: bool) -> None:
             "bytes": reader.total_bytes,
             "bytes_before": report.get("bytes_before"),
             "layers": layers,
+            "folds": report.get("folds", []),
         }
     )
 

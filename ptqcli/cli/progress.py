@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptqcli.cli.console import open_console, time_text
 
+# Least seconds between plain lines about the parts of one step.
+PART_PAUSE = 10.0
+
 
 class Tracker(Protocol):
     """What a command tells while it works."""
@@ -27,10 +30,6 @@ class Tracker(Protocol):
 
     def step(self, done: int, total: int, text: str) -> None:
         """``done`` of ``total`` steps of this stage are behind us; ``text`` says how the last one went."""
-
-
-# Least seconds between plain lines about the parts of one step.
-PART_PAUSE = 10.0
 
 
 class PartClock:

@@ -13,7 +13,7 @@ import click
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.load import hush_transformers
-from ptqcli.cli.locate import find_model
+from ptqcli.cli.locate import REPORT_NAME, find_model
 from ptqcli.cli.options import data_dir_option, device_option, json_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ptqcli.recipe import Override, Plan, Recipe, Setting
 
 WORST_LAYERS = 5
+MOST_CHOICES = 4
 OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym or REGEX:abits=16"
 
 
@@ -125,7 +126,7 @@ def _parse_alpha(ctx: click.Context, param: click.Parameter, value: str | None) 
     show_default="static-groups",
     help="GPTQ: with act-order, groups stay neighbours, so the file needs no index.",
 )
-@click.option("--damp", type=float, metavar="X", show_default="0.01", help="GPTQ: damping, as a share of the Hessian's mean diagonal.")
+@click.option("--damp", type=float, metavar="X", show_default="0.01", help="GPTQ, OBQ: damping, as a share of the Hessian's mean diagonal.")
 @click.option("--scale-search", metavar="minmax|mse", show_default="mse", help="How a group's scale is fitted.")
 @click.option(
     "--sequential/--no-sequential",
@@ -245,10 +246,21 @@ def _default_name(model: str | None, recipe: Recipe) -> str:
         name = Path(model).resolve().name
     else:
         name = model.rpartition("/")[2]
+    return f"{name}-{recipe.algo}-{_scheme_name(recipe)}"
+
+
+def _scheme_name(recipe: Recipe) -> str:
+    """``w4g128``, ``w8a8``, ``w8a8-O2``, ``w8a8-static``, ``w8a8-outliers-static``: what two runs may differ in by a flag or two."""
     scheme = recipe.scheme
     group = f"g{scheme.group_size}" if scheme.group_size > 0 else ""
-    activations = f"a{scheme.activations.bits}" if scheme.activations else ""
-    return f"{name}-{recipe.algo}-w{scheme.bits}{activations}{group}"
+    if scheme.activations is None:
+        return f"w{scheme.bits}{group}"
+    words = [f"w{scheme.bits}a{scheme.activations.bits}", recipe.smooth_level or ("" if scheme.group_size else "per-tensor")]
+    if not recipe.smooth_level and scheme.activations.describe() != "token":
+        words.append(scheme.activations.describe())
+    if scheme.outliers is not None and not scheme.outliers.dynamic:
+        words.append("outliers-static")
+    return "-".join(filter(None, words))
 
 
 # What is shown
@@ -319,16 +331,18 @@ def _transformed(report: Report) -> list[tuple[str, str]]:
     """What transforms did, one row each, and what they had to leave alone."""
     used = [fold for fold in report.folds if fold.left_alone is None]
     left = [fold for fold in report.folds if fold.left_alone is not None]
-    rows = []
-    if used or left:
-        reasons = "".join(f"; {fold.producer} left alone: {fold.left_alone}" for fold in left[:1])
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        rows.append(("folds", f"{len(used)} found and proved{reasons}{more}"))
-    for name in dict.fromkeys(name for fold in used for name, _ in fold.choices):
-        choices = Counter(choice for fold in used for part, choice in fold.choices if part == name)
-        rows.append(
-            (name, ", ".join(f"{choice} x {count}" for choice, count in choices.most_common(4)) + (", ..." if len(choices) > 4 else ""))
-        )
+    if not report.folds:
+        return []
+    linears = {layer.name for layer in report.layers}
+    reached = linears & {reader for fold in used for reader in fold.readers}
+    rows = [("folds", f"{len(used)} found and proved; they reach {len(reached)} of {len(linears)} linears")]
+    for name in dict.fromkeys(name for fold in used for name, *_ in fold.choices):
+        choices = Counter(choice for fold in used for part, choice, _ in fold.choices if part == name)
+        more = ", ..." if len(choices) > MOST_CHOICES else ""
+        rows.append((name, ", ".join(f"{choice} x {count}" for choice, count in choices.most_common(MOST_CHOICES)) + more))
+    if left:
+        more = f", and {len(left) - 1} more in {REPORT_NAME}" if len(left) > 1 else ""
+        rows.append(("left alone", f"{left[0].producer or ', '.join(left[0].readers)}: {left[0].left_alone}{more}"))
     return rows
 
 

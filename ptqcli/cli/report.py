@@ -46,6 +46,17 @@ def layer_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def fold_row(fold: Mapping[str, Any]) -> tuple[str, str, str]:
+    """One fold of a report: producer, readers (the part of their names that differs from it), and what was chosen or why not."""
+    prefix = fold["producer"] or fold["readers"][0]
+    common = prefix.rpartition(".")[0].rpartition(".")[0] + "."
+    readers = ", ".join(reader.removeprefix(common) for reader in fold["readers"])
+    choices = ", ".join(
+        f"{name}: {choice}" + ("" if error is None else f" (error {error:.0%} of unscaled)") for name, choice, error in fold["choices"]
+    )
+    return fold["producer"] or "none", readers, fold["left_alone"] or choices
+
+
 def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
     if layer.get("outlier_share") is not None:
         yield f"{layer['outlier_share']:.2%} outlier columns"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
-from ptqcli.scheme import ActivationScheme, OutlierColumns, QuantizedWeight, Scheme
+from ptqcli.scheme import SMALLEST_SCALE, OutlierColumns, QuantizedWeight, Scheme, activation_scale
 
 # (done, total) of the work inside one matrix, called by solvers that are slow enough to be asked.
 Progress = Callable[[int, int], None]
@@ -162,8 +162,9 @@ class _StageWork:
         if outliers is not None:
             solution = _with_outliers(solution, target, outliers)
         if activations is not None and not activations.dynamic:
-            scale = _static_scale(self._largest(), activations).to(target.scale_dtype)
-            solution = replace(solution, weight=replace(solution.weight, input_scale=scale))
+            scale = activation_scale(self._largest(), replace(activations, dynamic=True))
+            smallest = SMALLEST_SCALE.get(target.scale_dtype, 0.0)
+            solution = replace(solution, weight=replace(solution.weight, input_scale=scale.clamp(min=smallest).to(target.scale_dtype)))
         return solution
 
     def _codes(self, target: Target, weight: Tensor, threshold: float | None, progress: Progress) -> Solution:
@@ -186,11 +187,6 @@ class _StageWork:
         assert self.statistics is not None
         assert self.statistics.largest is not None
         return self.statistics.largest
-
-
-def _static_scale(largest: Tensor, activations: ActivationScheme) -> Tensor:
-    top = largest.max().reshape(1)
-    return torch.where(top > 0, top / ((2**activations.bits - 1) / 2), torch.ones_like(top))
 
 
 def _no_codes(target: Target) -> QuantizedWeight:

@@ -49,31 +49,29 @@ class AWQ:
         return [_scale(block, fold) for fold in block.folds if block.readers(fold)]
 
     def finish(self, block: FoldedBlock) -> None:
-        """Clip every linear to quantize, but for those whose outlier columns are not known until their codes are chosen."""
+        """Clip every linear to quantize; columns that a static split takes out are not part of its groups."""
         for local, treatment in block.treatments.items():
-            if self.clip and treatment.scheme.outliers is None:
-                block.tell(f"awq searches ranges for {local}")
-                block.limit(local, clip_limits(block.weight(local), block.inputs(local).sampled(), treatment))
+            if not self.clip:
+                return
+            block.tell(f"awq searches ranges for {local}")
+            weight, samples, split = block.weight(local), block.inputs(local).sampled(), treatment.scheme.outliers
+            outliers = block.outliers(local)
+            if split is not None and outliers is not None and not split.dynamic:
+                weight, samples = weight[:, ~outliers], samples[:, ~outliers]
+            if weight.shape[1]:
+                block.limit(local, clip_limits(weight, samples, treatment))
 
 
 def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
     block.tell(f"awq searches scales for {fold.producer}")
-    plain = best = block.fold_error(fold, None)
-    choice, chosen = "no scaling", None
-    for name, scales in _candidates(block, fold):
-        error = block.fold_error(fold, scales)
-        if error < best:
-            best, choice, chosen = error, name, scales
-    if chosen is not None:
-        block.scale(fold, chosen)
-    return FoldNote(fold.producer, fold.readers, choice, best / plain if plain > 0 else 1.0)
+    return block.best_of(fold, "no scaling", _candidates(block, fold))
 
 
 def _candidates(block: FoldedBlock, fold: Fold) -> Iterator[tuple[str, Tensor]]:
     readers = block.readers(fold)
     inputs = fold.largest(block.inputs(readers[0]).mean_magnitude())
-    relative = torch.cat([_relative_to_group(block.weight(local), block.treatments[local].scheme) for local in readers])
-    weights = fold.largest(relative.mean(dim=0))
+    summed = torch.stack([_relative_to_group(block.weight(local), block.treatments[local].scheme).sum(dim=0) for local in readers])
+    weights = fold.largest(summed.sum(dim=0) / sum(len(block.weight(local)) for local in readers))
     usable = (inputs > 0) & (weights > 0)
     for alpha in ALPHAS:
         if alpha > 0:  # alpha 0 without the weights is no scaling

@@ -42,7 +42,7 @@ class SmoothQuant:
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if self.alpha != AUTO and not (number and 0 <= float(self.alpha) <= 1):
-            raise UsageError(f"smooth alpha {self.alpha} is not valid; give a number from 0 to 1, or {AUTO}")
+            raise UsageError(f"smooth alpha {self.alpha!r} is not valid; give a number from 0 to 1, or {AUTO}")
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Smooth every fold that has a linear to quantize."""
@@ -53,23 +53,10 @@ class SmoothQuant:
 
     def _smooth(self, block: FoldedBlock, fold: Fold) -> FoldNote:
         if isinstance(self.alpha, str):
-            return _search(block, fold)
+            block.tell(f"smoothquant searches alpha for {fold.producer}")
+            return block.best_of(fold, "no smoothing", ((f"alpha {alpha:g}", _scales(block, fold, alpha)) for alpha in ALPHAS))
         block.scale(fold, _scales(block, fold, self.alpha))
         return FoldNote(fold.producer, fold.readers, f"alpha {self.alpha:g}")
-
-
-def _search(block: FoldedBlock, fold: Fold) -> FoldNote:
-    block.tell(f"smoothquant searches alpha for {fold.producer}")
-    plain = best = block.fold_error(fold, None)
-    choice, chosen = "no smoothing", None
-    for alpha in ALPHAS:
-        scales = _scales(block, fold, alpha)
-        error = block.fold_error(fold, scales)
-        if error < best:
-            best, choice, chosen = error, f"alpha {alpha:g}", scales
-    if chosen is not None:
-        block.scale(fold, chosen)
-    return FoldNote(fold.producer, fold.readers, choice, best / plain if plain > 0 else 1.0)
 
 
 def _scales(block: FoldedBlock, fold: Fold, alpha: float) -> Tensor:
@@ -78,7 +65,7 @@ def _scales(block: FoldedBlock, fold: Fold, alpha: float) -> Tensor:
     largest = block.inputs(readers[0]).largest
     assert largest is not None
     inputs = fold.largest(largest)
-    weights = fold.largest(torch.cat([block.weight(local) for local in readers]).abs().amax(dim=0))
+    weights = fold.largest(torch.stack([block.weight(local).abs().amax(dim=0) for local in readers]).amax(dim=0))
     usable = (inputs > 0) & (weights > 0)
     scales = inputs.clamp(min=SMALLEST_SCALE) ** alpha / weights.clamp(min=SMALLEST_SCALE) ** (1 - alpha)
     return torch.where(usable, scales.clamp(min=SMALLEST_SCALE), torch.ones_like(scales))

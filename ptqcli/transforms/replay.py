@@ -1,0 +1,119 @@
+"""How far a block's output moves when some of its linears are quantized, tried on an excerpt of the calibration text.
+
+The block runs in float32, whatever the dtype of the calibration: in bfloat16 the noise of a run is as large as the error of 8-bit codes.
+What ran before the linears on trial is not run again: every module that had finished by then, and runs only once, returns what it
+returned the first time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptqcli.scheme import ActivationScheme, round_activations
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A linear as it would compute when quantized: ``round(x / divisor) W^T + b``.
+
+    weight: [out, in]. divisor: [in], None for 1. activations: how inputs are rounded, None for not at all. input_scale: [1], if static.
+    outliers: bool [in], inputs that are not rounded, None for none.
+    """
+
+    weight: Tensor
+    divisor: Tensor | None = None
+    activations: ActivationScheme | None = None
+    input_scale: Tensor | None = None
+    outliers: Tensor | None = None
+
+    def run(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for ``inputs`` [..., in]."""
+        if self.divisor is not None:
+            inputs = inputs / self.divisor
+        if self.activations is not None:
+            even = inputs if self.outliers is None else inputs.masked_fill(self.outliers, 0)
+            rounded = round_activations(even, self.activations, self.input_scale)
+            inputs = rounded if self.outliers is None else torch.where(self.outliers, inputs, rounded)
+        return functional.linear(inputs, self.weight, bias)
+
+
+class Replay:
+    """Runs of one block in float32.
+
+    block: float32, with all its weights. order: local names of its linears. run: the output of a block on the excerpt.
+    """
+
+    def __init__(self, block: nn.Module, order: Sequence[str], run: Callable[[nn.Module], Tensor]) -> None:
+        self.block, self._order, self._run = block, tuple(order), run
+        self._expected: Tensor | None = None  # scaling does not change it
+        self.forget()
+
+    def forget(self) -> None:
+        """Something inside the block has been scaled: what its modules returned does not hold any more."""
+        self._outputs: dict[str, Any] = {}  # of every module, in the order in which they finished
+        self._finished: dict[str, int] = {}  # linear -> how many modules had finished when it started
+        self._often: set[str] = set()  # modules that run more than once
+
+    def error(self, trials: Mapping[str, Trial]) -> float:
+        """Mean squared difference of the block's output, with the linears in ``trials`` replaced, to its own."""
+        if self._expected is None:
+            self._expected = self._run(self.block)
+        if not self._outputs:
+            self._remember_outputs()
+        known = min(self._finished[local] for local in trials)
+        with self._replaced(trials, [name for name in list(self._outputs)[:known] if name not in self._often]):
+            output = self._run(self.block)
+        return float((output - self._expected).square().mean())
+
+    def _remember_outputs(self) -> None:
+        runs: Counter[str] = Counter()
+
+        def started(local: str) -> Callable[..., None]:
+            return lambda _module, _args: self._finished.update({local: len(self._outputs)})
+
+        def finished(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                runs[name] += 1
+                self._outputs[name] = _cloned(output)
+
+            return hook
+
+        handles = [self.block.get_submodule(local).register_forward_pre_hook(started(local)) for local in self._order]
+        handles += [module.register_forward_hook(finished(name)) for name, module in self.block.named_modules() if name]
+        self._run(self.block)
+        for handle in handles:
+            handle.remove()
+        self._often = {name for name, count in runs.items() if count > 1}
+
+    @contextmanager
+    def _replaced(self, trials: Mapping[str, Trial], before: Sequence[str]) -> Iterator[None]:
+        """The linears on trial compute as their trials do, and the modules ``before`` them give the outputs that are known."""
+        forwards: dict[str, Callable[..., Any]] = {}
+        for name in before:
+            forwards[name] = lambda *_args, name=name, **_kwargs: _cloned(self._outputs[name])
+        for local, trial in trials.items():
+            bias = self.block.get_submodule(local).bias
+            forwards[local] = lambda inputs, trial=trial, bias=bias: trial.run(inputs, bias)
+        modules = {local: self.block.get_submodule(local) for local in forwards}
+        for local, module in modules.items():
+            module.forward = forwards[local]
+        try:
+            yield
+        finally:
+            for module in modules.values():
+                del module.forward
+
+
+def _cloned(output: Any) -> Any:
+    """Tensors copied, since code may change them in place."""
+    if isinstance(output, tuple):
+        return tuple(_cloned(entry) for entry in output)
+    return output.clone() if isinstance(output, Tensor) else output
