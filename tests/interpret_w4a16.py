@@ -1,0 +1,137 @@
+"""Runs the W4A16 kernels in Triton's interpreter and prints, as JSON, how far they are from float64. A program of its own, not a test.
+
+The interpreter is chosen by the environment when triton is imported, for the whole process, and only here. Everything that a kernel must
+not read is poisoned: memory around x and beyond the last row holds NaN, codes beyond the last row and column are arbitrary, and memory
+that torch hands out is filled with NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from importlib import import_module
+from itertools import cycle
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from ptq_kernels.packing import TILE_COLUMNS, pack_groups, pack_tiles
+from torch import Tensor
+from torch.nn import functional
+
+w4a16 = import_module("ptq_kernels.w4a16")  # the package may name the operator like its module
+
+TOKENS = (1, 2, 3, 16, 17)
+# rows, columns, group size: column counts that no block divides, odd row counts, and a row length that is not even a multiple of 8
+SHAPES = ((101, 96, 32), (67, 320, 64), (131, 256, 128), (70, 99, -1))
+LONG_SHAPES = ((33, 704, 64), (33, 2112, 32), (33, 2112, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A random layer as stored and as it is, in float64."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor
+    weight: Tensor
+
+
+def layer(rows: int, columns: int, group_size: int, bits: int, symmetric: bool, flip: bool = False) -> Layer:
+    """flip: what is stored differs from the float64 weight in one bit of one code."""
+    generator = torch.Generator().manual_seed(rows * columns + bits)
+    groups = 1 if group_size == -1 else columns // group_size
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.001).half()
+    zero = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    if symmetric:
+        zero.fill_(1 << (bits - 1))
+    signed = codes.double().view(rows, groups, -1) - zero.double().unsqueeze(-1)
+    weight = (signed * scale.double().unsqueeze(-1)).view(rows, columns)
+    around = torch.randint(0, 1 << bits, (-(-rows // 64) * 64, -(-columns // TILE_COLUMNS[bits]) * TILE_COLUMNS[bits]), generator=generator)
+    stored = around.to(torch.uint8)
+    stored[:rows, :columns] = codes
+    if flip:
+        stored[rows // 2, columns // 2] ^= 1 << (bits - 1)
+    beyond = (0, 0, 0, -rows % 64)
+    return Layer(
+        pack_tiles(stored, bits),
+        pack_groups(functional.pad(scale, beyond, value=float("nan")), torch.float16),
+        None if symmetric else pack_groups(functional.pad(zero, beyond, value=1), torch.int16),
+        torch.randn(rows, generator=generator).half(),
+        weight,
+    )
+
+
+def tokens_among_poison(tokens: int, columns: int) -> Tensor:
+    around = torch.full((tokens + 3, columns + 72), float("nan"), dtype=torch.float16)
+    around[:tokens, :columns] = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    return around[:tokens, :columns]
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius distance; NaN stays NaN."""
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+def fused(config: object, bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
+    rows, columns, group_size = shape
+    x = tokens_among_poison(tokens, columns)
+    results = []
+    for flip in (False, True):
+        made = layer(rows, columns, group_size, bits, symmetric, flip)
+        results.append(w4a16.launch(x, made.packed, made.scale, made.zero, bits, group_size, rows, made.bias, config))
+    truth = x.double() @ made.weight.T + made.bias.double()
+    return {
+        "case": f"{config} bits={bits} M={tokens} N,K,group={shape} symmetric={symmetric}",
+        "error": distance(results[0], truth),
+        "flipped": distance(results[1], truth),
+    }
+
+
+def through_the_door(bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
+    """The CUDA implementation whole: table, column order, leading dimensions, and beyond the table the expanded weight."""
+    rows, columns, group_size = shape
+    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(1)).half()
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(2)).to(torch.int32)
+    results = []
+    for flip in (False, False, True):
+        made = layer(rows, columns, group_size, bits, symmetric, flip)
+        results.append(w4a16._on_cuda(x, made.packed, made.scale, made.zero, bits, group_size, rows, made.bias, order))
+    truth = x.double()[..., order.long()] @ made.weight.T + made.bias.double()
+    return {
+        "case": f"whole operator bits={bits} M=2x{tokens} N,K,group={shape} symmetric={symmetric}",
+        "error": distance(results[0], truth),
+        "repeats": torch.equal(results[0], results[1]),
+        "flipped": distance(results[2], truth),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # Memory that torch hands out uninitialised is filled with NaN.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    symmetric = cycle((True, False, False))
+    shapes, tokens, splits = cycle(SHAPES), cycle(TOKENS), cycle((1, 2, 3))
+    results = []
+    for _, bits, config in w4a16.configs():
+        results.append(fused(dataclasses.replace(config, splits=next(splits)), bits, next(tokens), next(shapes), next(symmetric)))
+    small = w4a16.Config(block_m=16, block_n=64, block_k=128, warps=4, stages=3, per_processor=1)
+    for bits in TILE_COLUMNS:
+        for shape in LONG_SHAPES:
+            for fold in (False, True):
+                config = dataclasses.replace(small, fold=fold, splits=next(splits))
+                results.append(fused(config, bits, next(tokens), shape, next(symmetric)))
+        results.append(through_the_door(bits, 32, SHAPES[2], next(symmetric)))
+        results.append(through_the_door(bits, 150, SHAPES[1], next(symmetric)))
+    results.append(fused(dataclasses.replace(small, block_m=128, fold=True), 4, 300, SHAPES[0], False))
+    results.append(fused(dataclasses.replace(small, block_m=128), 8, 300, SHAPES[2], True))
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Runs the int8 kernels in Triton's interpreter and prints nothing; ``test_w8a8.py`` and ``test_llm_int8.py`` start it as a process.
+
+The interpreter is chosen when triton is imported, once for a process, so that these checks cannot share pytest's. Every buffer that the
+kernels are given is poisoned first: what they read without having written it, or do not write, shows.
+
+    python w8a8_interpreter.py CHECK...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from ptq_kernels import int8_product, llm_int8, quantize_rows, reference, w8a8
+from ptq_kernels.int8_product import Tiling
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+PLAIN = Tiling(16, 32, 32, 4, 2)
+LEFT = Tiling(32, 64, 64, 4, 2, weight_left=True)
+BULK = Tiling(64, 64, 128, 4, 2, tma=True)
+TILINGS = (PLAIN, LEFT, BULK)
+# Tokens, outputs, columns: every batch asked for, sizes that no tile divides; and the tiling that each is run with. An
+# interpreted program takes some ten milliseconds, so that not everything is tried with everything.
+CASES = (
+    (1, 96, 704, LEFT),
+    (2, 33, 96, PLAIN),
+    (3, 51, 97, BULK),  # 97 columns: the copy engine cannot, so this is the masked path
+    (16, 64, 128, LEFT),
+    (17, 35, 129, PLAIN),
+    (17, 65, 144, BULK),
+    (64, 70, 208, LEFT),
+    (300, 37, 80, BULK),
+)
+TOLERANCE = 4e-3
+
+
+def poison() -> None:
+    """Fills all memory that torch hands out uninitialised with NaN or a large integer."""
+    plain = Tensor.new_empty
+
+    def new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = plain(self, *size, **options)
+        return made.fill_(float("nan") if made.is_floating_point() else 113)
+
+    Tensor.new_empty = new_empty  # type: ignore[method-assign]
+
+
+class Case:
+    """A layer and an input for it, with outliers in some columns."""
+
+    def __init__(self, tokens: int, outs: int, columns: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed + tokens * outs * columns)
+        self.x = torch.randn(tokens, columns, generator=generator)
+        self.stored = torch.tensor([1, columns // 2, columns - 1], dtype=torch.int32)
+        self.x[tokens // 2, 1] = -30.0
+        self.x[0, columns // 3] = 25.0
+        self.x = self.x.to(dtype)
+        self.codes = torch.randint(-128, 128, (outs, columns), generator=generator, dtype=torch.int8)
+        self.scale = torch.rand(outs, generator=generator) / 100 + 1e-3
+        self.bias = torch.randn(outs, generator=generator).to(dtype)
+        weight = self.codes.double() * self.scale.double()[:, None]
+        self.outlier_weight = (weight[:, self.stored.long()] + 0.01 * torch.randn(outs, 3, generator=generator)).to(dtype)
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius error; NaN where anything was left unwritten."""
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def flipped(codes: Tensor, column: int | None = None) -> Tensor:
+    """``codes`` with one sign bit flipped, in the middle or in ``column``."""
+    changed = codes.clone()
+    changed[changed.shape[0] // 2, changed.shape[1] // 2 if column is None else column] ^= -128
+    return changed
+
+
+def flipped_sign(weight: Tensor) -> Tensor:
+    """``weight`` with the sign of one value in column 0 flipped."""
+    changed = weight.clone()
+    changed[len(weight) // 2, 0] *= -1
+    return changed
+
+
+def check_quantize() -> None:
+    """Codes and scales are the reference's bits, in every dtype, with rows of zeros, tiny rows and a poisoned end of row."""
+    for dtype, (tokens, columns) in product((torch.float16, torch.bfloat16, torch.float32), ((1, 31), (5, 96), (3, 4099))):
+        x = Case(tokens, 1, columns, dtype).x
+        x[tokens // 2 :: 2] = 0
+        x[-1] *= 1e-6
+        for per_token, input_scale in ((True, None), (False, None), (False, torch.tensor([0.01]))):
+            counters = torch.full((8,), 7, dtype=torch.int32)
+            got = quantize_rows.quantize(x, per_token, input_scale, counters)
+            scale = reference.activation_scale(x.float(), per_token) if input_scale is None else input_scale
+            codes = torch.round(x.float() / scale).clamp(-128, 127).to(torch.int8)
+            assert torch.equal(got.scale, scale.flatten()), (dtype, tokens, columns)
+            assert torch.equal(got.codes[:, :columns], codes), (dtype, tokens, columns)
+            assert not got.codes[:, columns:].any()
+            assert not counters.any()
+
+
+def check_nan() -> None:
+    """A value that is not finite makes its whole token not finite, and no other."""
+    for value in (float("nan"), float("inf"), -float("inf")):
+        case = Case(3, 32, 64)
+        case.x[1, 5] = value
+        out = w8a8.launch(case.x, case.codes, case.scale, tiling=PLAIN, parts=1)
+        assert out.isfinite().all(dim=1).tolist() == [True, False, True], value
+
+
+def check_integers() -> None:
+    """Sums are exact: float32 out with scales of 1, and fewer columns than make a sum too large for it."""
+    for tokens, outs, columns, tiling in CASES:
+        case = Case(tokens, outs, columns, torch.float32)
+        x = torch.randint(-128, 128, case.x.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        one = torch.ones(1)
+        exact = x.long() @ case.codes.long().t()
+        for parts in (1, 3):
+            out = w8a8.launch(x.float(), case.codes, one, one, False, None, tiling, parts)
+            assert torch.equal(out.long(), exact), (tokens, outs, columns, tiling, parts)
+        wrong = w8a8.launch(x.float(), flipped(case.codes), one, one, False, None, tiling, 1)
+        assert not torch.equal(wrong.long(), exact)
+
+
+def check_extremes() -> None:
+    """A long row of the largest products, of both signs: sums beyond what float32 holds exactly."""
+    x = torch.full((2, 4096), -128.0)
+    codes = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(1, 4096)
+    codes[1, 0] = 126
+    one = torch.ones(1)
+    out = w8a8.launch(x, codes, one, one, False, None, Tiling(16, 32, 1024, 4, 2), 2)
+    exact = torch.full((2, 4096), -128) @ codes.long().t()
+    assert torch.equal(out, exact.float())
+
+
+def check_w8a8() -> None:
+    """Every kind of scale, tiling and split against float64 and, bit for bit, against the reference."""
+    for tokens, outs, columns, tiling in CASES:
+        case = Case(tokens, outs, columns)
+        for input_scale, per_token, scale, bias, parts in (
+            (None, True, case.scale, case.bias, 1),
+            (None, True, case.scale, None, 3),
+            (None, False, case.scale[:1], case.bias, 1),
+            (torch.tensor([0.05]), False, case.scale.half(), None, 2),
+        ):
+            out = w8a8.launch(case.x, case.codes, scale, input_scale, per_token, bias, tiling, parts)
+            expected = reference.int8_linear(case.x, case.codes, scale, input_scale, per_token, bias)
+            assert torch.equal(out, expected), (tokens, outs, columns, tiling, parts)
+            truth = exact_w8a8(case.x, case.codes, scale, input_scale, per_token, bias)
+            assert error(out, truth) < TOLERANCE, (tokens, outs, columns, tiling, parts)
+        wrong = w8a8.launch(case.x, flipped(case.codes), scale, input_scale, per_token, bias, tiling, parts)
+        assert not torch.equal(wrong, expected)
+        assert error(wrong, truth) > TOLERANCE, (tokens, outs, columns, error(wrong, truth))
+
+
+def exact_w8a8(x: Tensor, codes: Tensor, scale: Tensor, input_scale: Tensor | None, per_token: bool, bias: Tensor | None) -> Tensor:
+    """In float64, but for the scale and the rounding of activations, which are float32 by definition."""
+    step = reference.activation_scale(x.float(), per_token) if input_scale is None else input_scale
+    quantized = torch.round(x.float() / step).clamp(-128, 127).double()
+    exact = (quantized @ codes.double().t()) * step.double() * scale.double()
+    return exact if bias is None else exact + bias.double()
+
+
+def check_bfloat16() -> None:
+    """bf16 in, float32 out; the interpreter rounds to bf16 in another way than hardware, so that the last cast is not shown."""
+    case = Case(5, 40, 96, torch.bfloat16)
+    quantized = quantize_rows.quantize(case.x, True, None, None)
+    out = torch.full((5, 40), float("nan"))
+    int8_product.product(quantized, case.codes, case.scale.bfloat16(), case.bias, out, int8_product.Plan(PLAIN))
+    assert torch.equal(out, reference.int8_linear(case.x.float(), case.codes, case.scale.bfloat16(), bias=case.bias.float()))
+
+
+def check_strides() -> None:
+    """Batches, and inputs whose rows are apart or whose columns are."""
+    case = Case(12, 33, 96)
+    expected = reference.int8_linear(case.x, case.codes, case.scale)
+    wide = torch.full((12, 100), float("nan"), dtype=torch.float16)
+    wide[:, :96] = case.x
+    for x in (wide[:, :96], case.x.t().contiguous().t()):
+        assert torch.equal(w8a8.launch(x, case.codes, case.scale, tiling=PLAIN), expected)
+    batch = w8a8.launch(case.x.view(3, 4, 96), case.codes, case.scale, tiling=PLAIN)
+    assert torch.equal(batch, expected.view(3, 4, 33))
+    assert w8a8.launch(case.x[:0], case.codes, case.scale, tiling=PLAIN).shape == (0, 33)
+
+
+def check_shipped() -> None:
+    """Every tiling of every table, with as many parts as it would take, on sizes with a remainder everywhere."""
+    shipped = {
+        entry
+        for kernel in ("w8a8", "llm_int8")
+        for device, capability in (("", 90), ("", 80))
+        for _, entry in int8_product.tilings(kernel, device, capability)
+    }
+    for tiling in (*sorted(shipped, key=repr), int8_product.SMALL):
+        columns = 323 if tiling == int8_product.SMALL else 336
+        case = Case(tiling.block_m + 3, tiling.block_n + 5, columns)
+        layer = (case.codes, case.scale, case.stored, case.outlier_weight, 6.0)
+        out = llm_int8.launch(case.x, *layer, tiling=tiling, parts=2 if tiling.programs else 1)
+        assert error(out, reference.llm_int8_linear(case.x, *layer).double()) < 1e-3, tiling
+
+
+def check_llm_int8() -> None:
+    """Fixed columns and a threshold, one scale a token and for all, stored columns and not, against float64."""
+    for tokens, outs, columns, tiling in CASES:
+        case = Case(tokens, outs, columns)
+        for threshold, per_token, scale, bias, parts in (
+            (None, True, case.scale, case.bias, 1),
+            (None, False, case.scale[:1], None, 2),
+            (6.0, True, case.scale, None, 3),
+            (6.0, False, case.scale, case.bias, 1),
+            (2.5, True, case.scale[:1], case.bias, 1),
+        ):
+            layer = (scale, case.stored, case.outlier_weight, threshold, per_token, bias)
+            truth = exact_llm_int8(case.x, case.codes, *layer)
+            out = llm_int8.launch(case.x, case.codes, *layer, tiling=tiling, parts=parts)
+            assert error(out, truth) < TOLERANCE, (tokens, outs, columns, tiling, threshold, error(out, truth))
+        for layer_codes, outlier_weight in (
+            (flipped(case.codes, columns // 3), case.outlier_weight),
+            (case.codes, flipped_sign(case.outlier_weight)),
+        ):
+            wrong = llm_int8.launch(
+                case.x, layer_codes, scale, case.stored, outlier_weight, threshold, per_token, bias, tiling=tiling, parts=parts
+            )
+            assert error(wrong, truth) > TOLERANCE, (tokens, outs, columns, error(wrong, truth))
+
+
+def exact_llm_int8(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    outlier_weight: Tensor,
+    threshold: float | None,
+    per_token: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    """By loops over columns in float64."""
+    stored = {column: position for position, column in enumerate(index.tolist())}
+    columns = [k for k in range(x.shape[1]) if (k in stored if threshold is None else bool((x[:, k].double().abs() > threshold).any()))]
+    rest = x.clone()
+    rest[:, columns] = 0
+    exact = exact_w8a8(rest, codes, scale, None, per_token, bias)
+    for column in columns:
+        kept = outlier_weight[:, stored[column]] if column in stored else (codes[:, column].float() * scale.float()).to(x.dtype)
+        exact += x[:, column].double()[:, None] * kept.double()[None, :]
+    return exact
+
+
+def check_llm_int8_integers() -> None:
+    """The codes, scales, list and buffer that the product is given, for few tokens and for many."""
+    shapes = ((1, 97), (3, 96), (8, 31), (9, 300), (140, 40), (2, 4200), (12, 4200))
+    for (tokens, columns), threshold in product(shapes, (None, 2.5, 6.0, 1e5)):
+        case = Case(tokens, 1, columns)
+        slots = llm_int8.outlier_slots(case.stored, columns)
+        above = (case.x.abs() > threshold).any(dim=0).nonzero().flatten() if threshold else case.stored.long()
+        for per_token in (True, False):
+            got = quantize_rows.split(case.x, slots, len(case.stored), threshold, per_token, None)
+            rest = case.x.float().index_fill(1, above, 0)
+            scale = reference.activation_scale(rest, per_token)
+            assert torch.equal(got.scale, scale.flatten())
+            assert torch.equal(got.codes[:, :columns], torch.round(rest / scale).clamp(-128, 127).to(torch.int8))
+            assert not got.codes[:, columns:].any()
+            assert got.outliers is not None
+            assert torch.equal(got.outliers[:, : len(above)], case.x[:, above])
+            assert got.outliers[:, len(above) :].isnan().all()
+            if threshold:
+                assert got.columns is not None
+                assert got.count is not None
+                assert got.count.item() == len(above)
+                assert torch.equal(got.columns[: len(above)].long(), above)
+
+
+def check_llm_int8_without_outliers() -> None:
+    """With no column split off it is W8A8 bit for bit; with all of them it is a 16-bit product."""
+    case = Case(17, 40, 96)
+    none = (case.stored[:0], case.outlier_weight[:, :0])
+    expected = reference.int8_linear(case.x, case.codes, case.scale, bias=case.bias)
+    for threshold in (None, 1e5):
+        out = llm_int8.launch(case.x, case.codes, case.scale, *none, threshold, bias=case.bias, tiling=PLAIN)
+        assert torch.equal(out, expected)
+    out = llm_int8.launch(case.x, case.codes, case.scale, *none, 1e-8, bias=case.bias, tiling=PLAIN)
+    expected = reference.llm_int8_linear(case.x, case.codes, case.scale, *none, 1e-8, bias=case.bias)
+    assert error(out, expected.double()) < 1e-3
+
+
+def check_threshold_is_compared_in_the_dtype_of_x() -> None:
+    """6.1 in float16 is 6.1016: not above itself."""
+    case = Case(2, 32, 64)
+    case.x[0, 7] = 6.1
+    layer = (case.codes, case.scale, case.stored, case.outlier_weight, 6.1)
+    assert torch.equal(llm_int8.launch(case.x, *layer, tiling=PLAIN), llm_int8.launch(case.x, *layer, tiling=replace(PLAIN, block_k=64)))
+    assert error(llm_int8.launch(case.x, *layer, tiling=PLAIN), reference.llm_int8_linear(case.x, *layer).double()) < 1e-3
+
+
+if __name__ == "__main__":
+    poison()
+    for name in sys.argv[1:]:
+        check: Callable[[], None] = globals()[f"check_{name}"]
+        check()
