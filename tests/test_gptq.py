@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from textbook import excess_rounding, textbook_gptq
+from textbook import correlated_layer, excess_rounding, textbook_gptq
 
-from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.scheme import Scheme
 from ptqcli.solvers.gptq import GPTQ, LEAF
@@ -12,16 +11,7 @@ from ptqcli.solvers.rtn import RTN
 
 
 def layer(out=24, columns=192, tokens=600, dtype=torch.float64, seed=0):
-    """A matrix and the Hessian of correlated inputs whose columns differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, columns, generator=generator, dtype=torch.float64)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
-    inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ (mix + torch.eye(columns, dtype=torch.float64))
-    inputs *= torch.logspace(-1, 1, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
-    hessian = Hessian.zeros(columns, torch.device("cpu"), torch.float64)
-    hessian.add(inputs)
-    hessian.sums = hessian.sums.to(dtype)
-    return weight.to(dtype), hessian
+    return correlated_layer(out, columns, tokens, dtype, seed, spread=1)
 
 
 def solve(solver, weight, hessian, scheme, scale_dtype=torch.float32):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from textbook import textbook_codes, textbook_grid
+from textbook import correlated_layer, textbook_codes, textbook_grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptqcli
@@ -20,16 +20,7 @@ DEMO = Path(ptqcli.__file__).parent / "demo"
 
 
 def layer(out=6, columns=16, tokens=40, dtype=torch.float64, seed=0):
-    """A matrix and the Hessian of correlated inputs whose columns differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, columns, generator=generator, dtype=torch.float64)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
-    inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ (mix + torch.eye(columns, dtype=torch.float64))
-    inputs *= torch.logspace(-0.5, 0.5, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
-    hessian = Hessian.zeros(columns, torch.device("cpu"), torch.float64)
-    hessian.add(inputs)
-    hessian.sums = hessian.sums.to(dtype)
-    return weight.to(dtype), hessian
+    return correlated_layer(out, columns, tokens, dtype, seed, spread=0.5)
 
 
 def solve(solver, weight, hessian, scheme, **arguments):
