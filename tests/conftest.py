@@ -7,6 +7,7 @@ import os
 # Before any test imports a Hugging Face library: they read it once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("PTQ_DATA_DIR", None)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import pytest
 import torch
