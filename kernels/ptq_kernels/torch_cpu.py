@@ -1,0 +1,163 @@
+"""Linear layers on the kernels that torch itself has for weights in integers on a CPU.
+
+At a few tokens they read the packed weight where ``reference`` first expands it, and are a hundred times as fast. Their time grows with
+the tokens, though, while expanding costs the same for any number, so that above ``MOST_TOKENS`` the weight is expanded here, too. The
+kernels for bfloat16 use vector instructions; those for the other dtypes do not, but still win at very few tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+GROUP_SIZES = (256, 128, 64, 32)  # those of torch's kernel
+_ROW_MULTIPLE = 16
+INT8_COLUMN_MULTIPLE = 32  # torch's 8-bit kernel reads beyond the end of rows of any other length (seen in torch 2.13)
+# Up to so many tokens the kernel is faster than expanding first (4096 x 4096, 2 cores with AVX-512, torch 2.13).
+MOST_TOKENS = {torch.bfloat16: 256, torch.float32: 4, torch.float16: 4}
+
+
+def int4_group_size(columns: int, group_size: int) -> int | None:
+    """The group size with which torch's 4-bit kernel can run groups of ``group_size`` (-1: whole rows), or None if with none."""
+    per_group = columns if group_size == -1 else group_size
+    return next((size for size in GROUP_SIZES if per_group % size == 0), None)
+
+
+class Int4Linear(nn.Module):
+    """``nn.Linear`` for inference with 4-bit weights, on ``torch.ops.aten._weight_int4pack_mm_for_cpu``.
+
+    codes: uint8 [N, K] below 16. scale: bfloat16, float16 or float32 [N, G], the dtype of the layer's inputs. zero: uint8 [N, G], or None
+    for 8 everywhere. group_size: neighbouring columns per scale, -1 for whole rows; ``int4_group_size`` must not be None. bias: [N].
+    The kernel takes ``(code - 8) s + t``; the shift ``t = (8 - zero) s`` is rounded to the dtype of ``s``.
+    Raises TypeError or ValueError, naming the argument, when a dtype or shape does not fit.
+    """
+
+    kernel = "torch"
+    bits = 4
+
+    packed: Tensor
+    scale_and_shift: Tensor
+    bias: Tensor | None
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        _check(codes, scale, bias)
+        self.out_features, self.in_features = codes.shape
+        per_group = self.in_features if group_size == -1 else group_size
+        size = int4_group_size(self.in_features, group_size)
+        if size is None or scale.shape != (self.out_features, self.in_features // per_group):
+            raise ValueError(f"group_size {group_size} does not go with {self.in_features} columns and scales {list(scale.shape)}")
+        if codes.numel() and int(codes.max()) >= 16:
+            raise ValueError(f"codes must be below 16, found {int(codes.max())}")
+        self.group_size = size
+        shift = torch.zeros_like(scale) if zero is None else ((8 - zero.float()) * scale.float()).to(scale.dtype)
+        beyond = -self.out_features % _ROW_MULTIPLE
+        padded = functional.pad(codes, (0, 0, 0, beyond))
+        parts = functional.pad(torch.stack((scale, shift), dim=-1), (0, 0, 0, 0, 0, beyond))  # [N, G, 2]
+        parts = parts.repeat_interleave(per_group // size, dim=1)
+        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(padded.int(), 1))
+        self.register_buffer("scale_and_shift", parts.transpose(0, 1).contiguous())
+        self.register_buffer("bias", bias)
+        # The layout follows the processor's instructions. Where it is none that is known here, many tokens take the kernel, too.
+        self.block = next((block for block in (64, 32) if torch.equal(_unpack(self.packed, block), padded)), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., K] to [..., N]."""
+        tokens = x.reshape(-1, self.in_features)
+        if self.block is not None and len(tokens) > MOST_TOKENS[x.dtype]:
+            return functional.linear(x, self.expanded(), self.bias)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, self.group_size, self.scale_and_shift)
+        product = product[:, : self.out_features]
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def expanded(self) -> Tensor:
+        """The weight [N, K] in the dtype of the scales, computed in float32 and rounded once."""
+        assert self.block is not None
+        codes = _unpack(self.packed, self.block).float()
+        scale, shift = self.scale_and_shift.float().transpose(0, 1).unsqueeze(-1).unbind(dim=2)  # [N, G, 1]
+        weight = codes.view(len(codes), -1, self.group_size).sub_(8).mul_(scale).add_(shift)
+        return weight.view(len(codes), -1)[: self.out_features].to(self.scale_and_shift.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, bits=4, group_size={self.group_size}, bias={self.bias is not None}, kernel={self.kernel}"
+
+
+def _unpack(packed: Tensor, block: int) -> Tensor:
+    """Codes, uint8 [N, K], of what torch packs where its kernel takes ``block`` rows at a time.
+
+    A block lies column by column. Of 64 rows, byte ``d`` holds rows ``d`` and ``32 + d`` in its low and high half, of 32 rows ``d`` and
+    ``16 + d``; of fewer, byte ``j`` holds ``2 j`` and ``2 j + 1``.
+    """
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    whole = rows - rows % block
+    data = packed.reshape(-1)
+    full = data[: whole * columns // 2].view(-1, columns, block // 2)
+    halves = torch.cat((full & 15, full >> 4), dim=-1)  # [blocks, K, rows of a block]
+    codes = halves.transpose(1, 2).reshape(whole, columns)
+    if whole == rows:
+        return codes
+    rest = data[whole * columns // 2 :].view(columns, -1)
+    return torch.cat((codes, torch.stack((rest & 15, rest >> 4), dim=-1).view(columns, -1).t()))
+
+
+class Int8Linear(nn.Module):
+    """``nn.Linear`` for inference with 8-bit weights, a scale a row and no zero points, on ``torch.ops.aten._weight_int8pack_mm``.
+
+    codes: int8 [N, K], K a multiple of INT8_COLUMN_MULTIPLE. scale: bfloat16, float16 or float32 [N], the dtype of the layer's inputs.
+    bias: [N].
+    Raises TypeError or ValueError, naming the argument, when a dtype or shape does not fit.
+    """
+
+    kernel = "torch"
+    bits = 8
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if codes.dtype != torch.int8:
+            raise TypeError(f"codes must be int8, not {codes.dtype}")
+        _check(codes, scale, bias)
+        self.out_features, self.in_features = codes.shape
+        if self.in_features % INT8_COLUMN_MULTIPLE:
+            raise ValueError(f"codes must have a multiple of {INT8_COLUMN_MULTIPLE} columns, not {self.in_features}")
+        if scale.shape != (self.out_features,):
+            raise ValueError(f"scale must have shape {[self.out_features]}, not {list(scale.shape)}")
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., K] to [..., N]."""
+        tokens = x.reshape(-1, self.in_features)
+        if len(tokens) > MOST_TOKENS[x.dtype]:
+            return functional.linear(x, self.expanded(), self.bias)
+        product = torch.ops.aten._weight_int8pack_mm(tokens, self.codes, self.scale)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def expanded(self) -> Tensor:
+        """The weight [N, K] in the dtype of the scales, computed in float32 and rounded once."""
+        return self.codes.float().mul_(self.scale.float().unsqueeze(-1)).to(self.scale.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, bits=8, group_size=-1, bias={self.bias is not None}, kernel={self.kernel}"
+
+
+def _check(codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    if codes.dim() != 2:
+        raise ValueError(f"codes must be [N, K], not {list(codes.shape)}")
+    if scale.dtype not in MOST_TOKENS:
+        raise TypeError(f"scale must be one of {tuple(MOST_TOKENS)}, not {scale.dtype}")
+    if bias is not None and (bias.dtype != scale.dtype or bias.shape != codes.shape[:1]):
+        raise ValueError(f"bias must be {scale.dtype} of shape {[len(codes)]}, not {bias.dtype} of shape {list(bias.shape)}")
