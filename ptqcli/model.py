@@ -383,7 +383,7 @@ class _BlockProbe:
     """Hooks on one block of the empty twin; keeps the seen tensors alive so that their identities stay distinct."""
 
     block: nn.Module
-    calls: list[tuple[str, Tensor]] = field(default_factory=list)
+    calls: list[tuple[str, Tensor, int]] = field(default_factory=list)  # the last: how often the tensor had been written to
     output: Any = None
 
     def __post_init__(self) -> None:
@@ -394,7 +394,7 @@ class _BlockProbe:
 
     def _entered(self, local: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.calls.append((local, args[0]))
+            self.calls.append((local, args[0], args[0]._version))
 
         return hook
 
@@ -402,10 +402,10 @@ class _BlockProbe:
         self.output = output
 
     def shape(self) -> BlockShape:
-        names = [local for local, _ in self.calls]
-        stages: dict[int, list[str]] = {}
-        for local, tensor in self.calls:
-            stages.setdefault(id(tensor), []).append(local)
+        names = [local for local, _, _ in self.calls]
+        stages: dict[tuple[int, int], list[str]] = {}
+        for local, tensor, version in self.calls:
+            stages.setdefault((id(tensor), version), []).append(local)
         linears = [local for local, module in self.block.named_modules() if is_linear(module)]
         returns_tuple = isinstance(self.output, tuple)
         return BlockShape(

@@ -18,7 +18,7 @@ ROOMS = BASE | {"recipe", "checkpoint", "model", "calibration", "transforms", "s
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"runtime"},  # handed on when asked for
     "errors": set(),
     "scheme": {"errors"},
     "checkpoint": BASE,

@@ -122,10 +122,11 @@ def _on_cuda(
     ordered = x if perm is None else x.index_select(-1, perm)
     tokens = ordered.reshape(-1, x.shape[-1])
     config = config_for(_gpu(x.device), N, x.shape[-1], len(tokens), bits)
-    if config is None:
-        weight = dequantized(packed, scale, zero, bits, group_size, N, x.shape[-1], x.dtype)
-        return functional.linear(ordered, weight, bias)
-    return launch(tokens, packed, scale, zero, bits, group_size, N, bias, config).view(*x.shape[:-1], N)
+    with torch.cuda.device_of(x):
+        if config is None:
+            weight = dequantized(packed, scale, zero, bits, group_size, N, x.shape[-1], x.dtype)
+            return functional.linear(ordered, weight, bias)
+        return launch(tokens, packed, scale, zero, bits, group_size, N, bias, config).view(*x.shape[:-1], N)
 
 
 def check_w4a16(
