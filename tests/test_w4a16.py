@@ -105,7 +105,8 @@ def test_the_operator_on_the_cpu(bits: int, group_size: int, order: bool) -> Non
 
 
 def test_the_operator_is_registered_properly() -> None:
-    torch.library.opcheck(w4a16.w4a16, tuple(arguments(order=True).values()), test_utils=("test_schema", "test_faketensor"))
+    for order in (False, True):
+        torch.library.opcheck(w4a16.w4a16, tuple(arguments(order=order).values()))
     given = arguments()
     compiled = torch.compile(w4a16.w4a16, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**given), w4a16.w4a16(**given))
