@@ -196,6 +196,8 @@ REFUSED = [
     ("generate done hello --max-new-tokens 0", 2, "0 is not in the range"),
     ("generate done " + "x" * 128, 2, "the text has 128 tokens and the model 128 positions"),
     ("generate done hello --temperature -1", 2, "-1.0 is not in the range"),
+    ("generate done hello --kernel triton", 2, "q_proj: kernel triton cannot run it: it needs a CUDA device; use --kernel auto"),
+    ("eval done --kernel marlin --no-baseline", 2, "'marlin' is not one of 'auto', 'triton', 'torch', 'reference'"),
     ("doctor --jason", 2, "No such option '--jason'"),
 ]
 
@@ -411,6 +413,18 @@ def test_version(ptq: Ptq) -> None:
 def test_both_names_are_installed() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts")
     assert {entry.name for entry in scripts if entry.value == "ptqcli.cli:main"} == {"ptq", "ptqcli"}
+
+
+def test_kernels_on_offer_are_those_of_the_runtime() -> None:
+    from ptqcli import runtime
+    from ptqcli.cli import options
+
+    assert options.KERNELS == runtime.KERNELS
+
+
+def test_the_kernel_is_a_choice(ptq: Ptq, at_work: Path) -> None:
+    expected = ptq("generate", "done", "a scale and", "--max-new-tokens", "5")
+    assert ptq("generate", "done", "a scale and", "--max-new-tokens", "5", "--kernel", "reference") == expected
 
 
 def test_shown_defaults_are_the_recipes() -> None:

@@ -25,7 +25,7 @@ Status = Literal["ok", "missing", "optional", "info"]
 # Packages outside the core, with what they are for. Their version ranges come from the extras that name them.
 OPTIONAL = {
     "compressed-tensors": "lets transformers load the checkpoints; ptq itself does not need it",
-    "triton": "for GPU kernels; this version has none yet",
+    "triton": "runs the kernels on a GPU; a CUDA build of torch brings it along",
 }
 STATUS_WORDS: dict[Status, str] = {"ok": "ok", "missing": "MISSING", "optional": "not there", "info": ""}
 

@@ -12,7 +12,7 @@ import click
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import load_model, load_tokenizer
 from ptqcli.cli.locate import find_checkpoint, find_model
-from ptqcli.cli.options import data_dir_option, device_option, json_option, open_device, quiet_option
+from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import original_of
 
@@ -45,6 +45,7 @@ SECONDS_BETWEEN_LINES = 15.0
 @click.option("--baseline", metavar="MODEL", show_default="where the checkpoint came from", help="Compare with this model.")
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
+@kernel_option
 @device_option
 @json_option
 @quiet_option
@@ -56,6 +57,7 @@ def command(
     baseline: str | None,
     no_baseline: bool,
     data_dir: Path | None,
+    kernel: str,
     device: str,
     as_json: bool,
     quiet: bool,
@@ -75,7 +77,7 @@ def command(
     reference = None if no_baseline else _reference(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
-    model = load_model(folder, place)
+    model = load_model(folder, place, kernel)
     original = load_model(reference, place) if reference else None
     window = default_seqlen(model) if seqlen is None else seqlen
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:

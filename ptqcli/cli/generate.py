@@ -9,7 +9,7 @@ import click
 
 from ptqcli.cli.load import load_model, load_tokenizer
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import device_option, open_device
+from ptqcli.cli.options import device_option, kernel_option, open_device
 from ptqcli.errors import UsageError
 
 
@@ -28,8 +28,9 @@ from ptqcli.errors import UsageError
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the draws, when the temperature is not 0."
 )
+@kernel_option
 @device_option
-def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
+def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float, seed: int, kernel: str, device: str) -> None:
     """Let CHECKPOINT continue TEXT.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id.
@@ -43,7 +44,7 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
     prompt = tokenizer(text, return_tensors="pt").to(place)
     if prompt["input_ids"].numel() == 0:
         raise UsageError("the text is empty; give at least one character")
-    model = load_model(folder, place)
+    model = load_model(folder, place, kernel)
     room = _room(model, prompt["input_ids"].numel())
     torch.manual_seed(seed)
     model.generate(

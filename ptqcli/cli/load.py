@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_model(folder: Path, device: torch.device) -> Any:
+def load_model(folder: Path, device: torch.device, kernel: str = "auto") -> Any:
     """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are.
 
-    Raises PTQError for a folder that holds no model that can be loaded.
+    kernel: for packed weights, one of ``options.KERNELS``. Raises PTQError for a folder that holds no model that can be loaded, UsageError
+    for a layer that cannot run on ``kernel``.
     """
     from ptqcli.model import load_config
     from ptqcli.runtime import load_quantized
@@ -22,7 +23,7 @@ def load_model(folder: Path, device: torch.device) -> Any:
     config = load_config(folder)
     hush_transformers()
     if getattr(config, "quantization_config", None) is not None:
-        return load_quantized(folder, device=device)
+        return load_quantized(folder, device=device, kernel=kernel)
     return _load_plain(folder, config).to(device).eval()
 
 

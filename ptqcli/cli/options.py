@@ -20,7 +20,16 @@ data_dir_option = click.option(
     metavar="FOLDER",
     help="Where to look for wikitext2, c4 and pile before the hub.",
 )
+KERNELS = ("auto", "triton", "torch", "reference")  # of ptqcli.runtime, whose import takes torch along; a test compares the two
+
 device_option = click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where the arithmetic runs.")
+kernel_option = click.option(
+    "--kernel",
+    type=click.Choice(KERNELS),
+    default="auto",
+    show_default=True,
+    help="What packed weights are multiplied by; other than auto, a layer that cannot run on it is an error.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; all else goes to stderr.")
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 
