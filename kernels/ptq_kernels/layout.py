@@ -43,8 +43,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     per_byte = _per_byte(bits)
     if per_byte == 1:
         return packed
-    shifts = torch.arange(0, per_byte * bits, bits, dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    codes = torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, per_byte * bits, bits)], dim=-1)
     return codes.flatten(1)[:, :columns]
 
 

@@ -1,9 +1,9 @@
 """Plain torch versions of the kernels: the oracle that every kernel is tested against, and the path on a machine without a GPU.
 
 Weight-only linear, ``y = x W'^T + b`` with ``W'[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]``, ``g`` the group of column ``k``. The
-weight is computed in float32, rounded once to the dtype of ``x``, and multiplied as any other. That is what transformers does with
-compressed-tensors, so the same codes give the same numbers here and there. The whole weight is expanded on every call; a fused
-kernel exists so that this need not be.
+weight is rounded once to the dtype of ``x`` and multiplied as any other. That is what transformers does with compressed-tensors, so the
+same codes give the same numbers here and there. The whole weight is expanded on every call; a fused kernel exists so that this need
+not be.
 
 Int8 linear (Xiao et al. 2022, SmoothQuant, section 2; with one scale a token and a row, the vector-wise product of Dettmers et al.
 2022, LLM.int8, section 3.1):
@@ -66,16 +66,17 @@ def dequantize(
     dtype: torch.dtype,
     g_idx: Tensor | None = None,  # int32 [K]
 ) -> Tensor:
-    """The weight [N, K = columns] in ``dtype``, computed in float32 and rounded once. Checks nothing."""
-    codes = unpack_codes(packed, bits, columns).float()
-    rows, groups = scale.shape
-    scale = scale.float()
-    zero = torch.full_like(scale, 1 << (bits - 1)) if zero is None else zero.float()
+    """The weight [N, K = columns] in ``dtype``, rounded once. Checks nothing."""
+    # A code less a zero point is within 255 of zero, exact in any dtype, so that its product with a scale of this dtype is rounded once.
+    work = dtype if scale.dtype == dtype else torch.float32
+    codes = unpack_codes(packed, bits, columns).to(work)
+    scale = scale.to(work)
+    zero = torch.full_like(scale, 1 << (bits - 1)) if zero is None else zero.to(work)
     if g_idx is not None:
         index = g_idx.long()
         return codes.sub_(zero[:, index]).mul_(scale[:, index]).to(dtype)
-    grouped = codes.view(rows, groups, -1).sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
-    return grouped.view(rows, columns).to(dtype)
+    grouped = codes.view(*scale.shape, -1).sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+    return grouped.view(len(packed), columns).to(dtype)
 
 
 def check_arguments(

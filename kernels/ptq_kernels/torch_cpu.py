@@ -51,6 +51,7 @@ class Int4Linear(nn.Module):
         if codes.numel() and int(codes.max()) >= 16:
             raise ValueError(f"codes must be below 16, found {int(codes.max())}")
         self.group_size = size
+        self.shifted = zero is not None
         shift = torch.zeros_like(scale) if zero is None else ((8 - zero.float()) * scale.float()).to(scale.dtype)
         beyond = -self.out_features % _ROW_MULTIPLE
         padded = functional.pad(codes, (0, 0, 0, beyond))
@@ -74,11 +75,15 @@ class Int4Linear(nn.Module):
         return product.view(*x.shape[:-1], self.out_features)
 
     def expanded(self) -> Tensor:
-        """The weight [N, K] in the dtype of the scales, computed in float32 and rounded once."""
+        """The weight [N, K] in the dtype of the scales, rounded once."""
         assert self.block is not None
-        codes = _unpack(self.packed, self.block).float()
-        scale, shift = self.scale_and_shift.float().transpose(0, 1).unsqueeze(-1).unbind(dim=2)  # [N, G, 1]
-        weight = codes.view(len(codes), -1, self.group_size).sub_(8).mul_(scale).add_(shift)
+        codes = _unpack(self.packed, self.block)
+        # Without a shift it is one product of two numbers that this dtype holds, which is rounded once by itself.
+        parts = self.scale_and_shift.float() if self.shifted else self.scale_and_shift
+        scale, shift = parts.transpose(0, 1).unsqueeze(-1).unbind(dim=2)  # [N, G, 1]
+        weight = codes.to(parts.dtype).view(len(codes), -1, self.group_size).sub_(8).mul_(scale)
+        if self.shifted:
+            weight.add_(shift)
         return weight.view(len(codes), -1)[: self.out_features].to(self.scale_and_shift.dtype)
 
     def extra_repr(self) -> str:
@@ -145,8 +150,8 @@ class Int8Linear(nn.Module):
         return product.view(*x.shape[:-1], self.out_features)
 
     def expanded(self) -> Tensor:
-        """The weight [N, K] in the dtype of the scales, computed in float32 and rounded once."""
-        return self.codes.float().mul_(self.scale.float().unsqueeze(-1)).to(self.scale.dtype)
+        """The weight [N, K] in the dtype of the scales, rounded once: it holds both factors exactly."""
+        return self.codes.to(self.scale.dtype).mul_(self.scale.unsqueeze(-1))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
