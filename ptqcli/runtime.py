@@ -109,7 +109,7 @@ class _Loader:
 
     def run(self, fuse: bool) -> None:
         self._refuse_unexpected()
-        together = _same_input(self.model, self.schemes) if fuse else [[name] for name in self.schemes]
+        together = same_input(self.model, self.schemes) if fuse else [[name] for name in self.schemes]
         for names in together:
             self._replace(names)
         for name, stored in self.names.items():
@@ -190,7 +190,7 @@ class _Loader:
             raise PTQError(f"{self.reader.folder}: {name} is stored as {list(value.shape)}, but config.json asks for {wanted}")
 
 
-def _same_input(model: nn.Module, schemes: Mapping[str, Scheme]) -> list[list[str]]:
+def same_input(model: nn.Module, schemes: Mapping[str, Scheme]) -> list[list[str]]:
     """The quantized linears, those of a block that read the same tensor together, in the order of ``schemes``."""
     try:
         blocks = find_blocks(model)

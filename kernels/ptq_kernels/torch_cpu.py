@@ -69,10 +69,11 @@ class Int4Linear(nn.Module):
         if self.block is not None and len(tokens) > MOST_TOKENS[x.dtype]:
             return functional.linear(x, self.expanded(), self.bias)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, self.group_size, self.scale_and_shift)
-        product = product[:, : self.out_features]
+        if product.shape[1] > self.out_features:
+            product = product[:, : self.out_features]
         if self.bias is not None:
             product = product + self.bias
-        return product.view(*x.shape[:-1], self.out_features)
+        return product.reshape(*x.shape[:-1], self.out_features)
 
     def expanded(self) -> Tensor:
         """The weight [N, K] in the dtype of the scales, rounded once."""
