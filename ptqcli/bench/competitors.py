@@ -1,0 +1,242 @@
+"""Who runs in a kernel benchmark: random inputs and weights, and every competitor with its copies of the weight.
+
+Weights are drawn as codes, since rounding real ones would take longer than timing them. Nothing is zero on purpose, inputs have both signs,
+and in a scheme that splits off outliers some columns of the input hold outliers. All competitors have the same numbers; each has as many
+copies of them as it takes to leave the cache, and memory to hold them all is asked for before the first is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from subprocess import SubprocessError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ptqcli.bench.machine import free_bytes
+from ptqcli.bench.shapes import Shape
+from ptqcli.bench.timing import copies
+from ptqcli.errors import UsageError
+from ptqcli.runtime import quantized_linear
+from ptqcli.scheme import WHOLE_MATRIX, OutlierColumns, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from ptqcli.bench.peers import Peer
+
+BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+OUTLIER_COLUMNS = 8  # models of some billion parameters have about as many in a layer's input
+OUTLIER_SIZE = 20.0
+# Around each weight's code while competitors pack it: the code, its copy, and words or floats of four bytes.
+WORKING_BYTES_PER_WEIGHT = 12
+# Around each number of the inputs and outputs: in 16 bit and in float32, as sums of integers, and scaled.
+WORKING_BYTES_PER_VALUE = 16
+ROWS_AT_ONCE = 1024
+
+# What a library raises that does not get along with this machine, this torch or this shape. Not MemoryError: the machine is at its end.
+PEER_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, ImportError, OSError,
+    SubprocessError,
+)  # fmt: skip
+
+Multiply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One way to multiply. kind: ``ours``, ``baseline`` or ``peer``. dtype: of its input.
+
+    weight_bytes: one copy of the weight as stored. arithmetic: the dtype whose limit counts. copies: functions of x [M, K] that return
+    [M, N], one for each copy of the weight. same_numbers: it computes with the codes that all have.
+    """
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    weight_bytes: int
+    arithmetic: str
+    copies: Sequence[Multiply]
+    same_numbers: bool = True
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All who compete on one matrix. x: [M, K] for the largest M. failures: a line for each peer that could not be built."""
+
+    x: Tensor
+    weight: QuantizedWeight
+    competitors: list[Competitor]
+    failures: list[str]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of what another library raised."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')[:200]}"
+
+
+def prepare(
+    shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: Sequence[Peer]
+) -> Contest:
+    """The competitors on one matrix, for up to ``tokens`` rows of input; baselines first, ours, then the peers that do the scheme.
+
+    Raises UsageError, naming the matrix, if a group does not divide it or it does not fit into memory, and if ``kernel`` cannot
+    do the scheme.
+    """
+    size = f"{shape.name} ({shape.in_features} x {shape.out_features})"
+    if shape.in_features % scheme.columns_per_group(shape.in_features):
+        raise UsageError(f"{size}: group size {scheme.group_size} does not divide its input features; choose another --scheme or --shapes")
+    dense = BASELINES[device.type]
+    spare = _spare_memory(size, shape, scheme, tokens, device, len(peers))
+    x = random_inputs(tokens, shape.in_features, dtype, device, scheme)
+    weight = random_weight(shape, scheme, x)
+    competitors = [_baseline(weight, each, device, spare) for each in dense]
+    competitors.append(_ours(weight, dtype, device, kernel, spare))
+    failures = []
+    for peer in peers:
+        try:
+            built = _peer(peer, weight, dtype, device, spare)
+        except PEER_ERRORS as error:
+            failures.append(f"{peer.name}: {scheme.describe()}, {size}: {first_line(error)}")
+        else:
+            competitors += [] if built is None else [built]
+    return Contest(x, weight, competitors, failures)
+
+
+def _spare_memory(size: str, shape: Shape, scheme: Scheme, tokens: int, device: torch.device, peers: int) -> int:
+    """Bytes that each competitor may take for copies beside its first. Raises UsageError if one copy for each is too much already."""
+    weights = shape.in_features * shape.out_features
+    dense = [weights * each.itemsize for each in BASELINES[device.type]]
+    packed = weights * _code_bits(scheme) // 8
+    working = WORKING_BYTES_PER_WEIGHT * weights + WORKING_BYTES_PER_VALUE * tokens * (shape.in_features + shape.out_features)
+    needed = sum(dense) + packed * (1 + peers) + working
+    free = free_bytes(device)
+    if needed > free:
+        raise UsageError(
+            f"{size}: takes {_gib(needed)} of memory with {tokens} tokens, but {_gib(free)} are free; leave it out of --shapes"
+        )
+    return (free - needed) // 2 // (len(dense) + 1 + peers)  # the other half stays free
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def random_inputs(tokens: int, columns: int, dtype: torch.dtype, device: torch.device, scheme: Scheme) -> Tensor:
+    """Standard normal [tokens, columns]; where the scheme splits off outliers, some columns are OUTLIER_SIZE times as large."""
+    x = torch.randn(tokens, columns, device=device, generator=torch.Generator(device).manual_seed(1))
+    if scheme.outliers is not None:
+        x[:, _outlier_columns(columns, device)] *= OUTLIER_SIZE
+    return x.to(dtype)
+
+
+def _outlier_columns(columns: int, device: torch.device) -> Tensor:
+    """OUTLIER_COLUMNS of them, or all if there are fewer, evenly spread."""
+    return torch.arange(0, columns, max(1, columns // OUTLIER_COLUMNS), device=device)[:OUTLIER_COLUMNS]
+
+
+def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
+    """Random codes, scales and zero points, on the device and with scales in the dtype of ``x`` [M, in_features], the inputs to come.
+
+    Outputs are of the order of 1. A static input scale is the one that fits ``x``.
+    """
+    rows, columns = shape.out_features, shape.in_features
+    device, source = x.device, torch.Generator(x.device).manual_seed(0)
+    spread = 8 / columns**0.5  # of a row: levels times scale
+    groups = (1, 1) if scheme.group_size == WHOLE_MATRIX else (rows, scheme.group_count(columns))
+    scale = (torch.rand(groups, device=device, generator=source) + 0.5) * (spread / scheme.levels)
+    zero = torch.full(groups, scheme.middle, dtype=torch.uint8, device=device)
+    if not scheme.symmetric:
+        zero.random_(scheme.levels // 4, 3 * scheme.levels // 4, generator=source)
+    codes = torch.randint(0, scheme.levels, (rows, columns), dtype=torch.uint8, device=device, generator=source)
+    outliers = input_scale = None
+    if scheme.outliers is not None:
+        index = _outlier_columns(columns, device)
+        values = (codes[:, index].float() - scheme.middle) * scale  # a column counts the same in 8 bits and in 16
+        outliers = OutlierColumns(index.int(), values.to(x.dtype))
+        if not scheme.outliers.dynamic:
+            codes[:, index] = scheme.middle
+    if scheme.activations is not None and not scheme.activations.dynamic:
+        input_scale = (x.abs().amax() / 127.5).reshape(1).to(x.dtype)
+    everywhere = (rows, groups[1])
+    return QuantizedWeight(
+        codes, scale.to(x.dtype).expand(everywhere).clone(), zero.expand(everywhere).clone(), scheme, None, input_scale, outliers
+    )
+
+
+def rows_of(weight: QuantizedWeight, index: Any) -> QuantizedWeight:
+    """Those rows of ``weight`` that ``index`` names: a slice, or int64 [n]."""
+    outliers = weight.outliers and OutlierColumns(weight.outliers.index, weight.outliers.weight[index])
+    return replace(weight, codes=weight.codes[index], scale=weight.scale[index], zero=weight.zero[index], outliers=outliers)
+
+
+def dense_weight(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """``weight.dequantize(dtype)`` some rows at a time: it takes many times the memory of what it returns."""
+    dense = torch.empty(weight.codes.shape, dtype=dtype, device=weight.codes.device)
+    for start in range(0, len(dense), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        dense[block] = rows_of(weight, block).dequantize(dtype)
+    return dense
+
+
+def stored_bytes(weight: QuantizedWeight) -> int:
+    """What ``weight`` takes in a checkpoint: codes and zero points in their bits, scales and 16-bit columns in their dtype.
+
+    Beside 8-bit activations codes take a byte each, however few bits they have.
+    """
+    scheme = weight.scheme
+    scales = 1 if scheme.group_size == WHOLE_MATRIX else weight.scale.numel()
+    bits = _code_bits(scheme) * weight.codes.numel() + (0 if scheme.symmetric else scheme.bits * scales)
+    outliers = 0 if weight.outliers is None else weight.outliers.index.nbytes + weight.outliers.weight.nbytes
+    return -(-bits // 8) + scales * weight.scale.itemsize + outliers
+
+
+def _code_bits(scheme: Scheme) -> int:
+    return scheme.bits if scheme.activations is None else 8
+
+
+def _copied(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same numbers elsewhere in memory, so that no two copies share the tensors that a layer keeps as they are."""
+    outliers = weight.outliers and OutlierColumns(weight.outliers.index.clone(), weight.outliers.weight.clone())
+    return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone(), zero=weight.zero.clone(), outliers=outliers)
+
+
+def _arithmetic(scheme: Scheme, dtype: torch.dtype) -> str:
+    return dtype_name(dtype) if scheme.activations is None else "int8"
+
+
+def _baseline(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Competitor:
+    first = dense_weight(weight, dtype)
+    others = [first.clone() for _ in range(copies(first.nbytes, device, first.nbytes + spare) - 1)]
+    name = dtype_name(dtype)
+    return Competitor(name, "baseline", dtype, first.nbytes, name, [partial(functional.linear, weight=each) for each in [first, *others]])
+
+
+def _ours(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, kernel: str, spare: int) -> Competitor:
+    size, scheme = stored_bytes(weight), weight.scheme
+    layers: list[Any] = [
+        quantized_linear(_copied(weight), None, dtype, device, kernel).eval() for _ in range(copies(size, device, size + spare))
+    ]
+    inputs = 16 if scheme.activations is None else scheme.activations.bits
+    method = f"W{scheme.bits}A{inputs}" if scheme.outliers is None else "LLM.int8"
+    return Competitor(f"{method} {layers[0].kernel}", "ours", dtype, size, _arithmetic(scheme, dtype), layers)
+
+
+def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Competitor | None:
+    size = stored_bytes(weight)
+    built: list[Multiply] = []
+    for _ in range(copies(size, device, size + spare)):
+        multiply = peer.build(_copied(weight), dtype, device)
+        if multiply is None:
+            return None
+        built.append(multiply)
+    arithmetic = _arithmetic(weight.scheme, dtype)
+    return Competitor(peer.name, "peer", dtype, size, arithmetic, built, peer.same_numbers)
