@@ -31,6 +31,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 COMMANDS = {
     "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
+    "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
     "generate": ("generate", "Let CHECKPOINT continue TEXT."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),

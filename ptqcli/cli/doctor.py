@@ -26,6 +26,7 @@ Status = Literal["ok", "missing", "optional", "info"]
 OPTIONAL = {
     "compressed-tensors": "lets transformers load the checkpoints; ptq itself does not need it",
     "triton": "runs the kernels on a GPU; a CUDA build of torch brings it along",
+    "matplotlib": "draws what `ptq bench --plot` is asked for",
 }
 STATUS_WORDS: dict[Status, str] = {"ok": "ok", "missing": "MISSING", "optional": "not there", "info": ""}
 

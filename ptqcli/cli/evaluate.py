@@ -11,10 +11,10 @@ import click
 
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import load_model, load_tokenizer
-from ptqcli.cli.locate import find_checkpoint, find_model
+from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
-from ptqcli.cli.report import original_of
+from ptqcli.cli.report import baseline_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ def command(
         raise click.UsageError("--baseline and --no-baseline exclude each other")
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
-    reference = None if no_baseline else _reference(folder, baseline, output)
+    reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
     model = load_model(folder, place, kernel)
@@ -92,16 +92,6 @@ def default_seqlen(model: Any) -> int:
     """The published window, or all positions of a model that has fewer."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PUBLISHED_SEQLEN
     return min(PUBLISHED_SEQLEN, int(positions))
-
-
-def _reference(folder: Path, baseline: str | None, output: Output) -> Path | None:
-    if baseline:
-        return find_model(baseline)
-    original = original_of(folder)
-    if original is not None and not original.is_dir():
-        output.say(f"{original}, which the checkpoint came from, is gone; name it with --baseline to compare")
-        return None
-    return original
 
 
 def _measure(model: Any, original: Any, text: str, ids: Tensor, seqlen: int, stride: int | None, tracker: Tracker) -> dict[str, Any]:

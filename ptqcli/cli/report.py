@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptqcli.cli.locate import REPORT_NAME
+from ptqcli.cli.console import Output
+from ptqcli.cli.locate import REPORT_NAME, find_model
 from ptqcli.errors import PTQError
 
 REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
@@ -32,6 +33,17 @@ def original_of(folder: Path) -> Path | None:
     """The model folder that a checkpoint was made from, as its report says; it may be gone by now."""
     source = (read_report(folder) or {}).get("source")
     return Path(source) if isinstance(source, str) else None
+
+
+def baseline_of(folder: Path, wanted: str | None, output: Output) -> Path | None:
+    """The model to compare a checkpoint with: ``wanted``, a folder or hub id, or else where it came from; None, told, if that is gone."""
+    if wanted:
+        return find_model(wanted)
+    original = original_of(folder)
+    if original is not None and not original.is_dir():
+        output.say(f"{original}, which the checkpoint came from, is gone; name it with --baseline to compare")
+        return None
+    return original
 
 
 def layer_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
