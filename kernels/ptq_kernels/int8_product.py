@@ -10,6 +10,9 @@ Three things depend on M (the table ``tuned/w8a8.json`` says where they change):
   to the end, in the same launch. Which one is last changes from run to run, what it adds does not.
 - Many tokens: tiles arrive through the copy engine (``tma``), where K is a multiple of 16, as its row strides must be. Programs are
   numbered in groups of rows, so that those that run at once share tiles in the second-level cache.
+
+The compiler leaves sums in flight from one step of K to the next only if they are float32; for int32 it waits in every step (seen in its
+output by 3.6 and 3.9). So steps are long, 128 or 256 columns, and two warp groups or two programs share a processor.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ TABLES = Path(__file__).parent / "tuned"
 _GROUP = tl.constexpr(8)
 # More counters than this are never needed: K is only split when there are few tiles.
 MAX_COUNTERS = 1024
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Tiling:
             return 1
         # Four tiles of K at least: a shorter loop does not fill its pipeline.
         most = max(triton.cdiv(columns, self.block_k) // 4, 1)
-        return min(max(self.programs * processors // tiles, 1), most, 16)
+        return min(max(self.programs * processors // tiles, 1), most, MOST_PARTS)
 
 
 # Where rows do not start at multiples of 16 bytes, bytes are loaded one by one, and larger tiles would not fit the registers; nor would
@@ -97,7 +101,7 @@ def plan(kernel: str, tokens: Tensor, codes: Tensor, tiling: Tiling | None, part
         processors = properties.multi_processor_count
         table = tilings(kernel, properties.name, properties.major * 10)
         tiling = next((entry for up_to, entry in table if rows <= up_to), table[-1][1])
-        if columns % 16 or (kernel == "llm_int8" and tokens.dtype == torch.float32):
+        if columns % 16 or codes.data_ptr() % 16 or (kernel == "llm_int8" and tokens.dtype == torch.float32):
             tiling = SMALL
     if parts is None:
         parts = tiling.parts(rows, len(codes), columns, processors)
@@ -120,13 +124,14 @@ def product(
     tiling, parts, counters = plan.tiling, plan.parts, plan.counters
     rows, outs = out.shape
     columns = codes.shape[1]
-    partials = codes if parts == 1 else codes.new_empty((parts, rows, outs), dtype=torch.int32)
+    tiles = tiling.tiles(rows, outs)
+    partials = codes if parts == 1 else codes.new_empty((parts, tiles, tiling.block_m, tiling.block_n), dtype=torch.int32)
     tma = tiling.tma and columns % 16 == 0 and codes.data_ptr() % 16 == 0
     left, right = quantized.codes, codes
     if tma:
         left = TensorDescriptor.from_tensor(left, [tiling.block_m, tiling.block_k])
         right = TensorDescriptor.from_tensor(right, [tiling.block_n, tiling.block_k])
-    grid = (triton.cdiv(rows, tiling.block_m) * triton.cdiv(outs, tiling.block_n), parts)
+    grid = (tiles, parts)
     shared = (left, quantized.codes.stride(0), right, quantized.scale, scale, codes if bias is None else bias, out, partials,
               codes if counters is None else counters, rows, outs, columns)  # fmt: skip
     constants = {
@@ -172,13 +177,11 @@ def w8a8_kernel(
     m, n = _tile(rows, outs, BLOCK_M, BLOCK_N)
     sums = _sums(x, x_stride, codes, rows, outs, columns, m, n, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, WEIGHT_LEFT, MASK, TMA)
     if PARTS > 1:
-        if _is_last(sums, partials, counters, rows, outs, m, n, BLOCK_M, BLOCK_N, PARTS):
-            total = _total(partials, rows, outs, m, n, BLOCK_M, BLOCK_N, PARTS)
-            scaled = _scaled(total, token_scale, scale, rows, outs, m, n, BLOCK_M, BLOCK_N, PER_TOKEN, PER_OUT)
-            _store(scaled, bias, out, rows, outs, m, n, BLOCK_M, BLOCK_N, BIAS)
-    else:
-        scaled = _scaled(sums, token_scale, scale, rows, outs, m, n, BLOCK_M, BLOCK_N, PER_TOKEN, PER_OUT)
-        _store(scaled, bias, out, rows, outs, m, n, BLOCK_M, BLOCK_N, BIAS)
+        if not _is_last(sums, partials, counters, rows - m, BLOCK_M, BLOCK_N, PARTS):
+            return
+        sums = _total(partials, rows - m, BLOCK_M, BLOCK_N, PARTS)
+    scaled = _scaled(sums, token_scale, scale, rows, outs, m, n, BLOCK_M, BLOCK_N, PER_TOKEN, PER_OUT)
+    _store(scaled, bias, out, rows, outs, m, n, BLOCK_M, BLOCK_N, BIAS)
 
 
 @triton.jit(do_not_specialize=["rows", "stored"])
@@ -195,21 +198,15 @@ def llm_int8_kernel(
     m, n = _tile(rows, outs, BLOCK_M, BLOCK_N)
     sums = _sums(x, x_stride, codes, rows, outs, columns, m, n, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, WEIGHT_LEFT, MASK, TMA)
     if PARTS > 1:
-        if _is_last(sums, partials, counters, rows, outs, m, n, BLOCK_M, BLOCK_N, PARTS):
-            total = _total(partials, rows, outs, m, n, BLOCK_M, BLOCK_N, PARTS)
-            scaled = _scaled(total, token_scale, scale, rows, outs, m, n, BLOCK_M, BLOCK_N, PER_TOKEN, PER_OUT)
-            scaled = _add_outliers(
-                scaled, weight, scale, outliers, outliers_stride, outlier_weight, stored, outlier_columns, outlier_count, slots,
-                rows, outs, columns, m, n, BLOCK_M, BLOCK_N, PER_OUT, WEIGHT_LEFT, DYNAMIC,
-            )  # fmt: skip
-            _store(scaled, bias, out, rows, outs, m, n, BLOCK_M, BLOCK_N, BIAS)
-    else:
-        scaled = _scaled(sums, token_scale, scale, rows, outs, m, n, BLOCK_M, BLOCK_N, PER_TOKEN, PER_OUT)
-        scaled = _add_outliers(
-            scaled, weight, scale, outliers, outliers_stride, outlier_weight, stored, outlier_columns, outlier_count, slots,
-            rows, outs, columns, m, n, BLOCK_M, BLOCK_N, PER_OUT, WEIGHT_LEFT, DYNAMIC,
-        )  # fmt: skip
-        _store(scaled, bias, out, rows, outs, m, n, BLOCK_M, BLOCK_N, BIAS)
+        if not _is_last(sums, partials, counters, rows - m, BLOCK_M, BLOCK_N, PARTS):
+            return
+        sums = _total(partials, rows - m, BLOCK_M, BLOCK_N, PARTS)
+    scaled = _scaled(sums, token_scale, scale, rows, outs, m, n, BLOCK_M, BLOCK_N, PER_TOKEN, PER_OUT)
+    scaled = _add_outliers(
+        scaled, weight, scale, outliers, outliers_stride, outlier_weight, stored, outlier_columns, outlier_count, slots,
+        rows, outs, columns, m, n, BLOCK_M, BLOCK_N, PER_OUT, WEIGHT_LEFT, DYNAMIC,
+    )  # fmt: skip
+    _store(scaled, bias, out, rows, outs, m, n, BLOCK_M, BLOCK_N, BIAS)
 
 
 @triton.jit
@@ -265,32 +262,35 @@ def _add(sums, x, codes, WEIGHT_LEFT: tl.constexpr):
 
 
 @triton.jit
-def _is_last(sums, partials, counters, rows, outs, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+def _is_last(sums, partials, counters, height, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     """Stores this part's sums; whether it is the last of its tile, to which then all are visible."""
-    offs, inside = _offsets(rows, outs, m, n, BLOCK_M, BLOCK_N)
-    tl.store(partials + (tl.program_id(1) * rows + m).to(tl.int64) * outs + offs, sums, mask=inside)
+    place, inside = _place(partials, tl.program_id(1), height, BLOCK_M, BLOCK_N)
+    tl.store(place, sums, mask=inside)
     # The barrier orders the stores of all threads before the release by the one that counts.
     tl.debug_barrier()
     return tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel") == PARTS - 1
 
 
 @triton.jit
-def _total(partials, rows, outs, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    offs, inside = _offsets(rows, outs, m, n, BLOCK_M, BLOCK_N)
+def _total(partials, height, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of all parts of this tile."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for part in range(PARTS):
-        place = partials + (m + part * rows).to(tl.int64) * outs + offs
+        place, inside = _place(partials, part, height, BLOCK_M, BLOCK_N)
         # Past the first-level cache, which does not follow what other processors write.
         total += tl.load(place, mask=inside, other=0, cache_modifier=".cg")
     return total
 
 
 @triton.jit
-def _offsets(rows, outs, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of a tile from the start of its first row, in 32 bits though the whole may need more; which are inside."""
+def _place(partials, part, height, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where ``part`` of this tile lies, and which of its rows are among the ``height`` that remain.
+
+    Tile by tile, not like ``out``: offsets are constants, which take no registers, and 16 bytes go at once for any N.
+    """
     row = tl.arange(0, BLOCK_M)[:, None]
-    out = n + tl.arange(0, BLOCK_N)[None, :]
-    return row * outs + out, (row < rows - m) & (out < outs)
+    first = (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    return partials + first + (row * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]), row < height
 
 
 @triton.jit
@@ -353,5 +353,8 @@ def _store(scaled, bias, out, rows, outs, m, n, BLOCK_M: tl.constexpr, BLOCK_N: 
     if BIAS:
         column = n + tl.arange(0, BLOCK_N)
         scaled += tl.load(bias + column, mask=column < outs, other=0).to(tl.float32)[None, :]
-    offs, inside = _offsets(rows, outs, m, n, BLOCK_M, BLOCK_N)
-    tl.store(out + m.to(tl.int64) * outs + offs, scaled.to(out.dtype.element_ty), mask=inside)
+    # Offsets in 32 bits from the start of the tile's first row, though the whole may need more.
+    row = tl.arange(0, BLOCK_M)[:, None]
+    column = n + tl.arange(0, BLOCK_N)[None, :]
+    place = out + m.to(tl.int64) * outs + (row * outs + column)
+    tl.store(place, scaled.to(out.dtype.element_ty), mask=(row < rows - m) & (column < outs))

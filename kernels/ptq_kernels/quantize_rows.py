@@ -246,7 +246,6 @@ def split_rows(
         scale = _scale_of(tl.max(tl.load(given + tl.arange(0, PARTS)), axis=0))
     else:
         scale = _scale_of(tl.max(_row_bits(x, columns, flags, flag_rows, flag_stride, threshold, FLAGS, BLOCK), axis=0))
-    _store_scale(scales, scale, SCALE)
     inverse = tl.div_rn(1.0, scale)
     before = 0
     for start in range(0, columns, BLOCK):
@@ -267,6 +266,8 @@ def split_rows(
                 if row == 0:
                     tl.store(outlier_columns + place, offs, mask=flagged)
             before += number
+    # Both at the end: whether this program writes them would otherwise stay in a register throughout.
+    _store_scale(scales, scale, SCALE)
     if FLAGS != "slots":
         if row == 0:
             tl.store(outlier_count, before)
