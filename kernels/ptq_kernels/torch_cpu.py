@@ -1,8 +1,8 @@
 """Linear layers on the kernels that torch itself has for weights in integers on a CPU.
 
-At a few tokens they read the packed weight where ``reference`` first expands it, and are a hundred times as fast. Their time grows with
-the tokens, though, while expanding costs the same for any number, so that above ``MOST_TOKENS`` the weight is expanded here, too. The
-kernels for bfloat16 use vector instructions; those for the other dtypes do not, but still win at very few tokens.
+At a few tokens they read the packed weight where ``reference`` first expands it, and take a twentieth to a hundredth of the time. That
+grows with the tokens, though, while expanding costs the same for any number, so that above MOST_TOKENS the weight is expanded here, too.
+The kernels for bfloat16 use vector instructions; those for the other dtypes do not, and win at one or two tokens only.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from torch.nn import functional
 GROUP_SIZES = (256, 128, 64, 32)  # those of torch's kernel
 _ROW_MULTIPLE = 16
 INT8_COLUMN_MULTIPLE = 32  # torch's 8-bit kernel reads beyond the end of rows of any other length (seen in torch 2.13)
-# Up to so many tokens the kernel is faster than expanding first (4096 x 4096, 2 cores with AVX-512, torch 2.13).
-MOST_TOKENS = {torch.bfloat16: 256, torch.float32: 4, torch.float16: 4}
+# By bits: up to so many tokens the kernel is faster than expanding first (4096 x 4096, 2 cores with AVX-512, torch 2.13).
+MOST_TOKENS = {
+    4: {torch.bfloat16: 192, torch.float32: 2, torch.float16: 2},
+    8: {torch.bfloat16: 80, torch.float32: 2, torch.float16: 2},
+}
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def int4_group_size(columns: int, group_size: int) -> int | None:
@@ -66,7 +70,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
         tokens = x.reshape(-1, self.in_features)
-        if self.block is not None and len(tokens) > MOST_TOKENS[x.dtype]:
+        if self.block is not None and len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
             return functional.linear(x, self.expanded(), self.bias)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, self.group_size, self.scale_and_shift)
         if product.shape[1] > self.out_features:
@@ -143,7 +147,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
         tokens = x.reshape(-1, self.in_features)
-        if len(tokens) > MOST_TOKENS[x.dtype]:
+        if len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
             return functional.linear(x, self.expanded(), self.bias)
         product = torch.ops.aten._weight_int8pack_mm(tokens, self.codes, self.scale)
         if self.bias is not None:
@@ -163,7 +167,7 @@ class Int8Linear(nn.Module):
 def _check(codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     if codes.dim() != 2:
         raise ValueError(f"codes must be [N, K], not {list(codes.shape)}")
-    if scale.dtype not in MOST_TOKENS:
-        raise TypeError(f"scale must be one of {tuple(MOST_TOKENS)}, not {scale.dtype}")
+    if scale.dtype not in DTYPES:
+        raise TypeError(f"scale must be one of {DTYPES}, not {scale.dtype}")
     if bias is not None and (bias.dtype != scale.dtype or bias.shape != codes.shape[:1]):
         raise ValueError(f"bias must be {scale.dtype} of shape {[len(codes)]}, not {bias.dtype} of shape {list(bias.shape)}")

@@ -425,6 +425,7 @@ class _Results:
         new_tokens, dtype = self.generation[0].new_tokens, self.generation[0].dtype
         output.table(f"Whole model, {new_tokens} new tokens, medians", GENERATION_COLUMNS, generation_rows(self.generation))
         output.say(f"MFU, HFU: model's and hardware's operations as a share of the measured limit of {dtype}; attention counted in full")
+        output.say("by its definition MFU counts the head for every token of the prompt, where only the last one's is computed; HFU does not")
         if self.machine.threads:
             output.say("peak memory: largest resident size of a process that loads the model and runs it once, Python and torch included")
         else:
