@@ -2,8 +2,7 @@
 
 Weight-only linear, ``y = x W'^T + b`` with ``W'[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]``, ``g`` the group of column ``k``. The
 weight is rounded once to the dtype of ``x`` and multiplied as any other. That is what transformers does with compressed-tensors, so the
-same codes give the same numbers here and there. The whole weight is expanded on every call; a fused kernel exists so that this need
-not be.
+same codes give the same numbers here and there. The weight is expanded on every call; a fused kernel exists so that this need not be.
 
 Int8 linear (Xiao et al. 2022, SmoothQuant, section 2; with one scale a token and a row, the vector-wise product of Dettmers et al.
 2022, LLM.int8, section 3.1):
@@ -21,6 +20,7 @@ sums in float32, as the hardware's has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -33,6 +33,9 @@ from ptq_kernels.layout import packed_width, unpack_codes
 COLUMNS_EXACT_IN_FLOAT32 = 1 << 10
 # ... and fewer than so many in 32 bits.
 TOO_MANY_COLUMNS = 1 << 17
+# Weights that are expanded at a time, in rows by the multiple.
+EXPANDED_AT_ONCE = 1 << 21
+ROW_MULTIPLE = 64
 # Up to so many tokens torch._int_mm is up to twice as fast with the weight as its left operand.
 WEIGHT_LEFT_TOKENS = 128
 
@@ -53,8 +56,26 @@ def weight_only_linear(
     Raises TypeError or ValueError, naming the argument, when a dtype or shape does not fit.
     """
     check_arguments(x, packed, scale, zero, bits, group_size, bias, g_idx)
-    weight = dequantize(packed, scale, zero, bits, x.shape[-1], x.dtype, g_idx)
-    return functional.linear(x, weight, bias)
+
+    def expand(rows: slice) -> Tensor:
+        return dequantize(packed[rows], scale[rows], None if zero is None else zero[rows], bits, x.shape[-1], x.dtype, g_idx)
+
+    return expanding_linear(x, len(packed), expand, bias)
+
+
+def expanding_linear(x: Tensor, rows: int, expand: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """``x`` [..., K] times a weight of ``rows`` rows that ``expand`` makes for a slice of them, [..., rows] in ``x.dtype``.
+
+    On a CPU some rows at a time: a large matrix would be new memory on every call, whose pages cost more than its arithmetic.
+    """
+    at_once = max(EXPANDED_AT_ONCE // x.shape[-1] // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or rows <= at_once:
+        return functional.linear(x, expand(slice(0, rows)), bias)
+    out = x.new_empty((*x.shape[:-1], rows))
+    for start in range(0, rows, at_once):
+        block = slice(start, min(start + at_once, rows))
+        out[..., block] = functional.linear(x, expand(block), None if bias is None else bias[block])
+    return out
 
 
 def dequantize(

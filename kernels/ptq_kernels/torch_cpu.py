@@ -2,7 +2,7 @@
 
 At a few tokens they read the packed weight where ``reference`` first expands it, and take a twentieth to a hundredth of the time. That
 grows with the tokens, though, while expanding costs the same for any number, so that above MOST_TOKENS the weight is expanded here, too.
-The kernels for bfloat16 use vector instructions; those for the other dtypes do not, and win at one or two tokens only.
+The kernels for bfloat16 use vector instructions; those for the other dtypes do not, and win at one token only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq_kernels.reference import expanding_linear
+
 GROUP_SIZES = (256, 128, 64, 32)  # those of torch's kernel
 _ROW_MULTIPLE = 16
 INT8_COLUMN_MULTIPLE = 32  # torch's 8-bit kernel reads beyond the end of rows of any other length (seen in torch 2.13)
 # By bits: up to so many tokens the kernel is faster than expanding first (4096 x 4096, 2 cores with AVX-512, torch 2.13).
 MOST_TOKENS = {
-    4: {torch.bfloat16: 192, torch.float32: 2, torch.float16: 2},
-    8: {torch.bfloat16: 80, torch.float32: 2, torch.float16: 2},
+    4: {torch.bfloat16: 112, torch.float32: 1, torch.float16: 1},
+    8: {torch.bfloat16: 24, torch.float32: 1, torch.float16: 1},
 }
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -71,7 +73,7 @@ class Int4Linear(nn.Module):
         """``x`` [..., K] to [..., N]."""
         tokens = x.reshape(-1, self.in_features)
         if self.block is not None and len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
-            return functional.linear(x, self.expanded(), self.bias)
+            return expanding_linear(x, self.out_features, self.expanded, self.bias)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, self.group_size, self.scale_and_shift)
         if product.shape[1] > self.out_features:
             product = product[:, : self.out_features]
@@ -79,17 +81,19 @@ class Int4Linear(nn.Module):
             product = product + self.bias
         return product.reshape(*x.shape[:-1], self.out_features)
 
-    def expanded(self) -> Tensor:
-        """The weight [N, K] in the dtype of the scales, rounded once."""
+    def expanded(self, rows: slice) -> Tensor:
+        """``rows`` of the weight, from a multiple of 64 on, in the dtype of the scales, rounded once: [rows, K]."""
         assert self.block is not None
-        codes = _unpack(self.packed, self.block)
-        # Without a shift it is one product of two numbers that this dtype holds, which is rounded once by itself.
-        parts = self.scale_and_shift.float() if self.shifted else self.scale_and_shift
+        stop = rows.stop + -rows.stop % _ROW_MULTIPLE  # the padding is packed, too
+        codes = _unpack(self.packed[rows.start : stop], self.block)
+        parts = self.scale_and_shift[:, rows.start : stop]
+        if self.shifted:  # otherwise it is one product of two numbers that this dtype holds, which is rounded once by itself
+            parts = parts.float()
         scale, shift = parts.transpose(0, 1).unsqueeze(-1).unbind(dim=2)  # [N, G, 1]
         weight = codes.to(parts.dtype).view(len(codes), -1, self.group_size).sub_(8).mul_(scale)
         if self.shifted:
             weight.add_(shift)
-        return weight.view(len(codes), -1)[: self.out_features].to(self.scale_and_shift.dtype)
+        return weight.view(len(codes), -1)[: rows.stop - rows.start].to(self.scale_and_shift.dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -148,15 +152,15 @@ class Int8Linear(nn.Module):
         """``x`` [..., K] to [..., N]."""
         tokens = x.reshape(-1, self.in_features)
         if len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
-            return functional.linear(x, self.expanded(), self.bias)
+            return expanding_linear(x, self.out_features, self.expanded, self.bias)
         product = torch.ops.aten._weight_int8pack_mm(tokens, self.codes, self.scale)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
 
-    def expanded(self) -> Tensor:
-        """The weight [N, K] in the dtype of the scales, rounded once: it holds both factors exactly."""
-        return self.codes.to(self.scale.dtype).mul_(self.scale.unsqueeze(-1))
+    def expanded(self, rows: slice) -> Tensor:
+        """``rows`` of the weight in the dtype of the scales, which holds both factors exactly, rounded once: [rows, K]."""
+        return self.codes[rows].to(self.scale.dtype).mul_(self.scale[rows].unsqueeze(-1))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
