@@ -34,6 +34,7 @@ LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, gate an
 BODY = 2 * LAYER
 HEAD = 64 * VOCABULARY
 LHQ = 2 * 4 * 16
+ROTARY = 2e-4  # of the operations: before transformers 5.18 the angles of rotary embeddings are a small product, which is counted
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +141,10 @@ def test_rates_are_tokens_over_median_times(model: PreTrainedModel, monkeypatch:
     assert (point.peak_memory, point.dtype) == (123, "float32")
     # PaLM's formula and the operations of the pass, by hand.
     assert point.prefill_mfu == pytest.approx(5 * 8 * (2 * (BODY + HEAD) + 4 * LHQ * 8) / 2.0 / LIMIT, rel=1e-12)
-    assert point.prefill_hfu == pytest.approx((5 * 8 * (2 * BODY + 4 * LHQ * 8) + 5 * 2 * HEAD) / 2.0 / LIMIT, rel=1e-12)
+    assert point.prefill_hfu == pytest.approx((5 * 8 * (2 * BODY + 4 * LHQ * 8) + 5 * 2 * HEAD) / 2.0 / LIMIT, rel=ROTARY)
     decode = sum(5 * (2 * (BODY + HEAD) + 4 * LHQ * (8 + step)) for step in range(1, 7))
     assert point.decode_mfu == pytest.approx(decode / 3.0 / LIMIT, rel=1e-12)
-    assert point.decode_hfu == pytest.approx(decode / 3.0 / LIMIT, rel=1e-12)
+    assert point.decode_hfu == pytest.approx(decode / 3.0 / LIMIT, rel=ROTARY)
 
 
 def test_a_dtype_without_a_limit_has_no_utilization(model: PreTrainedModel) -> None:
@@ -168,8 +169,10 @@ def test_all_positions_can_be_used(model: PreTrainedModel) -> None:
 def test_operations_of_a_tiny_model_by_hand(model: PreTrainedModel) -> None:
     prefill, decode = count_operations(model.config, batch=3, prompt=8, new_tokens=2)
     assert prefill.model == 24 * (2 * (BODY + HEAD) + 4 * LHQ * 8)
-    assert prefill.hardware == 24 * (2 * BODY + 4 * LHQ * 8) + 3 * 2 * HEAD
-    assert decode.model == decode.hardware == 3 * (2 * (BODY + HEAD) + 4 * LHQ * 9)
+    assert prefill.hardware == pytest.approx(24 * (2 * BODY + 4 * LHQ * 8) + 3 * 2 * HEAD, rel=ROTARY)
+    assert decode.model == 3 * (2 * (BODY + HEAD) + 4 * LHQ * 9)
+    assert decode.hardware == pytest.approx(decode.model, rel=ROTARY)
+    assert decode.hardware != pytest.approx(3 * (2 * (BODY + HEAD) + 4 * LHQ * 10), rel=ROTARY)
 
 
 def test_a_tied_head_is_counted_and_the_lookup_is_not(model: PreTrainedModel) -> None:
@@ -183,7 +186,7 @@ def test_hardware_operations_exceed_the_formula_by_nothing_in_decode(tmp_path: P
     kind, arguments = ARCHITECTURES[architecture]
     config = getattr(transformers, kind)(**{**arguments, **TOKENS})
     _, decode = count_operations(config, 2, 6, 5)
-    assert decode.hardware == decode.model
+    assert decode.hardware == pytest.approx(decode.model, rel=ROTARY)
 
 
 def test_a_sliding_window_spares_operations() -> None:
