@@ -137,19 +137,48 @@ def test_the_error_names_the_argument(name: str, wrong: Callable[[Any], Any]) ->
 
 def test_the_table_is_found_for_every_gpu() -> None:
     def block_m(capability: int, tokens: int) -> int:
-        return w4a16.config_for(w4a16._GPU("a GPU of no table", capability, 100), 4096, 4096, tokens, 4).block_m
+        return w4a16.config_for(w4a16.GPU("a GPU of no table", capability, 100), 4096, 4096, tokens, 4).block_m
 
     assert [block_m(90, tokens) for tokens in (1, 16, 17, 64)] == [16, 16, 32, 64]
     for capability in (75, 80, 86, 89, 90, 100, 120):
         assert block_m(capability, 1) == 16
-    assert w4a16._table("", 120) == w4a16._table("", 86) == w4a16._table("", 80) != w4a16._table("", 100)
-    assert w4a16.config_for(w4a16._GPU("", 90, 132), 4096, 4096, 1 << 20, 4) is None
+    assert w4a16.tables_for("", 120) == w4a16.tables_for("", 86) == w4a16.tables_for("", 80) != w4a16.tables_for("", 100)
+    assert w4a16.config_for(w4a16.GPU("", 90, 132), 4096, 4096, 1 << 20, 4) is None
+
+
+def test_a_table_of_a_gpu_may_leave_out_what_it_has_nothing_to_say_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 9, "per_processor": 1}
+    own = [{"bits": 4, "up_to": 16, "shape": [4096, 4096], "config": config}]
+    monkeypatch.setattr(w4a16, "_tables", lambda: {**tables, "Some GPU": own})
+    tables = json.loads((Path(w4a16.__file__).parent / "tuned" / "w4a16.json").read_text())
+    w4a16.tables_for.cache_clear()
+    w4a16.config_for.cache_clear()
+    gpu, other = w4a16.GPU("Some GPU", 90, 132), w4a16.GPU("", 90, 132)
+    assert w4a16.config_for(gpu, 4096, 4096, 16, 4).stages == 9
+    assert w4a16.config_for(gpu, 4096, 4096, 17, 4) is None  # what its entries for this shape say
+    assert w4a16.config_for(gpu, 6144, 4096, 1, 4) == w4a16.config_for(other, 6144, 4096, 1, 4)
+    assert w4a16.config_for(gpu, 4096, 4096, 1, 8) == w4a16.config_for(other, 4096, 4096, 1, 8)
+    w4a16.tables_for.cache_clear()
+    w4a16.config_for.cache_clear()
 
 
 def test_splits_fill_the_processors_once() -> None:
-    assert w4a16._splits(32, 32, 264) == 8
-    assert w4a16._splits(1000, 32, 264) == 1
-    assert w4a16._splits(1, 1, 264) == 1
+    assert w4a16._splits(32, 32, 264, 0) == 8
+    assert w4a16._splits(1000, 32, 264, 0) == 1
+    assert w4a16._splits(1, 1, 264, 0) == 1
+
+
+@pytest.mark.parametrize("rows, columns", [(28672, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096)])
+def test_splits_never_move_more_than_they_spare(rows: int, columns: int) -> None:
+    """At few tokens K is split until a large GPU is busy; the sums of all parts stay below the weight in bytes."""
+    gpu = w4a16.GPU("", 90, 132)
+    for tokens in (1, 16, 64, 128, 256, 512):
+        config = w4a16.config_for(gpu, rows, columns, tokens, 4)
+        plan = w4a16._plan(gpu, config, torch.bfloat16, 4, 128, tokens, rows, columns, False, False)
+        if tokens <= 16:
+            assert plan.grid[0] * plan.grid[1] * plan.splits >= 2 * gpu.processors
+        if plan.splits > 1:
+            assert 8 * plan.splits * tokens * rows <= 2 * rows * columns
 
 
 def _to_float(halves: np.ndarray, bfloat16: bool) -> np.ndarray:

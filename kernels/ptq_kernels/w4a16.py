@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -35,6 +35,7 @@ from ptq_kernels.reference import dequantize
 
 GROUP_SIZES = (32, 64, 128, -1)
 DEQUANTIZE_BLOCK = (64, 128)  # rows, columns of a program
+OPERATIONS_PER_BYTE = 180  # that an H200 does in the time in which it reads a byte; others are near
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _on_cuda(
     check_w4a16(x, packed, scale, zero, bits, group_size, N, bias, perm)
     ordered = x if perm is None else x.index_select(-1, perm)
     tokens = ordered.reshape(-1, x.shape[-1])
-    config = config_for(_gpu(x.device), N, x.shape[-1], len(tokens), bits)
+    config = config_for(gpu_of(x.device), N, x.shape[-1], len(tokens), bits)
     with torch.cuda.device_of(x):
         if config is None:
             weight = dequantized(packed, scale, zero, bits, group_size, N, x.shape[-1], x.dtype)
@@ -192,22 +193,15 @@ def launch(
     if out.numel() == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    group = _group(group_size, columns)
-    config = config.fitted(group, bits)
-    gpu = _gpu(x.device)
-    blocks = (-(-N // config.block_n), -(-tokens // config.block_m))
-    steps = -(-columns // config.block_k)
-    splits = min(config.splits or _splits(blocks[0] * blocks[1], steps, config.per_processor * gpu.processors), steps)
-    target = out if splits == 1 else x.new_empty((splits, tokens, N), dtype=torch.float32)
-    overlap = gpu.capability >= 90
-    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-    grid = (*blocks, splits)
-    kernels.w4a16_kernel[grid](
+    plan = _plan(gpu_of(x.device), config, x.dtype, bits, group_size, tokens, N, columns, zero is not None, bias is not None)
+    whole = plan.splits == 1
+    target = out if whole else x.new_empty((plan.splits, tokens, N), dtype=torch.float32)
+    kernels.w4a16_kernel[plan.grid](
         x,
         packed,
         scale.view(torch.int32),
         None if zero is None else zero.view(torch.int32),
-        bias if splits == 1 else None,
+        bias if whole else None,
         target,
         tokens,
         N,
@@ -216,18 +210,40 @@ def launch(
         packed.shape[0],
         packed.shape[1],
         x.stride(0),
-        splits,
-        EVEN=columns % config.block_k == 0,
-        OVERLAP=overlap,
-        num_warps=config.warps,
-        **constants(config, x.dtype, bits, group, zero is not None, bias is not None and splits == 1, x.is_cuda),
-        **options,
+        plan.splits,
+        **plan.options,
     )
-    if splits > 1:
-        kernels.reduce_kernel[(-(-out.numel() // 1024),)](
-            target, bias, out, out.numel(), N, splits, BIAS=bias is not None, BLOCK=1024, OVERLAP=overlap, num_warps=4, **options
-        )
+    if not whole:
+        kernels.reduce_kernel[(-(-out.numel() // 1024),)](target, bias, out, out.numel(), N, plan.splits, **plan.reduce_options)
     return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch needs besides the tensors: the programs, the parts that K is split into, what both kernels are compiled with."""
+
+    grid: tuple[int, int, int]
+    splits: int
+    options: dict[str, Any]
+    reduce_options: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)  # decoding asks for the same few again and again, and deciding takes as long as launching
+def _plan(
+    gpu: GPU, config: Config, dtype: torch.dtype, bits: int, group_size: int, tokens: int, rows: int, columns: int, zeros: bool, bias: bool
+) -> _Plan:
+    group = _group(group_size, columns)
+    config = config.fitted(group, bits)
+    blocks = (-(-rows // config.block_n), -(-tokens // config.block_m))
+    steps = -(-columns // config.block_k)
+    programs = config.per_processor * gpu.processors
+    splits = config.splits or _splits(blocks[0] * blocks[1], steps, programs, _partial_steps(config, tokens, bits))
+    splits = min(splits, steps)
+    overlap = gpu.capability >= 90
+    launched: dict[str, Any] = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
+    options = constants(config, dtype, bits, group, zeros, bias and splits == 1, gpu.capability > 0)
+    options |= {"EVEN": columns % config.block_k == 0, "num_warps": config.warps, **launched}
+    return _Plan((*blocks, splits), splits, options, {"BIAS": bias, "BLOCK": 1024, "num_warps": 4, **launched})
 
 
 def dequantized(
@@ -290,58 +306,72 @@ def _group(group_size: int, columns: int) -> int:
     return 0 if group_size in (-1, columns) else group_size
 
 
-def _splits(blocks: int, steps: int, programs: int) -> int:
+def _splits(blocks: int, steps: int, programs: int, partial: float) -> int:
     """Into how many parts to split K: those with the least time, in steps, for ``programs`` that run at a time.
 
-    A program waits about two steps' time for its first data, and a split weight costs another for adding up.
+    A program waits about two steps' time for its first data. A split one writes its sums for another to read, which takes ``partial``
+    steps, and the second kernel takes one more to begin.
     """
 
-    def time(splits: int) -> int:
+    def time(splits: int) -> float:
         waves = -(-blocks * splits // programs)
-        return waves * (-(-steps // splits) + 2) + (splits > 1)
+        return waves * (-(-steps // splits) + 2 + (partial if splits > 1 else 0)) + (splits > 1)
 
     return min(range(1, min(steps, 32) + 1), key=time)
 
 
+def _partial_steps(config: Config, tokens: int, bits: int) -> float:
+    """How many steps' time it takes to write the float32 sums of a block and to read them again.
+
+    A step takes as long as reading its codes or as multiplying them, whichever is longer.
+    """
+    columns = min(tokens, config.block_m)  # of the block, which is transposed; the others are not stored
+    step = config.block_k * max(bits / 8, 2 * columns / OPERATIONS_PER_BYTE)  # for each row, in bytes of memory traffic
+    return 8 * columns / step
+
+
 @dataclass(frozen=True)
-class _GPU:
+class GPU:
     name: str
     capability: int  # 90 for 9.0
     processors: int
 
 
 @cache
-def _gpu(device: torch.device) -> _GPU:
+def gpu_of(device: torch.device) -> GPU:
     if device.type != "cuda":
-        return _GPU(device.type, 0, 1)
+        return GPU(device.type, 0, 1)
     properties = torch.cuda.get_device_properties(device)
-    return _GPU(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
+    return GPU(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def config_for(gpu: _GPU, rows: int, columns: int, tokens: int, bits: int) -> Config | None:
-    """The table's entry; None where the weight is to be expanded first.
+@lru_cache(maxsize=4096)
+def config_for(gpu: GPU, rows: int, columns: int, tokens: int, bits: int) -> Config | None:
+    """The tables' entry; None where the weight is to be expanded first.
 
-    Entries for this very shape go before those for any; of each, the first for at least so many tokens counts.
+    A table under the GPU's own name goes before that of its generation, and in each the entries for this very shape before those for
+    any. The first of these four that has entries counts, so that a table may leave out what it has nothing to say about; of its
+    entries the first for at least so many tokens.
     """
-    entries = [entry for entry in _table(gpu.name, gpu.capability) if entry["bits"] == bits]
-    own = [entry for entry in entries if entry.get("shape") == [rows, columns]]
-    for entry in own or [entry for entry in entries if "shape" not in entry]:
-        if tokens <= entry["up_to"]:
-            return Config(**entry["config"])
+    for table in tables_for(gpu.name, gpu.capability):
+        entries = [entry for entry in table if entry["bits"] == bits]
+        own = [entry for entry in entries if entry.get("shape") == [rows, columns]]
+        if chosen := own or [entry for entry in entries if "shape" not in entry]:
+            return next((Config(**entry["config"]) for entry in chosen if tokens <= entry["up_to"]), None)
     return None
 
 
 @cache
-def _table(name: str, capability: int) -> list[dict[str, Any]]:
-    """The entries for a GPU: under its name, else of the latest generation that is not later than its own, else of the earliest.
+def tables_for(name: str, capability: int) -> tuple[list[dict[str, Any]], ...]:
+    """The entries for a GPU: those under its name, then those of the latest generation not later than its own, else of the earliest.
 
     A name in place of entries refers to another table: sm_120 has the matrix instructions and the shared memory of sm_86.
     """
     tables = _tables()
     generations = sorted(int(key[3:]) for key in tables if key.startswith("sm_"))
     known = [generation for generation in generations if generation <= capability]
-    found = tables.get(name, tables[f"sm_{known[-1] if known else generations[0]}"])
-    return tables[found] if isinstance(found, str) else found
+    found = [tables[key] for key in (name, f"sm_{known[-1] if known else generations[0]}") if key in tables]
+    return tuple(tables[entries] if isinstance(entries, str) else entries for entries in found)
 
 
 @cache
@@ -354,60 +384,3 @@ def configs() -> Iterator[tuple[str, int, Config]]:
     for name, entries in _tables().items():
         for entry in [] if isinstance(entries, str) else entries:
             yield name, entry["bits"], Config(**entry["config"])
-
-
-def candidates(tokens: int) -> list[Config]:
-    """Configurations worth timing for so many tokens."""
-    block_m = min(max(16, 1 << (tokens - 1).bit_length()), 128)
-    found = []
-    for block_n, block_k, stages in [
-        (64, 64, 4),
-        (64, 64, 6),
-        (64, 128, 3),
-        (64, 128, 4),
-        (64, 128, 6),
-        (128, 64, 4),
-        (128, 128, 3),
-        (128, 128, 4),
-    ]:
-        for warps in (4, 8) if block_n == 128 else (4,):
-            for per_processor in (1, 2, 3, 4):
-                for fold in (False, True):
-                    found.append(Config(block_m, block_n, block_k, warps, stages, per_processor, fold))
-    return found
-
-
-def tune(
-    x: Tensor,  # [M, K], on the GPU
-    weights: list[tuple[Tensor, Tensor, Tensor | None]],  # packed, scale, zero
-    bits: int,
-    group_size: int,
-    N: int,
-    tried: Iterable[Config],
-) -> list[tuple[float, Config | None]]:
-    """Median microseconds of each configuration, the fastest first; None stands for expanding the weight first.
-
-    ``weights`` are several of one shape, more than the GPU's cache holds, and are gone through in turn. Called by scripts only.
-    """
-    import triton
-
-    def expanded(packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return functional.linear(x, dequantized(packed, scale, zero, bits, group_size, N, x.shape[1], x.dtype))
-
-    def timed(config: Config | None) -> float:
-        def once() -> None:
-            for packed, scale, zero in weights:
-                if config is None:
-                    expanded(packed, scale, zero)
-                else:
-                    launch(x, packed, scale, zero, bits, group_size, N, None, config)
-
-        return 1000 * triton.testing.do_bench_cudagraph(once, rep=20, return_mode="median") / len(weights)
-
-    results: list[tuple[float, Config | None]] = []
-    for config in [*tried, None]:
-        try:
-            results.append((timed(config), config))
-        except triton.runtime.errors.OutOfResources:  # a GPU with less shared memory
-            continue
-    return sorted(results, key=lambda result: result[0])
