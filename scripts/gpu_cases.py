@@ -7,10 +7,9 @@ random, inputs signed; what is right is float64 of the same codes and scales.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,8 +26,8 @@ for package, home in (("ptq_kernels", ROOT / "kernels"), ("ptqcli", ROOT)):
     if find_spec(package) is None:
         sys.path.append(str(home))
 
-from ptqcli.bench import timing  # noqa: E402
-from ptqcli.bench.peers import Peer, installed_peers  # noqa: E402
+from ptqcli.bench import machine, timing  # noqa: E402
+from ptqcli.bench.peers import Peer, first_line, installed_peers, kernel_errors  # noqa: E402
 from ptqcli.scheme import WHOLE_MATRIX, ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme  # noqa: E402
 
 Values = dict[str, Any]
@@ -37,11 +36,11 @@ Case = Callable[[], Values]
 TOLERANCE = 4e-3  # relative Frobenius error of a 16-bit output
 PEER_TOLERANCE = 1e-2  # some round their zero points to 16 bits ...
 PEER_INT8_TOLERANCE = 3e-2  # ... and inputs in 8 bits are rounded to steps of max / 127, where ours are max / 127.5
-WHAT_CASES_RAISE = (AssertionError, RuntimeError, ValueError, TypeError, ImportError, AttributeError, KeyError)
+WHAT_CASES_RAISE = kernel_errors()
 
 TOKENS = (1, 2, 3, 16, 17, 64, 300)
 DTYPES = (torch.bfloat16, torch.float16)
-# rows and columns by group size; a flipped code is looked for in the first of each, where it is a large part of the output
+# rows and columns by group size; a flipped code is looked for in the first of each, where it is a large part of a row
 ODD_SHAPES = {
     32: ((101, 96), (1000, 2112)),
     64: ((67, 704), (515, 2112)),
@@ -72,11 +71,12 @@ OUTLIERS = 7  # columns, as in the paper for a model of 4096
 class Setting:
     """Where the cases run. rehearse: on the CPU, at sizes that take no time, by the operators' own way for machines without a GPU.
 
-    ready: names of the preparations that succeeded.
+    ready: names of the preparations that succeeded. eager: peers that turned out to fit into no CUDA graph.
     """
 
     rehearse: bool = False
     ready: frozenset[str] = frozenset()
+    eager: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +196,8 @@ def truth(layer: Layer, x: Tensor) -> Tensor:
     scale = weight.input_scale
     if scale is None:
         scale = below.abs().amax(dim=1, keepdim=True) if activations.per_token else below.abs().amax().reshape(1)
-        scale = torch.where(scale > 0, scale / 127.5, 1.0)
+        # By a tensor: a Python number torch on CUDA divides by through its reciprocal, which rounds otherwise.
+        scale = torch.where(scale > 0, scale / scale.new_full((), 127.5), 1.0)
     rounded = torch.round(below / scale).clamp(-128, 127).double() * scale.double()
     if weight.outliers is not None:
         values = values.index_fill(1, apart, 0) + columns_apart(weight, values, apart, x.dtype)
@@ -235,7 +236,7 @@ def in_poisoned_memory(call: Callable[[], Tensor]) -> Tensor:
 
 
 def flipped(layer: Layer, x: Tensor) -> Layer:
-    """The layer with the highest bit of one code flipped, where the first token's input is largest."""
+    """The layer with the highest bit of one code flipped: in the middle row, where the first token's input is largest."""
     column = int(x[0].abs().argmax())
     if layer.perm is not None:
         column = int((layer.perm == column).nonzero())
@@ -255,10 +256,11 @@ def correctness_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
         # The order of columns is a step of its own before the kernel, so every third case shows it with all numbers of bits and groups.
         order = turn % 3 == 2
         name = f"W{bits}A16 {scheme.describe()}{' order' if order else ''} {short(dtype)}"
-        yield name, functools.partial(against_float64, setting, scheme, shapes, dtype, order)
+        tokens = TOKENS if group == 128 else setting.tokens  # in a rehearsal, too: among few tokens a flipped code is easily seen
+        yield name, functools.partial(against_float64, setting, scheme, shapes, dtype, tokens, order)
     for scheme, dtype in int8_formats():
         shapes = INT8_SHAPES[:1] if setting.rehearse else INT8_SHAPES
-        yield f"{scheme.describe()} {short(dtype)}", functools.partial(against_float64, setting, scheme, shapes, dtype, False)
+        yield f"{scheme.describe()} {short(dtype)}", functools.partial(against_float64, setting, scheme, shapes, dtype, setting.tokens)
     for scheme in (*SCHEMES.values(), Scheme(8, -1)):
         yield f"compiled and captured: {scheme.describe()}", functools.partial(compiled_and_captured, setting, scheme)
     yield from configuration_cases(setting)
@@ -278,10 +280,17 @@ def short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def against_float64(setting: Setting, scheme: Scheme, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, order: bool) -> Values:
-    """The operator against float64 for all shapes and numbers of tokens; without outliers, int8 formats against the CPU, bit by bit."""
+def against_float64(
+    setting: Setting,
+    scheme: Scheme,
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    numbers: Sequence[int],
+    order: bool = False,
+) -> Values:
+    """The operator against float64 for all shapes and ``numbers`` of tokens; without outliers, int8 formats against the CPU, bit by bit."""
     worst, least = 0.0, math.inf
-    for place, ((rows, columns), tokens) in enumerate(product(shapes, setting.tokens)):
+    for place, ((rows, columns), tokens) in enumerate(product(shapes, numbers)):
         layer = make_layer(scheme, rows, columns, dtype, setting.device, order)
         x = make_input(tokens, columns, dtype, setting.device, outliers=3 if scheme.outliers else 0)
         expected = truth(layer, x)
@@ -290,9 +299,10 @@ def against_float64(setting: Setting, scheme: Scheme, shapes: Sequence[tuple[int
         assert found.dtype == dtype, where
         assert found.shape == (tokens, rows), where
         worst = check(error(found, expected), where, worst)
-        if place < len(setting.tokens):
-            least = min(least, error(ours(flipped(layer, x), dtype)(x), expected))
-            assert least > TOLERANCE, f"{where}: a flipped code moves the output by {least:.1e} only"
+        if place < len(numbers):
+            changed = ours(flipped(layer, x), dtype)(x)[:, rows // 2]
+            least = min(least, error(changed, expected[:, rows // 2]))
+            assert least > TOLERANCE, f"{where}: a flipped code moves its output by {least:.1e} only"
         if scheme.activations is not None:
             exactly_as_on_the_cpu(layer, make_input(tokens, columns, dtype, setting.device), dtype, where)
     return {"error": worst, "flipped": least}
@@ -385,9 +395,9 @@ def launch_config(setting: Setting, bits: int, config: Any) -> Values:
         try:
             found = in_poisoned_memory(functools.partial(w4a16.launch, *given))
         except errors.OutOfResources as problem:
-            gpu = w4a16._gpu(x.device)
-            own = [entry["config"] for entry in w4a16._table(gpu.name, gpu.capability)]
-            if plain(config) in [plain(w4a16.Config(**each)) for each in own]:
+            gpu = w4a16.gpu_of(x.device)
+            own = [w4a16.Config(**entry["config"]) for table in w4a16.tables_for(gpu.name, gpu.capability) for entry in table]
+            if config in own:
                 raise RuntimeError(f"this GPU's own table: {first_line(problem)}") from problem
             return {"note": f"for GPUs with more shared memory: {first_line(problem)}"}
         worst = check(error(found, truth(layer, x)), f"{scheme.describe()}, {tokens} tokens", worst)
@@ -434,7 +444,7 @@ def large_case(setting: Setting, scheme: Scheme, size: tuple[int, int, int]) -> 
         x[start : start + 4096] = make_input(min(4096, tokens - start), columns, x.dtype, setting.device)
     if scheme.activations is None and not setting.rehearse:
         w4a16 = import_module("ptq_kernels.w4a16")
-        config = w4a16.candidates(128)[0]
+        config = w4a16.Config(block_m=128, block_n=64, block_k=64, warps=4, stages=4, per_processor=1)
         found = w4a16.launch(x, *tiles(layer.weight, x.dtype), scheme.bits, scheme.group_size, rows, layer.bias, config)
     else:
         found = ours(layer, x.dtype)(x)
@@ -541,10 +551,9 @@ def point_name(scheme: str, shape: str, tokens: int) -> str:
 
 def limits(setting: Setting) -> Values:
     try:
-        machine = import_module("ptqcli.bench.machine")
-    except ModuleNotFoundError as problem:  # it needs more than torch and triton
+        return {"machine": asdict(machine.measure(setting.device, 0.001 if setting.rehearse else 0.3))}
+    except ModuleNotFoundError as problem:  # psutil, on the CPU
         return {"note": first_line(problem)}
-    return {"machine": asdict(machine.measure(setting.device, 0.001 if setting.rehearse else 0.3))}
 
 
 @functools.lru_cache(maxsize=1)
@@ -586,141 +595,48 @@ def product_with(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def time_point(setting: Setting, scheme: str, shape: str, tokens: int) -> Values:
-    """Microseconds of all competitors side by side; of those that no CUDA graph can hold, once more without graphs."""
+    """Microseconds of all competitors side by side, from CUDA graphs; of those that fit into none, beside ours without graphs.
+
+    no_graph: a peer whose capture failed unexpectedly. That may have spoiled the process, so it must end.
+    """
+    calls, refused = callable_now(setting, scheme, shape, tokens)
+    graphs = setting.device.type == "cuda"
+    values: Values = {"scheme": scheme, "shape": shape, "tokens": tokens, "refused": refused}
+    eager = setting.eager | {peer.name for peer in installed_peers(setting.device) if not peer.graphs}
+    left = [name for name in calls if graphs and name in eager]
+    if left:
+        beside = {name: calls[name] for name in (OURS, BASELINE, *left)}
+        found = timing.time_in_turn(beside, setting.device, False, setting.seconds)
+        values["without_graphs"] = {name: each.microseconds for name, each in found.items()}
+    captured = {name: each for name, each in calls.items() if name not in left}
+    found = timing.time_in_turn(captured, setting.device, graphs, setting.seconds)
+    values["microseconds"] = {name: each.microseconds for name, each in found.items()}
+    values["spread"] = {name: [each.low, each.high] for name, each in found.items()}
+    failed = [name for name in captured if name not in found]
+    assert {OURS, BASELINE}.isdisjoint(failed), f"no CUDA graph can hold {failed[0]}"
+    return values | ({"no_graph": failed[0]} if failed else {})
+
+
+def callable_now(setting: Setting, scheme: str, shape: str, tokens: int) -> tuple[dict[str, list[timing.Call]], dict[str, str]]:
+    """The competitors that can do so many tokens, each called once for each of its copies; and why the others cannot."""
     made, refused = competitors(setting, scheme, shape)
     refused = dict(refused)
     x = make_input(tokens, setting.shapes[shape][0], torch.bfloat16, setting.device, timed_outliers(scheme))
     calls: dict[str, list[timing.Call]] = {}
     for name, copies in made.items():
-        if name not in (OURS, BASELINE) and f"{name}: {point_name(scheme, shape, tokens)}" not in setting.ready:
-            continue
-        try:
-            for multiply in copies:
-                multiply(x)
-        except WHAT_CASES_RAISE as problem:
-            if name in (OURS, BASELINE) or "CUDA" in str(problem):
-                raise
-            refused[name] = first_line(problem)
+        is_peer = name not in (OURS, BASELINE)
+        if is_peer and f"{name}: {point_name(scheme, shape, tokens)}" not in setting.ready:
             continue
         calls[name] = [functools.partial(multiply, x) for multiply in copies]
-    graphs = setting.device.type == "cuda"
-    found = timing.time_in_turn(calls, setting.device, graphs, setting.seconds)
-    values: Values = {"scheme": scheme, "shape": shape, "tokens": tokens, "refused": refused}
-    values["microseconds"] = {name: each.microseconds for name, each in found.items()}
-    values["spread"] = {name: [each.low, each.high] for name, each in found.items()}
-    left = [name for name in calls if name not in found]
-    if left:
-        again = {name: calls[name] for name in (OURS, BASELINE, *left)}
-        found = timing.time_in_turn(again, setting.device, False, setting.seconds)
-        values["without_graphs"] = {name: each.microseconds for name, each in found.items()}
-    return values
-
-
-# ----------------------------------------------------------------------------------------------------------------------- tuning
-
-
-TUNED_TOKENS = (1, 16, 32, 64, 128, 256)
-
-
-def tuning_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
-    """4-bit weights first, then the int8 products, then 8-bit weights."""
-    tokens = (16,) if setting.rehearse else TUNED_TOKENS
-    many = (16,) if setting.rehearse else (16, 64, 256, 4096)
-    for count, shape in product(tokens, setting.shapes):
-        yield f"tune W4A16 {shape} {count}", functools.partial(tune_w4a16, setting, 4, shape, count)
-    for kernel, count in product(("w8a8", "llm_int8"), many):
-        yield f"tune {kernel} {count}", functools.partial(tune_int8, setting, kernel, count)
-    for count, shape in product(tokens, setting.shapes):
-        yield f"tune W8A16 {shape} {count}", functools.partial(tune_w4a16, setting, 8, shape, count)
-
-
-def tune_w4a16(setting: Setting, bits: int, shape: str, tokens: int) -> Values:
-    """All configurations for one shape and number of tokens, the fastest first; None: to expand the weight first."""
-    columns, rows = setting.shapes[shape]
-    entry = {"bits": bits, "shape": [rows, columns], "up_to": tokens}
-    if setting.rehearse:
-        return {"w4a16": entry, "ranked": [[1.0, {"block_m": 16}], [2.0, None]]}
-    w4a16 = import_module("ptq_kernels.w4a16")
-    layer = make_layer(Scheme(bits, 128), rows, columns, torch.bfloat16, setting.device)
-    x = make_input(tokens, columns, torch.bfloat16, setting.device)
-    count = max(timing.copies(rows * columns * bits // 8, setting.device, torch.cuda.mem_get_info()[0] // 4), 1)
-    weights = [tiles(copied(layer).weight, torch.bfloat16) for _ in range(count)]
-    ranked = w4a16.tune(x, weights, bits, 128, rows, w4a16.candidates(tokens))
-    return {"w4a16": entry, "ranked": [[found, None if config is None else plain(config)] for found, config in ranked]}
-
-
-def plain(config: Any) -> Values:
-    """The fields that are not left at none, no, or zero."""
-    return {name: value for name, value in asdict(config).items() if value not in (None, False, 0)}
-
-
-def tune_int8(setting: Setting, kernel: str, tokens: int) -> Values:
-    """The tiling with the least time over all shapes together, as an entry of the table."""
-    if setting.rehearse:
-        return {kernel: {"up_to_m": tokens}, "microseconds": 0.0}
-    scheme = SCHEMES["W8A8" if kernel == "w8a8" else "LLM.int8"]
-    errors = import_module("triton.runtime.errors")
-    best: tuple[float, Any] | None = None
-    for tiling in int8_candidates(kernel, tokens):
         try:
-            total = sum(time_tiling(setting, scheme, tiling, tokens, *setting.shapes[shape]) for shape in ("qkv", "down"))
-        except errors.OutOfResources:
-            continue
-        if best is None or total < best[0]:
-            best = total, tiling
-    assert best is not None, "no tiling fits"
-    return {kernel: {"up_to_m": tokens, **plain(best[1])}, "microseconds": best[0]}
-
-
-def int8_candidates(kernel: str, tokens: int) -> Iterator[Any]:
-    """The shipped tilings whose blocks are about what so many tokens need, with other numbers of stages and programs."""
-    block_m = min(max(16, 1 << (tokens - 1).bit_length()), 128)
-    near = [tiling for tiling in int8_tilings(kernel) if block_m // 2 <= tiling.block_m <= block_m]
-    varied = (replace(t, stages=max(t.stages + more, 2), programs=n) for t, more, n in product(near, (0, -1), (0, 2, 4)))
-    yield from dict.fromkeys(varied)
-
-
-def time_tiling(setting: Setting, scheme: Scheme, tiling: Any, tokens: int, columns: int, rows: int) -> float:
-    """Microseconds of a call, from a CUDA graph, over rotated weights."""
-    layer = replace(make_layer(scheme, rows, columns, torch.bfloat16, setting.device), bias=None)
-    x = make_input(tokens, columns, torch.bfloat16, setting.device, 3 if scheme.outliers else 0)
-    count = max(timing.copies(rows * columns, setting.device, torch.cuda.mem_get_info()[0] // 4), 1)
-    calls = [functools.partial(launch_int8, copied(layer), x, tiling, None) for _ in range(count)]
-    return timing.time_in_turn({OURS: calls}, setting.device, True, 0.02)[OURS].microseconds
-
-
-def tuned_tables(lines: Iterable[Values]) -> Values:
-    """What the cases found, as the files in ``tuned`` have it under this GPU's name.
-
-    For W4A16 each shape that was timed has entries of its own; those for all other shapes take the configuration that loses least in
-    the worst of them. Where expanding the weight first was fastest, there is no entry for so many tokens.
-    """
-    tables: Values = {"w4a16": [], "w8a8": [], "llm_int8": []}
-    losses: dict[tuple[int, int], list[dict[str, float]]] = {}
-    for line in lines:
-        if "ranked" in line:
-            entry, ranked = line["w4a16"], line["ranked"]
-            if ranked[0][1]:
-                tables["w4a16"].append({**entry, "config": ranked[0][1]})
-            loss = {json.dumps(config): found / ranked[0][0] for found, config in ranked}
-            losses.setdefault((entry["bits"], entry["up_to"]), []).append(loss)
-        for kernel in ("w8a8", "llm_int8"):
-            if kernel in line:
-                tables[kernel].append(line[kernel])
-    for (bits, tokens), each in losses.items():
-        common = [config for config in each[0] if all(config in other for other in each)]
-        best = json.loads(min(common, key=lambda config: max(loss[config] for loss in each), default="null"))
-        if best:
-            tables["w4a16"].append({"bits": bits, "up_to": tokens, "config": best})
-    tables["w4a16"].sort(key=lambda entry: (entry["bits"], entry.get("shape", []), entry["up_to"]))
-    for kernel in ("w8a8", "llm_int8"):
-        tables[kernel].sort(key=lambda entry: entry["up_to_m"])
-        tables[kernel][-1:] = [{**entry, "up_to_m": 2**31 - 1} for entry in tables[kernel][-1:]]
-    return tables
-
-
-def first_line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {(str(problem).strip() or 'without a message').splitlines()[0]}"[:300]
+            for call in calls[name]:
+                call()
+        except WHAT_CASES_RAISE as problem:
+            if not is_peer or "CUDA" in str(problem):
+                raise
+            refused[name] = first_line(problem)
+            del calls[name]
+    return calls, refused
 
 
 PARTS: dict[str, Callable[[Setting], Iterator[tuple[str, Case]]]] = {
@@ -729,5 +645,4 @@ PARTS: dict[str, Callable[[Setting], Iterator[tuple[str, Case]]]] = {
     "size": size_cases,
     "preparation": preparation_cases,
     "timing": timing_cases,
-    "tuning": tuning_cases,
 }

@@ -47,8 +47,6 @@ class JoinedLinear(nn.Module):
     def forward(self, x: Tensor, part: int) -> Tensor:
         """All outputs for ``x`` [..., K], [..., N], of which the caller takes its ``part``."""
         version = _version(x)
-        if version is None:
-            return self.linear(x)
         kept = self._result
         if kept is not None and kept.x is x and kept.version == version and part in kept.missing:
             kept.missing.discard(part)
@@ -61,14 +59,13 @@ class JoinedLinear(nn.Module):
         return out
 
 
-def _version(x: Tensor) -> int | None:
-    """A number that changes when ``x`` is written to; None where torch does not count that.
+def _version(x: Tensor) -> int:
+    """A number that changes when ``x`` is written to.
 
-    torch.compile cannot look at it. There the caller's word counts: whoever joins layers has seen them called with one unchanged tensor.
+    torch.compile cannot look at it, and inference mode does not count. There the caller's word counts: whoever joins layers has seen them
+    called with one unchanged tensor.
     """
-    if torch.compiler.is_compiling():
-        return 0
-    return None if x.is_inference() else x._version
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class LinearPart(nn.Module):

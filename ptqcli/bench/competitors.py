@@ -7,25 +7,22 @@ copies of them as it takes to leave the cache, and memory to hold them all is as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from subprocess import SubprocessError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ptqcli.bench.machine import free_bytes
+from ptqcli.bench.peers import Multiply, Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import copies
 from ptqcli.errors import UsageError
 from ptqcli.runtime import quantized_linear
 from ptqcli.scheme import WHOLE_MATRIX, OutlierColumns, QuantizedWeight, Scheme
-
-if TYPE_CHECKING:
-    from ptqcli.bench.peers import Peer
 
 BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
@@ -37,13 +34,6 @@ WORKING_BYTES_PER_WEIGHT = 12
 WORKING_BYTES_PER_VALUE = 16
 ROWS_AT_ONCE = 1024
 
-# What a library raises that does not get along with this machine, this torch or this shape. Not MemoryError: the machine is at its end.
-PEER_ERRORS = (
-    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, ImportError, OSError,
-    SubprocessError,
-)  # fmt: skip
-
-Multiply = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class Competitor:
     """One way to multiply. kind: ``ours``, ``baseline`` or ``peer``. dtype: of its input.
 
     weight_bytes: one copy of the weight as stored. arithmetic: the dtype whose limit counts. copies: functions of x [M, K] that return
-    [M, N], one for each copy of the weight. same_numbers: it computes with the codes that all have.
+    [M, N], one for each copy of the weight. same_numbers: it computes with the codes that all have. graphs: a CUDA graph can hold it.
     """
 
     name: str
@@ -61,6 +51,7 @@ class Competitor:
     arithmetic: str
     copies: Sequence[Multiply]
     same_numbers: bool = True
+    graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,11 +67,6 @@ class Contest:
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def first_line(error: BaseException) -> str:
-    """Class and first line of what another library raised."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')[:200]}"
 
 
 def prepare(
@@ -104,7 +90,7 @@ def prepare(
     for peer in peers:
         try:
             built = _peer(peer, weight, dtype, device, spare)
-        except PEER_ERRORS as error:
+        except kernel_errors() as error:
             failures.append(f"{peer.name}: {scheme.describe()}, {size}: {first_line(error)}")
         else:
             competitors += [] if built is None else [built]
@@ -239,4 +225,4 @@ def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch
             return None
         built.append(multiply)
     arithmetic = _arithmetic(weight.scheme, dtype)
-    return Competitor(peer.name, "peer", dtype, size, arithmetic, built, peer.same_numbers)
+    return Competitor(peer.name, "peer", dtype, size, arithmetic, built, peer.same_numbers, peer.graphs)

@@ -18,20 +18,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ptqcli.bench.competitors import BASELINES, PEER_ERRORS, Competitor, Contest, first_line, prepare, rows_of
+from ptqcli.bench.competitors import BASELINES, Competitor, Contest, prepare, rows_of
 from ptqcli.bench.machine import Machine
+from ptqcli.bench.peers import Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import Timing, time_in_turn
 from ptqcli.errors import UsageError
 from ptqcli.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, QuantizedWeight, Scheme
-
-if TYPE_CHECKING:
-    from ptqcli.bench.peers import Peer
 
 # One of each kind, to show how the names are made; parse_scheme reads the rest.
 SCHEMES = ("w4a16", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
@@ -132,7 +129,7 @@ def _contend(contest: Contest, shape: Shape, tokens: int, machine: Machine, seco
     eager = time_in_turn(calls, device, seconds=seconds)
     graphs: dict[str, Timing] = {}
     if device.type == "cuda":
-        graphs = time_in_turn(calls, device, graphs=True, seconds=seconds)
+        graphs = time_in_turn({each.name: calls[each.name] for each in able if each.graphs}, device, graphs=True, seconds=seconds)
     return [_point(each, able, shape, contest.weight.scheme, tokens, machine, eager, graphs, errors[each.name]) for each in able], failures
 
 
@@ -188,7 +185,7 @@ def _errors(contest: Contest, inputs: Mapping[torch.dtype, Tensor], what: str) -
     for each in contest.competitors:
         try:
             found = _output(each, inputs[each.dtype], len(weight.codes))
-        except PEER_ERRORS as error:
+        except kernel_errors() as error:
             if each.kind != "peer":
                 raise
             failures.append(f"{each.name}: {what}: {first_line(error)}")

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ INT8_COLUMNS = 32  # of any other number torch's int8 kernel reads beyond the en
 FEWEST_INT_MM_ROWS = 17
 BITSANDBYTES_STEPS = 127  # it stores the largest magnitude of a row, which is so many steps
 
+_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, ImportError, OSError,
+    SubprocessError,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -46,13 +52,31 @@ class Peer:
 
     version: of the package it comes from. build: makes, of a weight, a function of x [M, K] in the dtype on the device that returns
     [M, N] in the dtype; None if it does not do this scheme or shape on this device. A package that is broken raises there what it raises.
-    same_numbers: it computes with the codes that it was given, so its error says something.
+    same_numbers: it computes with the codes that it was given, so its error says something. graphs: a CUDA graph can hold it; one that
+    waits for the device must not even be tried, because a capture that fails may spoil the process.
     """
 
     name: str
     version: str
     build: Build
     same_numbers: bool = True
+    graphs: bool = True
+
+
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What a library raises that does not get along with this machine, this torch or this shape, Triton's own errors among them.
+
+    Not MemoryError: the machine is at its end. ``except kernel_errors()`` asks for triton only once something was raised.
+    """
+    try:
+        return (*_ERRORS, import_module("triton.errors").TritonError)
+    except ImportError:
+        return _ERRORS
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of what another library raised."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')[:250]}"
 
 
 def installed_peers(device: str | torch.device) -> list[Peer]:
@@ -69,8 +93,8 @@ def installed_peers(device: str | torch.device) -> list[Peer]:
         peers.append(Peer("humming", metadata.version("humming-kernels"), _humming))
     if find_spec("bitsandbytes"):
         version = metadata.version("bitsandbytes")
-        peers.append(Peer("bitsandbytes", version, _bitsandbytes_int8))
-        peers.append(Peer("bitsandbytes nf4", version, _bitsandbytes_nf4, same_numbers=False))
+        peers.append(Peer("bitsandbytes", version, _bitsandbytes_int8, graphs=False))
+        peers.append(Peer("bitsandbytes nf4", version, _bitsandbytes_nf4, same_numbers=False, graphs=False))
     return peers
 
 
@@ -144,7 +168,8 @@ def _quantized(x: Tensor, given: Tensor | None, per_token: bool, more: int) -> t
     scale = given
     if scale is None:
         largest = values.abs().amax(dim=-1, keepdim=True) if per_token else values.abs().amax().reshape(1)
-        scale = torch.where(largest > 0, largest / 127.5, 1.0)
+        # By a tensor: a Python number torch on CUDA divides by through its reciprocal, which rounds otherwise.
+        scale = torch.where(largest > 0, largest / largest.new_full((), 127.5), 1.0)
     return torch.round(values / scale).clamp(-128, 127).to(torch.int8), scale
 
 

@@ -167,13 +167,14 @@ def _cuda_seconds(run: Call, times: int) -> float:
 
 def _capture(copied: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
     """A graph of one pass over all copies, or None for calls that wait for the device or otherwise cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch.cuda.synchronize()
     try:
         with torch.cuda.graph(graph):  # on a stream of its own
             for call in copied:
                 call()
     except RuntimeError:  # CUDA's own refusals are of this class, too
+        torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own stream behind
         torch.cuda.synchronize()
         return None
     graph.replay()
