@@ -40,6 +40,8 @@ from ptq_kernels.reference import int_mm_is_fast_and_exact
 from ptq_kernels.torch_cpu import INT8_COLUMN_MULTIPLE, int4_group_size
 from ptq_kernels.w4a16 import GROUP_SIZES
 from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptqcli.checkpoint import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
@@ -80,7 +82,22 @@ def load_quantized(
     _Loader(model, reader, schemes, torch.device(device), config.dtype, kernel).run(fuse)
     if (folder / "generation_config.json").is_file():
         _set_generation_config(model, folder)
+    model.hf_quantizer = _Packed(folder)
     return model.to(device)  # the buffers that the model computed for itself
+
+
+class _Packed(HfQuantizer):
+    """Lets ``model.save_pretrained`` refuse: no program could load the layout of the kernels, which it would write without a word."""
+
+    is_trainable = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(QuantizationConfigMixin(quant_method=compressed_tensors.NAME))
+        self.folder = folder
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Asked when the model is to be saved."""
+        raise PTQError(f"a model of load_quantized holds weights packed for the kernels and cannot be saved; copy {self.folder} instead")
 
 
 class _Loader:

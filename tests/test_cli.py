@@ -197,6 +197,7 @@ REFUSED = [
     ("generate done " + "x" * 128, 2, "the text has 128 tokens and the model 128 positions"),
     ("generate done hello --temperature -1", 2, "-1.0 is not in the range"),
     ("generate done hello --kernel triton", 2, "q_proj: kernel triton cannot run it: it needs a CUDA device; use --kernel auto"),
+    ("generate model hello --kernel triton", 2, "is not quantized, so it cannot run on --kernel triton; leave the flag out"),
     ("eval done --kernel marlin --no-baseline", 2, "'marlin' is not one of 'auto', 'triton', 'torch', 'reference'"),
     ("doctor --jason", 2, "No such option '--jason'"),
 ]

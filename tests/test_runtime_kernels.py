@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import ptqcli
 from ptqcli import runtime
-from ptqcli.errors import UsageError
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.runtime import kernels_in, load_quantized, quantized_linear
 from ptqcli.scheme import OutlierSplit, QuantizedWeight, Scheme
 
@@ -317,3 +319,15 @@ def test_it_loads_while_transformers_has_another_default(tmp_path: Path) -> None
     pytest.importorskip("compressed_tensors")
     AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(load_quantized(tmp_path)), first)
+
+
+def test_a_loaded_model_refuses_to_be_saved(tmp_path: Path) -> None:
+    """transformers would write the kernels' layout without a scheme, and load random weights in its place."""
+    write_checkpoint(tmp_path / "packed", random_model(llama()), everything(Scheme(4, 32)))
+    model: Any = load_quantized(tmp_path / "packed")
+    with pytest.raises(PTQError, match=r"cannot be saved; copy .*packed instead"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16

@@ -115,11 +115,20 @@ def test_the_contract_names_the_argument() -> None:
     with pytest.raises(ValueError, match=r"^group_size 32 does not go .* scales \[16, 1\]"):
         Int4Linear(codes, scale[:, :1], None, 32)
     with pytest.raises(ValueError, match=r"^codes must be below 16, found \d+"):
-        Int4Linear(codes + 16 * (codes == codes[0, 0]), scale, None, 32)
+        Int4Linear(codes + (codes == codes[0, 0]).byte() * 16, scale, None, 32)
     with pytest.raises(TypeError, match=r"^scale must be one of"):
         Int4Linear(codes, scale.double(), None, 32)
     with pytest.raises(ValueError, match=r"^bias must be torch.bfloat16 of shape \[16\]"):
         Int4Linear(codes, scale, None, 32, bias.float())
+    with pytest.raises(TypeError, match=r"^codes must be uint8"):
+        Int4Linear(codes.view(torch.int8), scale, None, 32)
+    for zero in (scale, torch.zeros(16, 1, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"^zero must be uint8 of shape \[16, 2\]"):
+            Int4Linear(codes, scale, zero, 32)
+    with pytest.raises(ValueError, match=r"^zero must be below 16, found 200"):
+        Int4Linear(codes, scale, torch.full((16, 2), 200, dtype=torch.uint8), 32)
+    with pytest.raises(ValueError, match=r"^group_size 0 does not go"):
+        Int4Linear(codes, scale, None, 0)
     with pytest.raises(TypeError, match=r"^codes must be int8"):
         Int8Linear(codes, scale[:, 0])
     with pytest.raises(ValueError, match=r"^scale must have shape \[16\]"):
@@ -136,3 +145,29 @@ def test_a_layer_compiles_whole(bits: int) -> None:
     for tokens in (1, 300):
         x = signed_input(tokens, 128, torch.bfloat16)
         assert torch.equal(compiled(x), made(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_input_that_does_not_fit_is_named(bits: int) -> None:
+    codes, scale, _, _ = layer((16, 64, 32), 4, torch.bfloat16, True)
+    made = Int4Linear(codes, scale, None, 32) if bits == 4 else Int8Linear(codes.view(torch.int8), scale[:, 0])
+    for x, error, message in [
+        (torch.ones(2, 64, dtype=torch.float64), TypeError, "x must be torch.bfloat16, as the scales are"),
+        (torch.ones(2, 63).bfloat16(), ValueError, r"x must have 64 columns, not the shape \[2, 63\]"),
+        (torch.tensor(1.0).bfloat16(), ValueError, "x must have 64 columns"),
+    ]:
+        with pytest.raises(error, match=message):
+            made(x)
+    with pytest.raises(TypeError, match=r"x must be torch.float64, as the scales are, and one of"):
+        made.to(torch.float64)(torch.ones(2, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_an_input_with_gaps(bits: int, dtype: torch.dtype) -> None:
+    codes, scale, _, _ = layer((16, 64, 32), 4, dtype, True)
+    made = Int4Linear(codes, scale, None, 32) if bits == 4 else Int8Linear(codes.view(torch.int8), scale[:, 0].contiguous())
+    wide = torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for x in (wide.chunk(2, dim=-1)[1], wide[..., ::2], wide[:1, :, ::2]):
+        assert torch.equal(made(x), made(x.contiguous()))
+    assert made(wide[:0, :, :64]).shape == (0, 1, 16)

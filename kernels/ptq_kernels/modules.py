@@ -48,7 +48,7 @@ class WeightOnlyLinear(nn.Module):
         g_idx: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = codes.shape
+        self.out_features, self.in_features = _matrix_shape(codes)
         self.bits = bits
         self.group_size = group_size
         self.register_buffer("packed", pack_codes(codes, bits))
@@ -254,7 +254,7 @@ def _integer_kernel(codes: Tensor, reference: bool) -> str:
 
 
 def _matrix_shape(codes: Tensor) -> tuple[int, int]:
-    if codes.dim() != 2:
+    if codes.dim() != 2 or not codes.numel():
         raise ValueError(f"codes must be [N, K], not {list(codes.shape)}")
     return codes.shape[0], codes.shape[1]
 

@@ -111,9 +111,7 @@ def check_arguments(
     g_idx: Tensor | None,
 ) -> None:
     """The contract of ``weight_only_linear``, for every kernel with its signature."""
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, not {x.dtype}")
-    columns, rows = x.shape[-1], packed.shape[0]
+    columns, rows = _columns(x), packed.shape[0]
     per_group = columns if group_size == -1 else group_size
     if per_group < 1 or columns % per_group:
         raise ValueError(f"group_size {group_size} does not divide the {columns} columns of x")
@@ -240,9 +238,7 @@ def _rounded(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def check_int8_arguments(x: Tensor, codes: Tensor, scale: Tensor, input_scale: Tensor | None, per_token: bool, bias: Tensor | None) -> None:
     """The contract of ``int8_linear``, for every kernel with its signature."""
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, not {x.dtype}")
-    columns, rows = x.shape[-1], codes.shape[0]
+    columns, rows = _columns(x), codes.shape[0]
     if columns >= TOO_MANY_COLUMNS:
         raise ValueError(f"x must have fewer than {TOO_MANY_COLUMNS} columns, not {columns}, for sums of 32 bits")
     _expect("codes", codes, torch.int8, (rows, columns))
@@ -271,6 +267,14 @@ def check_llm_int8_arguments(
         raise ValueError(f"threshold must be positive, not {threshold}")
     _expect("outlier_index", outlier_index, torch.int32, (outlier_index.numel(),))
     _expect_floats("outlier_weight", outlier_weight, (codes.shape[0], len(outlier_index)))
+
+
+def _columns(x: Tensor) -> int:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, not {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have one dimension at least, the columns")
+    return x.shape[-1]
 
 
 def _expect_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

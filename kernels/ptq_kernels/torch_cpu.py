@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 def int4_group_size(columns: int, group_size: int) -> int | None:
     """The group size with which torch's 4-bit kernel can run groups of ``group_size`` (-1: whole rows), or None if with none."""
     per_group = columns if group_size == -1 else group_size
-    return next((size for size in GROUP_SIZES if per_group % size == 0), None)
+    return next((size for size in GROUP_SIZES if per_group > 0 and per_group % size == 0), None)
 
 
 class Int4Linear(nn.Module):
@@ -48,14 +48,19 @@ class Int4Linear(nn.Module):
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bias: Tensor | None = None) -> None:
         super().__init__()
+        if codes.dtype != torch.uint8:
+            raise TypeError(f"codes must be uint8, not {codes.dtype}")
         _check(codes, scale, bias)
+        if zero is not None and (zero.dtype != torch.uint8 or zero.shape != scale.shape):
+            raise ValueError(f"zero must be uint8 of shape {list(scale.shape)}, not {zero.dtype} of shape {list(zero.shape)}")
         self.out_features, self.in_features = codes.shape
         per_group = self.in_features if group_size == -1 else group_size
         size = int4_group_size(self.in_features, group_size)
         if size is None or scale.shape != (self.out_features, self.in_features // per_group):
             raise ValueError(f"group_size {group_size} does not go with {self.in_features} columns and scales {list(scale.shape)}")
-        if codes.numel() and int(codes.max()) >= 16:
-            raise ValueError(f"codes must be below 16, found {int(codes.max())}")
+        for name, values in (("codes", codes), ("zero", zero)):
+            if values is not None and values.numel() and int(values.max()) >= 16:
+                raise ValueError(f"{name} must be below 16, found {int(values.max())}")
         self.group_size = size
         self.shifted = zero is not None
         shift = torch.zeros_like(scale) if zero is None else ((8 - zero.float()) * scale.float()).to(scale.dtype)
@@ -70,8 +75,8 @@ class Int4Linear(nn.Module):
         self.block = next((block for block in (64, 32) if torch.equal(_unpack(self.packed, block), padded)), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., K] to [..., N]."""
-        tokens = x.reshape(-1, self.in_features)
+        """``x`` [..., K] to [..., N]. Raises TypeError or ValueError for another dtype or number of columns."""
+        tokens = _tokens(x, self.in_features, self.scale_and_shift.dtype)
         if self.block is not None and len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
             return expanding_linear(x, self.out_features, self.expanded, self.bias)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, self.group_size, self.scale_and_shift)
@@ -149,8 +154,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., K] to [..., N]."""
-        tokens = x.reshape(-1, self.in_features)
+        """``x`` [..., K] to [..., N]. Raises TypeError or ValueError for another dtype or number of columns."""
+        tokens = _tokens(x, self.in_features, self.scale.dtype)
         if len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
             return expanding_linear(x, self.out_features, self.expanded, self.bias)
         product = torch.ops.aten._weight_int8pack_mm(tokens, self.codes, self.scale)
@@ -166,6 +171,15 @@ class Int8Linear(nn.Module):
         """What ``print(model)`` shows."""
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, bits=8, group_size=-1, bias={self.bias is not None}, kernel={self.kernel}"
+
+
+def _tokens(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """``x`` as [M, K], without gaps: torch's kernels take nothing else."""
+    if x.dtype != dtype or dtype not in DTYPES:
+        raise TypeError(f"x must be {dtype}, as the scales are, and one of {DTYPES}, not {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x must have {columns} columns, not the shape {list(x.shape)}")
+    return x.reshape(-1, columns).contiguous()
 
 
 def _check(codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:

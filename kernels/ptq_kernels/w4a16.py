@@ -146,6 +146,8 @@ def check_w4a16(
         raise ValueError(f"bits must be one of {tuple(TILE_COLUMNS)}, not {bits}")
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"x must be float16 or bfloat16, not {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have one dimension at least, the columns")
     columns = x.shape[-1]
     if group_size not in GROUP_SIZES or columns % group_size:
         raise ValueError(f"group_size must be one of {GROUP_SIZES} and divide the {columns} columns of x, not {group_size}")

@@ -35,7 +35,6 @@ WORKING_BYTES_PER_VALUE = 16
 ROWS_AT_ONCE = 1024
 
 
-
 @dataclass(frozen=True)
 class Competitor:
     """One way to multiply. kind: ``ours``, ``baseline`` or ``peer``. dtype: of its input.

@@ -326,7 +326,9 @@ def _tell_peak(
     except PTQError as error:
         answer.send(error)
     except (RuntimeError, MemoryError, OSError) as error:
-        answer.send(PTQError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        said = "memory ran out" if short else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        answer.send(PTQError(f"{said}; choose a smaller batch or prompt" if short else said))
 
 
 def _peak_bytes(device: torch.device) -> int:

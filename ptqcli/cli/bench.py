@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,8 +120,8 @@ def command(
 ) -> None:
     """Measure how fast CHECKPOINT is, beside the original.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Measured are the
-    products of its layers (kernels), then the whole model: prefill, decode, memory.
+    CHECKPOINT is a folder that `ptq quantize` wrote; left out, it is the newest one here. Measured are the products of its layers, on
+    random numbers (kernels), then the whole model: prefill, decode, memory. With --only model it may be any model folder or hub id.
     """
     output = Output(as_json=as_json, quiet=quiet)
     _refuse_without_effect(ctx, only, shapes, schemes)
@@ -148,6 +148,8 @@ def command(
         output.say()
         output.say(f"roofline  {path_text(plot)}")
     output.result(results.to_json())
+    if results.error is not None:
+        raise results.error
 
 
 # What is refused before anything is measured
@@ -332,11 +334,13 @@ class _Job:
         from ptqcli.bench.machine import free_bytes
 
         memory = self._all_memory(results, tracker)
+        if not memory:
+            return
         largest = [max(memory[name].values()) for name in memory]
         results.in_turn = sum(largest) < free_bytes(self.device)
         for names in [list(memory)] if results.in_turn else [[name] for name in memory]:
             tracker.say(f"loading {' and '.join(names)}")
-            models = {name: load_model(self.models[name], self.device, self.kernel) for name in names}
+            models = {name: self._loading(name)() for name in names}
             self._tell_layers(models, results, output)
             tracker.say(f"measuring {' and '.join(names)}{' in turn' if len(names) > 1 else ''}")
             for index, setting in enumerate(self._settings()):
@@ -348,29 +352,37 @@ class _Job:
         results.generation.sort(key=lambda point: order[point.batch, point.prompt])
 
     def _all_memory(self, results: _Results, tracker: Tracker) -> dict[str, dict[Setting, int]]:
-        """Peak bytes by model and setting. Where the original does not run, it is left out and the reason noted."""
+        """Peak bytes by model and setting. A setting that does not run is left out and the reason noted."""
         tracker.say("measuring memory, each model in a process of its own")
-        memory: dict[str, dict[Setting, int]] = {}
+        memory: dict[str, dict[Setting, int]] = {name: {} for name in self.models}
         jobs = [(name, setting) for name in self.models for setting in self._settings()]
         for done, (name, (batch, prompt)) in enumerate(jobs):
             tracker.step(done, len(jobs), f"{name}, batch {batch}, prompt {prompt}")
             try:
-                memory.setdefault(name, {})[batch, prompt] = self._memory(self.models[name], batch, prompt)
+                memory[name][batch, prompt] = self._memory(name, batch, prompt)
+            except UsageError:
+                raise
             except PTQError as error:
-                if name != "original":
-                    raise
-                results.failures.append(f"original, batch {batch}, prompt {prompt}: {error}")
+                results.failures.append(f"{name}, batch {batch}, prompt {prompt}: {error}")
+        for name in self.models:
+            if not memory[name] and name != "original":
+                results.error = PTQError(f"{self.models[name]}: could not be measured; see what failed above")
         return {name: peaks for name, peaks in memory.items() if peaks}
 
-    def _memory(self, folder: Path, batch: int, prompt: int) -> int:
+    def _loading(self, name: str) -> Callable[[], Any]:
+        """A call that loads the model ``name``, and that another process can be sent."""
+        return partial(load_model, self.models[name], self.device, self.kernel if name == "checkpoint" else "auto")
+
+    def _memory(self, name: str, batch: int, prompt: int) -> int:
         from ptqcli.bench.generation import peak_memory
         from ptqcli.bench.machine import free_bytes
 
+        folder = self.models[name]
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         free = free_bytes(self.device)
         if stored > free:
             raise PTQError(f"{folder}: its weights are {size_text(stored)} and {size_text(free)} of memory are free")
-        return peak_memory(partial(load_model, folder, self.device, self.kernel), batch, prompt, self.new_tokens, self.device)
+        return peak_memory(self._loading(name), batch, prompt, self.new_tokens, self.device)
 
     def _time(
         self, models: Mapping[str, Any], peaks: Mapping[str, int], setting: Setting, index: int, machine: Machine, tracker: Tracker
@@ -398,7 +410,10 @@ class _Job:
 
 @dataclass
 class _Results:
-    """All that was measured. layers: kernels of the checkpoint's layers, counted. in_turn: models were timed in alternation."""
+    """All that was measured. layers: kernels of the checkpoint's layers, counted. in_turn: models were timed in alternation.
+
+    error: why the model that was asked for has no result at all.
+    """
 
     subject: str
     machine: Machine
@@ -409,6 +424,7 @@ class _Results:
     failures: list[str] = field(default_factory=list)
     missing_peers: dict[str, str] = field(default_factory=dict)
     in_turn: bool = True
+    error: PTQError | None = None
 
     def show(self, output: Output) -> None:
         """Tables, then what failed."""
@@ -425,7 +441,7 @@ class _Results:
         new_tokens, dtype = self.generation[0].new_tokens, self.generation[0].dtype
         output.table(f"Whole model, {new_tokens} new tokens, medians", GENERATION_COLUMNS, generation_rows(self.generation))
         output.say(f"MFU, HFU: model's and hardware's operations as a share of the measured limit of {dtype}; attention counted in full")
-        output.say("by its definition MFU counts the head for every token of the prompt, where only the last one's is computed; HFU does not")
+        output.say("MFU by definition counts the head for every token of the prompt, HFU for the last alone, as it is computed")
         if self.machine.threads:
             output.say("peak memory: largest resident size of a process that loads the model and runs it once, Python and torch included")
         else:

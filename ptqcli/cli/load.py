@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptqcli.errors import PTQError
+from ptqcli.errors import PTQError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def load_model(folder: Path, device: torch.device, kernel: str = "auto") -> Any:
     """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are.
 
-    kernel: for packed weights, one of ``options.KERNELS``. Raises PTQError for a folder that holds no model that can be loaded, UsageError
-    for a layer that cannot run on ``kernel``.
+    kernel: one of ``options.KERNELS``, for packed weights. Raises PTQError for a folder that holds no model that can be loaded, UsageError
+    for a layer that cannot run on ``kernel``, or a kernel that is named for a model that is not packed.
     """
     from ptqcli.model import load_config
     from ptqcli.runtime import load_quantized
@@ -24,6 +24,8 @@ def load_model(folder: Path, device: torch.device, kernel: str = "auto") -> Any:
     hush_transformers()
     if getattr(config, "quantization_config", None) is not None:
         return load_quantized(folder, device=device, kernel=kernel)
+    if kernel != "auto":
+        raise UsageError(f"{folder}: is not quantized, so it cannot run on --kernel {kernel}; leave the flag out")
     return _load_plain(folder, config).to(device).eval()
 
 

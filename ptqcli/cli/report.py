@@ -37,7 +37,7 @@ def original_of(folder: Path) -> Path | None:
 
 def baseline_of(folder: Path, wanted: str | None, output: Output) -> Path | None:
     """The model to compare a checkpoint with: ``wanted``, a folder or hub id, or else where it came from; None, told, if that is gone."""
-    if wanted:
+    if wanted is not None:
         return find_model(wanted)
     original = original_of(folder)
     if original is not None and not original.is_dir():
