@@ -256,7 +256,8 @@ def correctness_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
         # The order of columns is a step of its own before the kernel, so every third case shows it with all numbers of bits and groups.
         order = turn % 3 == 2
         name = f"W{bits}A16 {scheme.describe()}{' order' if order else ''} {short(dtype)}"
-        tokens = TOKENS if group == 128 else setting.tokens  # in a rehearsal, too: among few tokens a flipped code is easily seen
+        # Some with all in a rehearsal, too: among few tokens a flipped code is easily seen.
+        tokens = TOKENS if (bits, group) == (4, 128) else setting.tokens
         yield name, functools.partial(against_float64, setting, scheme, shapes, dtype, tokens, order)
     for scheme, dtype in int8_formats():
         shapes = INT8_SHAPES[:1] if setting.rehearse else INT8_SHAPES
@@ -410,18 +411,22 @@ def launch_tiling(setting: Setting, scheme: Scheme, tiling: Any) -> Values:
     for tokens, parts in product((tiling.block_m, tiling.block_m + 5), (1, 3) if tiling.programs else (1,)):
         layer = make_layer(scheme, 515, 2112, torch.bfloat16, setting.device)
         x = make_input(tokens, 2112, torch.bfloat16, setting.device, outliers=3 if scheme.outliers else 0)
-        found = in_poisoned_memory(functools.partial(launch_int8, layer, x, tiling, parts))
+        found = in_poisoned_memory(functools.partial(int8_launcher(layer), x, tiling, parts))
         worst = check(error(found, truth(layer, x)), f"{tokens} tokens, {parts} parts", worst)
     return {"error": worst}
 
 
-def launch_int8(layer: Layer, x: Tensor, tiling: Any, parts: int | None) -> Tensor:
+def int8_launcher(layer: Layer) -> Callable[[Tensor, Any, int], Tensor]:
+    """The layer's product, of int8 per token, as a function of the input, a tiling, and the number of parts of K."""
     weight, bias = layer.weight, layer.bias
-    arguments = (x, signed(weight), weight.scale.flatten())
+    codes, scale = signed(weight), weight.scale.flatten()
     if weight.outliers is None or weight.scheme.outliers is None:
-        return import_module("ptq_kernels.w8a8").launch(*arguments, None, True, bias, tiling, parts)
-    stored, threshold = weight.outliers, weight.scheme.outliers.threshold
-    return import_module("ptq_kernels.llm_int8").launch(*arguments, stored.index, stored.weight, threshold, True, bias, None, tiling, parts)
+        w8a8 = import_module("ptq_kernels.w8a8")
+        return lambda x, tiling, parts: w8a8.launch(x, codes, scale, None, True, bias, tiling, parts)
+    llm_int8 = import_module("ptq_kernels.llm_int8")
+    slots = llm_int8.outlier_slots(weight.outliers.index, codes.shape[1])
+    split = (weight.outliers.index, weight.outliers.weight, weight.scheme.outliers.threshold)
+    return lambda x, tiling, parts: llm_int8.launch(x, codes, scale, *split, True, bias, slots, tiling, parts)
 
 
 def size_cases(setting: Setting) -> Iterator[tuple[str, Case]]:

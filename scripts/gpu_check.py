@@ -1,10 +1,11 @@
 """Everything that a GPU has to show about the kernels, in one run of under ten minutes. What whoever has a GPU runs first:
 
-    python scripts/gpu_check.py [--output gpu_check.json] [--minutes 9.5] [--workers N]
+    python scripts/gpu_check.py [--output FILE [--overwrite]] [--minutes 9] [--workers N]
     python scripts/gpu_check.py --tune > tuned.json      # tables for this GPU, to go into kernels/ptq_kernels/tuned/
     python scripts/gpu_check.py --rehearse               # the script itself, on the CPU: says nothing about any GPU
 
-It needs torch and triton, no installation of this package. What is run is in ``gpu_cases.py``, in these parts, one after another:
+It needs torch, triton, a C compiler and Python's headers, no installation of this package. FILE is written after each part. What is run
+is in ``gpu_cases.py``, in these parts, one after another:
 
     correctness     every kernel, format, odd shape and number of tokens against float64, in memory full of NaN; one flipped code must be
                     seen; int8 results are the CPU reference's bits; every configuration of the tuned tables is launched; torch.compile
@@ -18,7 +19,7 @@ and last the targets: what the timings were meant to reach, as PASS, FAIL, or NO
 
 Cases run in child processes, several at a time but for timings: a kernel that crashes, which makes a CUDA process unusable, or hangs costs
 that case alone. Each part has a share of the time; what does not fit any more is left out, the least important first, and counted. Exit
-code 0: nothing of ours failed; 1: something did; 2: no GPU, or wrong usage.
+code 0: nothing of ours failed; 1: something did; 2: no GPU, something that it needs is missing, or wrong usage.
 """
 
 from __future__ import annotations
@@ -28,39 +29,46 @@ import functools
 import json
 import os
 import queue
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import torch
 from gpu_cases import (
     BASELINE,
     OURS,
-    PARTS,
     SCHEMES,
     SHAPES,
     TIMED_TOKENS,
     WHAT_CASES_RAISE,
+    Case,
     Setting,
     Values,
-    first_line,
     point_name,
     tokens_of,
-    tuned_tables,
 )
+from gpu_tune import tuned_tables, tuning_cases
 
-from ptqcli.bench.peers import installed_peers, missing_peers  # gpu_cases has seen to it that this is found
+from ptqcli.bench.peers import first_line, installed_peers, missing_peers  # gpu_cases has seen to it that this is found
 
-SHARES = {"correctness": 0.36, "repeatability": 0.06, "size": 0.08, "preparation": 0.42, "timing": 1.0}  # of the time that is left
+PARTS: dict[str, Callable[[Setting], Iterator[tuple[str, Case]]]] = {**gpu_cases.PARTS, "tuning": tuning_cases}
+SHARES = {"correctness": 0.36, "repeatability": 0.06, "size": 0.12, "preparation": 0.42, "timing": 1.0}  # of the time that is left
 ALONE = ("size", "timing")  # parts that need the GPU for themselves
+# Many children on one machine: without these each would start a thread and a compiler for every processor.
+FOR_CHILDREN = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def child(part: str, setting: Setting) -> int:
@@ -70,7 +78,7 @@ def child(part: str, setting: Setting) -> int:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_grad_enabled(False)
-    cases = dict(PARTS[part](replace(setting, ready=frozenset(order["ready"]))))
+    cases = dict(PARTS[part](replace(setting, ready=frozenset(order["ready"]), eager=frozenset(order["eager"]))))
     for name in order["names"]:
         if time.time() > order["until"]:
             break
@@ -84,8 +92,8 @@ def child(part: str, setting: Setting) -> int:
         except WHAT_CASES_RAISE as problem:
             values |= {"ok": False, "why": first_line(problem)}
         lines.write(json.dumps(values | {"seconds": round(time.perf_counter() - began, 3)}) + "\n")
-        if "CUDA" in values.get("why", ""):
-            return 4  # after an illegal access every further call of this process would fail
+        if "CUDA" in values.get("why", "") or "no_graph" in values:
+            return 4  # after an illegal access every further call of this process would fail, after a failed capture some
     return 0
 
 
@@ -93,12 +101,13 @@ def child(part: str, setting: Setting) -> int:
 class Pool:
     """Runs cases in child processes.
 
-    command: starts a child, which is given its orders on standard input, among them what is ``ready``. case_seconds: how long it may be
-    silent; grace_seconds: likewise beyond the end of its time.
+    command: starts a child, which is given its orders on standard input, among them what is ``ready``, and in ``eager`` whatever earlier
+    children failed to capture in a CUDA graph. case_seconds: how long it may be silent; grace_seconds: likewise beyond the end of its time.
     """
 
     command: list[str]
     ready: list[str] = field(default_factory=list)
+    eager: list[str] = field(default_factory=list)
     case_seconds: float = 90.0
     grace_seconds: float = 20.0
     results: list[Values] = field(default_factory=list)
@@ -116,10 +125,16 @@ class Pool:
     def _one_child(self, names: list[str], until: float) -> list[str]:
         """Runs a child to its end and returns the cases that are still to be done."""
         process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | FOR_CHILDREN,
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"names": names, "until": until, "ready": self.ready}))
+        process.stdin.write(json.dumps({"names": names, "until": until, "ready": self.ready, "eager": self.eager}))
         process.stdin.close()
         lines: queue.Queue[str | None] = queue.Queue()
         errors: list[str | None] = []
@@ -162,6 +177,7 @@ class Pool:
                 started = said["started"]
                 continue
             self.results.append(said)
+            self.eager += [said["no_graph"]] if "no_graph" in said else []
             done.add(said["name"])
             started = None
 
@@ -301,7 +317,7 @@ def run_part(part: str, setting: Setting, seconds: float, workers: int, ready: S
     """One part within its time."""
     began = time.time()
     command = [sys.executable, __file__, "--child", part, *(["--rehearse"] if setting.rehearse else [])]
-    pool = Pool(command, list(ready), case_seconds)
+    pool = Pool(command, list(ready), case_seconds=case_seconds)
     names = [name for name, _ in PARTS[part](setting)]
     print(f"{part}: {len(names)} cases, at most {seconds:.0f} s", file=sys.stderr, flush=True)
     pool.run(names, began + seconds, workers)
@@ -318,23 +334,24 @@ def is_ours(part: str, line: Values) -> bool:
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu_check.json"), metavar="FILE", help="everything that was found, as JSON")
-    parser.add_argument("--minutes", type=float, help="for everything together (default: 9.5; 40 for --tune)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="everything that was found, as JSON (default: named for GPU and time)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    parser.add_argument("--minutes", type=float, help="for everything together (default: 9; 40 for --tune)")
     parser.add_argument("--workers", type=int, default=min(12, max(1, (os.cpu_count() or 2) - 2)), help="processes that share the GPU")
     parser.add_argument("--tune", action="store_true", help="time configurations instead, and print tables for this GPU")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes: tests this script, not a GPU")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     if options.minutes is None:
-        options.minutes = 40.0 if options.tune else 9.5
+        options.minutes = 40.0 if options.tune else 9.0
     if options.minutes <= 0 or options.workers < 1:
         parser.error("--minutes and --workers must be positive")
     return options
 
 
-def tune(setting: Setting, options: argparse.Namespace) -> int:
+def tune(setting: Setting, minutes: float) -> int:
     """Tables for this GPU, printed as JSON."""
-    found = run_part("tuning", setting, 60 * options.minutes, 1, case_seconds=900.0)
+    found = run_part("tuning", setting, 60 * minutes, 1, case_seconds=900.0)
     for line in found["cases"]:
         if not line["ok"]:
             print(f"FAILED {line['name']}: {line['why']}", file=sys.stderr)
@@ -344,22 +361,66 @@ def tune(setting: Setting, options: argparse.Namespace) -> int:
     return int(any(not line["ok"] for line in found["cases"]))
 
 
-def check_everything(setting: Setting, options: argparse.Namespace) -> int:
+def check_everything(setting: Setting, output: Path, minutes: float, workers: int) -> int:
     """All parts, the report, the file."""
-    until = time.time() + 60 * options.minutes
+    until = time.time() + 60 * minutes
     report: Values = {"rehearsal": setting.rehearse, "about": describe_machine(setting), "parts": []}
     for part, share in SHARES.items():
-        workers = 1 if part in ALONE or setting.rehearse else options.workers
         ready = [line["name"] for earlier in report["parts"] for line in earlier["cases"] if line.get("ready")]
-        report["parts"].append(run_part(part, setting, share * max(until - time.time(), 0), workers, ready))
-    parts = {} if setting.rehearse else {part["name"]: part for part in report["parts"]}
-    report["targets"] = [asdict(target) for target in targets(report_points(report) if parts else {}, parts)]
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report["parts"].append(run_part(part, setting, share * max(until - time.time(), 0), 1 if part in ALONE else workers, ready))
+        parts = {} if setting.rehearse else {part["name"]: part for part in report["parts"]}
+        report["targets"] = [asdict(target) for target in targets(report_points(report) if parts else {}, parts)]
+        write(output, report)
     print(", ".join(f"{name} {value}" for name, value in report["about"].items() if isinstance(value, str)))
     show(report, setting)
-    print(f"everything is in {options.output}")
+    print(f"everything is in {output}")
     failed = any(not line["ok"] and is_ours(part["name"], line) for part in report["parts"] for line in part["cases"])
     return int(failed or any(target["verdict"] == "FAIL" for target in report["targets"]))
+
+
+def write(path: Path, report: Values) -> None:
+    """The whole file at once: whoever reads it, or stops this program, never has half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def default_output(setting: Setting) -> Path:
+    """Such as ``gpu_check-NVIDIA_H200-2026-11-22-1310.json``."""
+    name = "rehearsal" if setting.rehearse else re.sub(r"[^\w.-]+", "_", torch.cuda.get_device_name(0))
+    return Path(f"gpu_check-{name}-{time.strftime('%Y-%m-%d-%H%M')}.json")
+
+
+def what_is_in_the_way(setting: Setting, output: Path | None, overwrite: bool) -> str | None:
+    """One line, if this cannot begin; ``output`` is None for tuning."""
+    if not setting.rehearse and not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch; run this where one is, or --rehearse to try the script"
+    if not setting.rehearse and (missing := what_triton_misses()):
+        return missing
+    if output is not None and not output.absolute().parent.is_dir():
+        return f"{output}: there is no such folder; make it, or give another --output"
+    if output is not None and output.exists() and not overwrite:
+        return f"{output} is there already; give another --output, or --overwrite"
+    return None
+
+
+def what_triton_misses() -> str | None:
+    """One line on what stands in the way of its compiling anything; it looks for these in the same places."""
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "triton needs a C compiler and finds neither gcc nor clang; install one (apt-get install gcc), or name it in CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = sysconfig.get_paths(scheme)["include"]
+    command = [compiler, "-fsyntax-only", "-x", "c", f"-I{headers}", "-"]
+    try:
+        done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, check=False)
+    except OSError as problem:
+        return f"triton needs a C compiler, and {compiler} does not run: {first_line(problem)}"
+    if done.returncode:
+        return f"triton needs Python.h, which {compiler} does not find in {headers}; install Python's headers (apt-get install python3-dev)"
+    return None
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -368,10 +429,15 @@ def main(given: Sequence[str] | None = None) -> int:
     setting = Setting(options.rehearse)
     if options.child:
         return child(options.child, setting)
-    if not setting.rehearse and not torch.cuda.is_available():
-        print("gpu_check: no CUDA GPU is visible to torch; run this where one is, or --rehearse to try the script", file=sys.stderr)
+    output = None
+    if not options.tune and (setting.rehearse or torch.cuda.is_available()):
+        output = options.output or default_output(setting)
+    if problem := what_is_in_the_way(setting, output, options.overwrite):
+        print(f"gpu_check: {problem}", file=sys.stderr)
         return 2
-    return tune(setting, options) if options.tune else check_everything(setting, options)
+    if output is None:
+        return tune(setting, options.minutes)
+    return check_everything(setting, output, options.minutes, 1 if setting.rehearse else options.workers)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ptqcli.bench import competitors, kernels, timing
 from ptqcli.bench.competitors import OUTLIER_SIZE, dense_weight, prepare, random_inputs, random_weight, rows_of, stored_bytes
 from ptqcli.bench.kernels import SCHEMES, KernelPoint, bench_kernels, parse_scheme
 from ptqcli.bench.machine import Machine
+from ptqcli.bench.peers import Peer
 from ptqcli.bench.shapes import MODELS, Shape, named_shapes, shapes_of
 from ptqcli.errors import UsageError
 from ptqcli.formats import compressed_tensors
@@ -47,9 +48,8 @@ def by_name(points: list[KernelPoint]) -> dict[str, KernelPoint]:
     return {point.name: point for point in points}
 
 
-def peer(build: Callable, name: str = "peer", same_numbers: bool = True) -> SimpleNamespace:
-    """What ``bench_kernels`` uses of a Peer."""
-    return SimpleNamespace(name=name, version="1", build=build, same_numbers=same_numbers)
+def peer(build: Callable, name: str = "peer", same_numbers: bool = True, graphs: bool = True) -> Peer:
+    return Peer(name, "1", build, same_numbers, graphs)
 
 
 def plain(weight: QuantizedWeight, dtype: torch.dtype, _device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -342,6 +342,27 @@ def test_a_peer_with_another_number_format_has_no_error_and_counts_as_the_scheme
     assert point.error is None
     assert point.kind == "peer"
     assert point.ratio.keys() == {"float32", "bfloat16"}
+
+
+def test_what_waits_for_the_device_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = (peer(plain, "waits", graphs=False), peer(plain, "other"))
+    contest = prepare(SMALL, parse_scheme("w4a16"), 1, CPU, torch.bfloat16, "reference", peers)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), to=lambda _dtype: None)
+    there = replace(contest, x=type("OnGpu", (), {"device": on_gpu.device, "__getitem__": lambda *_: on_gpu})())
+    timed: dict[bool, list[str]] = {}
+
+    def record(calls: dict[str, list], _device: object, graphs: bool = False, seconds: float = 0.2) -> dict[str, timing.Timing]:
+        timed[graphs] = list(calls)
+        return {name: timing.Timing(2.0 - graphs, 1.0, 3.0, 1) for name in calls}
+
+    monkeypatch.setattr(kernels, "time_in_turn", record)
+    monkeypatch.setattr(kernels, "_errors", lambda *_: ({each.name: 0.0 for each in contest.competitors}, []))
+    points = by_name(kernels._contend(there, SMALL, 1, MACHINE, 1e-3)[0])
+    assert timed[False] == ["float32", "bfloat16", "W4A16 reference", "waits", "other"]
+    assert timed[True] == ["float32", "bfloat16", "W4A16 reference", "other"]
+    assert points["waits"].graph_microseconds is None
+    assert points["waits"].microseconds == 2
+    assert points["other"].graph_microseconds == 1
 
 
 def test_ours_failing_is_no_point_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

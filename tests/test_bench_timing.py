@@ -165,7 +165,7 @@ class FakeCuda:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.recording: list[str] | None = None
+        self.stream = "the first"
         fake = self
 
         class Event:
@@ -193,9 +193,18 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, made: SimpleNamespace):
-        before = len(self.clock.log)
+        """As torch's own: when its body fails it leaves its stream behind."""
+        before, stream = len(self.clock.log), self.stream
+        self.stream = "of the capture"
         yield
+        self.stream = stream
         made.calls = self.clock.log[before:]
+
+    def current_stream(self) -> str:
+        return self.stream
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
 
     @contextmanager
     def device(self, _device: torch.device):
@@ -235,6 +244,7 @@ def test_a_call_that_cannot_be_captured_is_missing_and_the_others_are_there(cloc
     found = time_in_turn({"waits": [waits, waits], "a": clock.several("a", 1e-5, 2)}, "cuda", graphs=True, seconds=0.05)
     assert found["a"].microseconds == pytest.approx(1)
     assert list(found) == ["a"]
+    assert cuda.stream == "the first"
 
 
 @given(bytes_each=st.integers(1, 10**10), limit=st.integers(0, 10**11), cache=st.integers(1, 10**9))

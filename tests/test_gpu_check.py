@@ -12,10 +12,15 @@ from typing import Any
 
 import gpu_cases
 import gpu_check
+import gpu_tune
 import pytest
 import torch
-from gpu_cases import BASELINE, OURS, SCHEMES, SHAPES, TIMED_TOKENS, Setting, point_name
+from gpu_cases import BASELINE, OURS, SCHEMES, SHAPES, TIMED_TOKENS, TOKENS, Setting, point_name
 from gpu_check import Pool, judged, targets
+
+from ptqcli.bench import machine
+from ptqcli.bench.timing import Timing
+from ptqcli.scheme import Scheme
 
 SCRIPT = Path(gpu_check.__file__)
 NEEDED_NOWHERE_ELSE = {"transformers", "click", "rich", "psutil", "safetensors", "yaml", "accelerate", "datasets", "pyarrow"}
@@ -43,6 +48,62 @@ def test_the_rehearsal_goes_through_all_parts_and_says_that_it_proves_nothing(tm
     assert {OURS, BASELINE, "torch int4"} <= set(lines["W4A16 up 1"]["microseconds"])
     assert {OURS, BASELINE, "torch int_mm"} <= set(lines["W8A8 up 1"]["microseconds"])
     assert {target["verdict"] for target in found["targets"]} == {"NOT MEASURED"}
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_result_that_is_there_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("precious")
+    assert gpu_check.main(["--rehearse", "--output", str(there)]) == 2
+    assert capsys.readouterr().err == f"gpu_check: {there} is there already; give another --output, or --overwrite\n"
+    assert there.read_text() == "precious"
+    assert gpu_check.main(["--rehearse", "--output", str(tmp_path / "no" / "there.json")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert gpu_check.what_is_in_the_way(Setting(rehearse=True), there, overwrite=True) is None
+
+
+def test_results_are_named_for_gpu_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H200 (141 GB)")
+    monkeypatch.setattr(gpu_check.time, "strftime", lambda form: form.replace("%Y-%m-%d-%H%M", "2026-11-22-1310"))
+    assert gpu_check.default_output(Setting()).name == "gpu_check-NVIDIA_H200_141_GB_-2026-11-22-1310.json"
+    assert gpu_check.default_output(Setting(rehearse=True)).name == "gpu_check-rehearsal-2026-11-22-1310.json"
+
+
+def test_what_was_found_is_in_the_file_when_the_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(name: str, *_: object) -> dict[str, Any]:
+        if name == "size":
+            raise KeyboardInterrupt
+        return {"name": name, "cases": [], "left_out": 0, "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_check, "run_part", part)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--rehearse", "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [each["name"] for each in found["parts"]] == ["correctness", "repeatability"]
+    assert len(found["targets"]) == 10
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_compiler_or_headers_that_are_missing_are_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="without it that is said first")
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert f"{tmp_path / 'cc'} does not run" in (gpu_check.what_triton_misses() or "")
+    for answer, expected in ((1, "triton needs Python.h, which"), (0, "")):
+        (tmp_path / "cc").write_text(f"#!/bin/sh\nexit {answer}\n")
+        (tmp_path / "cc").chmod(0o755)
+        assert (gpu_check.what_triton_misses() or "").startswith(expected)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda _name: None)
+    assert "finds neither gcc nor clang" in (gpu_check.what_triton_misses() or "")
+    monkeypatch.setattr(gpu_check, "find_spec", lambda _name: None)
+    assert gpu_check.what_triton_misses() == "triton is not installed; pip install triton"
+
+
+def test_limits_of_a_gpu_need_no_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5, 7))
+    assert machine.free_bytes("cuda") == 5
+    assert "psutil" in gpu_cases.limits(Setting(rehearse=True))["note"]
 
 
 def test_the_rehearsal_of_tuning_prints_tables(tmp_path: Path) -> None:
@@ -87,6 +148,68 @@ def test_a_case_that_crashes_or_hangs_costs_itself_alone(program: str, why: str)
     assert {line["name"]: line["ok"] for line in pool.results} == {"first": True, "bad": False, "last": True, "more": True}
     (failed,) = [line for line in pool.results if not line["ok"]]
     assert failed["why"] == why
+
+
+def test_children_use_one_thread_each() -> None:
+    pool = Pool(child("assert os.environ['OMP_NUM_THREADS'] == os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '1'"))
+    pool.run(["one"], time.time() + 60, workers=1)
+    assert pool.results == [{"name": "one", "ok": True}]
+
+
+def test_after_a_failed_capture_the_next_child_is_told_and_does_the_rest() -> None:
+    lines = "assert name != 'two' or order['eager'] == ['gemlite']", "if name == 'one':", "    say(name=name, ok=True, no_graph='gemlite')"
+    pool = Pool(child("\n    ".join([*lines, "    raise SystemExit(4)"])))
+    pool.run(["one", "two"], time.time() + 60, workers=1)
+    assert pool.eager == ["gemlite"]
+    assert pool.results == [{"name": "one", "ok": True, "no_graph": "gemlite"}, {"name": "two", "ok": True}]
+
+
+class OnGpu(Setting):
+    """A setting that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+class H200:
+    """Properties of a GPU."""
+
+    name, major, minor, multi_processor_count = "NVIDIA H200", 9, 0, 132
+
+
+class HereAsOnGpu(Setting):
+    """One that does on the CPU, at small sizes, what it would do on a GPU."""
+
+    device, shapes, rehearse = torch.device("cpu"), {"qkv": (256, 96), "down": (128, 64)}, False
+
+
+def time_on_gpu(monkeypatch: pytest.MonkeyPatch, cannot: set[str], eager: set[str]) -> tuple[dict[str, Any], list[tuple[bool, list[str]]]]:
+    """What ``time_point`` says where ``cannot`` cannot be captured, and what was timed: in graphs or not, and whom."""
+    names = [OURS, BASELINE, "gemlite", "humming", "bitsandbytes"]
+    timed = []
+
+    def in_turn(calls: dict[str, Any], _device: object, graphs: bool, _seconds: float) -> dict[str, Timing]:
+        timed.append((graphs, list(calls)))
+        return {name: Timing(1.0, 1.0, 1.0, 1) for name in calls if not (graphs and name in cannot)}
+
+    monkeypatch.setattr(gpu_cases.timing, "time_in_turn", in_turn)
+    monkeypatch.setattr(gpu_cases, "callable_now", lambda *_: ({name: [] for name in names}, {}))
+    peers = [gpu_cases.Peer(name, "1", lambda *_: None, graphs=name != "bitsandbytes") for name in names[2:]]
+    monkeypatch.setattr(gpu_cases, "installed_peers", lambda _device: peers)
+    return gpu_cases.time_point(OnGpu(rehearse=True, eager=frozenset(eager)), "W4A16", "up", 1), timed
+
+
+def test_a_peer_that_fits_into_no_graph_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, timed = time_on_gpu(monkeypatch, {"bitsandbytes"}, set())
+    assert timed == [(False, [OURS, BASELINE, "bitsandbytes"]), (True, [OURS, BASELINE, "gemlite", "humming"])]
+    assert "no_graph" not in values
+    assert set(values["microseconds"]) == {OURS, BASELINE, "gemlite", "humming"}
+    values, timed = time_on_gpu(monkeypatch, {"gemlite", "humming"}, set())
+    assert values["no_graph"] == "gemlite"
+    values, timed = time_on_gpu(monkeypatch, {"gemlite"}, {"gemlite"})
+    assert timed == [(False, [OURS, BASELINE, "gemlite", "bitsandbytes"]), (True, [OURS, BASELINE, "humming"])]
+    assert set(values["without_graphs"]) == {OURS, BASELINE, "gemlite", "bitsandbytes"}
+    with pytest.raises(AssertionError, match="no CUDA graph can hold ours"):
+        time_on_gpu(monkeypatch, {OURS}, set())
 
 
 def test_what_has_no_time_is_left_out_and_what_cannot_start_is_said() -> None:
@@ -138,7 +261,7 @@ def test_only_what_is_ours_counts_as_failed() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_a_kernel_that_is_wrong_or_leaves_memory_unwritten_fails(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = (Setting(rehearse=True), scheme, [(70, 128)], torch.bfloat16, False)
+    given = (Setting(rehearse=True), scheme, [(70, 128)], torch.bfloat16, (1, 17))
     gpu_cases.against_float64(*given)
     right = gpu_cases.ours
 
@@ -154,16 +277,35 @@ def test_a_kernel_that_is_wrong_or_leaves_memory_unwritten_fails(scheme: Any, mo
             gpu_cases.against_float64(*given)
 
 
-def test_tables_have_each_shape_and_one_entry_for_all_others() -> None:
+def test_a_flipped_code_is_seen_among_all_numbers_of_tokens() -> None:
+    """Over the whole output it would be lost: one code of one row, and 300 tokens, most of which have a small input there."""
+    setting, scheme = Setting(rehearse=True), Scheme(4, 128, symmetric=False)
+    assert gpu_cases.against_float64(setting, scheme, [(131, 384)], torch.float16, TOKENS)["flipped"] > 5 * gpu_cases.TOLERANCE
+    layer = gpu_cases.make_layer(scheme, 131, 384, torch.float16, setting.device)
+    x = gpu_cases.make_input(300, 384, torch.float16, setting.device)
+    changed = gpu_cases.ours(gpu_cases.flipped(layer, x), torch.float16)(x)
+    assert gpu_cases.error(changed, gpu_cases.truth(layer, x)) < gpu_cases.TOLERANCE
+    same = gpu_cases.ours(layer, torch.float16)(x)
+    assert (same != changed).any(dim=0).nonzero().flatten().tolist() == [131 // 2]
+
+
+def tuned(monkeypatch: pytest.MonkeyPatch, *lines: dict[str, Any]) -> dict[str, Any]:
+    monkeypatch.setattr(gpu_tune, "W4A16_TOKENS", (16, 64))
+    monkeypatch.setattr(gpu_tune, "INT8_TOKENS", (16, 64))
+    return gpu_tune.tuned_tables([{"ok": True, **line} for line in lines])
+
+
+def test_tables_have_each_shape_and_one_entry_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many, wide = {"block_m": 16}, {"block_m": 32}, {"block_m": 64}
     lines = [
         {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 16}, "ranked": [[1.0, few], [1.1, many], [9.0, None]]},
         {"w4a16": {"bits": 4, "shape": [30, 20], "up_to": 16}, "ranked": [[1.0, wide], [1.1, many], [1.5, few], [2.0, None]]},
         {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 64}, "ranked": [[1.0, None], [2.0, few]]},
+        {"w4a16": {"bits": 4, "shape": [30, 20], "up_to": 64}, "ranked": [[1.0, None], [2.0, few]]},
         {"w8a8": {"up_to_m": 64, "block_m": 64}},
         {"w8a8": {"up_to_m": 16, "block_m": 16}},
     ]
-    tables = gpu_cases.tuned_tables(lines)
+    tables = tuned(monkeypatch, *lines)
     assert tables["w4a16"] == [
         {"bits": 4, "up_to": 16, "config": many},
         {"bits": 4, "shape": [10, 20], "up_to": 16, "config": few},
@@ -172,15 +314,110 @@ def test_tables_have_each_shape_and_one_entry_for_all_others() -> None:
     assert [(row["up_to_m"], row["block_m"]) for row in tables["w8a8"]] == [(16, 16), (2**31 - 1, 64)]
 
 
+def test_tuning_that_was_cut_short_leaves_out_what_is_not_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else few tokens' entries would speak for many."""
+    one, other = {"block_m": 16}, {"block_m": 32}
+    lines = [
+        {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 16}, "ranked": [[1.0, one], [1.1, None]]},
+        {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 64}, "ranked": [[1.0, one], [1.1, None]]},
+        {"w4a16": {"bits": 4, "shape": [30, 20], "up_to": 16}, "ranked": [[1.0, other], [9.0, one]]},
+        {"w4a16": {"bits": 8, "shape": [30, 20], "up_to": 16}, "ranked": [[1.0, other], [9.0, one]]},
+        {"w8a8": {"up_to_m": 16, "block_m": 16}},
+        {"ok": False, "why": "hung"},
+    ]
+    assert tuned(monkeypatch, *lines) == {
+        "w4a16": [
+            {"bits": 4, "up_to": 16, "config": one},
+            {"bits": 4, "up_to": 64, "config": one},
+            {"bits": 4, "shape": [10, 20], "up_to": 16, "config": one},
+            {"bits": 4, "shape": [10, 20], "up_to": 64, "config": one},
+        ]
+    }
+    assert tuned(monkeypatch, *lines[2:]) == {}
+
+
+@pytest.mark.parametrize(
+    "bits, tokens, blocks", [(4, 1, {16}), (4, 17, {32}), (8, 128, {64, 128}), (4, 300, {128, 256}), (8, 512, {128, 256})]
+)
+def test_candidates_have_blocks_for_the_tokens_and_the_shipped_ones_among_them(bits: int, tokens: int, blocks: set[int]) -> None:
+    from ptq_kernels import w4a16
+
+    found = gpu_tune.w4a16_candidates(bits, tokens)
+    shipped = {config for _, each, config in w4a16.configs() if each == bits and config.block_m in blocks}
+    assert shipped <= set(found)
+    assert blocks <= {config.block_m for config in found}
+    assert max(config.block_m for config in found) == max(blocks)
+    assert len(found) == len(set(found)) < 200
+    assert all(config.block_m * config.block_n <= 128 * 32 * config.warps for config in set(found) - shipped)
+
+
+def test_a_candidate_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors", reason="an optional package")
+    x, expected = torch.ones(2, 3), torch.full((2, 4), 3.0).double()
+
+    def fails(problem: Exception) -> Any:
+        def call(_x: torch.Tensor) -> torch.Tensor:
+            raise problem
+
+        return call
+
+    def took(call: Any) -> float | None:
+        return gpu_tune.time_candidate(Setting(rehearse=True), [call], x, expected)
+
+    monkeypatch.setattr(gpu_tune.timing, "time_in_turn", lambda calls, *_: {name: Timing(7.0, 7.0, 7.0, 1) for name in calls})
+    assert took(lambda x: x @ torch.ones(3, 5)) == 7.0
+    assert took(lambda x: (x @ torch.ones(3, 5)) * 1.01) is None
+    assert took(lambda x: (x @ torch.ones(3, 5)) * float("nan")) is None
+    assert took(fails(errors.OutOfResources(300_000, 232_448, "shared memory"))) is None
+    assert took(fails(RuntimeError("PassManager::run failed"))) is None
+    with pytest.raises(RuntimeError, match="illegal"):
+        took(fails(RuntimeError("CUDA error: an illegal memory access was encountered")))
+
+
 def test_every_part_names_its_cases_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a GPU, too, with its properties made up: the cases are only named."""
-
-    class H200:
-        name, major, minor, multi_processor_count = "NVIDIA H200", 9, 0, 132
-
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: H200)
     pytest.importorskip("triton", reason="the tuned tables of the int8 kernels are read by a module that imports triton")
-    for part, cases in gpu_cases.PARTS.items():
+    for part, cases in gpu_check.PARTS.items():
         names = [name for name, _ in cases(Setting())]
         assert len(names) == len(set(names)), part
         assert len(names) >= 6, part
+
+
+def test_tuning_takes_the_fastest_of_what_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that are the operators, and a clock that goes by the configuration's stages and warps."""
+    pytest.importorskip("triton", reason="the tuned tables of the int8 kernels are read by a module that imports triton")
+    from ptq_kernels import llm_int8, w4a16, w8a8
+
+    seen: list[Any] = []
+
+    def w4a16_launch(x: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(given[-1])
+        return w4a16.w4a16(x, *given[:-1]) * (1 if given[-1].fold else 2)
+
+    def int8_launch(operator: Any) -> Any:
+        def launch(*given: Any) -> torch.Tensor:
+            seen.append(given[-2])
+            assert given[-1] >= 1
+            return operator(*given[:-2])
+
+        return launch
+
+    def clock(calls: dict[str, list[Any]], *_: object) -> dict[str, Timing]:
+        config = seen[-1]
+        return {name: Timing(10.0 * config.stages + config.warps, 0, 0, 1) for name in calls}
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: H200)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 1 << 20))
+    monkeypatch.setattr(gpu_tune.timing, "time_in_turn", clock)
+    monkeypatch.setattr(w4a16, "launch", w4a16_launch)
+    monkeypatch.setattr(w4a16, "dequantized", lambda *_: 1 / 0)
+    monkeypatch.setattr(w8a8, "launch", int8_launch(w8a8.w8a8))
+    monkeypatch.setattr(llm_int8, "launch", int8_launch(llm_int8.llm_int8))
+    ranked = gpu_tune.tune_w4a16(HereAsOnGpu(), 4, "qkv", 17)["ranked"]
+    assert [took for took, _ in ranked] == sorted(took for took, _ in ranked)
+    assert ranked[0][0] == 10 * ranked[0][1]["stages"] + ranked[0][1]["warps"]
+    assert all(config["fold"] for _, config in ranked)
+    for kernel in ("w8a8", "llm_int8"):
+        found = gpu_tune.tune_int8(HereAsOnGpu(), kernel, 16)
+        assert found["microseconds"] == 2 * min(10 * tiling.stages + tiling.warps for tiling in gpu_tune.int8_candidates(kernel, 16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.bench import peers
-from ptqcli.bench.peers import Peer, installed_peers, missing_peers
+from ptqcli.bench.peers import Peer, first_line, installed_peers, kernel_errors, missing_peers
 from ptqcli.scheme import ActivationScheme, OutlierSplit, QuantizedWeight, Scheme, round_to_nearest
 
 CPU = torch.device("cpu")
@@ -188,7 +189,26 @@ def test_nothing_is_imported_before_a_weight_is_built(monkeypatch: pytest.Monkey
     assert [each.name for each in found[3:]] == ["gemlite", "humming", "bitsandbytes", "bitsandbytes nf4"]
     assert [each.version for each in found[3:5]] == ["gemlite 1.0", "humming-kernels 1.0"]
     assert [each.name for each in found if not each.same_numbers] == ["bitsandbytes nf4"]
+    assert [each.name for each in found if not each.graphs] == ["bitsandbytes", "bitsandbytes nf4"]
     assert missing_peers("cuda") == {}
+
+
+def test_what_kernels_raise_is_caught_with_triton_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors", reason="an optional package")
+    compiler = pytest.importorskip("triton.compiler.errors")
+    assert issubclass(errors.OutOfResources, kernel_errors())
+    assert issubclass(compiler.CompilationError, kernel_errors())
+    monkeypatch.setitem(sys.modules, "triton.errors", None)
+    assert not issubclass(errors.OutOfResources, kernel_errors())
+    for usual in (RuntimeError, KeyError, FileNotFoundError, CalledProcessError, ModuleNotFoundError):
+        assert issubclass(usual, kernel_errors())
+    assert not issubclass(MemoryError, kernel_errors())
+
+
+def test_an_error_is_told_in_one_line() -> None:
+    assert first_line(RuntimeError("\n  no image\nfor this GPU")) == "RuntimeError: no image"
+    assert first_line(AssertionError()) == "AssertionError: no message"
+    assert len(first_line(ValueError("x" * 1000))) < 300
 
 
 @pytest.mark.parametrize(
