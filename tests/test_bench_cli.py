@@ -124,7 +124,7 @@ REFUSED = [
     ("bench done --seconds nan", 2, "--seconds nan is not a time"),
     ("bench done --only speed", 2, "'speed' is not one of 'kernels', 'model'"),
     ("bench done --kernel magic", 2, "'magic' is not one of 'auto', 'triton', 'torch', 'reference'"),
-    ("bench done --only kernels --kernel triton", 2, "triton"),
+    ("bench done --only kernels --kernel triton", 2, "q_proj+k_proj+v_proj (64 x 128): kernel triton cannot run it"),
     ("bench --shapes llama9-9b", 2, "llama3-8b"),
     ("bench --shapes 0x16", 2, "llama3-8b"),
     ("bench --shapes 64x64 --scheme w5a16", 2, "5 bits per weight is not supported"),
@@ -202,6 +202,31 @@ def test_no_checkpoint_here(ptq: Ptq, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # What is measured
+
+
+@pytest.mark.parametrize("line", ["done --only kernels --kernel triton", "--shapes 65x64 --scheme w4a16-g32", "--shapes 999936x999936"])
+def test_what_cannot_work_is_refused_before_anything_is_measured(
+    ptq: Ptq, at_work: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(machine, "measure", None)
+    assert ptq("bench", *line.split()).code == 2
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_model_that_could_not_be_measured_is_a_failure_after_what_could(ptq: Ptq, at_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(load: Any, batch: int, *_: Any) -> int:
+        if batch > 1:
+            raise PTQError("memory ran out; choose a smaller batch or prompt")
+        return 1 << 20
+
+    monkeypatch.setattr(generation, "peak_memory", short)
+    both = ptq("bench", "done", "--only", "model", "--batch", "1,2", *QUICK)
+    assert both.code == 0
+    assert "failed: checkpoint, batch 2, prompt" in both.out
+    alone = ptq("bench", "done", "--tokens", "1", "--batch", "2", *QUICK)
+    assert alone.code == 1
+    assert "W4A16" in alone.out
+    assert alone.err.splitlines()[-1].endswith("could not be measured; see what failed above")
 
 
 @pytest.mark.usefixtures("_no_waiting")

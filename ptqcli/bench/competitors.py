@@ -33,6 +33,7 @@ WORKING_BYTES_PER_WEIGHT = 12
 # Around each number of the inputs and outputs: in 16 bit and in float32, as sums of integers, and scaled.
 WORKING_BYTES_PER_VALUE = 16
 ROWS_AT_ONCE = 1024
+FEW_ROWS = 64  # that show whether a kernel can do it
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,11 @@ def prepare(
 ) -> Contest:
     """The competitors on one matrix, for up to ``tokens`` rows of input; baselines first, ours, then the peers that do the scheme.
 
-    Raises UsageError, naming the matrix, if a group does not divide it or it does not fit into memory, and if ``kernel`` cannot
-    do the scheme.
+    Raises what ``check`` raises.
     """
-    size = f"{shape.name} ({shape.in_features} x {shape.out_features})"
-    if shape.in_features % scheme.columns_per_group(shape.in_features):
-        raise UsageError(f"{size}: group size {scheme.group_size} does not divide its input features; choose another --scheme or --shapes")
+    size = _size_text(shape)
     dense = BASELINES[device.type]
-    spare = _spare_memory(size, shape, scheme, tokens, device, len(peers))
+    spare = check(shape, scheme, tokens, device, dtype, kernel, len(peers))
     x = random_inputs(tokens, shape.in_features, dtype, device, scheme)
     weight = random_weight(shape, scheme, x)
     competitors = [_baseline(weight, each, device, spare) for each in dense]
@@ -94,6 +92,28 @@ def prepare(
         else:
             competitors += [] if built is None else [built]
     return Contest(x, weight, competitors, failures)
+
+
+def check(shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: int) -> int:
+    """Whether the matrix can be timed, before anything large is made: bytes that each competitor may take for copies beside its first.
+
+    Raises UsageError, naming the matrix, if a group does not divide it, if ``kernel`` cannot do the scheme, or if it does not fit into
+    memory.
+    """
+    size = _size_text(shape)
+    if shape.in_features % scheme.columns_per_group(shape.in_features):
+        raise UsageError(f"{size}: group size {scheme.group_size} does not divide its input features; choose another --scheme or --shapes")
+    inputs = random_inputs(1, shape.in_features, dtype, device, scheme)
+    few_rows = random_weight(replace(shape, out_features=min(shape.out_features, FEW_ROWS)), scheme, inputs)
+    try:
+        quantized_linear(few_rows, None, dtype, device, kernel)
+    except UsageError as error:
+        raise UsageError(f"{size}: {error}") from error
+    return _spare_memory(size, shape, scheme, tokens, device, peers)
+
+
+def _size_text(shape: Shape) -> str:
+    return f"{shape.name} ({shape.in_features} x {shape.out_features})"
 
 
 def _spare_memory(size: str, shape: Shape, scheme: Scheme, tokens: int, device: torch.device, peers: int) -> int:

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ptqcli.bench.competitors import BASELINES, Competitor, Contest, prepare, rows_of
+from ptqcli.bench.competitors import BASELINES, Competitor, Contest, check, prepare, rows_of
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.peers import Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
@@ -113,6 +113,14 @@ def bench_kernels(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return points, failures
+
+
+def check_kernels(
+    work: Sequence[tuple[Shape, Scheme]], tokens: Sequence[int], device: torch.device | str, dtype: torch.dtype, kernel: str, peers: int
+) -> None:
+    """Raise the UsageError that ``bench_kernels`` would raise later, after minutes."""
+    for shape, scheme in work:
+        check(shape, scheme, max(tokens), torch.device(device), dtype, kernel, peers)
 
 
 def _no_report(_done: int, _total: int, _point: KernelPoint | None) -> None:

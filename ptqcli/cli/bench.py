@@ -273,8 +273,14 @@ class _Job:
 
     def run(self, output: Output, tracker: Tracker) -> _Results:
         """Measure the machine, then the kernels, then the models."""
-        from ptqcli.bench.machine import measure
+        import torch
 
+        from ptqcli.bench.kernels import check_kernels
+        from ptqcli.bench.machine import measure
+        from ptqcli.bench.peers import installed_peers
+
+        peers = len(installed_peers(self.device)) if self.peers else 0
+        check_kernels(self.work, self.tokens, self.device, self.dtype or torch.bfloat16, self.kernel, peers)
         tracker.say("measuring what the machine reaches")
         results = _Results(self.subject, measure(self.device), self.models)
         output.facts(self._plan(results.machine))
