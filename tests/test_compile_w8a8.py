@@ -29,7 +29,7 @@ NAMES = {torch.int8: "i8", torch.int32: "i32", torch.float16: "fp16", torch.bflo
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # What a block may have: H100 and H200, and the least of the older generation (the A100 has more).
 SHARED_MEMORY = {90: 227 << 10, 80: 99 << 10}
-QUANTIZERS = ("quantize_rows", "split_rows", "column_flags", "largest_parts")
+QUANTIZERS = ("quantize_rows", "split_rows", "column_flags", "partial_maxima")
 PRODUCT = {90: "wgmma.mma_async.sync.aligned.m64n", 80: "mma.sync.aligned.m16n8k32.row.col"}
 
 
@@ -52,8 +52,9 @@ class Compiler:
         signature, constants, attributes = {}, {}, {}
         for position, parameter in enumerate(kernel.params):
             value = values[parameter.name]
-            signature[parameter.name] = "constexpr" if parameter.is_constexpr else type_of(value)
-            if parameter.is_constexpr:
+            constant = parameter.is_constexpr or value is None
+            signature[parameter.name] = "constexpr" if constant else type_of(value)
+            if constant:
                 constants[(position,)] = value
             elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize):
                 attributes[(position,)] = [["tt.divisibility", 16]]
@@ -181,7 +182,10 @@ def test_other_scales_and_an_early_launch(compiler: Compiler) -> None:
         quantize_rows.quantize(x, False, input_scale, None)
     slots = torch.empty(4096, dtype=torch.int32)
     for tokens, threshold, per_token in ((4, 6.0, True), (4, 6.0, False), (40, 6.0, True), (40, None, True), (40, None, False)):
-        quantize_rows.split(x[:tokens], slots, 32, threshold, per_token, None)
+        quantize_rows.split(x[:tokens], torch.empty(32, dtype=torch.int32), slots, threshold, per_token, None)
+    x, slots = x.new_empty(40, 14336), slots.new_empty(14336)  # rows that are read twice
+    for tokens, threshold in ((4, 6.0), (40, 6.0), (40, None)):
+        quantize_rows.split(x[:tokens], slots[:32], slots, threshold, True, None)
     if compiler.target.arch == 90:
         launch("w8a8", 16, 4096, 4096, torch.bfloat16, Tiling(16, 64, 256, 4, 4, weight_left=True, early=True), 2)
         (_, first), (_, second) = compiler.done[-2:]

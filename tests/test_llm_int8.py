@@ -15,7 +15,7 @@ from torch import Tensor, nn
 CHILD = Path(__file__).with_name("w8a8_interpreter.py")
 CHECKS = (
     ("llm_int8",),
-    ("llm_int8_integers", "llm_int8_without_outliers", "threshold_is_compared_in_the_dtype_of_x"),
+    ("column_flags", "llm_int8_integers", "llm_int8_without_outliers", "threshold_is_compared_in_the_dtype_of_x"),
 )
 
 

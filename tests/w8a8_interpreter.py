@@ -110,7 +110,7 @@ def again(
     """The product alone, of tokens that are quantized already."""
     tokens = quantized.codes
     out = tokens.new_empty((len(tokens), len(codes)), dtype=dtype)
-    plan = int8_product.plan("w8a8" if slots is None else "llm_int8", tokens, codes, tiling, parts)
+    plan = int8_product.plan_for("w8a8" if slots is None else "llm_int8", tokens, codes, tiling, parts)
     if plan.counters is not None:
         plan.counters.zero_()
     int8_product.product(quantized, codes, scale, bias, out, plan, slots, outlier_weight)
@@ -236,7 +236,7 @@ def check_shipped() -> None:
         case = Case(tokens, outs, columns)
         truth = exact_llm_int8(case.x, case.codes, case.scale, case.stored, case.outlier_weight, 6.0, True, None)
         slots = llm_int8.outlier_slots(case.stored, columns)
-        whole = quantize_rows.split(case.x, slots, len(case.stored), 6.0, True, None)
+        whole = quantize_rows.split(case.x, case.stored, slots, 6.0, True, None)
         assert whole.outliers is not None
         for tiling in tilings:
             m, n = tiling.block_m + 3, tiling.block_n + 5
@@ -263,7 +263,7 @@ def check_llm_int8() -> None:
             out = llm_int8.launch(case.x, case.codes, *layer, tiling=tiling, parts=parts)
             assert error(out, truth) < TOLERANCE, (tokens, outs, columns, tiling, threshold, error(out, truth))
         truth = exact_llm_int8(case.x, case.codes, case.scale, case.stored, case.outlier_weight, 6.0, True, None)
-        quantized = quantize_rows.split(case.x, slots, len(case.stored), 6.0, True, None)
+        quantized = quantize_rows.split(case.x, case.stored, slots, 6.0, True, None)
         for codes, weight, right in (
             (case.codes, case.outlier_weight, True),
             (flipped(case.codes, columns // 3), case.outlier_weight, False),
@@ -304,7 +304,7 @@ def check_llm_int8_integers() -> None:
         slots = llm_int8.outlier_slots(case.stored, columns)
         above = (case.x.abs() > threshold).any(dim=0).nonzero().flatten() if threshold else case.stored.long()
         for per_token in (True,) if tokens > 128 else (True, False):
-            got = quantize_rows.split(case.x, slots, len(case.stored), threshold, per_token, None)
+            got = quantize_rows.split(case.x, case.stored, slots, threshold, per_token, None)
             rest = case.x.float().index_fill(1, above, 0)
             scale = reference.activation_scale(rest, per_token)
             assert torch.equal(got.scale, scale.flatten())
@@ -318,6 +318,19 @@ def check_llm_int8_integers() -> None:
                 assert got.count is not None
                 assert got.count.item() == len(above)
                 assert torch.equal(got.columns[: len(above)].long(), above)
+
+
+def check_column_flags() -> None:
+    """However many the tokens are, at most eight rows of flags, which joined are the columns with outliers."""
+    for tokens, rows in ((9, 1), (129, 2), (1024, 8), (1025, 5), (2049, 5)):
+        x = Case(tokens, 1, 70).x
+        x[-1, 69] = 30  # the last token's last column
+        flags = quantize_rows._column_flags(x, 6.0)
+        assert flags.source is not None
+        assert flags.rows == len(flags.source) == rows
+        bits = (flags.source[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+        assert torch.equal(bits.any(dim=0).flatten()[:70], (x.abs() > 6).any(dim=0))
+        assert not bits.any(dim=0).flatten()[70:].any()
 
 
 def check_llm_int8_without_outliers() -> None:

@@ -11,10 +11,10 @@ Two launches and no host synchronisation:
    where ``outlier_index`` lists them, or int8 codes dequantized on the way.
 
 With a threshold the columns depend on all tokens at once, which no program of the first launch knows. Up to 8 tokens, each program
-looks through all of them itself; above that a launch before, ``column_flags``, leaves one bit a column and 128 tokens: three
-launches, where a launch is small beside the work. A grid-wide barrier would save it, but needs a counter that is set to zero by a launch
-of its own, or one that outlives the call and breaks when two streams share it. One scale for all tokens needs one launch more: it, too,
-depends on them all.
+looks through all of them itself; above that a launch before, ``column_flags``, leaves one bit for each column and 128 tokens (or an eighth
+of them, if that is more: each program joins those bits, so there must be few): three launches, where a launch is small beside the work. A
+grid-wide barrier would save it, but needs a counter that is set to zero by a launch of its own, or one that outlives the call and breaks
+when two streams share it. One scale for all tokens needs one launch more: it, too, depends on them all.
 
 How many columns there are is known to the GPU alone. The list of them and the buffer have room for all K columns, only as many as
 there are get written and read, and the loop over them ends by a number that the first launch wrote. Not done: a 16-bit product
@@ -105,9 +105,9 @@ def launch(
     tokens = matrix(x)
     out = tokens.new_empty((len(tokens), len(codes)))
     if out.numel():
-        plan = int8_product.plan("llm_int8", tokens, codes, tiling, parts)
+        plan = int8_product.plan_for("llm_int8", tokens, codes, tiling, parts)
         # Compared in the dtype of x, as torch compares a tensor with a number.
         limit = None if threshold is None else float(torch.tensor(threshold, dtype=x.dtype))
-        quantized = quantize_rows.split(tokens, slots, len(outlier_index), limit, per_token, plan.counters, plan.tiling.early)
+        quantized = quantize_rows.split(tokens, outlier_index, slots, limit, per_token, plan.counters, plan.tiling.early)
         int8_product.product(quantized, codes, scale, bias, out, plan, slots, outlier_weight)
     return out.view(*x.shape[:-1], len(codes))

@@ -1,8 +1,9 @@
 """W8A8: ``reference.int8_linear`` as a torch operator, ``ptq_kernels::w8a8``, with Triton kernels on CUDA and the reference elsewhere.
 
 Two launches (three with one scale taken from all tokens): activations to int8 (``quantize_rows``), then the int8 product with scales and
-bias at its end (``int8_product``). Nothing waits for the GPU in between, so that a CUDA graph can hold it. The int8 codes and the sums
-are those of the reference to the last bit, and so is everything after them but for the dtype's own rounding, which is the same too.
+bias at its end (``int8_product``). Nothing waits for the GPU in between, so that a CUDA graph can hold it. The result is that of the
+reference on the CPU to the last bit: scales, codes, sums, and the order in which all is rounded. The reference on CUDA is no
+yardstick: torch divides by a number there by way of its reciprocal, so that a scale, and with it a code, can be off by its last place.
 
 Triton is imported at the first call on CUDA: a machine without a GPU need not have it.
 """
@@ -66,7 +67,7 @@ def launch(
     tokens = matrix(x)
     out = tokens.new_empty((len(tokens), len(codes)))
     if out.numel():
-        plan = int8_product.plan("w8a8", tokens, codes, tiling, parts)
+        plan = int8_product.plan_for("w8a8", tokens, codes, tiling, parts)
         quantized = quantize_rows.quantize(tokens, per_token, input_scale, plan.counters, plan.tiling.early)
         int8_product.product(quantized, codes, scale, bias, out, plan)
     return out.view(*x.shape[:-1], len(codes))
