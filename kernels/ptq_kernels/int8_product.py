@@ -99,16 +99,15 @@ class Plan:
 def plan_for(kernel: str, tokens: Tensor, codes: Tensor, tiling: Tiling | None, parts: int | None) -> Plan:
     """The plan for ``tokens`` [M, K] times ``codes`` [N, K]: what the table says but for what is given. The counters are not yet zero."""
     rows, columns = tokens.shape
-    processors = 1
+    properties = torch.cuda.get_device_properties(tokens.device) if tokens.is_cuda or tiling is None else None
     if tiling is None:
-        properties = torch.cuda.get_device_properties(tokens.device)
-        processors = properties.multi_processor_count
+        assert properties is not None
         table = tilings(kernel, properties.name, properties.major * 10)
         tiling = next((entry for up_to, entry in table if rows <= up_to), table[-1][1])
         if columns % 16 or codes.data_ptr() % 16 or (kernel == "llm_int8" and tokens.dtype == torch.float32):
             tiling = SMALL
     if parts is None:
-        parts = tiling.parts(rows, len(codes), columns, processors)
+        parts = tiling.parts(rows, len(codes), columns, properties.multi_processor_count if properties else 1)
     if parts == 1:
         return Plan(tiling)
     return Plan(tiling, parts, codes.new_empty(triton.next_power_of_2(tiling.tiles(rows, len(codes))), dtype=torch.int32))
