@@ -62,10 +62,12 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
+    shown = set()
     for line in importlib.metadata.requires("ptqcli") or ():
         requirement = Requirement(line)
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if needed or requirement.name in OPTIONAL:
+        if requirement.name not in shown and (needed or requirement.name in OPTIONAL):  # several extras may name it
+            shown.add(requirement.name)
             yield _package(requirement, needed)
 
 
