@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commandline import Answer, Ptq, one_line
 from tiny import make_model
 
 from ptqcli.bench import generation, machine, roofline
@@ -31,28 +31,6 @@ QUICK = ("--seconds", "0.0001")
 SMALL = ("--prompt", "8", "--new-tokens", "3")
 
 
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Ptq = Callable[..., Answer]
-
-
-@pytest.fixture
-def ptq(capsys: pytest.CaptureFixture[str]) -> Ptq:
-    """Runs one command line in this process."""
-
-    def call(*arguments: str | Path) -> Answer:
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        return Answer(code, *capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a checkpoint of it, and an earlier picture."""
@@ -66,12 +44,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def at_work(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(workshop)
-    return workshop
-
-
-@pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits are given, and memory is not measured in processes of their own: what takes seconds and is tested elsewhere."""
 
@@ -80,15 +52,6 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(machine, "measure", lambda device: MACHINE)
     monkeypatch.setattr(generation, "peak_memory", peak)
-
-
-def one_line(answer: Answer) -> str:
-    """The error, which must be the last line, without a traceback."""
-    assert "Traceback" not in answer.err
-    last = answer.err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert answer.err.count("error: ") == 1
-    return last
 
 
 def table(text: str, title: str) -> list[list[str]]:
@@ -125,6 +88,7 @@ REFUSED = [
     ("bench done --only speed", 2, "'speed' is not one of 'kernels', 'model'"),
     ("bench done --kernel magic", 2, "'magic' is not one of 'auto', 'triton', 'torch', 'reference'"),
     ("bench done --only kernels --kernel triton", 2, "q_proj+k_proj+v_proj (64 x 128): kernel triton cannot run it"),
+    ("bench model --only model --kernel triton", 2, "is not quantized, so it cannot run on --kernel triton"),
     ("bench --shapes llama9-9b", 2, "llama3-8b"),
     ("bench --shapes 0x16", 2, "llama3-8b"),
     ("bench --shapes 64x64 --scheme w5a16", 2, "5 bits per weight is not supported"),

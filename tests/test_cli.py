@@ -12,13 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import pytest
 import torch
+from commandline import Answer, Ptq, one_line
 from rich.console import Console
 from tiny import make_model, write_text
 
@@ -31,28 +31,6 @@ from ptqcli.cli.quantize import parse_override
 from ptqcli.recipe import Override, Recipe
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
-
-
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Ptq = Callable[..., Answer]
-
-
-@pytest.fixture
-def ptq(capsys: pytest.CaptureFixture[str]) -> Ptq:
-    """Runs one command line in this process."""
-
-    def call(*arguments: str | Path) -> Answer:
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        return Answer(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +53,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(["quantize", str(folder / "model"), "--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "done"), "--quiet"]) == 0
     )
     return folder
-
-
-@pytest.fixture
-def at_work(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(workshop)
-    return workshop
-
-
-def one_line(answer: Answer) -> str:
-    """The error, which must be the last line, without a traceback."""
-    assert "Traceback" not in answer.err
-    last = answer.err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert answer.err.count("error: ") == 1
-    return last
 
 
 # What is refused

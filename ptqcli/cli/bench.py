@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ptqcli.bench.generation import GenerationPoint
     from ptqcli.bench.kernels import KernelPoint
     from ptqcli.bench.machine import Machine
+    from ptqcli.bench.peers import Peer
     from ptqcli.bench.shapes import Shape
     from ptqcli.scheme import Scheme
 
@@ -252,7 +253,7 @@ class _Job:
 
         if not quantized:
             raise UsageError(f"{folder}: is not quantized, so it has no kernels of its own; give --only model, or --shapes for kernels")
-        self.work = [(shape, scheme) for shape, scheme in shapes_of(folder) if scheme is not None]
+        self.work = shapes_of(folder)
         self.dtype = config.dtype
 
     def _check_settings(self) -> None:
@@ -279,13 +280,13 @@ class _Job:
         from ptqcli.bench.machine import measure
         from ptqcli.bench.peers import installed_peers
 
-        peers = len(installed_peers(self.device)) if self.peers else 0
-        check_kernels(self.work, self.tokens, self.device, self.dtype or torch.bfloat16, self.kernel, peers)
+        peers = installed_peers(self.device) if self.peers else []
+        check_kernels(self.work, self.tokens, self.device, self.dtype or torch.bfloat16, self.kernel, len(peers))
         tracker.say("measuring what the machine reaches")
         results = _Results(self.subject, measure(self.device), self.models)
         output.facts(self._plan(results.machine))
         if self.work:
-            self._run_kernels(results, tracker)
+            self._run_kernels(results, peers, tracker)
         if self.models:
             self._run_models(results, output, tracker)
         return results
@@ -307,11 +308,11 @@ class _Job:
             settings = f"batch {_listed(self.batches)}, prompt {_listed(self.prompts or ())}, {self.new_tokens} new tokens"
             yield "whole model", f"{' and '.join(self.models)}: {settings}"
 
-    def _run_kernels(self, results: _Results, tracker: Tracker) -> None:
+    def _run_kernels(self, results: _Results, peers: Sequence[Peer], tracker: Tracker) -> None:
         import torch
 
         from ptqcli.bench.kernels import bench_kernels
-        from ptqcli.bench.peers import installed_peers, missing_peers
+        from ptqcli.bench.peers import missing_peers
 
         def report(done: int, total: int, point: KernelPoint | None) -> None:
             if point is None:
@@ -329,7 +330,7 @@ class _Job:
             results.machine,
             self.dtype or torch.bfloat16,
             self.kernel,
-            installed_peers(self.device) if self.peers else (),
+            peers,
             self.seconds,
             report,
         )
@@ -377,7 +378,7 @@ class _Job:
 
     def _loading(self, name: str) -> Callable[[], Any]:
         """A call that loads the model ``name``, and that another process can be sent."""
-        return partial(load_model, self.models[name], self.device, self.kernel if name == "checkpoint" else "auto")
+        return partial(load_model, self.models[name], self.device, "auto" if name == "original" else self.kernel)
 
     def _memory(self, name: str, batch: int, prompt: int) -> int:
         from ptqcli.bench.generation import peak_memory
