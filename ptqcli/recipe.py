@@ -1,50 +1,39 @@
-"""What is to be done, before anything is done.
-
-A ``Recipe`` is the request: it comes from a YAML file, from flags, or from both (flags win), and both meet in ``load_recipe``.
-``make_plan`` confronts it with a model's skeleton and decides for every linear whether it is quantized and in which scheme. Whatever
-cannot work is refused there, by name, before a weight is read: a group that does not divide, a pattern that matches nothing, parts of
-one fused matrix in different schemes, something that the format cannot hold.
-"""
+"""The request."""
 
 from __future__ import annotations
 
 import re
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
 import yaml
 
 from ptqcli.algorithms import Algorithm, find_algorithm
-from ptqcli.calibration.statistics import SAMPLED_TOKENS
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import UsageError
 from ptqcli.formats import compressed_tensors
-from ptqcli.model import LinearSite, Skeleton
-from ptqcli.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
-from ptqcli.solvers import MatrixSolver, SolverOptions, needs_of
+from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.solvers import MatrixSolver, SolverOptions
 from ptqcli.transforms import BlockTransform, TransformOptions
 
-DEFAULT_SEQLEN = 2048
-PICKABLE_GROUPS = (128, 64, 32)
-DEFAULT_ACTIVATION_BUDGET = 4 << 30
 DEFAULT_GROUP = 128
+
 DEFAULT_THRESHOLD = 6.0
+
 DEFAULT_ALPHA = 0.5
+
 # Settings of the SmoothQuant paper (table 2): weights have one scale in all, activations these.
 SMOOTH_LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
+
 ACTIVATION_SCALES = {
     "token": ActivationScheme(),
     "tensor": ActivationScheme(per_token=False),
     "static": ActivationScheme(per_token=False, dynamic=False),
 }
+
 OUTLIER_KINDS = ("none", "dynamic", "static")
-# Tokens per forward pass: enough for products at full speed, few enough that a batch's intermediate tensors stay small.
-TOKENS_PER_BATCH = 4096
-# Tokens on which transforms try their choices out, in whole windows.
-TRIED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -218,32 +207,6 @@ class Recipe:
         return [part.transform(options) for part in self.algorithm.transforms if part.transform is not None]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a run uses the machine; none of it changes what is asked for.
-
-    batch_size: windows per forward pass, None for what makes about TOKENS_PER_BATCH tokens. activation_budget: bytes of activations to hold
-    in memory; more go to a file. dtype: of the calibration passes, None for the model's own (float16 becomes float32 on a CPU, where its
-    products are slow and overflow). max_shard_bytes: largest safetensors file, None for the default.
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    batch_size: int | None = None
-    activation_budget: int = DEFAULT_ACTIVATION_BUDGET
-    dtype: torch.dtype | None = None
-    max_shard_bytes: int | None = None
-
-    def windows_per_batch(self, seqlen: int) -> int:
-        """Windows of ``seqlen`` tokens in one forward pass."""
-        return self.batch_size or max(1, TOKENS_PER_BATCH // seqlen)
-
-    def calibration_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The dtype of the calibration passes for a model stored in ``stored``."""
-        if self.dtype is not None:
-            return self.dtype
-        return torch.float32 if stored == torch.float16 and self.device.type == "cpu" else stored
-
-
 def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
@@ -315,297 +278,3 @@ def _fits(value: object, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
-
-
-@dataclass(frozen=True)
-class PlannedLinear:
-    """A linear that will be quantized. scale_dtype: the dtype in which its weight is stored now, and its scales will be."""
-
-    site: LinearSite
-    scheme: Scheme
-    scale_dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """Its path in the model."""
-        return self.site.name
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every decision that can be made before a weight is read.
-
-    skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. stages: for each
-    block, the local names of its planned linears, grouped by input tensor in running order. The bytes are estimates: bytes_before and
-    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs (the parts and the joined file stand side by
-    side at the end), memory_bytes of the peak beyond what Python and torch need themselves.
-    """
-
-    recipe: Recipe
-    linears: tuple[PlannedLinear, ...]
-    skipped: tuple[tuple[str, str], ...]
-    outside: tuple[str, ...]
-    stages: tuple[tuple[tuple[str, ...], ...], ...]
-    seqlen: int
-    bytes_before: int
-    bytes_after: int
-    disk_bytes: int
-    memory_bytes: int
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether anything looks at calibration text at all."""
-        return _needs_calibration(self.recipe, self.linears)
-
-    def schemes(self) -> dict[Scheme, int]:
-        """How many linears each scheme has."""
-        counts: dict[Scheme, int] = {}
-        for linear in self.linears:
-            counts[linear.scheme] = counts.get(linear.scheme, 0) + 1
-        return counts
-
-    def summary_rows(self) -> list[tuple[str, str]]:
-        """(what, value) pairs that tell a person what is about to happen."""
-        recipe = self.recipe
-        schemes = ", ".join(f"{scheme.describe()} x {count}" for scheme, count in self.schemes().items())
-        rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
-        if self.skipped:
-            rows.append(("left as they are", _list_names([f"{name} ({reason})" for name, reason in self.skipped])))
-        if self.needs_calibration:
-            rows.append(("calibration", f"{recipe.nsamples} windows of {self.seqlen} tokens from {recipe.calib}"))
-        rows.append(("format", recipe.format))
-        rows += [("note", note) for note in self.notes]
-        return rows
-
-
-def make_plan(recipe: Recipe, skeleton: Skeleton, setting: Setting) -> Plan:
-    """Decide about every linear of the model. Raises UsageError, by name, for everything that cannot work."""
-    linears, skipped = _choose(recipe, skeleton)
-    outside = _outside(skeleton)
-    _check_patterns_match(recipe, skeleton, outside)
-    if not linears:
-        raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
-    _check_groups(linears)
-    _check_runs_once(linears, skeleton)
-    _check_format(recipe, linears)
-    stages = _planned_stages(linears, skeleton)
-    _check_fused(linears, skeleton)
-    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
-    _check_length(seqlen, skeleton)
-    after = _bytes_after(linears, skeleton)
-    memory = _memory_bytes(recipe, linears, skeleton, seqlen, setting)
-    return Plan(
-        recipe=recipe,
-        linears=tuple(linears),
-        skipped=tuple(skipped),
-        outside=tuple(outside),
-        stages=stages,
-        seqlen=seqlen,
-        bytes_before=skeleton.reader.total_bytes,
-        bytes_after=after,
-        disk_bytes=2 * after + _mapped_bytes(recipe, linears, seqlen, setting),
-        memory_bytes=memory,
-        notes=tuple(_notes(linears, skeleton)),
-    )
-
-
-def _needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
-    looked_at = any(needs_of(linear.scheme) for linear in linears)
-    return recipe.solver().needs_hessian or bool(recipe.transforms()) or looked_at
-
-
-def model_length(config: Any) -> int | None:
-    """The longest input that the model's config names, or None."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
-
-
-def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
-    linears, skipped = [], []
-    for site in skeleton.linears:
-        scheme, reason = _scheme_for(recipe, site.name)
-        if site.local in skeleton.shapes[site.block].unused:
-            reason = reason or "never runs"
-        if reason is not None:
-            skipped.append((site.name, reason))
-            continue
-        dtype = skeleton.reader.dtype(skeleton.disk_name(f"{site.name}.weight"))
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
-        linears.append(PlannedLinear(site, scheme, dtype))
-    return linears, skipped
-
-
-def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
-    scheme = recipe.scheme
-    reason = "ignored" if any(re.search(pattern, name) for pattern in recipe.ignore) else None
-    for override in recipe.overrides:
-        if re.search(override.pattern, name):
-            scheme = override.apply(scheme)
-            reason = "skipped" if override.skip else (None if reason == "skipped" else reason)
-    return scheme, reason
-
-
-def _outside(skeleton: Skeleton) -> list[str]:
-    inside = {site.name for site in skeleton.linears}
-    return [name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear) and name not in inside]
-
-
-def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str]) -> None:
-    names = [site.name for site in skeleton.linears]
-    for override in recipe.overrides:
-        if not any(re.search(override.pattern, name) for name in names):
-            raise UsageError(f"override '{override.pattern}' matches no linear; the linears are named like {names[0]}")
-    for pattern in recipe.ignore:
-        if not any(re.search(pattern, name) for name in (*names, *outside)):
-            raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
-
-
-def _check_groups(linears: Sequence[PlannedLinear]) -> None:
-    for linear in linears:
-        columns = linear.site.in_features
-        if columns % linear.scheme.columns_per_group(columns):
-            fitting = [str(group) for group in PICKABLE_GROUPS if columns % group == 0]
-            raise UsageError(
-                f"group size {linear.scheme.group_size} does not divide the {columns} input features of {linear.name}; "
-                f"use --group-size {' or '.join([*fitting, '-1'])}, or override or ignore that layer"
-            )
-
-
-def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
-    for linear in linears:
-        if linear.site.local in skeleton.shapes[linear.site.block].repeated:
-            raise UsageError(f"{linear.name} runs more than once within its block, which is not supported; add it to --ignore")
-
-
-def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    moving = recipe.solver().needs_hessian and recipe.act_order and not recipe.static_groups
-    for linear in linears:
-        reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
-        if reason is not None:
-            raise UsageError(f"{linear.name}: {reason}")
-
-
-def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    planned = {(linear.site.block, linear.site.local) for linear in linears}
-    blocks = []
-    for index, shape in enumerate(skeleton.shapes):
-        kept = (tuple(local for local in stage if (index, local) in planned) for stage in shape.stages)
-        blocks.append(tuple(stage for stage in kept if stage))
-    return tuple(blocks)
-
-
-def _check_fused(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
-    """Servers run the linears of one module that read one tensor (q, k, v; gate, up) as a single matrix in a single scheme."""
-    described = {(linear.site.block, linear.site.local): linear.scheme.describe() for linear in linears}
-    for index, shape in enumerate(skeleton.shapes):
-        for stage in shape.stages:
-            together: dict[str, str] = {}  # module -> its first linear in this stage
-            for local in stage:
-                first = together.setdefault(local.rpartition(".")[0], local)
-                one, other = (described.get((index, name), "left as it is") for name in (first, local))
-                if one != other:
-                    prefix = skeleton.block_prefix(index)
-                    raise UsageError(
-                        f"{prefix}.{first} ({one}) and {prefix}.{local} ({other}) read the same input and are run as one matrix by vLLM; "
-                        "give them the same scheme, or leave all of them as they are"
-                    )
-
-
-def _check_length(seqlen: int, skeleton: Skeleton) -> None:
-    longest = model_length(skeleton.config)
-    if longest is not None and seqlen > longest:
-        raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
-
-
-def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
-    notes = []
-    unused = skeleton.names.unmatched
-    if unused:
-        notes.append(f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}")
-    if any(not linear.scheme.symmetric for linear in linears):
-        notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
-    if any(linear.scheme.outliers is not None for linear in linears):
-        notes.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
-    notes += _activation_notes(linears)
-    if any(linear.site.transposed for linear in linears):
-        notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
-    others = ", ".join(sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"}))
-    if others and all(linear.scheme.activations is None for linear in linears):
-        notes.append(f"{others} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
-    elif others:
-        notes.append(
-            f"{others} layers: transformers cannot run them with 8-bit activations, and with dequantize=True it drops the rounding"
-        )
-    return notes
-
-
-def _activation_notes(linears: Sequence[PlannedLinear]) -> list[str]:
-    schemes = {linear.scheme: linear.scheme.activations for linear in linears if linear.scheme.activations is not None}
-    notes = []
-    if any(activations == ACTIVATION_SCALES["tensor"] for activations in schemes.values()):
-        notes.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
-    narrow = [scheme for scheme in schemes if scheme.bits < 8]
-    if narrow:
-        notes.append(f"{narrow[0].bits}-bit codes beside 8-bit activations take a byte each, so the file is no smaller than with --wbits 8")
-    if any(scheme.bits != 4 or schemes[scheme] != ACTIVATION_SCALES["token"] for scheme in narrow):
-        notes.append("of weights below 8 bits beside 8-bit activations, vLLM reads only 4 bits with --act-scales token")
-    return notes
-
-
-def weight_bits(linear: PlannedLinear) -> int:
-    """Stored bits of a quantized linear: codes, scales and zero points. The columns that outliers will take are not known yet."""
-    site, scheme = linear.site, linear.scheme
-    scale_bits = linear.scale_dtype.itemsize * 8
-    if scheme.activations is not None:  # signed codes of a byte each, whatever their width
-        scales = (1 if scheme.group_size == WHOLE_MATRIX else site.out_features) + (0 if scheme.activations.dynamic else 1)
-        return site.out_features * site.in_features * 8 + scales * scale_bits
-    groups = scheme.group_count(site.in_features)
-    zero_bits = 0 if scheme.symmetric else scheme.bits
-    return site.out_features * (site.in_features * scheme.bits + groups * (scale_bits + zero_bits))
-
-
-def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
-    replaced = sum(skeleton.reader.nbytes(skeleton.disk_name(f"{linear.name}.weight")) for linear in linears)
-    return skeleton.reader.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
-
-
-def _mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, setting: Setting) -> int:
-    """Size of the file that holds the activations, 0 when they fit into memory."""
-    if not _needs_calibration(recipe, linears):
-        return 0
-    features = min(linear.site.in_features for linear in linears)
-    size = recipe.nsamples * seqlen * features * setting.calibration_dtype(linears[0].scale_dtype).itemsize
-    return size if size > setting.activation_budget else 0
-
-
-def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, setting: Setting) -> int:
-    """Peak of a run beyond Python and torch themselves: activations, one block, and the solver's copies of the largest matrix."""
-    itemsize = setting.calibration_dtype(linears[0].scale_dtype).itemsize
-    in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
-    largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
-    workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)
-    solving = max(in_blocks) * itemsize + 2 * largest.in_features * largest.out_features * 4 + workspace
-    if not _needs_calibration(recipe, linears):
-        return solving
-    features = min(linear.site.in_features for linear in linears)
-    widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
-    inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
-    solving += SAMPLED_TOKENS * inputs * 4
-    if recipe.solver().needs_hessian:
-        solving += max(linear.site.in_features for linear in linears) ** 2 * 4
-    if recipe.transforms():
-        # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
-        outputs = max(sum(site.out_features for site in skeleton.linears if site.block == index) for index in range(len(in_blocks)))
-        solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
-    tokens = recipe.nsamples * seqlen
-    hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
-    held = min(tokens * hidden, setting.activation_budget) + min(tokens * inside, setting.activation_budget)
-    one_batch = setting.windows_per_batch(seqlen) * seqlen * inside
-    embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize
-    return held + one_batch + max(embeddings, solving)
-
-
-def _list_names(names: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

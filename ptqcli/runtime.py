@@ -43,11 +43,15 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptqcli.checkpoint import CheckpointReader
+from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
-from ptqcli.model import DiskNames, build_on_meta, find_blocks, is_linear, linear_weight, load_config, probe_blocks
-from ptqcli.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierColumns, QuantizedWeight, Scheme
+from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.discovery import find_blocks, probe_blocks
+from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.names import DiskNames
+from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, Scheme
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

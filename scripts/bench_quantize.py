@@ -192,8 +192,9 @@ def run_job(request: Path) -> None:
 
 
 def run_ours(job: Job) -> dict[str, float]:
-    from ptqcli.pipeline import quantize
-    from ptqcli.recipe import Recipe, Setting
+    from ptqcli.pipeline.pipeline import quantize
+    from ptqcli.recipe import Recipe
+    from ptqcli.resources import Resources
 
     def once(nsamples: int) -> dict[str, float]:
         recipe = Recipe(
@@ -204,7 +205,7 @@ def run_ours(job: Job) -> dict[str, float]:
             nsamples=nsamples,
             seqlen=job.seqlen,
         )
-        report = quantize(Path(job.model), recipe, Path(job.output), overwrite=True, setting=Setting())
+        report = quantize(Path(job.model), recipe, Path(job.output), overwrite=True, resources=Resources())
         steps = dict(report.seconds_by_step)
         return {"seconds": report.seconds - steps.pop("text"), **steps}
 
@@ -314,7 +315,7 @@ def run_perplexity(job: Job) -> dict[str, float]:
 def calibration_tokens(job: Job, nsamples: int) -> list[list[int]]:
     """The windows that our own run draws."""
     from ptqcli.calibration.text import calibration_windows, documents
-    from ptqcli.pipeline import load_tokenizer
+    from ptqcli.checkpoint.auxiliary import load_tokenizer
     from ptqcli.recipe import Recipe
 
     tokenizer = load_tokenizer(Path(job.model))
@@ -361,7 +362,7 @@ def show(outcome: Outcome, options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptqcli.scheme import Scheme
+    from ptqcli.numerics.scheme import Scheme
 
     scheme = Scheme(options.bits, options.group_size, not options.asym).describe()
     windows = f"{options.nsamples} windows of {options.seqlen} tokens"

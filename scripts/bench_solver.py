@@ -32,7 +32,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import GroupGrid, QuantizedWeight, Scheme, encode, fit
+from ptqcli.numerics.grids import GroupGrid, encode, fit
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.gptq import GPTQ
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import ptqcli
 from ptqcli.calibration.text import evaluation_ids
+from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.evaluate.divergence import compare
-from ptqcli.pipeline import load_tokenizer, quantize
+from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 import ptqcli
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.calibration.text import calibration_windows, documents
-from ptqcli.model import Skeleton, linear_weight
-from ptqcli.pipeline import load_tokenizer
-from ptqcli.scheme import Scheme
+from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.model.linears import linear_weight
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.solvers import MatrixSolver
 from ptqcli.solvers.gptq import GPTQ
 from ptqcli.solvers.obq import OBQ

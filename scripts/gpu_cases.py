@@ -28,7 +28,8 @@ for package, home in (("ptq_kernels", ROOT / "kernels"), ("ptqcli", ROOT)):
 
 from ptqcli.bench import machine, timing  # noqa: E402
 from ptqcli.bench.peers import Peer, first_line, installed_peers, kernel_errors  # noqa: E402
-from ptqcli.scheme import WHOLE_MATRIX, ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme  # noqa: E402
+from ptqcli.numerics.scheme import WHOLE_MATRIX, ActivationScheme, OutlierSplit, Scheme  # noqa: E402
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight  # noqa: E402
 
 Values = dict[str, Any]
 Case = Callable[[], Values]

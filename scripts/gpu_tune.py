@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptqcli.bench import timing
-from ptqcli.scheme import Scheme
+from ptqcli.numerics.scheme import Scheme
 
 W4A16_TOKENS = (1, 16, 32, 64, 128, 256, 512)
 INT8_TOKENS = (16, 64, 256, 4096)

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from ptqcli.checkpoint import CheckpointReader, CheckpointWriter, write_json
+from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats import compressed_tensors
-from ptqcli.scheme import ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme, encode, fit
+from ptqcli.numerics.grids import encode, fit
+from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 TOKENS = torch.arange(1, 17).unsqueeze(0)
 TOKEN, TENSOR, STATIC = ActivationScheme(), ActivationScheme(per_token=False), ActivationScheme(per_token=False, dynamic=False)

@@ -18,16 +18,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ptqcli.algorithms import PARTS, find_algorithm
-from ptqcli.calibration.capture import CalibratedBlock
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
 from ptqcli.calibration.text import calibration_windows, documents
-from ptqcli.checkpoint import CheckpointReader
+from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import UsageError
 from ptqcli.formats import compressed_tensors
-from ptqcli.pipeline import Report, load_tokenizer, quantize
-from ptqcli.recipe import Override, Recipe, Setting
+from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.report import Report
+from ptqcli.recipe import Override, Recipe
+from ptqcli.resources import Resources
 from ptqcli.runtime import kernels_in, load_quantized
-from ptqcli.scheme import ActivationScheme, OutlierSplit, QuantizedWeight, Scheme
 from ptqcli.solvers import Solution, Stage, Target, lift
 from ptqcli.solvers.gptq import GPTQ
 from ptqcli.solvers.obq import OBQ
@@ -412,7 +416,7 @@ def passes(folder: Path, out: Path, name: str, monkeypatch: pytest.MonkeyPatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(CalibratedBlock, "_forward", counted)
-        quantize(folder / "model", recipe_for(name, folder, **changes), out, setting=Setting(batch_size=2))
+        quantize(folder / "model", recipe_for(name, folder, **changes), out, resources=Resources(batch_size=2))
     return list(seen.values())
 
 
@@ -465,7 +469,7 @@ def test_statistics_behind_transforms_are_those_of_the_transformed_block(
     monkeypatch.setattr(CalibratedBlock, "observe", observing)
     monkeypatch.setattr(CalibratedBlock, "at_once", comparing)
     recipe = recipe_for("awq+smoothquant+gptq", llama, sequential=False)
-    quantize(llama / "model", recipe, tmp_path / "out", setting=Setting(batch_size=2))
+    quantize(llama / "model", recipe, tmp_path / "out", resources=Resources(batch_size=2))
     assert len(pairs) == 2 * 4
     for given, fresh, before in pairs:
         assert given.tokens == fresh.tokens == 6 * 48
@@ -616,7 +620,7 @@ def test_a_static_input_scale_is_the_largest_input_of_all(dtype: torch.dtype, gr
 
 def test_stored_static_scales_are_those_of_the_calibration_text(llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for("", llama, algo="smoothquant", act_scales="static")
-    quantize(llama / "model", recipe, tmp_path / "out", setting=Setting(batch_size=2))
+    quantize(llama / "model", recipe, tmp_path / "out", resources=Resources(batch_size=2))
     reader = CheckpointReader(tmp_path / "out")
     for layer in range(2):
         scales = [reader.read(f"model.layers.{layer}.self_attn.{name}_proj.input_scale") for name in "qkv"]

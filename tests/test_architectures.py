@@ -12,14 +12,18 @@ from packaging.version import Version
 from tiny import ARCHITECTURES, make_model, token_ids, write_text
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from ptqcli.calibration.capture import CalibratedBlock, record_calls
+from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.text import evaluation_ids
-from ptqcli.checkpoint import CheckpointReader
+from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError
 from ptqcli.evaluate.perplexity import perplexity
-from ptqcli.model import Skeleton, linear_weight
-from ptqcli.pipeline import load_tokenizer, plan_run, quantize
-from ptqcli.recipe import Recipe, Setting
+from ptqcli.model.linears import linear_weight
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.recipe import Recipe
+from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 
 # What the blocks of each architecture hold: linears per block and stages (distinct inputs) per block.
@@ -84,7 +88,7 @@ def test_replayed_blocks_give_the_model_bit_for_bit(architecture, tmp_path):
 def test_quantizes_loads_and_evaluates(architecture, algo, tmp_path):
     original = make_model(tmp_path / "model", architecture)
     recipe = Recipe(algo=algo, group_size=32, calib=str(write_text(tmp_path / "text.txt")), nsamples=10, seqlen=64)
-    report = quantize(tmp_path / "model", recipe, tmp_path / "out", setting=Setting(batch_size=4))
+    report = quantize(tmp_path / "model", recipe, tmp_path / "out", resources=Resources(batch_size=4))
     assert len(report.layers) == 2 * EXPECTED[architecture][0]
     assert all(0 < layer.relative_error < 0.2 for layer in report.layers)
 
@@ -107,7 +111,7 @@ def test_transformers_loads_the_checkpoint_or_says_why_not(architecture, tmp_pat
     make_model(tmp_path / "model", architecture)
     recipe = Recipe(algo="rtn", group_size=32)
     quantize(tmp_path / "model", recipe, tmp_path / "out")
-    notes = plan_run(tmp_path / "model", recipe, Setting())[1].notes
+    notes = plan_run(tmp_path / "model", recipe, Resources())[1].notes
     if architecture == "gpt2":
         assert any("Conv1D" in note for note in notes)
         with pytest.raises(ValueError, match="conv1d"):

@@ -23,9 +23,11 @@ from ptqcli.bench.peers import Peer
 from ptqcli.bench.shapes import MODELS, Shape, named_shapes, shapes_of
 from ptqcli.errors import UsageError
 from ptqcli.formats import compressed_tensors
-from ptqcli.model import build_on_meta, is_linear, load_config
+from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.linears import is_linear
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.runtime import quantized_linear
-from ptqcli.scheme import QuantizedWeight, Scheme
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 256, 64, 3)

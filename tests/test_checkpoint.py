@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptqcli.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointReader, CheckpointWriter, write_json
+from ptqcli.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import PTQError
 
 DTYPES = (
@@ -225,7 +226,8 @@ def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
 
 MEMORY_PROBE = """
 import sys, psutil, torch
-from ptqcli.checkpoint import CheckpointReader, CheckpointWriter
+from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.writer import CheckpointWriter
 folder, count = sys.argv[1], int(sys.argv[2])
 resident = psutil.Process().memory_info
 before = peak = resident().rss

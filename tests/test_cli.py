@@ -22,12 +22,12 @@ from commandline import Answer, Ptq, one_line
 from rich.console import Console
 from tiny import make_model, write_text
 
-from ptqcli import pipeline
 from ptqcli.cli import COMMANDS, app, doctor, locate, run
 from ptqcli.cli.console import size_text, time_text
 from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.cli.quantize import parse_override
+from ptqcli.pipeline import report
 from ptqcli.recipe import Override, Recipe
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
@@ -614,7 +614,7 @@ def test_only_weights_and_text_are_fetched() -> None:
 
 
 def test_the_report_is_where_the_pipeline_writes_it() -> None:
-    assert locate.REPORT_NAME == pipeline.REPORT_NAME
+    assert locate.REPORT_NAME == report.REPORT_NAME
 
 
 def test_sizes_and_times() -> None:

@@ -9,8 +9,10 @@ from tiny import ARCHITECTURES, make_model, token_ids
 from torch import nn
 from torch.nn import functional
 
-from ptqcli.calibration.capture import CalibratedBlock, record_calls
-from ptqcli.model import Skeleton, is_linear, linear_weight
+from ptqcli.calibration.record import record_calls
+from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.skeleton import Skeleton
 from ptqcli.transforms.folds import BOUND, Fold, Found, divide, find_folds, proven, scale_fold
 
 CPU = torch.device("cpu")

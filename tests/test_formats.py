@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ptqcli.checkpoint import CheckpointReader
+from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import bitstream, compressed_tensors
-from ptqcli.scheme import SUPPORTED_BITS, ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme, encode, fit
+from ptqcli.numerics.grids import encode, fit
+from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden vectors are not beside this checkout")

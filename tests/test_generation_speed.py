@@ -23,7 +23,7 @@ from ptqcli.bench import generation
 from ptqcli.bench.generation import bench_generation, count_operations, generate, peak_memory, weight_bytes
 from ptqcli.bench.machine import Machine
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model import load_config
+from ptqcli.model.config import load_config
 
 CPU = torch.device("cpu")
 LIMIT = 1e12

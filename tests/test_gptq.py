@@ -5,7 +5,7 @@ import torch
 from textbook import correlated_layer, excess_rounding, textbook_gptq
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.scheme import Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.solvers.gptq import GPTQ, LEAF
 from ptqcli.solvers.rtn import RTN
 

@@ -20,7 +20,7 @@ from gpu_check import Pool, judged, targets
 
 from ptqcli.bench import machine
 from ptqcli.bench.timing import Timing
-from ptqcli.scheme import Scheme
+from ptqcli.numerics.scheme import Scheme
 
 SCRIPT = Path(gpu_check.__file__)
 NEEDED_NOWHERE_ELSE = {"transformers", "click", "rich", "psutil", "safetensors", "yaml", "accelerate", "datasets", "pyarrow"}

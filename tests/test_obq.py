@@ -12,7 +12,7 @@ import ptqcli.solvers.obq as obq
 from ptqcli.calibration.builtin import documents
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.scheme import ActivationScheme, Scheme
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.solvers.obq import OBQ
 from ptqcli.solvers.rtn import RTN
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ptqcli.bench import peers
 from ptqcli.bench.peers import Peer, first_line, installed_peers, kernel_errors, missing_peers
-from ptqcli.scheme import ActivationScheme, OutlierSplit, QuantizedWeight, Scheme, round_to_nearest
+from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 
 CPU = torch.device("cpu")
 TOKEN, TENSOR, STATIC = ActivationScheme(), ActivationScheme(per_token=False), ActivationScheme(per_token=False, dynamic=False)

@@ -13,16 +13,19 @@ import pytest
 import torch
 from tiny import POSITIONS, make_model, token_ids, write_text
 
-import ptqcli.pipeline
-from ptqcli.calibration.capture import Activations
+import ptqcli.pipeline.pipeline
+from ptqcli.calibration.hidden import Activations
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.checkpoint import CheckpointReader
+from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model import Skeleton, find_blocks
-from ptqcli.pipeline import plan_run, quantize
-from ptqcli.recipe import Override, Recipe, Setting, load_recipe
+from ptqcli.model.discovery import find_blocks
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.pipeline.pipeline import _BlockWork, plan_run, quantize
+from ptqcli.pipeline.progress import Silent
+from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
-from ptqcli.scheme import Scheme
 
 
 @pytest.fixture
@@ -51,14 +54,14 @@ def test_two_runs_give_the_same_bytes_and_another_seed_does_not(model, tmp_path)
 
 
 def test_a_small_activation_budget_changes_the_memory_and_not_the_bytes(model, tmp_path):
-    quantize(model, small(model), tmp_path / "asleep", setting=Setting(batch_size=2))
-    quantize(model, small(model), tmp_path / "again", setting=Setting(batch_size=2, activation_budget=0))
+    quantize(model, small(model), tmp_path / "asleep", resources=Resources(batch_size=2))
+    quantize(model, small(model), tmp_path / "again", resources=Resources(batch_size=2, activation_budget=0))
     assert same_files(tmp_path / "asleep", tmp_path / "again")
 
 
 def test_the_later_of_two_overrides_wins_also_over_a_skip(model):
     overrides = (Override(r"layers\.0", skip=True), Override(r"layers\.0\.mlp\.down_proj", bits=8))
-    _, plan = plan_run(model, small(model, overrides=overrides), Setting())
+    _, plan = plan_run(model, small(model, overrides=overrides), Resources())
     schemes = {linear.name: linear.scheme.bits for linear in plan.linears if ".layers.0." in linear.name}
     assert schemes == {"model.layers.0.mlp.down_proj": 8}
     with pytest.raises(UsageError, match="either skip or change"):
@@ -70,7 +73,7 @@ def test_a_float16_model_is_calibrated_in_float32_and_keeps_its_dtype(tmp_path):
     make_model(tmp_path / "model", dtype=torch.float16)
     write_text(tmp_path / "text.txt")
     quantize(tmp_path / "model", small(tmp_path / "model"), tmp_path / "out")
-    assert Setting().calibration_dtype(torch.float16) == torch.float32
+    assert Resources().calibration_dtype(torch.float16) == torch.float32
     reader = CheckpointReader(tmp_path / "out")
     assert {reader.dtype(name) for name in reader.names if "scale" in name or "norm" in name} == {torch.float16}
     assert torch.isfinite(load_quantized(tmp_path / "out")(torch.arange(9)[None]).logits).all()
@@ -101,12 +104,12 @@ def test_what_stands_in_the_way_is_not_removed(model, tmp_path):
 def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
     most = 0
 
-    class Watching(ptqcli.pipeline.Silent):
+    class Watching(Silent):
         def block_done(self, index, count):
             nonlocal most
             most = max(most, sum(file.stat().st_size for file in tmp_path.glob("out.partial/*")))
 
-    _, plan = plan_run(model, small(model), Setting())
+    _, plan = plan_run(model, small(model), Resources())
     report = quantize(model, small(model), tmp_path / "out", listener=Watching())
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert report.bytes_after == pytest.approx(plan.bytes_after, rel=0.02)
@@ -138,7 +141,7 @@ def test_each_part_of_a_block_runs_once_per_batch(model, tmp_path, monkeypatch):
     """Calibration asks nothing twice: with enough memory every linear of every block runs exactly once per batch."""
     calls = {}
     monkeypatch.setattr(Skeleton, "load_block", _counting_load(calls))
-    quantize(model, small(model, nsamples=6), tmp_path / "out", setting=Setting(batch_size=2))
+    quantize(model, small(model, nsamples=6), tmp_path / "out", resources=Resources(batch_size=2))
     assert set(calls.values()) == {3}
     assert len(calls) == 14
 
@@ -199,7 +202,7 @@ def test_everything_that_is_not_quantized_is_carried_over(model, tmp_path):
 
 def test_shards_have_an_index_and_load(model, tmp_path):
     quantize(model, small(model, algo="rtn"), tmp_path / "whole")
-    quantize(model, small(model, algo="rtn"), tmp_path / "cut", setting=Setting(max_shard_bytes=40_000))
+    quantize(model, small(model, algo="rtn"), tmp_path / "cut", resources=Resources(max_shard_bytes=40_000))
     assert (tmp_path / "cut" / "model.safetensors.index.json").is_file()
     assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
     ids = torch.arange(20)[None]
@@ -304,7 +307,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_chec
 
 
 def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(model, tmp_path):
-    class Interrupting(ptqcli.pipeline.Silent):
+    class Interrupting(Silent):
         def block_done(self, index, count):
             raise KeyboardInterrupt
 
@@ -328,7 +331,7 @@ def test_what_a_killed_run_has_left_is_replaced(model, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
-    class Second(ptqcli.pipeline.Silent):
+    class Second(Silent):
         def block_done(self, index, count):
             with pytest.raises(PTQError, match=r"out\.partial: another run is writing there"):
                 quantize(model, small(model, algo="rtn"), tmp_path / "out")
@@ -338,7 +341,7 @@ def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
 
 
 def test_an_output_that_another_run_finishes_meanwhile_is_noticed_before_the_work(model, tmp_path):
-    class Late(ptqcli.pipeline.Silent):
+    class Late(Silent):
         def planned(self, plan):
             quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
@@ -401,7 +404,7 @@ def test_tensors_that_the_model_has_no_use_for_are_carried_over_and_named(model,
     tensors = {name: reader.read(name) for name in reader.names}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old Llama files carry it; the model computes it
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    _, plan = plan_run(model, small(model, algo="rtn"), Setting())
+    _, plan = plan_run(model, small(model, algo="rtn"), Resources())
     assert any("copied as they are" in note and "layers.0.self_attn.rotary_emb.inv_freq" in note for note in plan.notes)
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" in CheckpointReader(tmp_path / "out").names
@@ -442,8 +445,9 @@ def test_blocks_are_found_or_asked_for():
 PEAK = """
 import json, sys
 from pathlib import Path
-from ptqcli.pipeline import plan_run, quantize
-from ptqcli.recipe import Recipe, Setting
+from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.recipe import Recipe
+from ptqcli.resources import Resources
 recipe = Recipe(group_size=64, calib=sys.argv[2], nsamples=16, seqlen=64)
 report = quantize(Path(sys.argv[1]), recipe, Path(sys.argv[3]))
 print(report.peak_memory_bytes)
@@ -472,13 +476,13 @@ def test_a_finished_block_is_gone_before_the_next_is_loaded(algo, options, tmp_p
     make_model(tmp_path / "model", num_hidden_layers=4)
     alive, seen = [], []
 
-    class Watched(ptqcli.pipeline._BlockWork):
+    class Watched(_BlockWork):
         def __init__(self, *args):
             seen.append(sum(reference() is not None for reference in alive))
             alive.append(weakref.ref(self))
             super().__init__(*args)
 
-    monkeypatch.setattr(ptqcli.pipeline, "_BlockWork", Watched)
+    monkeypatch.setattr(ptqcli.pipeline.pipeline, "_BlockWork", Watched)
     recipe = Recipe(
         algo=algo, wbits=4, abits=16, group_size=32, nsamples=4, seqlen=32, calib=str(write_text(tmp_path / "t.txt")), **options
     )

@@ -31,11 +31,12 @@ from ptq_kernels import WeightOnlyLinear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ptqcli.checkpoint import CheckpointReader, write_json
+from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.writer import write_json
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
+from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.runtime import kernels_in, load_quantized
-from ptqcli.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "ckpt"
 

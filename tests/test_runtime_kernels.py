@@ -34,8 +34,9 @@ from transformers import AutoModelForCausalLM
 import ptqcli
 from ptqcli import runtime
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.numerics.scheme import OutlierSplit, Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.runtime import kernels_in, load_quantized, quantized_linear
-from ptqcli.scheme import OutlierSplit, QuantizedWeight, Scheme
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "ckpt"
 INTEGER = "torch" if int_mm_is_fast_and_exact() else "reference"

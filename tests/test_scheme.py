@@ -5,7 +5,9 @@ import torch
 from textbook import textbook_codes, textbook_grid
 
 from ptqcli.errors import UsageError
-from ptqcli.scheme import QuantizedWeight, Scheme, encode, fit
+from ptqcli.numerics.grids import encode, fit
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.rtn import RTN
 
 KINDS = {

@@ -17,15 +17,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import ptqcli.pipeline
-from ptqcli.calibration.capture import BlockCall, record_calls
+from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
-from ptqcli.checkpoint import CheckpointReader
+from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.evaluate.perplexity import perplexity
-from ptqcli.model import Skeleton, linear_weight
-from ptqcli.pipeline import Report, load_tokenizer, quantize
+from ptqcli.model.linears import linear_weight
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.activations import round_activations
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
+from ptqcli.numerics.weight import round_to_nearest
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.report import Report
 from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
-from ptqcli.scheme import ActivationScheme, Scheme, round_activations, round_to_nearest
 from ptqcli.transforms.awq import AWQ, clip_limits
 from ptqcli.transforms.block import FoldedBlock, Treatment
 from ptqcli.transforms.folds import Fold, scale_fold

@@ -7,7 +7,7 @@ Cholesky factor of its inverse, ``H^-1 = U^T U``, for each column ``j`` in turn
     q_j = nearest grid point of w_j        e_j = (w_j - q_j) / U_jj        w_k -= e_j * U_jk  for all k > j
 
 Nothing is blocked, cached or shared with the package: the grids are written here a second time, in float64,
-from the definition in ``ptqcli.scheme``. A solver in float32 may send a value that lies within its rounding
+from the definition in ``ptqcli.numerics.scheme``. A solver in float32 may send a value that lies within its rounding
 of the middle between two codes the other way, and the columns after it then follow another path:
 ``excess_rounding`` tells such a tie from a mistake.
 """
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import SHRINK_FACTORS, QuantizedWeight, Scheme
+from ptqcli.numerics.grids import SHRINK_FACTORS
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 
 
 def correlated_layer(out: int, columns: int, tokens: int, dtype: torch.dtype, seed: int, spread: float) -> tuple[Tensor, Hessian]:

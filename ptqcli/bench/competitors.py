@@ -21,8 +21,9 @@ from ptqcli.bench.peers import Multiply, Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import copies
 from ptqcli.errors import UsageError
+from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.runtime import quantized_linear
-from ptqcli.scheme import WHOLE_MATRIX, OutlierColumns, QuantizedWeight, Scheme
 
 BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 

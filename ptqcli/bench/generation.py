@@ -47,7 +47,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptqcli.bench.machine import Machine
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model import build_on_meta, is_linear, linear_weight
+from ptqcli.model.config import build_on_meta
+from ptqcli.model.linears import is_linear, linear_weight
 
 Progress = Callable[[int, int], None]
 

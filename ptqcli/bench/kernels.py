@@ -28,7 +28,8 @@ from ptqcli.bench.peers import Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import Timing, time_in_turn
 from ptqcli.errors import UsageError
-from ptqcli.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, QuantizedWeight, Scheme
+from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 
 # One of each kind, to show how the names are made; parse_scheme reads the rest.
 SCHEMES = ("w4a16", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")

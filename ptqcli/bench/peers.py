@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptqcli.scheme import WHOLE_MATRIX, QuantizedWeight
+from ptqcli.numerics.scheme import WHOLE_MATRIX
+from ptqcli.numerics.weight import QuantizedWeight
 
 Multiply = Callable[[Tensor], Tensor]
 Build = Callable[[QuantizedWeight, torch.dtype, torch.device], "Multiply | None"]

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ptqcli.errors import UsageError
 from ptqcli.formats.compressed_tensors import schemes_of
-from ptqcli.model import build_on_meta, is_linear, linear_weight, load_config
+from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.runtime import same_input
-from ptqcli.scheme import Scheme
 
 
 @dataclass(frozen=True)

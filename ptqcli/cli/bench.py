@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ptqcli.bench.machine import Machine
     from ptqcli.bench.peers import Peer
     from ptqcli.bench.shapes import Shape
-    from ptqcli.scheme import Scheme
+    from ptqcli.numerics.scheme import Scheme
 
 DEFAULT_SCHEME = "w4a16"
 USUAL_PROMPT = 128
@@ -234,7 +234,7 @@ class _Job:
 
     def add_checkpoint(self, folder: Path, original: Path | None, only: str | None) -> None:
         """What a checkpoint is made of, the whole checkpoint, and the model that it came from."""
-        from ptqcli.model import load_config
+        from ptqcli.model.config import load_config
 
         config = load_config(folder)
         self.subject = path_text(folder)
@@ -258,7 +258,7 @@ class _Job:
 
     def _check_settings(self) -> None:
         from ptqcli.bench.generation import check_setting, positions_of
-        from ptqcli.model import load_config, refuse_other_kinds
+        from ptqcli.model.config import load_config, refuse_other_kinds
 
         configs = {name: load_config(folder) for name, folder in self.models.items()}
         if self.prompts is None:

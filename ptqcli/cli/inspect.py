@@ -15,7 +15,7 @@ from ptqcli.cli.options import json_option
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row, read_report
 
 if TYPE_CHECKING:
-    from ptqcli.checkpoint import CheckpointReader
+    from ptqcli.checkpoint.tensors import CheckpointReader
 
 
 @click.command()
@@ -26,8 +26,8 @@ def command(checkpoint: str | None, as_json: bool) -> None:
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any other that transformers reads; left out, it is the newest one here.
     """
-    from ptqcli.checkpoint import CheckpointReader
-    from ptqcli.model import load_config
+    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.model.config import load_config
 
     folder = find_checkpoint(checkpoint)
     config = load_config(folder)
@@ -58,7 +58,9 @@ def command(checkpoint: str | None, as_json: bool) -> None:
 def _layers(config: Any, reader: CheckpointReader, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each quantized linear with its scheme, its stored size, and what the report says of it."""
     from ptqcli.formats.compressed_tensors import schemes_of, stored_linears, tensor_names
-    from ptqcli.model import DiskNames, build_on_meta, is_linear, linear_weight
+    from ptqcli.model.config import build_on_meta
+    from ptqcli.model.linears import is_linear, linear_weight
+    from ptqcli.model.names import DiskNames
 
     entry = getattr(config, "quantization_config", None)
     if not isinstance(entry, Mapping):

@@ -17,7 +17,7 @@ def load_model(folder: Path, device: torch.device, kernel: str = "auto") -> Any:
     kernel: one of ``options.KERNELS``, for packed weights. Raises PTQError for a folder that holds no model that can be loaded, UsageError
     for a layer that cannot run on ``kernel``, or a kernel that is named for a model that is not packed.
     """
-    from ptqcli.model import load_config
+    from ptqcli.model.config import load_config
     from ptqcli.runtime import load_quantized
 
     config = load_config(folder)
@@ -32,8 +32,8 @@ def load_model(folder: Path, device: torch.device, kernel: str = "auto") -> Any:
 def _load_plain(folder: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from ptqcli.checkpoint import CheckpointReader
-    from ptqcli.model import refuse_other_kinds
+    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.model.config import refuse_other_kinds
 
     refuse_other_kinds(config)
     CheckpointReader(folder)  # says of a damaged file what is wrong with it
@@ -58,11 +58,11 @@ def _load_plain(folder: Path, config: Any) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises PTQError for a folder that is no model's, or has no tokenizer."""
-    from ptqcli import pipeline
-    from ptqcli.model import load_config
+    from ptqcli.checkpoint import auxiliary
+    from ptqcli.model.config import load_config
 
     load_config(folder)
-    return pipeline.load_tokenizer(folder)
+    return auxiliary.load_tokenizer(folder)
 
 
 def hush_transformers() -> None:

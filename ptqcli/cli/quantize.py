@@ -20,8 +20,10 @@ from ptqcli.cli.report import LAYER_COLUMNS, layer_row
 from ptqcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ptqcli.pipeline import Report
-    from ptqcli.recipe import Override, Plan, Recipe, Setting
+    from ptqcli.pipeline.report import Report
+    from ptqcli.plan import Plan
+    from ptqcli.recipe import Override, Recipe
+    from ptqcli.resources import Resources
 
 WORST_LAYERS = 5
 MOST_CHOICES = 4
@@ -191,24 +193,25 @@ def command(
     MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
-    from ptqcli.pipeline import check_output, plan_run, quantize
+    from ptqcli.pipeline.folder import check_output
+    from ptqcli.pipeline.pipeline import plan_run, quantize
     from ptqcli.recipe import load_recipe
 
     words = Output(as_json=as_json, quiet=quiet)
     recipe = load_recipe(recipe_file, _given(recipe_flags))
-    setting = _setting(device, dtype, batch_size, activation_budget)
+    resources = _resources(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
     hush_transformers()
     target = output.expanduser() if output else Path(_default_name(model, recipe))
     if dry_run:
         check_output(target, folder, overwrite)
-        _, plan = plan_run(folder, recipe, setting)
+        _, plan = plan_run(folder, recipe, resources)
         _show_plan(plan, folder, target, words)
         words.result(_plan_as_json(plan))
         return
     with track("block", quiet) as tracker:
         listener = _Progress(folder, target, words, tracker)
-        report = quantize(folder, recipe, target, overwrite=overwrite, setting=setting, data_dir=data_dir, listener=listener)
+        report = quantize(folder, recipe, target, overwrite=overwrite, resources=resources, data_dir=data_dir, listener=listener)
     _show_report(report, words)
     words.result(report.to_json())
 
@@ -220,12 +223,12 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
-def _setting(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Setting:
+def _resources(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Resources:
     import torch
 
-    from ptqcli.recipe import DEFAULT_ACTIVATION_BUDGET, Setting
+    from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
 
-    return Setting(
+    return Resources(
         device=open_device(device),
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         batch_size=batch_size,

@@ -16,7 +16,7 @@
     m.outlier_weight      float [out, k]                      their values, in the model's dtype
 
 ``config.json`` says which module has which scheme (``compressed_tensors_config``). Signed numbers are the unsigned ones of
-``ptqcli.scheme`` less 2^(bits-1); before it packs, the library adds that again, so that packed words hold the unsigned ones.
+``ptqcli.numerics.scheme`` less 2^(bits-1); before it packs, the library adds that again, so that packed words hold the unsigned ones.
 ``m.weight_scale`` marks a quantized linear in both formats; ``m.weight`` alone is that of a plain one.
 
 What a reader would get silently wrong, and what is done about it here:
@@ -51,7 +51,8 @@ from torch import Tensor
 from ptqcli.errors import PTQError
 from ptqcli.formats import bitstream
 from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, INTEGER, NAME, OUTLIERS_KEY, PACKED, quantization_config, schemes_of
-from ptqcli.scheme import WHOLE_MATRIX, OutlierColumns, QuantizedWeight, Scheme
+from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 __all__ = [
     "CONV1D_KEY",

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
-from ptqcli.scheme import SMALLEST_SCALE, OutlierColumns, QuantizedWeight, Scheme, activation_scale
+from ptqcli.numerics.activations import activation_scale
+from ptqcli.numerics.grids import SMALLEST_SCALE
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 # (done, total) of the work inside one matrix, called by solvers that are slow enough to be asked.
 Progress = Callable[[int, int], None]

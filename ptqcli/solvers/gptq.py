@@ -36,7 +36,9 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import GroupGrid, QuantizedWeight, Scheme, encode, fit
+from ptqcli.numerics.grids import GroupGrid, encode, fit
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, factorise
 

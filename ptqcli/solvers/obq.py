@@ -39,7 +39,9 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import QuantizedWeight, Scheme, fit
+from ptqcli.numerics.grids import fit
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, factorise
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.scheme import Scheme, round_to_nearest
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
 
 
 @dataclass(frozen=True)
 class RTN:
-    """Round to nearest with the scale search of ``ptqcli.scheme.fit``."""
+    """Round to nearest with the scale search of ``ptqcli.numerics.grids.fit``."""
 
     needs_hessian: ClassVar[bool] = False
     scale_search: str = "minmax"

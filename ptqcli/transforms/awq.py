@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Needs
-from ptqcli.scheme import SHRINK_FACTORS, WHOLE_MATRIX, GroupGrid, Scheme, encode, fit
+from ptqcli.numerics.grids import SHRINK_FACTORS, GroupGrid, encode, fit
+from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
 from ptqcli.transforms.folds import Fold
 

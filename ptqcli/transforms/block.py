@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.errors import PTQError
-from ptqcli.model import linear_weight, rows_first
-from ptqcli.scheme import Scheme, activation_scale, round_to_nearest
+from ptqcli.model.linears import linear_weight, rows_first
+from ptqcli.numerics.activations import activation_scale
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.transforms.folds import Fold, divide
 from ptqcli.transforms.replay import Replay, Trial
 

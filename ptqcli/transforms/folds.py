@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptqcli.model import is_linear, linear_weight
+from ptqcli.model.linears import is_linear, linear_weight
 
 # Runs a twin of the block on the probe, a few tokens of hidden states and the recorded arguments, floating ones cast to the dtype.
 Run: TypeAlias = Callable[[nn.Module, torch.dtype], Tensor]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptqcli.scheme import ActivationScheme, round_activations
+from ptqcli.numerics.activations import round_activations
+from ptqcli.numerics.scheme import ActivationScheme
 
 
 @dataclass(frozen=True)

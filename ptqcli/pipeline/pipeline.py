@@ -8,153 +8,43 @@ everything is in it: an interrupted run leaves nothing that looks whole.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import json
-import os
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import ptqcli
-from ptqcli.calibration.capture import CalibratedBlock, Recording, record_calls
+from ptqcli.calibration.record import Recording, record_calls
 from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.calibration.text import calibration_windows, documents
-from ptqcli.checkpoint import CheckpointWriter, write_json
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.checkpoint.auxiliary import copy_companions, load_tokenizer
+from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.errors import PTQError
+from ptqcli.estimate import TRIED_TOKENS, PlannedLinear
 from ptqcli.formats import compressed_tensors
-from ptqcli.model import Skeleton, linear_weight
-from ptqcli.recipe import TRIED_TOKENS, Plan, PlannedLinear, Recipe, Setting, make_plan
+from ptqcli.model.linears import linear_weight
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.pipeline.folder import _growing, check_output
+from ptqcli.pipeline.progress import Listener, Silent
+from ptqcli.pipeline.report import REPORT_NAME, FoldReport, LayerReport, Report
+from ptqcli.plan import Plan, make_plan
+from ptqcli.recipe import Recipe
+from ptqcli.resources import Resources
 from ptqcli.solvers import Solution, Stage, Target, lift, needs_of
 from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
 from ptqcli.transforms.folds import Found, find_folds, proven
 
-REPORT_NAME = "ptq_report.json"
-# Text files that make a folder of weights a model folder; weights and config.json are written anew.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
-NOT_COMPANIONS = ("config.json", "*.index.json", REPORT_NAME, "quantize_config.json")
-
 # Tokens of the two window beginnings on which folds are looked for and proved.
 PROBE_TOKENS = 12
-
-
-class Listener(Protocol):
-    """Who wants to know how far the work is."""
-
-    def planned(self, plan: Plan) -> None:
-        """Everything is decided; work begins."""
-
-    def stage(self, text: str) -> None:
-        """What is being done now, in words."""
-
-    def block_started(self, index: int, count: int) -> None:
-        """Block ``index`` of ``count`` begins."""
-
-    def detail(self, text: str) -> None:
-        """What is being done inside a block, in words."""
-
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of the work on one linear are behind us; only slow solvers tell."""
-
-    def layer_done(self, name: str, error: float) -> None:
-        """A linear has its codes; ``error`` is its relative output error."""
-
-    def block_done(self, index: int, count: int) -> None:
-        """Block ``index`` of ``count`` is written."""
-
-
-class Silent:
-    """A listener that ignores everything."""
-
-    def planned(self, plan: Plan) -> None:
-        pass
-
-    def stage(self, text: str) -> None:
-        pass
-
-    def block_started(self, index: int, count: int) -> None:
-        pass
-
-    def detail(self, text: str) -> None:
-        pass
-
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def layer_done(self, name: str, error: float) -> None:
-        pass
-
-    def block_done(self, index: int, count: int) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One quantized linear. relative_error: ``|(W - W') X|_F / |W X|_F`` over the calibration inputs; with an algorithm that needs no
-    calibration, ``|W - W'|_F / |W|_F``. The other fields are those of ``solvers.SolveNotes``."""
-
-    name: str
-    scheme: str
-    bits_per_weight: float
-    relative_error: float
-    never_activated: int
-    zero_groups: int
-    damp: float | None
-    damp_raised: bool
-    outlier_columns: int | None
-    outlier_share: float | None
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """What transforms did with one fold of one block, or why they left it alone. The names are paths in the model.
-
-    choices: (transform, what it chose, the block's squared error relative to no scaling or None if not measured). left_alone: the reason,
-    None for a fold that was used; producer is None for linears that no fold reaches.
-    """
-
-    producer: str | None
-    readers: tuple[str, ...]
-    choices: tuple[tuple[str, str, float | None], ...] = ()
-    left_alone: str | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did. seconds and peak_memory_bytes describe the run, not the checkpoint, and are not stored in it."""
-
-    source: str
-    recipe: dict[str, Any]
-    layers: list[LayerReport]
-    skipped: list[tuple[str, str]]
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    error_kind: str
-    folds: list[FoldReport] = field(default_factory=list)
-    output: str = ""
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    seconds_by_step: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return asdict(self)
-
-    def stored(self) -> dict[str, Any]:
-        """What is written beside the checkpoint: the same bytes for the same work."""
-        volatile = ("output", "seconds", "peak_memory_bytes", "seconds_by_step")
-        return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
 
 
 class Clock:
@@ -174,10 +64,10 @@ class Clock:
             self.spent[kind] = self.spent.get(kind, 0.0) + time.perf_counter() - begin
 
 
-def plan_run(model: Path, recipe: Recipe, setting: Setting) -> tuple[Skeleton, Plan]:
+def plan_run(model: Path, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
     """Open the model and decide everything that can be decided without its weights."""
     skeleton = Skeleton(model, recipe.blocks)
-    return skeleton, make_plan(recipe, skeleton, setting)
+    return skeleton, make_plan(recipe, skeleton, resources)
 
 
 def quantize(
@@ -186,7 +76,7 @@ def quantize(
     output: Path,
     *,
     overwrite: bool = False,
-    setting: Setting | None = None,
+    resources: Resources | None = None,
     data_dir: Path | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -194,13 +84,13 @@ def quantize(
 
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
-    setting, listener, clock = setting or Setting(), listener or Silent(), Clock()
+    resources, listener, clock = resources or Resources(), listener or Silent(), Clock()
     check_output(output, model, overwrite)
     with clock.measure("plan"):
-        skeleton, plan = plan_run(model, recipe, setting)
+        skeleton, plan = plan_run(model, recipe, resources)
     listener.planned(plan)
     with _growing(output, overwrite, plan.disk_bytes) as folder, torch.no_grad():
-        run = _Run(skeleton, plan, setting, folder, listener, clock)
+        run = _Run(skeleton, plan, resources, folder, listener, clock)
         if plan.needs_calibration:
             run.calibrate(data_dir)
         run.quantize_blocks()
@@ -212,90 +102,20 @@ def quantize(
         report,
         output=str(output),
         seconds=time.perf_counter() - clock.start,
-        peak_memory_bytes=_peak_memory(setting.device),
+        peak_memory_bytes=_peak_memory(resources.device),
         seconds_by_step=clock.spent,
     )
-
-
-def check_output(output: Path, model: Path, overwrite: bool) -> None:
-    """Raise UsageError when ``output`` must not be written."""
-    if output.resolve() == model.resolve():
-        raise UsageError(f"{output}: is the model itself; choose another --output")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UsageError(f"{output}: is a file; choose another --output")
-    if not overwrite:
-        raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
-    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
-        raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
-
-
-@contextmanager
-def _growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
-    """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
-    output = output.resolve()  # a link stays, and the folder that it leads to is replaced
-    folder = output.with_name(output.name + ".partial")
-    parent = output.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
-        lock = _claim(folder)
-    except OSError as error:
-        raise PTQError(f"{parent}: cannot write there: {error.strerror}") from error
-    try:
-        if output.exists() and not overwrite:  # another run has finished since the first look
-            raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
-        yield folder
-        if overwrite and output.exists():
-            _replace(output, folder)
-        else:
-            folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _replace(output: Path, folder: Path) -> None:
-    """Put ``folder`` in the place of ``output``, which is moved aside first and removed last."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    output.rename(aside / "old")
-    folder.rename(output)
-    shutil.rmtree(aside)
-
-
-def _claim(folder: Path) -> int:
-    """Make ``folder`` and lock it; return the open descriptor, which holds the lock. What a killed run has left in it goes.
-
-    The lock ends with the process, however it ends. Raises PTQError if another run holds it, or if it holds something else.
-    """
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise PTQError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
-    leftovers = sorted(folder.iterdir())
-    if leftovers and not any(left.match("*.safetensors*") for left in leftovers):  # a run's first file is one of weights
-        os.close(lock)
-        raise PTQError(f"{folder}: is in the way and holds {leftovers[0].name}; move it, or choose another --output")
-    for left in leftovers:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return lock
 
 
 class _Run:
     """The state of one run: what is open, what is planned, what is done."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, setting: Setting, folder: Path, listener: Listener, clock: Clock) -> None:
-        self.skeleton, self.plan, self.setting = skeleton, plan, setting
+    def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Path, listener: Listener, clock: Clock) -> None:
+        self.skeleton, self.plan, self.resources = skeleton, plan, resources
         self.folder, self.listener, self.clock = folder, listener, clock
-        limit = {} if setting.max_shard_bytes is None else {"max_shard_bytes": setting.max_shard_bytes}
+        limit = {} if resources.max_shard_bytes is None else {"max_shard_bytes": resources.max_shard_bytes}
         self.writer = CheckpointWriter(folder, **limit)
-        self.dtype = setting.calibration_dtype(plan.linears[0].scale_dtype)
+        self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
         self.recording: Recording | None = None
         self.transforms = plan.recipe.transforms()
         self.layers: list[LayerReport] = []
@@ -319,10 +139,10 @@ class _Run:
             self.recording = record_calls(
                 self.skeleton,
                 windows,
-                self.setting.windows_per_batch(seqlen),
-                self.setting.device,
+                self.resources.windows_per_batch(seqlen),
+                self.resources.device,
                 self.dtype,
-                self.setting.activation_budget,
+                self.resources.activation_budget,
                 self.folder,
                 self._excerpts(len(windows)) if self.transforms else None,
             )
@@ -355,7 +175,7 @@ class _Run:
 
     def _load(self, index: int) -> nn.Module | None:
         """The block, if anything runs through it: without calibration its matrices are read one by one."""
-        return None if self.recording is None else self.skeleton.load_block(index, self.setting.device, self.dtype)
+        return None if self.recording is None else self.skeleton.load_block(index, self.resources.device, self.dtype)
 
     def _write_block(self, index: int, work: _BlockWork) -> None:
         rewritten = work.rewritten()
@@ -416,13 +236,13 @@ class _BlockWork:
     def stages(self) -> Iterator[Stage]:
         """Every stage with its statistics, after all earlier stages have been placed."""
         stages = self.run.plan.stages[self.index]
-        recording, setting = self.run.recording, self.run.setting
+        recording, resources = self.run.recording, self.run.resources
         if recording is None or self.block is None:
             for stage in stages:
                 yield self._stage(stage)
             return
         calls = recording.calls[self.index]
-        calibrated = CalibratedBlock(self.block, stages, calls, recording, setting.device, setting.activation_budget)
+        calibrated = CalibratedBlock(self.block, stages, calls, recording, resources.device, resources.activation_budget)
         for number, statistics in self._passes(calibrated, recording):
             statistics.check_finite(self.planned[stages[number][0]].name)
             self.statistics = statistics
@@ -463,7 +283,7 @@ class _BlockWork:
             order=[local for stage in self.run.skeleton.shapes[self.index].stages for local in stage],
             treatments={local: Treatment(linear.scheme, linear.scale_dtype) for local, linear in self.planned.items()},
             inputs={local: seen for stage, seen in zip(stages, statistics, strict=True) for local in stage},
-            stored=functools.partial(_stored, self.run.skeleton, prefix, self.run.setting.device),
+            stored=functools.partial(_stored, self.run.skeleton, prefix, self.run.resources.device),
             run=lambda block: tried(block, torch.float32),
             scale_search=self.run.plan.recipe.scale_search,
             tell=lambda text: listener.detail(f"{prefix}: {text}"),
@@ -477,7 +297,7 @@ class _BlockWork:
         return behind
 
     def _excerpt_run(self, recording: Recording, name: str) -> Callable[[nn.Module, torch.dtype], Tensor]:
-        excerpt, device = recording.excerpts[name], self.run.setting.device
+        excerpt, device = recording.excerpts[name], self.run.resources.device
         hidden, call = excerpt.hidden(recording.activations).to(device), excerpt.calls[self.index]
 
         def run(block: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -508,7 +328,7 @@ class _BlockWork:
         if self.folded is not None:
             weight = self.folded.weight(local)
         else:
-            stored = _stored(self.run.skeleton, self.prefix, self.run.setting.device, f"{local}.weight")
+            stored = _stored(self.run.skeleton, self.prefix, self.run.resources.device, f"{local}.weight")
             weight = (stored.t() if linear.site.transposed else stored).float()
         if not torch.isfinite(weight).all():
             raise PTQError(f"{linear.name}: the weight holds NaN or infinity; the model file is broken")
@@ -571,27 +391,6 @@ def _relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatisti
         inputs = statistics.sampled()
         error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()
     return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``. Raises PTQError when there is none or it needs code from the folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PTQError(f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files into the folder") from error
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template and the like."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and not any(file.match(unwanted) for unwanted in NOT_COMPANIONS):
-                copy = target / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
 
 
 def _return_freed_memory() -> None:

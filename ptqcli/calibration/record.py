@@ -1,0 +1,176 @@
+"""How the model calls its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptqcli.calibration.hidden import Activations
+from ptqcli.errors import PTQError
+from ptqcli.model.discovery import BlockShape, StopForward
+from ptqcli.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Arguments with which the model called a block, the hidden states left out.
+
+    hidden_key: position or name under which the hidden states were passed.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    hidden_key: int | str
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for ``hidden`` [batch, tokens, features], with this call's other arguments."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.hidden_key, int):
+            args[self.hidden_key] = hidden
+        else:
+            kwargs[self.hidden_key] = hidden
+        output = block(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def cast(self, dtype: torch.dtype) -> BlockCall:
+        """The same call with every floating tensor among the arguments in ``dtype``."""
+        return BlockCall(_cast(self.args, dtype), _cast(dict(self.kwargs), dtype), self.hidden_key)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A few windows, or their beginnings, on which a block can be run on its own, again and again.
+
+    windows: their numbers. tokens: how many of each. calls: how the model calls each of its blocks on them.
+    """
+
+    windows: tuple[int, ...]
+    tokens: int
+    calls: list[BlockCall]
+
+    def hidden(self, activations: Activations) -> Tensor:
+        """Its hidden states [windows, tokens, features]; the beginnings of windows do not depend on what follows in a causal model."""
+        return activations.values[list(self.windows), : self.tokens]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Hidden states before the first block and the calls of every block: calls[block][batch]. batches: windows [start, stop) of each.
+
+    excerpts: by the names under which they were asked for.
+    """
+
+    activations: Activations
+    calls: list[list[BlockCall]]
+    batches: list[tuple[int, int]]
+    excerpts: dict[str, Excerpt] = field(default_factory=dict)
+
+
+def record_calls(
+    skeleton: Skeleton,
+    windows: Tensor,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int,
+    folder: Path,
+    excerpts: Mapping[str, tuple[Sequence[int], int]] | None = None,
+) -> Recording:
+    """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them.
+
+    excerpts: name -> (numbers of the windows, tokens of each) of the excerpts to record as well.
+    """
+    batches = [(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
+    calls: list[list[BlockCall]] = [[] for _ in skeleton.blocks]
+    activations: Activations | None = None
+    with skeleton.outside_loaded(device, dtype) as model, torch.no_grad():
+        for start, stop in batches:
+            hidden, batch_calls = _record_batch(skeleton, model, windows[start:stop].to(device))
+            if activations is None:
+                activations = Activations((len(windows), *hidden.shape[1:]), hidden.dtype, budget, folder)
+            activations.values[start:stop] = hidden.cpu()
+            for block_calls, call in zip(calls, batch_calls, strict=True):
+                block_calls.append(_shared(block_calls[0], call) if block_calls else call)
+        recorded = {}
+        for name, (numbers, tokens) in (excerpts or {}).items():
+            _, excerpt_calls = _record_batch(skeleton, model, windows[list(numbers), :tokens].to(device))
+            recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls)
+    assert activations is not None
+    return Recording(activations, calls, batches, recorded)
+
+
+def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def recorder(index: int, shape: BlockShape) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            key = _hidden_key(args, kwargs)
+            hidden = args[key] if isinstance(key, int) else kwargs[key]
+            if len(calls) != index or (first and hidden is not first[0]):
+                raise PTQError(
+                    f"{skeleton.block_prefix(index)}: the model does not hand each block's output straight to the next, "
+                    "which block-by-block quantization needs"
+                )
+            if not first:
+                first.append(hidden)
+            stripped = tuple(None if position == key else value for position, value in enumerate(args))
+            calls.append(BlockCall(stripped, {k: v for k, v in kwargs.items() if k != key}, key))
+            if len(calls) == len(skeleton.blocks):
+                raise StopForward
+            return (hidden, *[None] * shape.extra_outputs) if shape.returns_tuple else hidden
+
+        return forward
+
+    for index, (block, shape) in enumerate(zip(skeleton.blocks, skeleton.shapes, strict=True)):
+        block.forward = recorder(index, shape)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except StopForward:
+        pass
+    finally:
+        for block in skeleton.blocks:
+            del block.forward
+    if len(calls) != len(skeleton.blocks):
+        raise PTQError(f"the model ran {len(calls)} of its {len(skeleton.blocks)} blocks; name the list of blocks with --blocks")
+    return first[0], calls
+
+
+def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return position
+    raise PTQError("a block is called without hidden states as its first tensor argument, which is not supported")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(entry, dtype) for entry in value)
+    if isinstance(value, dict):
+        return {key: _cast(entry, dtype) for key, entry in value.items()}
+    return value
+
+
+def _shared(first: BlockCall, other: BlockCall) -> BlockCall:
+    """``first`` if ``other`` holds equal values, so that a hundred batches do not keep a hundred equal masks."""
+    same = _equal(first.args, other.args) and _equal(dict(first.kwargs), dict(other.kwargs)) and first.hidden_key == other.hidden_key
+    return first if same else other
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one is other or one == other)

@@ -1,0 +1,79 @@
+"""config.json, and the model without weights that it describes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from ptqcli.errors import PTQError, UsageError
+
+# What transformers raises, depending on the model type, for a value in config.json that makes no sense.
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError)
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers configuration in ``folder``. Raises PTQError when it is missing, broken, or needs code from the folder."""
+    from transformers import AutoConfig
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, *CONFIG_ERRORS) as error:
+        if "trust_remote_code" in str(error):
+            raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run") from error
+        raise PTQError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})") from error
+    return config
+
+
+def refuse_other_kinds(config: Any) -> None:
+    """Raise PTQError unless ``config`` is that of a causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # Of encoder-decoders transformers would build the decoder alone.
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise PTQError(f"a model of type {config.model_type} is not a causal language model, which is all that is supported")
+
+
+def build_on_meta(config: Any) -> nn.Module:
+    """The causal language model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    refuse_other_kinds(config)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False), _quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
+        raise PTQError(f"transformers cannot build a causal language model from this config: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers warns on its logger about token ids of tiny or unusual configs; what matters is raised by us."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

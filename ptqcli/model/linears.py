@@ -1,0 +1,42 @@
+"""Modules that hold a quantizable matrix, and where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """Where one linear stands. ``name`` is its path in the whole model, ``local`` its path inside the block."""
+
+    name: str
+    local: str
+    block: int
+    in_features: int
+    out_features: int
+    kind: str  # name of its class
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it stores its matrix as [in, out], as GPT-2's Conv1D does."""
+        return self.kind == Conv1D.__name__
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for the modules that hold a quantizable matrix: ``nn.Linear`` and GPT-2's transposed twin ``Conv1D``."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The matrix of a linear as a [out, in] view, whichever way the module stores it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return rows_first(module, weight)
+
+
+def rows_first(linear: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` of ``linear`` turned from the way the module stores it to [out, in], or back."""
+    return weight.t() if isinstance(linear, Conv1D) else weight

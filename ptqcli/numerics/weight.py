@@ -1,0 +1,91 @@
+"""Quantized weights: codes with what is needed to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptqcli.numerics.grids import encode, fit
+from ptqcli.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class OutlierColumns:
+    """Columns of a matrix in 16 bit. index: int32 [k], rising, without repetition. weight: floating [out, k], the original values."""
+
+    index: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> OutlierColumns:
+        """The same columns on ``device``."""
+        return OutlierColumns(self.index.to(device), self.weight.to(device))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer codes of one matrix with what is needed to read them.
+
+    codes: uint8 [out, in], each below 2^bits. scale: floating [out, groups], in the stored dtype. zero: uint8 [out, groups]; with one scale
+    for the whole matrix both are [out, 1] and all rows are equal.
+    g_idx: int32 [in], the group of each column, or None when the groups are neighbouring columns.
+    input_scale: floating [1], of static activations. outliers: columns kept in 16 bit, where the scheme splits; in a static split their
+    codes are the zero point, in a dynamic one they are codes like all others, for inputs that stay below the threshold.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    scheme: Scheme
+    g_idx: Tensor | None = None
+    input_scale: Tensor | None = None
+    outliers: OutlierColumns | None = None
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``(codes - zero) * scale`` as [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's).
+
+        Columns that are kept in 16 bit have their 16-bit values.
+        """
+        _out, columns = self.codes.shape
+        index = self.g_idx.long() if self.g_idx is not None else _neighbour_groups(columns, self.scale.shape[1], self.codes.device)
+        centred = self.codes.float() - self.zero.float()[:, index]
+        values = (centred * self.scale.float()[:, index]).to(dtype or self.scale.dtype)
+        if self.outliers is not None:
+            values[:, self.outliers.index.long()] = self.outliers.weight.to(values.dtype)
+        return values
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same weight on ``device``."""
+        return QuantizedWeight(
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero=self.zero.to(device),
+            scheme=self.scheme,
+            g_idx=None if self.g_idx is None else self.g_idx.to(device),
+            input_scale=None if self.input_scale is None else self.input_scale.to(device),
+            outliers=None if self.outliers is None else self.outliers.to(device),
+        )
+
+
+def _neighbour_groups(columns: int, groups: int, device: torch.device) -> Tensor:
+    return torch.arange(columns, device=device) // (columns // groups)
+
+
+def round_to_nearest(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax", limit: Tensor | None = None
+) -> QuantizedWeight:
+    """Every weight of a floating [out, in] as the nearest code of its group's grid. limit: [out, groups], as in ``fit``.
+
+    Raises UsageError if the group size does not divide ``in``.
+    """
+    out_features, in_features = weight.shape
+    groups = scheme.group_count(in_features)
+    rows = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
+    grid = fit(rows, scheme, scale_dtype, search, None if limit is None else limit.reshape(-1, 1))
+    return QuantizedWeight(
+        codes=encode(rows, grid, scheme).to(torch.uint8).reshape(out_features, in_features),
+        scale=grid.scale.to(scale_dtype).reshape(out_features, groups),
+        zero=grid.zero.to(torch.uint8).reshape(out_features, groups),
+        scheme=scheme,
+    )

@@ -1,0 +1,84 @@
+"""The output folder: claimed, grown beside its final name, and put in its place when everything is in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.pipeline.report import REPORT_NAME
+
+
+def check_output(output: Path, model: Path, overwrite: bool) -> None:
+    """Raise UsageError when ``output`` must not be written."""
+    if output.resolve() == model.resolve():
+        raise UsageError(f"{output}: is the model itself; choose another --output")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UsageError(f"{output}: is a file; choose another --output")
+    if not overwrite:
+        raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
+    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+        raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
+
+
+@contextmanager
+def _growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
+    """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
+    output = output.resolve()  # a link stays, and the folder that it leads to is replaced
+    folder = output.with_name(output.name + ".partial")
+    parent = output.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+        lock = _claim(folder)
+    except OSError as error:
+        raise PTQError(f"{parent}: cannot write there: {error.strerror}") from error
+    try:
+        if output.exists() and not overwrite:  # another run has finished since the first look
+            raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
+        yield folder
+        if overwrite and output.exists():
+            _replace(output, folder)
+        else:
+            folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _replace(output: Path, folder: Path) -> None:
+    """Put ``folder`` in the place of ``output``, which is moved aside first and removed last."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    output.rename(aside / "old")
+    folder.rename(output)
+    shutil.rmtree(aside)
+
+
+def _claim(folder: Path) -> int:
+    """Make ``folder`` and lock it; return the open descriptor, which holds the lock. What a killed run has left in it goes.
+
+    The lock ends with the process, however it ends. Raises PTQError if another run holds it, or if it holds something else.
+    """
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise PTQError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
+    leftovers = sorted(folder.iterdir())
+    if leftovers and not any(left.match("*.safetensors*") for left in leftovers):  # a run's first file is one of weights
+        os.close(lock)
+        raise PTQError(f"{folder}: is in the way and holds {leftovers[0].name}; move it, or choose another --output")
+    for left in leftovers:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return lock

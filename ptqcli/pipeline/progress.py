@@ -1,0 +1,57 @@
+"""How a run tells how far it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ptqcli.plan import Plan
+
+
+class Listener(Protocol):
+    """Who wants to know how far the work is."""
+
+    def planned(self, plan: Plan) -> None:
+        """Everything is decided; work begins."""
+
+    def stage(self, text: str) -> None:
+        """What is being done now, in words."""
+
+    def block_started(self, index: int, count: int) -> None:
+        """Block ``index`` of ``count`` begins."""
+
+    def detail(self, text: str) -> None:
+        """What is being done inside a block, in words."""
+
+    def layer_progress(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` pieces of the work on one linear are behind us; only slow solvers tell."""
+
+    def layer_done(self, name: str, error: float) -> None:
+        """A linear has its codes; ``error`` is its relative output error."""
+
+    def block_done(self, index: int, count: int) -> None:
+        """Block ``index`` of ``count`` is written."""
+
+
+class Silent:
+    """A listener that ignores everything."""
+
+    def planned(self, plan: Plan) -> None:
+        pass
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def block_started(self, index: int, count: int) -> None:
+        pass
+
+    def detail(self, text: str) -> None:
+        pass
+
+    def layer_progress(self, name: str, done: int, total: int) -> None:
+        pass
+
+    def layer_done(self, name: str, error: float) -> None:
+        pass
+
+    def block_done(self, index: int, count: int) -> None:
+        pass

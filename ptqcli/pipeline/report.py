@@ -1,0 +1,69 @@
+"""What a run did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ptqcli
+
+REPORT_NAME = "ptq_report.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear. relative_error: ``|(W - W') X|_F / |W X|_F`` over the calibration inputs; with an algorithm that needs no
+    calibration, ``|W - W'|_F / |W|_F``. The other fields are those of ``solvers.SolveNotes``."""
+
+    name: str
+    scheme: str
+    bits_per_weight: float
+    relative_error: float
+    never_activated: int
+    zero_groups: int
+    damp: float | None
+    damp_raised: bool
+    outlier_columns: int | None
+    outlier_share: float | None
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What transforms did with one fold of one block, or why they left it alone. The names are paths in the model.
+
+    choices: (transform, what it chose, the block's squared error relative to no scaling or None if not measured). left_alone: the reason,
+    None for a fold that was used; producer is None for linears that no fold reaches.
+    """
+
+    producer: str | None
+    readers: tuple[str, ...]
+    choices: tuple[tuple[str, str, float | None], ...] = ()
+    left_alone: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. seconds and peak_memory_bytes describe the run, not the checkpoint, and are not stored in it."""
+
+    source: str
+    recipe: dict[str, Any]
+    layers: list[LayerReport]
+    skipped: list[tuple[str, str]]
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    error_kind: str
+    folds: list[FoldReport] = field(default_factory=list)
+    output: str = ""
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    seconds_by_step: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return asdict(self)
+
+    def stored(self) -> dict[str, Any]:
+        """What is written beside the checkpoint: the same bytes for the same work."""
+        volatile = ("output", "seconds", "peak_memory_bytes", "seconds_by_step")
+        return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
