@@ -13,7 +13,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
-from ptqcli.solvers import needs_of
+from ptqcli.solvers.per_matrix import needs_of
 
 # Tokens on which transforms try their choices out, in whole windows.
 TRIED_TOKENS = 1024
@@ -51,8 +51,8 @@ def weight_bits(linear: PlannedLinear) -> int:
 
 
 def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
-    replaced = sum(skeleton.reader.nbytes(skeleton.disk_name(f"{linear.name}.weight")) for linear in linears)
-    return skeleton.reader.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
+    replaced = sum(skeleton.nbytes(f"{linear.name}.weight") for linear in linears)
+    return skeleton.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
 
 
 def _mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, resources: Resources) -> int:

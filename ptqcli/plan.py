@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources) -> Plan:
         outside=tuple(outside),
         stages=stages,
         seqlen=seqlen,
-        bytes_before=skeleton.reader.total_bytes,
+        bytes_before=skeleton.total_bytes,
         bytes_after=after,
         disk_bytes=2 * after + _mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
@@ -122,7 +122,7 @@ def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], li
         if reason is not None:
             skipped.append((site.name, reason))
             continue
-        dtype = skeleton.reader.dtype(skeleton.disk_name(f"{site.name}.weight"))
+        dtype = skeleton.dtype(f"{site.name}.weight")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
         linears.append(PlannedLinear(site, scheme, dtype))

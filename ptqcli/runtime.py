@@ -47,7 +47,7 @@ from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
 from ptqcli.model.config import build_on_meta, load_config
-from ptqcli.model.discovery import find_blocks, probe_blocks
+from ptqcli.model.discovery import find_blocks, probe_model
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.names import DiskNames
 from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, Scheme
@@ -215,7 +215,7 @@ def same_input(model: nn.Module, schemes: Mapping[str, Scheme]) -> list[list[str
     """The quantized linears, those of a block that read the same tensor together, in the order of ``schemes``."""
     try:
         blocks = find_blocks(model)
-        shapes = probe_blocks(model, list(model.get_submodule(blocks).children()))
+        shapes = probe_model(model, list(model.get_submodule(blocks).children())).blocks
     except PTQError:  # nothing is known of this model's inputs: its layers run one by one
         return [[name] for name in schemes]
     stages = [[f"{blocks}.{index}.{local}" for local in stage] for index, shape in enumerate(shapes) for stage in shape.stages]

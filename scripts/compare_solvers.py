@@ -25,6 +25,7 @@ from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.solvers import MatrixSolver
 from ptqcli.solvers.gptq import GPTQ
@@ -68,7 +69,7 @@ def main() -> None:
 
 def hessians(options: argparse.Namespace) -> dict[str, tuple[Tensor, Hessian]]:
     """Name -> (matrix float32 [out, in], Hessian) of every linear of the blocks."""
-    names = [site.name for site in Skeleton(options.model).linears]
+    names = [site.name for site in Skeleton(ModelFolder(options.model)).linears]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     windows = calibration_windows(
         documents("builtin", "calibration", None), load_tokenizer(options.model), options.nsamples, options.seqlen, seed=0

@@ -9,18 +9,18 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from packaging.version import Version
-from tiny import ARCHITECTURES, make_model, token_ids, write_text
+from tiny import ARCHITECTURES, advance, in_memory, make_model, token_ids, write_text
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.text import evaluation_ids
-from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError
 from ptqcli.evaluate.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.pipeline import plan_run, quantize
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
@@ -53,7 +53,7 @@ def architecture(request):
 
 def test_structure_is_discovered(architecture, tmp_path):
     make_model(tmp_path, architecture)
-    skeleton = Skeleton(tmp_path)
+    skeleton = Skeleton(ModelFolder(tmp_path))
     linears, stages = EXPECTED[architecture]
     assert len(skeleton.blocks) == 2
     assert len(skeleton.linears) == 2 * linears
@@ -69,18 +69,18 @@ def test_replayed_blocks_give_the_model_bit_for_bit(architecture, tmp_path):
     model = make_model(tmp_path, architecture)
     windows = token_ids(batch=5)
     seen = []
-    handle = Skeleton(tmp_path)
+    handle = Skeleton(ModelFolder(tmp_path))
     last = model.get_submodule(handle.blocks_name)[-1]
     last.register_forward_hook(lambda _module, _args, output: seen.append(output[0] if isinstance(output, tuple) else output))
     for start in range(0, 5, 2):
         model(input_ids=windows[start : start + 2], use_cache=False)
 
-    recording = record_calls(handle, windows, 2, CPU, torch.float32, 1 << 30, tmp_path)
+    recording = record_calls(handle, windows, 2, CPU, torch.float32, in_memory)
     for index in range(2):
         block = handle.load_block(index, CPU, torch.float32)
-        CalibratedBlock(block, handle.shapes[index].stages, recording.calls[index], recording, CPU, 1 << 30).advance()
-        handle.release_block(index)
-    assert torch.equal(recording.activations.values, torch.cat(seen))
+        advance(handle, recording, index, block)
+        handle.release(handle.units[index])
+    assert torch.equal(recording.hidden, torch.cat(seen))
 
 
 @pytest.mark.parametrize("algo", ["rtn", "gptq"])
@@ -144,9 +144,9 @@ def decompressed(model, checkpoint):
     group = next(iter(config["config_groups"].values()))
     scheme = QuantizationScheme(targets=["Linear"], weights=group["weights"], format=group["format"])
     library = BaseCompressor.get_value_from_registry("pack-quantized")
-    skeleton = Skeleton(checkpoint.parent / "model")
+    skeleton = Skeleton(ModelFolder(checkpoint.parent / "model"))
     for site in skeleton.linears:
-        stored = skeleton.disk_name(f"{site.name}.weight").removesuffix(".weight")
+        stored = skeleton.stored_name(f"{site.name}.weight").removesuffix(".weight")
         keys = ("weight_packed", "weight_scale", "weight_shape")
         weight = library.decompress({key: reader.read(f"{stored}.{key}") for key in keys}, scheme)["weight"]
         linear_weight(model.get_submodule(site.name)).copy_(weight)
@@ -159,4 +159,4 @@ def test_fused_experts_are_refused_by_name(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "moe", (kind, {**ARCHITECTURES["llama"][1], **experts}))
     make_model(tmp_path, "moe")
     with pytest.raises(PTQError, match="experts"):
-        Skeleton(tmp_path)
+        Skeleton(ModelFolder(tmp_path))

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, make_model, token_ids
+from tiny import ARCHITECTURES, advance, in_memory, make_model, token_ids
 from torch import nn
 from torch.nn import functional
 
 from ptqcli.calibration.record import record_calls
-from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.source import ModelFolder
 from ptqcli.transforms.folds import BOUND, Fold, Found, divide, find_folds, proven, scale_fold
 
 CPU = torch.device("cpu")
@@ -129,14 +129,14 @@ def probed(architecture, tmp_path_factory):
     """Both blocks of a tiny model whose norms multiply by something."""
     folder = tmp_path_factory.mktemp(architecture)
     make_model(folder, architecture)
-    skeleton = Skeleton(folder)
-    recording = record_calls(skeleton, token_ids(12), 2, CPU, torch.float32, 1 << 30, folder)
+    skeleton = Skeleton(ModelFolder(folder))
+    recording = record_calls(skeleton, token_ids(12), 2, CPU, torch.float32, in_memory)
     blocks = []
     for index in range(2):
-        run = runner(recording.calls[index][0], recording.activations.values.clone())
+        run = runner(recording.calls[index][0], recording.hidden.clone())
         found = find_folds(skeleton.blocks[index], run)
         block = skeleton.load_block(index, CPU, torch.float32)
-        CalibratedBlock(block, skeleton.shapes[index].stages, recording.calls[index], recording, CPU, 1 << 30).advance()
+        advance(skeleton, recording, index, block)
         for parameter in block.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3)))

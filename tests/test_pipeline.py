@@ -14,14 +14,15 @@ import torch
 from tiny import POSITIONS, make_model, token_ids, write_text
 
 import ptqcli.pipeline.pipeline
-from ptqcli.calibration.hidden import Activations
+from ptqcli.calibration.hidden import HiddenStates, beyond_budget, new_buffer
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.discovery import find_blocks
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.pipeline.pipeline import _BlockWork, plan_run, quantize
+from ptqcli.pipeline.block import WindowWork
+from ptqcli.pipeline.pipeline import plan_run, quantize
 from ptqcli.pipeline.progress import Silent
 from ptqcli.recipe import Override, Recipe, load_recipe
 from ptqcli.resources import Resources
@@ -117,12 +118,15 @@ def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
 
 
 def test_activations_beyond_the_budget_lie_in_a_file_that_leaves_no_trace(tmp_path):
-    held = Activations((3, 4, 5), torch.float32, 3 * 4 * 5 * 4, tmp_path)
-    mapped = Activations((3, 4, 5), torch.float32, 3 * 4 * 5 * 4 - 1, tmp_path)
-    assert not held.mapped
-    assert mapped.mapped
-    mapped.values[1] = 7
-    assert float(mapped.values.sum()) == 7 * 20
+    two_buffers = 2 * 3 * 4 * 5 * 4
+    assert not beyond_budget(two_buffers // 2, two_buffers)
+    assert beyond_budget(two_buffers // 2, two_buffers - 1)
+    states = HiddenStates(new_buffer((3, 4, 5), torch.float32, two_buffers - 1, tmp_path).fill_(1), two_buffers - 1, tmp_path)
+    states.outputs[:] = 2
+    states.outputs[1] = 7
+    assert float(states.inputs.sum()) == 60, "work on a block leaves what it reads"
+    states.advance()
+    assert float(states.inputs.sum()) == 7 * 20 + 2 * 40
     assert not list(tmp_path.iterdir())
 
 
@@ -476,13 +480,13 @@ def test_a_finished_block_is_gone_before_the_next_is_loaded(algo, options, tmp_p
     make_model(tmp_path / "model", num_hidden_layers=4)
     alive, seen = [], []
 
-    class Watched(_BlockWork):
+    class Watched(WindowWork):
         def __init__(self, *args):
             seen.append(sum(reference() is not None for reference in alive))
             alive.append(weakref.ref(self))
             super().__init__(*args)
 
-    monkeypatch.setattr(ptqcli.pipeline.pipeline, "_BlockWork", Watched)
+    monkeypatch.setattr(ptqcli.pipeline.pipeline, "WindowWork", Watched)
     recipe = Recipe(
         algo=algo, wbits=4, abits=16, group_size=32, nsamples=4, seqlen=32, calib=str(write_text(tmp_path / "t.txt")), **options
     )

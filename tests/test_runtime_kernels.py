@@ -204,7 +204,7 @@ def test_a_model_that_cannot_be_probed_is_not_joined(tmp_path: Path, monkeypatch
 
     write_checkpoint(tmp_path, random_model(llama()), everything(Scheme(4, 32)))
     expected = logits(load_quantized(tmp_path))
-    monkeypatch.setattr(runtime, "probe_blocks", refuse)
+    monkeypatch.setattr(runtime, "probe_model", refuse)
     model = load_quantized(tmp_path)
     assert not any(isinstance(module, LinearPart) for module in model.modules())
     assert relative_error(logits(model), expected) < 1e-5

@@ -12,11 +12,11 @@ import pytest
 import torch
 from make_outlier_model import DEMO, make_outlier_model
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, make_model, token_ids, write_text
+from tiny import ARCHITECTURES, in_memory, make_model, token_ids, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import ptqcli.pipeline
+import ptqcli.pipeline.loaded
 from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
@@ -24,6 +24,7 @@ from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.evaluate.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.activations import round_activations
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
@@ -130,14 +131,13 @@ def cases_of(folder: Path, **recipe: Any) -> list[Case]:
     text = write_text(folder.parent / "text.txt")
     given = {"algo": "awq+smoothquant", "awq_clip": False, "wbits": 4, "abits": 16, "group_size": 32, "nsamples": 4, "seqlen": 48}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptqcli.pipeline, "FoldedBlock", Intercepted)
+        patch.setattr(ptqcli.pipeline.loaded, "FoldedBlock", Intercepted)
         report = quantize(folder, Recipe(**{**given, "calib": str(text), **recipe}), folder.parent / "out", overwrite=True)
-    skeleton, fresh = Skeleton(folder), token_ids(40, 3, seed=5)
+    skeleton, fresh = Skeleton(ModelFolder(folder)), token_ids(40, 3, seed=5)
     with torch.no_grad():
-        recording = record_calls(skeleton, fresh, 3, CPU, next(made[0][0].parameters()).dtype, 1 << 30, folder)
+        recording = record_calls(skeleton, fresh, 3, CPU, next(made[0][0].parameters()).dtype, in_memory)
     return [
-        Case(block, arguments, recording.calls[index][0], recording.activations.values.clone(), report)
-        for index, (block, arguments) in enumerate(made)
+        Case(block, arguments, recording.calls[index][0], recording.hidden.clone(), report) for index, (block, arguments) in enumerate(made)
     ]
 
 

@@ -10,6 +10,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ptqcli.calibration.walk import CalibratedBlock
+
 VOCABULARY = 257
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 POSITIONS = 128
@@ -85,3 +87,14 @@ def write_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
 def token_ids(count: int = 48, batch: int = 2, seed: int = 1) -> torch.Tensor:
     """Random tokens, int64 [batch, count]."""
     return torch.randint(0, 256, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def in_memory(shape, dtype):
+    """A buffer for ``record_calls``."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def advance(skeleton, recording, index, block):
+    """Replace the recorded hidden states by those behind block ``index``."""
+    stages, calls, states = skeleton.shapes[index].stages, recording.calls[index], recording.hidden
+    CalibratedBlock(block, stages, calls, recording.batches, states, states, torch.device("cpu"), 1 << 30).advance()

@@ -1,16 +1,19 @@
-"""How the model calls its blocks."""
+"""How the model calls its blocks.
+
+``record_calls`` runs the model once with every block replaced by a recorder that notes its arguments and passes its input on: so
+masks, rotary embeddings and per-layer differences are exactly those that the model itself makes. What remains is the hidden states
+before the first block and one recorded call per block and batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptqcli.calibration.hidden import Activations
 from ptqcli.errors import PTQError
 from ptqcli.model.discovery import BlockShape, StopForward
 from ptqcli.model.skeleton import Skeleton
@@ -53,19 +56,19 @@ class Excerpt:
     tokens: int
     calls: list[BlockCall]
 
-    def hidden(self, activations: Activations) -> Tensor:
-        """Its hidden states [windows, tokens, features]; the beginnings of windows do not depend on what follows in a causal model."""
-        return activations.values[list(self.windows), : self.tokens]
+    def hidden(self, states: Tensor) -> Tensor:
+        """Its part of the hidden states [windows, tokens, features]; in a causal model beginnings do not depend on what follows them."""
+        return states[list(self.windows), : self.tokens]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Hidden states before the first block and the calls of every block: calls[block][batch]. batches: windows [start, stop) of each.
+    """Hidden states before the first block, [windows, tokens, features], and the calls of every block: calls[block][batch].
 
-    excerpts: by the names under which they were asked for.
+    batches: windows [start, stop) of each. excerpts: by the names under which they were asked for.
     """
 
-    activations: Activations
+    hidden: Tensor
     calls: list[list[BlockCall]]
     batches: list[tuple[int, int]]
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
@@ -77,31 +80,31 @@ def record_calls(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
-    budget: int,
-    folder: Path,
+    make_buffer: Callable[[tuple[int, ...], torch.dtype], Tensor],
     excerpts: Mapping[str, tuple[Sequence[int], int]] | None = None,
 ) -> Recording:
     """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them.
 
-    excerpts: name -> (numbers of the windows, tokens of each) of the excerpts to record as well.
+    make_buffer: gives the tensor that takes the hidden states. excerpts: name -> (numbers of the windows, tokens of each) of the excerpts
+    to record as well.
     """
     batches = [(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
     calls: list[list[BlockCall]] = [[] for _ in skeleton.blocks]
-    activations: Activations | None = None
-    with skeleton.outside_loaded(device, dtype) as model, torch.no_grad():
+    states: Tensor | None = None
+    with skeleton.loaded_before(device, dtype) as model, torch.no_grad():
         for start, stop in batches:
             hidden, batch_calls = _record_batch(skeleton, model, windows[start:stop].to(device))
-            if activations is None:
-                activations = Activations((len(windows), *hidden.shape[1:]), hidden.dtype, budget, folder)
-            activations.values[start:stop] = hidden.cpu()
+            if states is None:
+                states = make_buffer((len(windows), *hidden.shape[1:]), hidden.dtype)
+            states[start:stop] = hidden.cpu()
             for block_calls, call in zip(calls, batch_calls, strict=True):
                 block_calls.append(_shared(block_calls[0], call) if block_calls else call)
         recorded = {}
         for name, (numbers, tokens) in (excerpts or {}).items():
             _, excerpt_calls = _record_batch(skeleton, model, windows[list(numbers), :tokens].to(device))
             recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls)
-    assert activations is not None
-    return Recording(activations, calls, batches, recorded)
+    assert states is not None
+    return Recording(states, calls, batches, recorded)
 
 
 def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -130,7 +133,7 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
     for index, (block, shape) in enumerate(zip(skeleton.blocks, skeleton.shapes, strict=True)):
         block.forward = recorder(index, shape)
     try:
-        model(input_ids=ids, use_cache=False)
+        skeleton.kind.call(model, ids)
     except StopForward:
         pass
     finally:

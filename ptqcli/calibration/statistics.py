@@ -83,17 +83,27 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a part wants to know of the inputs; ``|`` joins the wants of several parts."""
+    """What a part wants to know of the inputs; ``|`` joins the wants of several parts.
+
+    hessian, magnitudes, samples: see ``InputStatistics``. original: the original model's hidden states are to be kept beside the quantized
+    model's, so that both are at hand before and behind every block.
+    """
 
     hessian: bool = False
     magnitudes: bool = False
     samples: bool = False
+    original: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(self.hessian or other.hessian, self.magnitudes or other.magnitudes, self.samples or other.samples)
+        return Needs(
+            hessian=self.hessian or other.hessian,
+            magnitudes=self.magnitudes or other.magnitudes,
+            samples=self.samples or other.samples,
+            original=self.original or other.original,
+        )
 
     def __bool__(self) -> bool:
-        return self.hessian or self.magnitudes or self.samples
+        return self.hessian or self.magnitudes or self.samples or self.original
 
 
 @dataclass

@@ -1,15 +1,11 @@
-"""Calibration through one block at a time.
+"""One block over all calibration batches.
 
-``record_calls`` runs the model once with every block replaced by a recorder that notes its arguments and passes its input on: so
-masks, rotary embeddings and per-layer differences are exactly those that the model itself makes. What remains is the hidden states
-between blocks, kept in ``Activations``, and one recorded call per block and batch.
-
-``CalibratedBlock`` then runs one block over all batches. Its linears have to be solved in the order in which they run, and later ones have
-to see the quantized earlier ones. A forward pass cannot be cut at a linear from outside, but it can be suspended there: every
-batch runs in a greenlet of its own, which hands over the input of a linear when it comes to the first one of a stage and sleeps until
-that stage has its codes. So each part of the block runs exactly once per batch. What sleeps are the tensors that are alive at that
-point; when all batches together would need more than the activation budget, the block is instead run again from its start up to
-each stage (same results, up to the number of stages times the work).
+Its linears have to be solved in the order in which they run, and later ones have to see the quantized earlier ones. A forward pass cannot
+be cut at a linear from outside, but it can be suspended there: every batch runs in a greenlet of its own, which hands over the input of a
+linear when it comes to the first one of a stage and sleeps until that stage has its codes. So each part of the block runs exactly once per
+batch. What sleeps are the tensors that are alive at that point; when all batches together would need more than the activation budget,
+the block is instead run again from its start up to each stage (same results, up to the number of stages times the work). torch's modes
+(gradients, inference mode, autocast) stay on their side of a switch, see ``modes``.
 """
 
 from __future__ import annotations
@@ -22,19 +18,21 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from ptqcli.calibration.record import BlockCall, Recording
+from ptqcli.calibration.modes import Modes, outside_modes, switch_with_modes
+from ptqcli.calibration.record import BlockCall
 from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.model.discovery import StopForward
 from ptqcli.model.linears import is_linear, linear_weight
 
 
 class CalibratedBlock:
-    """One loaded block with its recorded calls and its share of the activations.
+    """One loaded block with its recorded calls and its share of the hidden states.
 
-    stages: local names of the linears to solve, those that read one tensor together, in running order. ``observe`` only looks.
-    ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its weights are expected to be
-    replaced when the walk goes on. Afterwards the activations hold the outputs of the block with the replaced weights. Call under
-    ``torch.no_grad``.
+    stages: local names of the linears to solve, those that read one tensor together, in running order. source: hidden states before the
+    block, [windows, tokens, features]; target: where those behind it go, the same tensor where the earlier ones are not needed again.
+    ``observe`` only looks. ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its
+    weights are expected to be replaced when the walk goes on. Afterwards ``target`` holds the outputs of the block with the replaced
+    weights. Call under ``torch.no_grad``.
     """
 
     def __init__(
@@ -42,29 +40,31 @@ class CalibratedBlock:
         block: nn.Module,
         stages: Sequence[Sequence[str]],
         calls: Sequence[BlockCall],
-        recording: Recording,
+        batches: Sequence[tuple[int, int]],
+        source: Tensor,
+        target: Tensor,
         device: torch.device,
         budget: int,
     ) -> None:
-        self.block, self.stages, self.calls, self.recording, self.device = block, stages, calls, recording, device
+        self.block, self.stages, self.calls, self.batches, self.device = block, stages, calls, batches, device
+        self.source, self.target = source, target
         self.suspended_fits = self.bytes_asleep() <= budget
 
     def bytes_asleep(self) -> int:
         """Upper estimate of the memory of all batches suspended at their widest point."""
         widest = max((max(linear_weight(linear).shape) for linear in self.block.modules() if is_linear(linear)), default=0)
-        windows, tokens, features = self.recording.activations.values.shape
-        return windows * tokens * (3 * features + 2 * widest) * self.recording.activations.values.dtype.itemsize
+        windows, tokens, features = self.source.shape
+        return windows * tokens * (3 * features + 2 * widest) * self.source.dtype.itemsize
 
     def _forward(self, batch: int) -> Tensor:
-        start, stop = self.recording.batches[batch]
+        start, stop = self.batches[batch]
         # a copy: a block may change its input in place
-        hidden = self.recording.activations.values[start:stop].to(self.device, copy=True)
+        hidden = self.source[start:stop].to(self.device, copy=True)
         return self.calls[batch].run(self.block, hidden)
 
     def _run(self, batch: int) -> None:
-        start, stop = self.recording.batches[batch]
-        values = self.recording.activations.values
-        values[start:stop] = self._forward(batch).to(values.device)
+        start, stop = self.batches[batch]
+        self.target[start:stop] = self._forward(batch).to(self.target.device)
 
     def _leaders(self, hook: Callable[[int, Tensor], None]) -> list[Any]:
         def pre_hook(stage: int) -> Callable[..., None]:
@@ -75,11 +75,11 @@ class CalibratedBlock:
 
     def _empty(self, stage: int, needs: Needs) -> InputStatistics:
         leader = self.block.get_submodule(self.stages[stage][0])
-        windows, tokens, _features = self.recording.activations.values.shape
+        windows, tokens, _features = self.source.shape
         return InputStatistics.empty(linear_weight(leader).shape[1], needs, windows * tokens, self.device)
 
     def observe(self, needs: Needs) -> list[InputStatistics]:
-        """Statistics of all stages, taken from the block as it is, in one pass; the activations stay before the block."""
+        """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
         statistics = [self._empty(stage, needs) for stage in range(len(self.stages))]
         handles = self._leaders(lambda stage, inputs: statistics[stage].add(inputs))
         for batch in range(len(self.calls)):
@@ -98,7 +98,7 @@ class CalibratedBlock:
         self.advance()
 
     def advance(self) -> None:
-        """Replace the activations by the block's outputs."""
+        """Write the block's outputs into the target."""
         for batch in range(len(self.calls)):
             self._run(batch)
 
@@ -146,6 +146,7 @@ class _Lanes:
         self._greenlets = [greenlet(run) for _ in range(count)]
         self._asleep: dict[int, tuple[int, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
         self._solved: set[int] = set()
+        self._outside: tuple[bool, Modes] = outside_modes()  # of whoever resumed a batch last
 
     def start(self) -> None:
         """Send every batch off, up to its first stage."""
@@ -155,7 +156,7 @@ class _Lanes:
     def pause(self, stage: int, inputs: Tensor) -> None:
         """Called inside a batch's forward pass when it comes to ``stage``: sleep if the stage is not solved yet."""
         if stage not in self._solved:
-            greenlet.getcurrent().parent.switch((stage, inputs))
+            switch_with_modes(greenlet.getcurrent().parent.switch, self._outside, (stage, inputs))
 
     def inputs_of(self, stage: int) -> Iterator[Tensor]:
         """The inputs of ``stage`` in all batches that sleep before it, in the order of the batches."""
@@ -173,12 +174,15 @@ class _Lanes:
         for lane in self._greenlets:
             if lane and not lane.dead:
                 lane.throw()
+        self._outside[1].restore()
 
     def _waiting(self, stage: int) -> list[int]:
         return sorted(batch for batch, (where, _) in self._asleep.items() if where == stage)
 
     def _resume(self, batch: int, *first: int) -> None:
         self._asleep.pop(batch, None)
+        self._outside = outside_modes()
         stop = self._greenlets[batch].switch(*first)
+        self._outside[1].restore()
         if not self._greenlets[batch].dead:
             self._asleep[batch] = stop

@@ -258,14 +258,15 @@ class _Job:
 
     def _check_settings(self) -> None:
         from ptqcli.bench.generation import check_setting, positions_of
-        from ptqcli.model.config import load_config, refuse_other_kinds
+        from ptqcli.model.config import load_config
+        from ptqcli.model.kinds import kind_of
 
         configs = {name: load_config(folder) for name, folder in self.models.items()}
         if self.prompts is None:
             room = min(positions_of(config) for config in configs.values()) - self.new_tokens
             self.prompts = (max(1, min(USUAL_PROMPT, room)),)
         for name, config in configs.items():
-            refuse_other_kinds(config)
+            kind_of(config)
             for batch, prompt in self._settings():
                 check_setting(config, name, batch, prompt, self.new_tokens)
 

@@ -33,9 +33,9 @@ def _load_plain(folder: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from ptqcli.checkpoint.tensors import CheckpointReader
-    from ptqcli.model.config import refuse_other_kinds
+    from ptqcli.model.kinds import kind_of
 
-    refuse_other_kinds(config)
+    kind_of(config)
     CheckpointReader(folder)  # says of a damaged file what is wrong with it
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.kinds import kind_of
 
 # What transformers raises, depending on the model type, for a value in config.json that makes no sense.
 CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError)
@@ -33,37 +34,29 @@ def load_config(folder: Path) -> Any:
     except (OSError, *CONFIG_ERRORS) as error:
         if "trust_remote_code" in str(error):
             raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run") from error
-        raise PTQError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})") from error
+        raise PTQError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from error
     return config
 
 
-def refuse_other_kinds(config: Any) -> None:
-    """Raise PTQError unless ``config`` is that of a causal language model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    # Of encoder-decoders transformers would build the decoder alone.
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise PTQError(f"a model of type {config.model_type} is not a causal language model, which is all that is supported")
-
-
 def build_on_meta(config: Any) -> nn.Module:
-    """The causal language model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
+    """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    refuse_other_kinds(config)
+    kind = kind_of(config)
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False), _quiet_transformers():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
     except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
-        raise PTQError(f"transformers cannot build a causal language model from this config: {_first_line(error)}") from error
+        raise PTQError(f"transformers cannot build a {kind.name} from this config: {first_line(error)}") from error
     return model.eval()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's message as one line of bounded length."""
     return re.sub(r"\s+", " ", str(error)).strip()[:300]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.config import _first_line
+from ptqcli.model.config import first_line
+from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import is_linear
 
 # Tokens of the pass of empty tensors; more than one, so that code which treats single-token decoding apart is not taken.
@@ -34,6 +35,23 @@ class BlockShape:
     unused: tuple[str, ...]
     repeated: tuple[str, ...]
 
+    @property
+    def fused_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linears of one module that read one tensor (q, k, v; gate, up): servers run them as a single matrix."""
+        groups: dict[tuple[int, str], list[str]] = {}
+        for number, stage in enumerate(self.stages):
+            for local in stage:
+                groups.setdefault((number, local.rpartition(".")[0]), []).append(local)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the pass of empty tensors told. blocks: a shape for each. late: names of the modules that first ran behind the blocks."""
+
+    blocks: list[BlockShape]
+    late: frozenset[str]
+
 
 def find_blocks(model: nn.Module, wanted: str | None = None) -> str:
     """Name of the ModuleList whose entries are the repeated blocks.
@@ -51,7 +69,7 @@ def find_blocks(model: nn.Module, wanted: str | None = None) -> str:
     }
     if wanted is not None:
         if wanted not in lists:
-            raise UsageError(f"--blocks {wanted}: no such list of blocks; candidates are {_some(list(lists)) or 'none'}")
+            raise UsageError(f"--blocks {wanted}: no such list of blocks; candidates are {listed(list(lists)) or 'none'}")
         return wanted
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if not outermost:
@@ -60,7 +78,7 @@ def find_blocks(model: nn.Module, wanted: str | None = None) -> str:
     largest = max(sizes, key=lambda name: sizes[name])
     rivals = [name for name in outermost if name != largest and sizes[name] * 2 > sizes[largest]]
     if rivals:
-        raise UsageError(f"several lists of blocks of similar size: {_some([largest, *rivals])}; choose one with --blocks")
+        raise UsageError(f"several lists of blocks of similar size: {listed([largest, *rivals])}; choose one with --blocks")
     return largest
 
 
@@ -68,22 +86,33 @@ class StopForward(Exception):
     """Raised inside a forward pass once everything of interest has been seen."""
 
 
-def probe_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[BlockShape]:
+def probe_model(model: nn.Module, blocks: Sequence[nn.Module]) -> Probe:
     """Run the model once on tensors without data and note, block by block, which linears run in which order on which tensors.
 
     Raises PTQError when the model cannot run on the meta device.
     """
+    kind = kind_of(model.config)
     names = {id(module): name for name, module in model.named_modules()}
     mode = FakeTensorMode()
     twin = copy.deepcopy(model)
     probes = [_BlockProbe(twin.get_submodule(names[id(block)])) for block in blocks]
+    order = _running_order(twin)
     try:
         with mode, torch.no_grad():
             _fill_with_fakes(twin, mode)
-            twin(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=False)
+            kind.call(twin, torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise PTQError(f"the model does not run on empty tensors, so its structure cannot be discovered: {_first_line(error)}") from error
-    return [probe.shape() for probe in probes]
+        raise PTQError(f"the model does not run on empty tensors, so its structure cannot be discovered: {first_line(error)}") from error
+    last = max((place for place, name in enumerate(order) if name == names[id(blocks[-1])]), default=len(order))
+    return Probe([probe.shape() for probe in probes], frozenset(order[last:]) - frozenset(order[:last]))
+
+
+def _running_order(model: nn.Module) -> list[str]:
+    """A list that fills with the names of modules as they start to run."""
+    order: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
+    return order
 
 
 def _fill_with_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -136,6 +165,7 @@ class _BlockProbe:
         )
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

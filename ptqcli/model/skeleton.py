@@ -1,56 +1,69 @@
-"""A model without its weights, and one block's weights at a time.
+"""A model without its weights, and one unit's weights at a time.
 
 ``Skeleton`` builds the transformers model on the meta device (no memory), finds the repeated blocks and their linears by looking
 at the module tree, learns from one pass of empty tensors in which order the linears run and which of them read the very same
-tensor, and maps every parameter's name in memory to its name in the safetensors file. Nothing here knows an architecture by name.
+tensor, and maps every parameter's name in memory to its name in the file. Nothing here knows an architecture by name.
 
-Names differ between file and memory in three ways, all handled here: a base-model prefix that only one of the two has
-(``h.0.attn...`` and ``transformer.h.0.attn...``), plain renamings that transformers itself declares for a model type, and an output
-head that is tied to the embedding and so is not in the file. Parameters that transformers would assemble from several stored
-tensors (fused experts) are refused by name.
+The stored tensors fall into units, each tensor into one: what runs before the blocks, each block, and all that is left. A unit is
+loaded, worked on, written and released. While it is at work its stored tensors are kept, so that each is read once a run: a loaded
+parameter of the same dtype on the CPU is the stored tensor itself, and is therefore replaced, never written into.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.errors import PTQError
-from ptqcli.model.config import build_on_meta, load_config
-from ptqcli.model.discovery import _some, find_blocks, probe_blocks
+from ptqcli.model.config import build_on_meta
+from ptqcli.model.discovery import find_blocks, listed, probe_model
+from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
 from ptqcli.model.names import DiskNames
+from ptqcli.model.source import ModelSource
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are loaded, worked on and written together. name: for people. stored: their names in the file."""
+
+    name: str
+    stored: tuple[str, ...]
 
 
 class Skeleton:
-    """A model folder opened for block-by-block work.
+    """A model opened for work on one unit after the other.
 
-    folder: a local model folder with config.json and safetensors. blocks: name of the ModuleList to quantize, needed only when several
-    candidates exist. Raises PTQError or UsageError, by name, for whatever cannot be quantized this way.
+    blocks: name of the ModuleList to quantize, needed only when several candidates exist. Raises PTQError or UsageError, by name, for
+    whatever cannot be quantized this way.
     """
 
-    def __init__(self, folder: Path, blocks: str | None = None) -> None:
-        self.folder = folder
-        self.config = load_config(folder)
+    def __init__(self, source: ModelSource, blocks: str | None = None) -> None:
+        self.source, self.where, self.config = source, source.where, source.config
         if getattr(self.config, "quantization_config", None) is not None:
-            raise PTQError(f"{folder}: is already quantized; start from the original model")
-        self.reader = CheckpointReader(folder)
+            raise PTQError(f"{self.where}: is already quantized; start from the original model")
+        self.kind = kind_of(self.config)
+        self._tensors = source.tensors
+        self._kept: dict[str, Tensor] = {}  # stored tensors of the units at work
         self.model = build_on_meta(self.config)
-        self.names = DiskNames(self.model, self.reader.names)
+        self.names = DiskNames(self.model, self._tensors.names)
         self.blocks_name = find_blocks(self.model, blocks)
         self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
         self._refuse_fused_experts()
         self._refuse_missing()
-        self.shapes = probe_blocks(self.model, self.blocks)
+        probe = probe_model(self.model, self.blocks)
+        self.shapes, self._late = probe.blocks, probe.late
         self.linears = [site for index in range(len(self.blocks)) for site in self._sites(index)]
+        self.before, self.units, self.after = self._units()
 
     def _sites(self, index: int) -> Iterator[LinearSite]:
-        prefix = f"{self.blocks_name}.{index}"
+        prefix = self.block_prefix(index)
         for local, module in self.blocks[index].named_modules():
             if is_linear(module):
                 out_features, in_features = linear_weight(module).shape
@@ -68,79 +81,115 @@ class Skeleton:
         missing = [name for name, _ in self.model.named_parameters() if self.names.disk(name) is None]
         if missing:
             raise PTQError(
-                f"{self.folder}: the safetensors files hold no tensor for {_some(missing)}; "
+                f"{self.where}: the safetensors files hold no tensor for {listed(missing)}; "
                 "the download may be incomplete or the model type may not match config.json"
             )
         for name, parameter in self.model.named_parameters():
-            stored = self.reader.shape(self.disk_name(name))
+            stored = self._tensors.shape(self.stored_name(name))
             if tuple(stored) != tuple(parameter.shape):
                 raise PTQError(
-                    f"{self.folder}: tensor {self.disk_name(name)} has shape {list(stored)} but config.json asks for "
+                    f"{self.where}: tensor {self.stored_name(name)} has shape {list(stored)} but config.json asks for "
                     f"{list(parameter.shape)}"
                 )
 
-    def disk_name(self, name: str) -> str:
+    def _units(self) -> tuple[Unit, list[Unit], Unit]:
+        """Each stored tensor in the first unit that wants it; what no parameter takes is carried over in the last."""
+        owners: dict[str, int] = {}
+        last = len(self.blocks) + 1
+        for name, stored in self.names.items():
+            owners[stored] = min(owners.get(stored, last), self._unit_of(name))
+        members: list[list[str]] = [[] for _ in range(last + 1)]
+        for stored in self._tensors.names:
+            members[owners.get(stored, last)].append(stored)
+        titles = ["what runs before the blocks", *map(self.block_prefix, range(len(self.blocks))), "what runs behind the blocks"]
+        before, *blocks, after = (Unit(title, tuple(stored)) for title, stored in zip(titles, members, strict=True))
+        return before, blocks, after
+
+    def _unit_of(self, name: str) -> int:
+        """0 before the blocks, then one number a block, then one for what runs behind them."""
+        if name.startswith(self.blocks_name + "."):
+            return 1 + int(name.removeprefix(self.blocks_name + ".").partition(".")[0])
+        return len(self.blocks) + 1 if name.rpartition(".")[0] in self._late else 0
+
+    # Stored tensors
+
+    def stored_name(self, name: str) -> str:
         """The stored name of the parameter ``name``. Raises PTQError if the file has none."""
         stored = self.names.disk(name)
         if stored is None:
-            raise PTQError(f"{self.folder}: no stored tensor for {name}")
+            raise PTQError(f"{self.where}: no stored tensor for {name}")
         return stored
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the parameter ``name`` is stored."""
+        return self._tensors.dtype(self.stored_name(name))
+
+    def nbytes(self, name: str) -> int:
+        """The stored bytes of the parameter ``name``."""
+        return self._tensors.nbytes(self.stored_name(name))
+
+    def unit_bytes(self, unit: Unit) -> int:
+        """The stored bytes of all tensors of ``unit``."""
+        return sum(self._tensors.nbytes(stored) for stored in unit.stored)
+
+    @property
+    def total_bytes(self) -> int:
+        """The stored bytes of the whole model."""
+        return sum(self._tensors.nbytes(stored) for stored in self._tensors.names)
+
+    def read(self, name: str) -> Tensor:
+        """The parameter ``name`` as it is stored, on the CPU; not to be written into. It is kept until its unit is released."""
+        return self.read_stored(self.stored_name(name))
+
+    def read_stored(self, stored: str) -> Tensor:
+        """As ``read``, by the name in the file."""
+        if stored not in self._kept:
+            self._kept[stored] = self._tensors.read(stored)
+        return self._kept[stored]
+
+    # Units
 
     def block_prefix(self, index: int) -> str:
         """Path of block ``index`` in the model, such as ``model.layers.3``."""
         return f"{self.blocks_name}.{index}"
 
-    def block_disk_names(self, index: int) -> list[str]:
-        """Stored names of all tensors that belong to block ``index``."""
-        prefix = self.block_prefix(index) + "."
-        return [stored for name, stored in self.names.items() if name.startswith(prefix)]
-
     def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Block ``index`` with its weights on ``device``, floating tensors as ``dtype``."""
-        block = self.blocks[index]
-        self._fill(block, self.block_prefix(index) + ".", device, dtype)
+        block, prefix = self.blocks[index], self.block_prefix(index) + "."
+        state = {}
+        for key in block.state_dict():
+            if self.names.disk(prefix + key) is None:
+                continue  # a persistent buffer that old files do not carry; it was computed when the skeleton was built
+            value = self.read(prefix + key).to(device)
+            state[key] = value.to(dtype) if value.is_floating_point() else value
+        block.load_state_dict(state, assign=True, strict=False)
+        block.requires_grad_(False)
         return block.to(device)
 
-    def release_block(self, index: int) -> None:
-        """Give the memory of block ``index`` back; its parameters return to the meta device."""
-        _release(self.blocks[index])
-
     @contextmanager
-    def outside_loaded(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """The model with everything before and after its blocks loaded for the duration, the output head excepted."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-        prefix = self.blocks_name + "."
-        embedding = {id(parameter) for parameter in self.model.get_input_embeddings().parameters()}  # type: ignore[operator]
-        outside = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if not name.startswith(prefix) and (id(parameter) in embedding or id(parameter) not in own)
-        ]
-        for name in outside:
+    def loaded_before(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """The model with what runs before its blocks loaded for the duration."""
+        names = [name for name, _ in self.model.named_parameters() if self._unit_of(name) == 0]
+        for name in names:
             module, leaf = _owner(self.model, name)
-            value = self.reader.read(self.disk_name(name)).to(device, dtype)
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        for buffer_name, buffer in list(self.model.named_buffers()):
-            module, leaf = _owner(self.model, buffer_name)
+            module._parameters[leaf] = nn.Parameter(self.read(name).to(device, dtype), requires_grad=False)
+        for name, buffer in list(self.model.named_buffers()):
+            module, leaf = _owner(self.model, name)
             module._buffers[leaf] = buffer.to(device)
         try:
             yield self.model
         finally:
-            for name in outside:
-                module, leaf = _owner(self.model, name)
-                module._parameters[leaf] = nn.Parameter(_on_meta(module._parameters[leaf]), requires_grad=False)
+            for name in names:
+                _empty(*_owner(self.model, name))
 
-    def _fill(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
-        state = {}
-        for key in module.state_dict():
-            stored = self.names.disk(prefix + key)
-            if stored is None:
-                continue  # a persistent buffer that old files do not carry; it was computed when the skeleton was built
-            value = self.reader.read(stored).to(device)
-            state[key] = value.to(dtype) if value.is_floating_point() else value
-        module.load_state_dict(state, assign=True, strict=False)
-        module.requires_grad_(False)
+    def release(self, unit: Unit) -> None:
+        """Give the memory of ``unit`` back; the parameters of a block return to the meta device."""
+        for stored in unit.stored:
+            self._kept.pop(stored, None)
+        if unit in self.units:
+            for module in self.blocks[self.units.index(unit)].modules():
+                for leaf in module._parameters:
+                    _empty(module, leaf)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -148,13 +197,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _on_meta(parameter: Tensor | None) -> Tensor:
-    assert parameter is not None
-    return torch.empty_like(parameter, device="meta")
-
-
-def _release(module: nn.Module) -> None:
-    for inner in module.modules():
-        for leaf, parameter in inner._parameters.items():
-            if parameter is not None:
-                inner._parameters[leaf] = nn.Parameter(_on_meta(parameter), requires_grad=False)
+def _empty(module: nn.Module, leaf: str) -> None:
+    parameter = module._parameters[leaf]
+    if parameter is not None:
+        module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -29,7 +29,7 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
+def growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
     """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
     output = output.resolve()  # a link stays, and the folder that it leads to is replaced
     folder = output.with_name(output.name + ".partial")

@@ -1,28 +1,25 @@
-"""Solvers: each chooses integer codes for one weight matrix. One file a method.
+"""Solvers: each chooses codes. One file a method.
 
-A solver is a frozen dataclass of its options with the two methods of ``MatrixSolver``. ``prepare`` does what depends only on the
-inputs of a linear (for GPTQ the factorisation); it is called once for every distinct input tensor and its result is shared by
-all linears that read it (q, k, v; gate, up). ``solve`` then chooses codes for one matrix.
+A matrix solver works on one weight matrix at a time: a frozen dataclass of its options with the methods of ``MatrixSolver``. ``prepare``
+does what depends only on the inputs of a linear (for GPTQ the factorisation); it is called once for every distinct input tensor and its
+result is shared by all linears that read it (q, k, v; gate, up). ``solve`` then chooses codes for one matrix.
 
-The pipeline itself works on whole blocks, since some methods learn over a block at once; ``lift`` turns any matrix solver into
-a block solver. It also adds what a scheme has beside codes: the static scale of the inputs, and the columns with outliers,
-which a static split takes out of the matrix before the solver sees it.
+A block solver sees a window of blocks at once, with batches of hidden states to run through it, gradients included; it places the codes
+of every linear itself. ``per_matrix.PerMatrix`` is the block solver that applies a matrix solver to each matrix in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
-from ptqcli.numerics.activations import activation_scale
-from ptqcli.numerics.grids import SMALLEST_SCALE
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
+from ptqcli.numerics.weight import QuantizedWeight
 
 # (done, total) of the work inside one matrix, called by solvers that are slow enough to be asked.
 Progress = Callable[[int, int], None]
@@ -42,7 +39,7 @@ class SolverOptions:
     scale_search: str = "mse"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SolveNotes:
     """What a solver had to handle, for the report.
 
@@ -92,9 +89,12 @@ class MatrixSolver(Protocol):
         """Peak memory of solving one matrix, beyond the matrix, its codes and the Hessian."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A linear that waits for its codes: its matrix as float32 [out, in] and its scheme. limit: as in ``MatrixSolver.solve``."""
+@dataclass(frozen=True, kw_only=True)
+class LinearTask:
+    """A linear that waits for its codes.
+
+    name: its path in the model. weight: float32 [out, in], not to be written into. limit: as in ``MatrixSolver.solve``.
+    """
 
     name: str
     weight: Tensor
@@ -107,107 +107,85 @@ class Target:
 class Stage:
     """Linears that read one tensor, and the statistics of that tensor (None if nothing was asked for)."""
 
-    targets: tuple[Target, ...]
+    linears: tuple[LinearTask, ...]
     statistics: InputStatistics | None
 
 
-class BlockRun(Protocol):
-    """A block in the middle of its calibration run, as block solvers see it."""
+@dataclass(frozen=True)
+class Batch:
+    """Some calibration windows at the door of the blocks at work.
+
+    inputs: the quantized model's hidden states [windows, tokens, features] before them. targets: the original model's behind them, None
+    unless the solver asks for the original stream. forward: runs modules in the place of the blocks, as the model calls them.
+    """
+
+    inputs: Tensor
+    targets: Tensor | None
+    forward: Callable[[Sequence[nn.Module], Tensor], Tensor]
+
+    def run(self, blocks: Sequence[nn.Module]) -> Tensor:
+        """The output of ``blocks``, which stand in for those at work, on ``inputs``. Gradients are recorded if they are switched on."""
+        return self.forward(blocks, self.inputs.clone())  # a block may change its input in place
+
+
+class CalibrationBatches(Protocol):
+    """The calibration windows, batch by batch, as often as they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class BlockWork(Protocol):
+    """A window of blocks, loaded, as block solvers see it: after the transforms, every weight still unquantized.
+
+    Gradients are off, and parameters do not require any; a solver that learns switches them on and trains tensors of its own. A parameter
+    may share its memory with the model file's tensors: ``place`` and ``replace`` put new ones in its place, nothing writes into it.
+    """
+
+    @property
+    def linears(self) -> Mapping[str, LinearTask]:
+        """Every linear of the window that has to be placed, by its path in the model, in running order."""
+
+    @property
+    def module(self) -> nn.ModuleList:
+        """The blocks."""
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Path in the model of each block."""
 
     def stages(self) -> Iterator[Stage]:
-        """The block's stages in the order in which they run; each is seen after all earlier ones have been placed."""
+        """The stages in the order in which they run; each is seen after all earlier ones have been placed."""
 
-    def place(self, target: Target, solution: Solution) -> None:
-        """Put the dequantized codes into the block, so that whatever runs later sees them."""
+    def batches(self) -> CalibrationBatches:
+        """The hidden states before the window, to run through it."""
 
-    def progress(self, target: Target, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of work on ``target`` are behind us."""
+    def place(self, name: str, solution: Solution) -> None:
+        """Give the linear ``name`` its codes, and the block their dequantized values, so that whatever runs later sees them."""
 
+    def replace(self, parameter: str, value: Tensor) -> None:
+        """Give ``parameter`` (its path in the model), which is not quantized, another value, in the block and in the file."""
 
-BlockSolver = Callable[[BlockRun], None]
-
-
-def lift(solver: MatrixSolver) -> BlockSolver:
-    """A block solver that applies ``solver`` to each matrix in the order in which the linears run."""
-
-    def solve_block(run: BlockRun) -> None:
-        for stage in run.stages():
-            work = _StageWork(solver, stage)
-            for target in stage.targets:
-                run.place(target, work.solve(target, lambda done, total, target=target: run.progress(target, done, total)))  # type: ignore[misc]
-
-    return solve_block
+    def progress(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` pieces of work on ``name`` are behind us."""
 
 
-def needs_of(scheme: Scheme) -> Needs:
-    """What ``lift`` wants to know of the inputs of a linear in ``scheme``."""
-    static = scheme.activations is not None and not scheme.activations.dynamic
-    return Needs(magnitudes=static or scheme.outliers is not None)
+class BlockSolver(Protocol):
+    """Works on a window of blocks.
 
+    needs: what it wants to know of the inputs; ``original`` asks for the original model's hidden states beside the quantized model's.
+    window: blocks worked on together.
+    """
 
-class _StageWork:
-    """The targets of one stage; what they share is prepared once for each set of columns that a split takes out."""
+    @property
+    def needs(self) -> Needs: ...
 
-    def __init__(self, solver: MatrixSolver, stage: Stage) -> None:
-        self.solver, self.statistics = solver, stage.statistics
-        self.where = ", ".join(target.name for target in stage.targets)
-        self._prepared: dict[float | None, Any] = {}  # threshold of a static split, None without
+    @property
+    def window(self) -> int: ...
 
-    def solve(self, target: Target, progress: Progress) -> Solution:
-        """Codes, static input scale and outlier columns of ``target``."""
-        split, activations = target.scheme.outliers, target.scheme.activations
-        outliers = None if split is None else self._largest() > split.threshold  # bool [in]
-        if split is None or outliers is None or split.dynamic:
-            solution = self._codes(target, target.weight, None, progress)
-        else:
-            solution = self._codes(target, target.weight[:, ~outliers], split.threshold, progress)
-            solution = replace(solution, weight=_with_gaps(solution.weight, outliers))
-        if outliers is not None:
-            solution = _with_outliers(solution, target, outliers)
-        if activations is not None and not activations.dynamic:
-            scale = activation_scale(self._largest(), replace(activations, dynamic=True))
-            smallest = SMALLEST_SCALE.get(target.scale_dtype, 0.0)
-            solution = replace(solution, weight=replace(solution.weight, input_scale=scale.clamp(min=smallest).to(target.scale_dtype)))
-        return solution
+    def solve(self, work: BlockWork) -> None:
+        """Place every linear of the window."""
 
-    def _codes(self, target: Target, weight: Tensor, threshold: float | None, progress: Progress) -> Solution:
-        if weight.shape[1] == 0:
-            return Solution(_no_codes(target), SolveNotes())
-        prepared = self._prepare(threshold)
-        return self.solver.solve(weight, prepared, target.scheme, target.scale_dtype, target.limit, progress)
-
-    def _prepare(self, threshold: float | None) -> Any:
-        if threshold not in self._prepared:
-            hessian = None if self.statistics is None else self.statistics.hessian
-            if hessian is not None and threshold is not None:
-                hessian = hessian.without(self._largest() > threshold)
-                if not hessian.sums.diagonal().any():
-                    hessian.sums.fill_diagonal_(1)  # calibration reached none of these columns: each is rounded by itself
-            self._prepared[threshold] = self.solver.prepare(hessian, self.where)
-        return self._prepared[threshold]
-
-    def _largest(self) -> Tensor:
-        assert self.statistics is not None
-        assert self.statistics.largest is not None
-        return self.statistics.largest
-
-
-def _no_codes(target: Target) -> QuantizedWeight:
-    rows = target.weight.shape[0]
-    empty = torch.empty(rows, 0, dtype=torch.uint8, device=target.weight.device)
-    scale = torch.ones(rows, 1, dtype=target.scale_dtype, device=target.weight.device)
-    return QuantizedWeight(empty, scale, torch.full_like(scale, target.scheme.middle, dtype=torch.uint8), target.scheme)
-
-
-def _with_gaps(weight: QuantizedWeight, outliers: Tensor) -> QuantizedWeight:
-    """``weight`` widened by the columns that were taken out; their codes are the zero point."""
-    codes = torch.full((len(weight.codes), len(outliers)), weight.scheme.middle, dtype=torch.uint8, device=weight.codes.device)
-    codes[:, ~outliers] = weight.codes
-    return replace(weight, codes=codes)
-
-
-def _with_outliers(solution: Solution, target: Target, outliers: Tensor) -> Solution:
-    index = torch.nonzero(outliers).squeeze(1)
-    columns = OutlierColumns(index.to(torch.int32), target.weight[:, index].to(target.scale_dtype))
-    notes = replace(solution.notes, outlier_columns=len(index))
-    return Solution(replace(solution.weight, outliers=columns), notes)
+    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+        """As in ``MatrixSolver``."""

@@ -1,0 +1,149 @@
+"""A window of loaded blocks as a solver sees it (``solvers.BlockWork``).
+
+A solver that works stage by stage has each block transformed and walked through as it asks for the stages: one pass over the calibration
+text for all transforms together, one for the codes; calibrating at once, the solver shares the first. A solver that works on batches gets
+the whole window transformed beforehand, with the samples of every input from which the errors of the report are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ptqcli.calibration.statistics import InputStatistics, Needs
+from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.pipeline.loaded import LoadedBlock, Run
+from ptqcli.pipeline.streams import Streams, WindowBatches
+from ptqcli.solvers import LinearTask, Solution, Stage
+
+
+class WindowWork:
+    """Blocks ``indices``, loaded. blocks: their modules, or None for each when nothing runs through them."""
+
+    def __init__(self, run: Run, indices: Sequence[int], blocks: Sequence[nn.Module | None]) -> None:
+        self._run, self._indices = run, indices
+        self._blocks = [LoadedBlock(run, index, block) for index, block in zip(indices, blocks, strict=True)]
+        self._owners = {f"{block.prefix}.{local}": block for block in self._blocks for stage in block.stages for local in stage}
+        self._tasks: dict[str, LinearTask] = {}  # of the stage at work
+        self._prepared = self._walked = False
+
+    @property
+    def module(self) -> nn.ModuleList:
+        """The blocks."""
+        return nn.ModuleList([block.block for block in self._blocks if block.block is not None])
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Path in the model of each block."""
+        return [block.prefix for block in self._blocks]
+
+    @property
+    def linears(self) -> Mapping[str, LinearTask]:
+        """Every linear of the window; its weight is made when it is looked at."""
+        self._prepare()
+        return _Tasks(self._owners)
+
+    def batches(self) -> WindowBatches:
+        """The hidden states before the window."""
+        self._prepare()
+        return WindowBatches(self._streams, self._indices)
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage with its statistics, after all earlier stages have been placed."""
+        for number, block in enumerate(self._blocks):
+            if self._run.streams is None:
+                for stage in block.stages:
+                    yield self._stage(block, stage, None)
+            else:
+                yield from self._calibrated_stages(block, self._run.streams, self._source(number))
+        self._walked = True
+
+    def place(self, name: str, solution: Solution) -> None:
+        """Pack the codes for the file and put their values into the block."""
+        task = self._tasks.get(name) or self._owners[name].task(name)
+        self._owners[name].place(task, solution)
+
+    def replace(self, parameter: str, value: Tensor) -> None:
+        """Another value for a parameter that is not quantized. Raises PTQError for one that does not fit."""
+        block = next(block for block in self._blocks if parameter.startswith(block.prefix + "."))
+        block.replace(parameter, value)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Pass on how far the work on one linear is."""
+        self._run.listener.layer_progress(name, done, total)
+
+    def finish(self) -> list[dict[str, Tensor]]:
+        """The stored tensors of each block; from now on the hidden states behind the window are those of the quantized blocks."""
+        finished = [block.finished() for block in self._blocks]
+        if self._run.streams is not None and not self._walked:
+            for number, block in enumerate(self._blocks):
+                block.walk(self._streams, self._source(number)).advance()
+        return finished
+
+    @property
+    def _streams(self) -> Streams:
+        if self._run.streams is None:
+            raise ValueError("there are no batches without calibration; a solver that wants them says so in its needs")
+        return self._run.streams
+
+    def _source(self, number: int) -> Tensor:
+        """Hidden states before block ``number`` of the window: behind the first, they have been written by the one before it."""
+        return self._streams.quantized.outputs if number else self._streams.quantized.inputs
+
+    def _stage(self, block: LoadedBlock, locals_: Sequence[str], statistics: InputStatistics | None) -> Stage:
+        block.statistics = {} if statistics is None else dict.fromkeys(locals_, statistics)
+        self._tasks = {f"{block.prefix}.{local}": block.task(f"{block.prefix}.{local}") for local in locals_}
+        return Stage(tuple(self._tasks.values()), statistics)
+
+    def _calibrated_stages(self, block: LoadedBlock, streams: Streams, source: Tensor) -> Iterator[Stage]:
+        walk = block.walk(streams, source)
+        for number, statistics in self._passes(block, walk, streams, source):
+            statistics.check_finite(f"{block.prefix}.{block.stages[number][0]}")
+            yield self._stage(block, block.stages[number], statistics)
+        block.statistics, self._tasks = {}, {}
+
+    def _passes(self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor) -> Iterator[tuple[int, InputStatistics]]:
+        wanted, sequential = self._run.solver_needs(), self._run.plan.recipe.sequential
+        transforms = self._run.transforms if not self._prepared else ()
+        statistics = walk.observe(_joined_needs(transforms, Needs() if sequential else wanted)) if transforms or not sequential else []
+        if transforms:
+            statistics = block.transform(streams, source, statistics)
+        return walk.sequential(wanted) if sequential else walk.at_once(statistics)
+
+    def _prepare(self) -> None:
+        """Transform all blocks, each behind the ones before it, and note what they receive."""
+        if self._prepared or self._run.streams is None:
+            return
+        self._prepared = True
+        for number, block in enumerate(self._blocks):
+            source = self._source(number)
+            walk = block.walk(self._streams, source)
+            statistics = walk.observe(_joined_needs(self._run.transforms, Needs(samples=True) | self._run.solver_needs()))
+            if self._run.transforms:
+                statistics = block.transform(self._streams, source, statistics)
+            block.statistics = {local: seen for stage, seen in zip(block.stages, statistics, strict=True) for local in stage}
+            if number + 1 < len(self._blocks):
+                walk.advance()
+
+
+class _Tasks(Mapping[str, LinearTask]):
+    """The linears of a window by their paths."""
+
+    def __init__(self, owners: Mapping[str, LoadedBlock]) -> None:
+        self._owners = owners
+
+    def __getitem__(self, name: str) -> LinearTask:
+        return self._owners[name].task(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+
+def _joined_needs(transforms: Sequence[object], needs: Needs) -> Needs:
+    for transform in transforms:
+        needs |= transform.needs  # type: ignore[attr-defined]
+    return needs

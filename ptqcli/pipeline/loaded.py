@@ -1,0 +1,216 @@
+"""One loaded block on its way from stored weights to packed ones: its transforms, its tasks, what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ptqcli.calibration.statistics import InputStatistics, Needs
+from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.errors import PTQError
+from ptqcli.estimate import PlannedLinear
+from ptqcli.formats import compressed_tensors
+from ptqcli.model.linears import rows_first
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.pipeline.progress import Listener
+from ptqcli.pipeline.report import FoldReport, LayerReport
+from ptqcli.pipeline.streams import Streams
+from ptqcli.plan import Plan
+from ptqcli.resources import Resources
+from ptqcli.solvers import BlockSolver, LinearTask, Solution
+from ptqcli.solvers.per_matrix import needs_of
+from ptqcli.transforms import BlockTransform
+from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
+from ptqcli.transforms.folds import Found, find_folds, proven
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What all blocks of a run share. streams: None when nothing looks at calibration text. layers, folds: for the report."""
+
+    skeleton: Skeleton
+    plan: Plan
+    resources: Resources
+    solver: BlockSolver
+    transforms: Sequence[BlockTransform]
+    listener: Listener
+    streams: Streams | None = None
+    layers: list[LayerReport] = field(default_factory=list)
+    folds: list[FoldReport] = field(default_factory=list)
+
+    def solver_needs(self) -> Needs:
+        """What is to be known of every input while codes are chosen."""
+        needs = self.solver.needs
+        for linear in self.plan.linears:
+            needs |= needs_of(linear.scheme)
+        return needs
+
+
+class LoadedBlock:
+    """Block ``index``. block: its module, None when nothing runs through it and matrices are read one by one."""
+
+    def __init__(self, run: Run, index: int, block: nn.Module | None) -> None:
+        self.run, self.index, self.block = run, index, block
+        self.prefix = run.skeleton.block_prefix(index)
+        self.stages = run.plan.stages[index]
+        self.planned = {linear.name: linear for linear in run.plan.linears if linear.site.block == index}
+        self.folded: FoldedBlock | None = None
+        self.statistics: dict[str, InputStatistics] = {}  # of the inputs of linears, by local name, while they are needed
+        self._finished: dict[str, Tensor] = {}  # what is stored for the block, as far as it differs from the model file
+        self._placed: set[str] = set()  # stored names of weights that have codes
+
+    def walk(self, streams: Streams, source: Tensor) -> CalibratedBlock:
+        """The block over all batches, from hidden states ``source`` to those behind the blocks at work."""
+        assert self.block is not None
+        recording, resources = streams.recording, self.run.resources
+        target, calls = streams.quantized.outputs, recording.calls[self.index]
+        return CalibratedBlock(
+            self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget
+        )
+
+    def stored(self, local: str) -> Tensor:
+        """A parameter of the block as the model file has it, on the device of the run."""
+        return self.run.skeleton.read(f"{self.prefix}.{local}").to(self.run.resources.device)
+
+    # Linears
+
+    def task(self, name: str) -> LinearTask:
+        """The linear ``name``, to be given codes. Raises PTQError if its weight is not finite."""
+        linear = self.planned[name]
+        local = linear.site.local
+        if self.folded is not None:
+            weight = self.folded.weight(local)
+        else:
+            stored = self.stored(f"{local}.weight")
+            weight = (stored.t() if linear.site.transposed else stored).float()
+        if not torch.isfinite(weight).all():
+            raise PTQError(f"{name}: the weight holds NaN or infinity; the model file is broken")
+        limit = None if self.folded is None else self.folded.limits.get(local)
+        return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, limit=limit)
+
+    def place(self, task: LinearTask, solution: Solution) -> None:
+        """Pack the codes for the file and put their values into the block."""
+        linear = self.planned[task.name]
+        values = solution.weight.dequantize(linear.scale_dtype)  # [out, in]
+        if self.block is not None:
+            module = self.block.get_submodule(linear.site.local)
+            weight = torch.empty_like(module.get_parameter("weight"))
+            rows_first(module, weight).copy_(values)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
+        packed = compressed_tensors.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
+        self._finished.update(packed)
+        self._placed.add(stored_name)
+        error = relative_error(task.weight, values.float(), self.statistics.get(linear.site.local))
+        self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
+        self.run.listener.layer_done(task.name, error)
+
+    def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
+        outliers = solution.notes.outlier_columns
+        self.run.layers.append(
+            LayerReport(
+                name=linear.name,
+                scheme=linear.scheme.describe(),
+                bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
+                relative_error=error,
+                outlier_share=None if outliers is None else outliers / linear.site.in_features,
+                **asdict(solution.notes),
+            )
+        )
+
+    def replace(self, parameter: str, value: Tensor) -> None:
+        """Another value for a parameter of the block, by its path in the model, that is not quantized.
+
+        Raises PTQError for one that is, for another shape, and for values that the stored dtype does not hold.
+        """
+        assert self.block is not None
+        stored_name = self.run.skeleton.stored_name(parameter)
+        path, _, leaf = parameter.removeprefix(self.prefix + ".").rpartition(".")
+        module = self.block.get_submodule(path)
+        present = module.get_parameter(leaf)
+        if parameter.removesuffix(".weight") in self.planned or value.shape != present.shape:
+            raise PTQError(f"{parameter}: takes {list(present.shape)} and no codes; found {list(value.shape)}")
+        stored = value.detach().to(self.run.skeleton.dtype(parameter))
+        if not torch.isfinite(stored).all():
+            raise PTQError(f"{parameter}: its new values leave the range of {stored.dtype}")
+        module._parameters[leaf] = nn.Parameter(stored.to(present), requires_grad=False)
+        self._finished[stored_name] = stored.cpu()
+
+    def finished(self) -> dict[str, Tensor]:
+        """Every tensor that is stored for the block. Raises PTQError if a linear has no codes yet."""
+        missing = [name for name in self.planned if self.run.skeleton.stored_name(f"{name}.weight") not in self._placed]
+        if missing:
+            raise PTQError(f"{missing[0]}: the solver has not placed it; this is a defect of the solver {self.run.plan.recipe.algo}")
+        skeleton, rewritten = self.run.skeleton, self._rewritten()
+        unit = skeleton.units[self.index]
+        rest = [name for name in unit.stored if name not in self._placed and name not in self._finished]
+        return {**self._finished, **{name: rewritten[name] if name in rewritten else skeleton.read_stored(name) for name in rest}}
+
+    def _rewritten(self) -> dict[str, Tensor]:
+        """The parameters that transforms have changed and that are not quantized, by the names under which they are stored."""
+        if self.folded is None:
+            return {}
+        changed = self.folded.rewritten().items()
+        return {self.run.skeleton.stored_name(f"{self.prefix}.{local}"): tensor.cpu() for local, tensor in changed}
+
+    # Transforms
+
+    def transform(self, streams: Streams, source: Tensor, statistics: Sequence[InputStatistics]) -> list[InputStatistics]:
+        """Apply the transforms to the block; return the statistics of its stages as they are behind them."""
+        assert self.block is not None
+        for stage, seen in zip(self.stages, statistics, strict=True):
+            seen.check_finite(f"{self.prefix}.{stage[0]}")
+        probe, tried = (streams.excerpt(name, self.index, source) for name in ("probe", "tried"))
+        run, prefix = self.run, self.prefix  # closures over self would keep every finished block alive
+        listener, skeleton, device = run.listener, run.skeleton, run.resources.device
+        listener.detail(f"{prefix}: looking for folds")
+        found = proven(self.block, find_folds(self.block, probe), probe)
+        self.folded = FoldedBlock(
+            self.block,
+            found.folds,
+            order=[local for stage in skeleton.shapes[self.index].stages for local in stage],
+            treatments={linear.site.local: Treatment(linear.scheme, linear.scale_dtype) for linear in self.planned.values()},
+            inputs={local: seen for stage, seen in zip(self.stages, statistics, strict=True) for local in stage},
+            stored=lambda local: skeleton.read(f"{prefix}.{local}").to(device),
+            run=lambda block: tried(block, torch.float32),
+            scale_search=run.plan.recipe.scale_search,
+            tell=lambda text: listener.detail(f"{prefix}: {text}"),
+        )
+        notes = [(transform.name, note) for transform in run.transforms for note in transform.apply(self.folded)]
+        for transform in run.transforms:
+            transform.finish(self.folded)
+        behind = [self.folded.inputs(stage[0]) for stage in self.stages]
+        self.folded.release()
+        self._note_folds(found, notes)
+        return behind
+
+    def _note_folds(self, found: Found, notes: Sequence[tuple[str, FoldNote]]) -> None:
+        report = self.run.folds.append
+        for fold in found.folds:
+            mine = [(name, note) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers]
+            choices = tuple((name, note.choice, note.error) for name, note in mine)
+            readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
+            reason = None if choices else "none of its readers is quantized"
+            report(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
+        for producer, reason in found.dropped:
+            report(FoldReport(self.prefix if producer == "block" else f"{self.prefix}.{producer}", (), left_alone=reason))
+        read = {reader for fold in found.folds for reader in fold.readers}
+        alone = tuple(name for name, linear in self.planned.items() if linear.site.local not in read)
+        if alone:
+            report(FoldReport(None, alone, left_alone="nothing that feeds them can be scaled"))
+
+
+def relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
+    difference = weight - quantized
+    if statistics is None:
+        error, whole = difference.square().sum(), weight.square().sum()
+    elif statistics.hessian is not None:
+        hessian = statistics.hessian.matrix
+        error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+    else:
+        inputs = statistics.sampled()
+        error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()
+    return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0

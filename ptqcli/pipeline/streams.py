@@ -1,0 +1,115 @@
+"""The hidden states that a run carries from block to block, and the calls with which the model runs its blocks.
+
+The quantized model's stream is always there; the original model's goes along beside it where a solver asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ptqcli.calibration.hidden import HiddenStates, new_buffer
+from ptqcli.calibration.record import Recording, record_calls
+from ptqcli.errors import PTQError
+from ptqcli.estimate import TRIED_TOKENS
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.resources import Resources
+from ptqcli.solvers import Batch
+
+# Tokens of the two window beginnings on which folds are looked for and proved.
+PROBE_TOKENS = 12
+
+
+class Streams:
+    """The calibration of a run.
+
+    quantized, original: hidden states before and behind the blocks at work; original is None unless it is asked for.
+    """
+
+    def __init__(self, recording: Recording, resources: Resources, folder: Path, original: bool) -> None:
+        self.recording, self.resources = recording, resources
+        budget = resources.activation_budget
+        self.quantized = HiddenStates(recording.hidden, budget, folder)
+        self.original = self.quantized.copy(budget, folder) if original else None
+
+    def advance(self) -> None:
+        """The blocks at work are done: what is behind them is before the next ones."""
+        self.quantized.advance()
+        if self.original is not None:
+            self.original.advance()
+
+    @torch.no_grad()
+    def follow(self, blocks: Sequence[nn.Module], indices: Sequence[int]) -> None:
+        """Run the original stream through blocks that are as the model file has them."""
+        if self.original is not None:
+            for number, (start, stop) in enumerate(self.recording.batches):
+                hidden = self.original.inputs[start:stop].to(self.resources.device, copy=True)
+                self.original.outputs[start:stop] = self.forward(indices, number, blocks, hidden).cpu()
+
+    def forward(self, indices: Sequence[int], batch: int, blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+        """``hidden`` [windows, tokens, features] of one batch through ``blocks``, called as the model calls those of ``indices``."""
+        for index, block in zip(indices, blocks, strict=True):
+            hidden = self.recording.calls[index][batch].run(block, hidden)
+        return hidden
+
+    def excerpt(self, name: str, index: int, states: Tensor) -> Callable[[nn.Module, torch.dtype], Tensor]:
+        """Runs block ``index``, in any dtype, on the excerpt ``name`` of the hidden ``states`` before it."""
+        excerpt = self.recording.excerpts[name]
+        hidden, call = excerpt.hidden(states).to(self.resources.device), excerpt.calls[index]
+
+        def run(block: nn.Module, dtype: torch.dtype) -> Tensor:
+            return call.cast(dtype).run(block, hidden.to(dtype, copy=True))  # a copy: a block may change its input in place
+
+        return run
+
+
+class WindowBatches:
+    """The batches before the blocks ``indices``, as often as they are asked for."""
+
+    def __init__(self, streams: Streams, indices: Sequence[int]) -> None:
+        self._streams, self._indices = streams, indices
+
+    def __len__(self) -> int:
+        return len(self._streams.recording.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        streams, device = self._streams, self._streams.resources.device
+        for number, (start, stop) in enumerate(streams.recording.batches):
+            targets = None if streams.original is None else streams.original.outputs[start:stop].to(device, copy=True)
+            inputs = streams.quantized.inputs[start:stop].to(device, copy=True)
+            yield Batch(inputs, targets, partial(streams.forward, self._indices, number))
+
+
+def record(
+    skeleton: Skeleton, windows: Tensor, dtype: torch.dtype, resources: Resources, folder: Path, original: bool, excerpts: bool
+) -> Streams:
+    """Run the model up to its blocks on ``windows``, int64 [windows, tokens].
+
+    dtype: of the calibration passes. original: keep the original model's stream, too. excerpts: record what transforms try things out on.
+    Raises PTQError for tokens that the model does not know.
+    """
+    largest = int(windows.max())
+    if largest >= skeleton.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        raise PTQError(f"{skeleton.where}: the tokenizer gives token {largest}, which the model's embedding does not have")
+    recording = record_calls(
+        skeleton,
+        windows,
+        resources.windows_per_batch(windows.shape[1]),
+        resources.device,
+        dtype,
+        partial(new_buffer, budget=resources.activation_budget, folder=folder),
+        _excerpts(*windows.shape) if excerpts else None,
+    )
+    return Streams(recording, resources, folder, original)
+
+
+def _excerpts(count: int, seqlen: int) -> dict[str, tuple[Sequence[int], int]]:
+    tried = min(count, max(1, TRIED_TOKENS // seqlen))
+    return {
+        "probe": (range(min(2, count)), min(PROBE_TOKENS, seqlen)),
+        "tried": (range(0, count // tried * tried, count // tried), seqlen),
+    }
