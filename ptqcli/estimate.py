@@ -13,7 +13,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
-from ptqcli.solvers.per_matrix import needs_of
+from ptqcli.solvers.per_matrix import as_block_solver, needs_of
 
 # Tokens on which transforms try their choices out, in whole windows.
 TRIED_TOKENS = 1024
@@ -35,7 +35,7 @@ class PlannedLinear:
 
 def _needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
     looked_at = any(needs_of(linear.scheme) for linear in linears)
-    return recipe.solver().needs_hessian or bool(recipe.transforms()) or looked_at
+    return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at
 
 
 def weight_bits(linear: PlannedLinear) -> int:
@@ -77,7 +77,7 @@ def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
     inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
     solving += SAMPLED_TOKENS * inputs * 4
-    if recipe.solver().needs_hessian:
+    if as_block_solver(recipe.solver()).needs.hessian:
         solving += max(linear.site.in_features for linear in linears) ** 2 * 4
     if recipe.transforms():
         # the block in float32, its readers on trial, and what each of its modules returned on the excerpt

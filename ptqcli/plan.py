@@ -22,6 +22,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.recipe import ACTIVATION_SCALES, Recipe
 from ptqcli.resources import Resources
+from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
 
@@ -172,7 +173,7 @@ def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> No
 
 
 def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    moving = recipe.solver().needs_hessian and recipe.act_order and not recipe.static_groups
+    moving = as_block_solver(recipe.solver()).needs.hessian and recipe.act_order and not recipe.static_groups
     for linear in linears:
         reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
         if reason is not None:

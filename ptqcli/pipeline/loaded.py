@@ -42,8 +42,8 @@ class Run:
     folds: list[FoldReport] = field(default_factory=list)
 
     def solver_needs(self) -> Needs:
-        """What is to be known of every input while codes are chosen."""
-        needs = self.solver.needs
+        """What is to be known of every input while codes are chosen; without a Hessian, samples, for the errors of the report."""
+        needs = self.solver.needs | Needs(samples=not self.solver.needs.hessian)
         for linear in self.plan.linears:
             needs |= needs_of(linear.scheme)
         return needs

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from ptqcli.formats import compressed_tensors
 from ptqcli.model.skeleton import Skeleton, Unit
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.block import WindowWork
+from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_output, growing
 from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.progress import Listener, Silent
-from ptqcli.pipeline.report import REPORT_NAME, Report
+from ptqcli.pipeline.report import REPORT_NAME, Report, make_report
 from ptqcli.pipeline.streams import record
 from ptqcli.plan import Plan, make_plan
 from ptqcli.recipe import Recipe
@@ -36,23 +36,6 @@ from ptqcli.solvers.per_matrix import as_block_solver
 
 # Of tensors that are only carried over, so many bytes are in memory at once, or the largest of them.
 CARRIED_BYTES = 1 << 30
-
-
-class Clock:
-    """Seconds spent on each kind of work."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.spent: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, kind: str) -> Iterator[None]:
-        """Add the time inside the context to ``kind``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[kind] = self.spent.get(kind, 0.0) + time.perf_counter() - begin
 
 
 def plan_run(model: Path, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
@@ -83,7 +66,7 @@ def quantize(
     with growing(output, overwrite, plan.disk_bytes) as folder, torch.no_grad():
         work = _Quantization(skeleton, plan, resources, folder, listener, clock)
         work.run(data_dir)
-        report = work.report(model)
+        report = make_report(plan, str(model.resolve()), work.state.layers, work.state.folds, work.bytes_after)
         write_json(folder / REPORT_NAME, report.stored())
     return replace(
         report,
@@ -192,19 +175,3 @@ class _Quantization:
         conv1d = any(linear.site.transposed for linear in self.plan.linears)
         config["quantization_config"] = compressed_tensors.quantization_config(schemes, left, conv1d)
         return config
-
-    def report(self, source: Path) -> Report:
-        """What has been done, as a report."""
-        sizes = {linear.name: linear.site.in_features * linear.site.out_features for linear in self.plan.linears}
-        bits = sum(layer.bits_per_weight * sizes[layer.name] for layer in self.state.layers)
-        return Report(
-            source=str(source.resolve()),
-            recipe=asdict(self.plan.recipe),
-            layers=self.state.layers,
-            skipped=list(self.plan.skipped),
-            bytes_before=self.plan.bytes_before,
-            bytes_after=self.bytes_after,
-            bits_per_weight=bits / sum(sizes.values()),
-            error_kind="output" if self.plan.needs_calibration else "weight",
-            folds=self.state.folds,
-        )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ptqcli
+from ptqcli.plan import Plan
 
 REPORT_NAME = "ptq_report.json"
 
@@ -45,7 +46,7 @@ class FoldReport:
 class Report:
     """What a run did. seconds and peak_memory_bytes describe the run, not the checkpoint, and are not stored in it."""
 
-    source: str
+    source: str | None
     recipe: dict[str, Any]
     layers: list[LayerReport]
     skipped: list[tuple[str, str]]
@@ -67,3 +68,20 @@ class Report:
         """What is written beside the checkpoint: the same bytes for the same work."""
         volatile = ("output", "seconds", "peak_memory_bytes", "seconds_by_step")
         return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
+
+
+def make_report(plan: Plan, source: str | None, layers: list[LayerReport], folds: list[FoldReport], bytes_after: int) -> Report:
+    """The report of a run. source: the folder that the model came from, None for one in memory."""
+    sizes = {linear.name: linear.site.in_features * linear.site.out_features for linear in plan.linears}
+    bits = sum(layer.bits_per_weight * sizes[layer.name] for layer in layers)
+    return Report(
+        source=source,
+        recipe=asdict(plan.recipe),
+        layers=layers,
+        skipped=list(plan.skipped),
+        bytes_before=plan.bytes_before,
+        bytes_after=bytes_after,
+        bits_per_weight=bits / sum(sizes.values()),
+        error_kind="output" if plan.needs_calibration else "weight",
+        folds=folds,
+    )

@@ -27,8 +27,7 @@ class PerMatrix:
 
     def __init__(self, solver: MatrixSolver) -> None:
         self.solver = solver
-        # the samples are for the report's errors
-        self.needs = Needs(hessian=solver.needs_hessian, samples=not solver.needs_hessian)
+        self.needs = Needs(hessian=solver.needs_hessian)
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
