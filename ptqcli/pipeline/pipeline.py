@@ -33,6 +33,7 @@ from ptqcli.estimate import TRIED_TOKENS, PlannedLinear
 from ptqcli.formats import compressed_tensors
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.pipeline.folder import _growing, check_output
 from ptqcli.pipeline.progress import Listener, Silent
 from ptqcli.pipeline.report import REPORT_NAME, FoldReport, LayerReport, Report
@@ -40,8 +41,9 @@ from ptqcli.plan import Plan, make_plan
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers import Solution, Stage, Target, lift, needs_of
-from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
-from ptqcli.transforms.folds import Found, find_folds, proven
+from ptqcli.solvers.error import relative_error
+from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec, verified
+from ptqcli.transforms.folds import FoldSearch, find_folds
 
 # Tokens of the two window beginnings on which folds are looked for and proved.
 PROBE_TOKENS = 12
@@ -262,7 +264,8 @@ class _BlockWork:
 
     def _solver_needs(self) -> Needs:
         hessian = self.run.plan.recipe.solver().needs_hessian
-        needs = Needs(hessian=hessian, samples=not hessian)  # the samples are for the report's errors
+        rounded = any(linear.scheme.activations for linear in self.planned.values())
+        needs = Needs(hessian=hessian, samples=not hessian or rounded)  # the samples are for the report's errors
         for linear in self.planned.values():
             needs |= needs_of(linear.scheme)
         return needs
@@ -276,12 +279,11 @@ class _BlockWork:
         probe, tried = (self._excerpt_run(recording, name) for name in ("probe", "tried"))
         listener, prefix = self.run.listener, self.prefix  # closures over self would keep every finished block alive
         listener.detail(f"{prefix}: looking for folds")
-        found = proven(self.block, find_folds(self.block, probe), probe)
+        found = verified(self.block, find_folds(self.block, probe), probe)
         self.folded = FoldedBlock(
             self.block,
             found.folds,
-            order=[local for stage in self.run.skeleton.shapes[self.index].stages for local in stage],
-            treatments={local: Treatment(linear.scheme, linear.scale_dtype) for local, linear in self.planned.items()},
+            specs={local: WeightSpec(linear.scheme, linear.scale_dtype) for local, linear in self.planned.items()},
             inputs={local: seen for stage, seen in zip(stages, statistics, strict=True) for local in stage},
             stored=functools.partial(_stored, self.run.skeleton, prefix, self.run.resources.device),
             run=lambda block: tried(block, torch.float32),
@@ -305,7 +307,7 @@ class _BlockWork:
 
         return run
 
-    def _note_folds(self, found: Found, notes: Sequence[tuple[str, FoldNote]]) -> None:
+    def _note_folds(self, found: FoldSearch, notes: Sequence[tuple[str, FoldNote]]) -> None:
         report = self.run.folds.append
         for fold in found.folds:
             mine = [(name, note) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers]
@@ -313,7 +315,7 @@ class _BlockWork:
             readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
             reason = None if choices else "none of its readers is quantized"
             report(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
-        for producer, reason in found.dropped:
+        for producer, reason in found.rejected:
             report(FoldReport(self.prefix if producer == "block" else f"{self.prefix}.{producer}", (), left_alone=reason))
         read = {reader for fold in found.folds for reader in fold.readers}
         alone = tuple(f"{self.prefix}.{local}" for local in self.planned if local not in read)
@@ -349,15 +351,14 @@ class _BlockWork:
     def place(self, target: Target, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block."""
         linear = next(planned for planned in self.planned.values() if planned.name == target.name)
-        values = solution.weight.dequantize(linear.scale_dtype)  # [out, in]
         if self.block is not None:
-            linear_weight(self.block.get_submodule(linear.site.local)).copy_(values)
+            linear_weight(self.block.get_submodule(linear.site.local)).copy_(solution.weight.dequantize(linear.scale_dtype))
         disk_name = self.run.skeleton.disk_name(f"{linear.name}.weight")
         weight = solution.weight.to(torch.device("cpu"))
         packed = compressed_tensors.pack(disk_name.removesuffix(".weight"), weight)
         self.tensors.update(packed)
         self.run.written.add(disk_name)
-        error = _relative_error(target.weight, values.float(), self.statistics)
+        error = relative_error(target.weight, FakeQuantLinear.of(solution.weight), self.statistics)
         self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.listener.layer_done(linear.name, error)
 
@@ -378,19 +379,6 @@ class _BlockWork:
 def _stored(skeleton: Skeleton, prefix: str, device: torch.device, local: str) -> Tensor:
     """A parameter of the block at ``prefix`` as the file has it."""
     return skeleton.reader.read(skeleton.disk_name(f"{prefix}.{local}")).to(device)
-
-
-def _relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
-    difference = weight - quantized
-    if statistics is None:
-        error, whole = difference.square().sum(), weight.square().sum()
-    elif statistics.hessian is not None:
-        hessian = statistics.hessian.matrix
-        error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
-    else:
-        inputs = statistics.sampled()
-        error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()
-    return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
 
 
 def _return_freed_memory() -> None:
