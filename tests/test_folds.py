@@ -13,7 +13,8 @@ from ptqcli.calibration.record import record_calls
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.transforms.folds import BOUND, Fold, Found, divide, find_folds, proven, scale_fold
+from ptqcli.transforms.folded import BOUND, FoldedBlock, verified
+from ptqcli.transforms.folds import Fold, FoldSearch, divide, find_folds
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ class Probed:
     """A loaded float32 block, what was found in it without its weights, and a function that runs it on a few tokens."""
 
     block: nn.Module
-    found: Found
+    found: FoldSearch
     run: object
 
 
@@ -148,21 +149,26 @@ def scales(fold, seed=0, low=0.3, high=3.0):
     return torch.empty(fold.width).uniform_(low, high, generator=torch.Generator().manual_seed(seed))
 
 
+def folded(block, run, stored=None):
+    """``block`` for its folds to be scaled; nothing in it is quantized."""
+    return FoldedBlock(block, [], {}, {}, stored or block.get_parameter, lambda twin: run(twin, torch.float32))
+
+
 @torch.no_grad()
-def change(probed, folds, dtype=torch.float32):
+def change(probed, folds):
     """Relative change of the block's output by ``folds`` with random scales."""
-    twin = copy.deepcopy(probed.block).to(dtype)
-    expected = probed.run(twin, dtype)
+    block = folded(probed.block, probed.run)
+    expected = block.output()
     for seed, fold in enumerate(folds):
-        scale_fold(twin, fold, scales(fold, seed))
-    return float((probed.run(twin, dtype) - expected).norm() / expected.norm())
+        block.scale(fold, scales(fold, seed))
+    return float((block.output() - expected).norm() / expected.norm())
 
 
 def test_folds_are_the_known_ones(architecture, probed):
     for block in probed:
         found = [(fold.producer, " ".join(fold.readers), fold.channel.tolist()) for fold in block.found.folds]
         assert found == [(producer, readers, channel.tolist()) for producer, readers, channel in KNOWN[architecture]]
-        assert not block.found.dropped
+        assert not block.found.rejected
         for fold in block.found.folds:
             producer = block.block.get_submodule(fold.producer)
             if is_linear(producer):
@@ -171,11 +177,11 @@ def test_folds_are_the_known_ones(architecture, probed):
                 assert (fold.offsets, fold.width) == (OFFSETS[architecture], HIDDEN)
 
 
-def test_loaded_blocks_have_the_same_folds_and_all_are_proven(probed):
+def test_loaded_blocks_have_the_same_folds_and_all_are_verified(probed):
     for block in probed:
         loaded = find_folds(block.block, block.run)
-        kept = proven(block.block, loaded, block.run)
-        assert not kept.dropped
+        kept = verified(block.block, loaded, block.run)
+        assert not kept.rejected
         for found in (loaded, kept):
             assert [fold.producer for fold in found.folds] == [fold.producer for fold in block.found.folds]
 
@@ -196,9 +202,35 @@ def test_a_wrong_channel_or_a_forgotten_reader_changes_it(probed):
             wrong += [replace(fold, readers=tuple(other for other in fold.readers if other != reader)) for reader in fold.readers]
             for bad in wrong:
                 assert change(block, [bad]) > BOUND
-            left = proven(block.block, Found(tuple(wrong), ()), block.run)
+            left = verified(block.block, FoldSearch(tuple(wrong), ()), block.run)
             assert not left.folds
-            assert all("changes the block's output" in reason for _, reason in left.dropped)
+            assert all("changes the block's output" in reason for _, reason in left.rejected)
+
+
+def test_what_is_proved_is_what_transforms_use(probed, monkeypatch):
+    """A fault in ``FoldedBlock.scale``, here a reader that it forgets, shows in the proof."""
+    scale = FoldedBlock.scale
+    monkeypatch.setattr(FoldedBlock, "scale", lambda self, fold, scales: scale(self, replace(fold, readers=fold.readers[1:]), scales))
+    for block in probed:
+        left = verified(block.block, block.found, block.run)
+        assert not left.folds
+        assert [producer for producer, _ in left.rejected] == [fold.producer for fold in block.found.folds]
+
+
+@torch.no_grad()
+def test_scales_are_taken_back_to_the_last_bit(probed):
+    for block in probed:
+        scaled, copies = folded(block.block, block.run), dict(copy.deepcopy(block.block).named_parameters())
+        expected = scaled.output()
+        for _ in range(2):
+            for fold in block.found.folds:
+                scaled.scale(fold, scales(fold))
+            assert not torch.equal(scaled.output(), expected)
+            scaled.undo()
+            assert torch.equal(scaled.output(), expected)
+        assert not scaled.rewritten()
+        scaled.release()
+        assert all(torch.equal(parameter, copies[name]) for name, parameter in block.block.named_parameters())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"], indirect=True)
@@ -212,10 +244,15 @@ def test_a_rounded_norm_folds_exactly(probed):
             norm.weight.copy_(norm.weight.bfloat16())
             expected = block.run(copy.deepcopy(twin).double(), torch.float64)
             wanted = scales(fold)
-            effective = scale_fold(twin, fold, wanted, torch.bfloat16)
+            name, offset, before = f"{fold.producer}.weight", dict(fold.offsets)["weight"], norm.weight
+            stored = {**dict(twin.named_parameters()), name: before.bfloat16()}
+            scaled = folded(twin, block.run, stored.__getitem__)
+            scaled.scale(fold, wanted)
+            scaled.release()
             assert torch.equal(norm.weight, norm.weight.bfloat16().float())
+            effective = ((before.double() + offset) / (norm.weight.double() + offset)).float()
             assert not torch.equal(effective, wanted)
-            torch.testing.assert_close(effective, wanted, rtol=2**-8 if dict(fold.offsets)["weight"] == 0 else 2**-5, atol=0)
+            torch.testing.assert_close(effective, wanted, rtol=2**-8 if offset == 0 else 2**-5, atol=0)
             error = (block.run(copy.deepcopy(twin).double(), torch.float64) - expected).norm() / expected.norm()
             assert error < 2e-7
             for reader in fold.readers:  # the twin: had they taken the scale that was asked for
@@ -231,11 +268,14 @@ def test_channels_that_a_norm_sets_to_zero_are_left_alone(probed):
             twin = replace(block, block=copy.deepcopy(block.block))
             for name, offset in fold.offsets:
                 twin.block.get_submodule(fold.producer).get_parameter(name)[5:9] = -offset
-            effective = scale_fold(copy.deepcopy(twin.block), fold, scales(fold))
-            assert (effective[5:9] == 1).all()
-            assert (effective[9:] != 1).all()
+            scaled = folded(twin.block, twin.run)
+            scaled.scale(fold, scales(fold))
+            for reader in fold.readers:
+                moved = scaled.weight(reader) != linear_weight(twin.block.get_submodule(reader))
+                assert not moved[:, 5:9].any()
+                assert moved[:, 9:].any(dim=0).all()
             assert change(twin, [fold]) <= BOUND
-            assert [kept.producer for kept in proven(twin.block, Found((fold,), ()), twin.run).folds] == [fold.producer]
+            assert [kept.producer for kept in verified(twin.block, FoldSearch((fold,), ()), twin.run).folds] == [fold.producer]
 
 
 def test_divide_follows_the_first_parameter_that_is_not_zero():
@@ -412,16 +452,16 @@ def on_random_tokens(block, dtype):
 
 
 def search(block):
-    """What is found and proven in ``block``, as {producer: readers}, and what was dropped."""
-    found = proven(block, find_folds(block, on_random_tokens), on_random_tokens)
-    return {fold.producer: fold.readers for fold in found.folds}, dict(found.dropped)
+    """What is found and verified in ``block``, as {producer: readers}, and what was rejected."""
+    found = verified(block, find_folds(block, on_random_tokens), on_random_tokens)
+    return {fold.producer: fold.readers for fold in found.folds}, dict(found.rejected)
 
 
 NORM, UP = {"norm": ("gate", "up")}, {"up": ("down",)}
 
 
 @pytest.mark.parametrize(
-    "block, folds, dropped",
+    "block, folds, rejected",
     [
         (Block(), NORM | UP, {}),
         (Block(torch.relu), NORM | UP, {"gate": "down has its inputs scaled by up"}),
@@ -441,11 +481,11 @@ NORM, UP = {"norm": ("gate", "up")}, {"up": ("down",)}
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_what_else_reads_a_producer_forbids_its_fold(block, folds, dropped):
+def test_what_else_reads_a_producer_forbids_its_fold(block, folds, rejected):
     found, reasons = search(block)
     assert found == folds
-    assert reasons.keys() == dropped.keys()
-    for producer, reason in dropped.items():
+    assert reasons.keys() == rejected.keys()
+    for producer, reason in rejected.items():
         assert reason in reasons[producer]
 
 

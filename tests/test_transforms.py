@@ -16,13 +16,12 @@ from tiny import ARCHITECTURES, in_memory, make_model, token_ids, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import ptqcli.pipeline.loaded
 from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.evaluate.perplexity import perplexity
-from ptqcli.model.linears import linear_weight
+from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.activations import round_activations
@@ -33,12 +32,11 @@ from ptqcli.pipeline.report import Report
 from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.awq import AWQ, clip_limits
-from ptqcli.transforms.block import FoldedBlock, Treatment
-from ptqcli.transforms.folds import Fold, scale_fold
+from ptqcli.transforms.folded import BOUND, FoldedBlock, WeightSpec
+from ptqcli.transforms.folds import Fold
 from ptqcli.transforms.smoothquant import SmoothQuant
 
 CPU = torch.device("cpu")
-BOUND = 1e-5  # of the relative change of a block's output in float32
 
 # Folds in each block, as many as test_folds.py lists.
 FOLDS = {
@@ -95,19 +93,35 @@ class Noted(FoldedBlock):
 
 
 def brute_force_error(folded: FoldedBlock, fold: Fold, scales: Tensor | None) -> float:
-    """What ``fold_error`` measures, by folding and quantizing a copy of the block, which must be in float32."""
-    twin = copy.deepcopy(folded.block)
+    """What ``fold_error`` measures, by folding and quantizing a copy of the block in float32."""
+    twin = copy.deepcopy(folded._replay.block)
     if scales is not None:
-        scale_fold(twin, fold, scales)
+        fold_by_hand(twin, fold, scales)
     for local in folded.readers(fold):
-        scheme, dtype = folded.treatments[local].scheme, folded.treatments[local].scale_dtype
+        scheme, dtype = folded.specs[local].scheme, folded.specs[local].scale_dtype
         linear = twin.get_submodule(local)
         weight = linear_weight(linear)
         weight.copy_(round_to_nearest(weight.contiguous(), scheme, dtype, folded.scale_search).dequantize(torch.float32))
         if scheme.activations is not None:
             assert scheme.activations.dynamic
             linear.register_forward_pre_hook(lambda _module, args, rounding=scheme.activations: (round_activations(args[0], rounding),))
-    return float((folded._replay._run(twin) - folded._replay._run(folded.block)).square().mean())
+    return float((folded._replay._run(twin) - folded.output()).square().mean())
+
+
+def fold_by_hand(block: nn.Module, fold: Fold, scales: Tensor) -> None:
+    """Divide the producer of ``fold`` in a float32 block by ``scales``, and multiply its readers' columns by them, one at a time."""
+    producer = block.get_submodule(fold.producer)
+    scales = torch.where(fold.folded(), scales, torch.ones_like(scales))
+    if is_linear(producer):
+        linear_weight(producer).div_(scales.unsqueeze(1))
+        if producer.bias is not None:
+            producer.bias.div_(scales)
+    for name, offset in fold.offsets:
+        parameter = producer.get_parameter(name)
+        parameter.copy_((parameter + offset) / scales - offset)
+    for reader in fold.readers:
+        for column, channel in enumerate(fold.channel.tolist()):
+            linear_weight(block.get_submodule(reader))[:, column] *= scales[channel] if channel >= 0 else 1
 
 
 def spread_norms(model: nn.Module) -> None:
@@ -131,7 +145,7 @@ def cases_of(folder: Path, **recipe: Any) -> list[Case]:
     text = write_text(folder.parent / "text.txt")
     given = {"algo": "awq+smoothquant", "awq_clip": False, "wbits": 4, "abits": 16, "group_size": 32, "nsamples": 4, "seqlen": 48}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptqcli.pipeline.loaded, "FoldedBlock", Intercepted)
+        patch.setattr("ptqcli.pipeline.loaded.FoldedBlock", Intercepted)
         report = quantize(folder, Recipe(**{**given, "calib": str(text), **recipe}), folder.parent / "out", overwrite=True)
     skeleton, fresh = Skeleton(ModelFolder(folder)), token_ids(40, 3, seed=5)
     with torch.no_grad():
@@ -205,6 +219,25 @@ def test_a_reader_whose_columns_stay_shows(cases: list[Case]) -> None:
                 assert relative(case.run(twin), case.run(case.block)) > 100 * BOUND
 
 
+@pytest.mark.parametrize("name, dtype", [("llama", torch.float32), ("gpt2", torch.bfloat16)])
+@torch.no_grad()
+def test_the_tensors_of_the_loaded_block_are_never_written_to(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """They may be those of a cache: what was scaled gets new ones, and what was not keeps its own."""
+    case = make_cases(tmp_path, name, dtype)[1]
+    folded = case.folded()
+    before = dict(folded.block.named_parameters())
+    SmoothQuant(0.5).apply(folded)
+    assert all(folded.block.get_parameter(local) is parameter for local, parameter in before.items())
+    folded.release()
+    assert all(torch.equal(parameter, case.block.get_parameter(local)) for local, parameter in before.items())
+    scaled = {fold.producer for fold in folded.folds} | {reader for fold in folded.folds for reader in fold.readers}
+    for local, parameter in before.items():
+        after = folded.block.get_parameter(local)
+        assert (after is not parameter) == (local.rpartition(".")[0] in scaled)
+        assert after.dtype == dtype
+        assert not after.requires_grad
+
+
 # What is stored
 
 
@@ -214,7 +247,7 @@ def stored_block(case: Case, folded: FoldedBlock) -> nn.Module:
     for name, value in folded.rewritten().items():
         assert value.dtype == case.arguments["stored"](name).dtype
         block.get_parameter(name).copy_(value)
-    for local in folded.treatments:
+    for local in folded.specs:
         linear_weight(block.get_submodule(local)).copy_(folded.weight(local))
     return block
 
@@ -290,8 +323,8 @@ def test_awq_tries_the_scales_of_the_paper(llama: list[Case]) -> None:
 TOKEN, TENSOR = ActivationScheme(), ActivationScheme(per_token=False)
 
 
-def treated(case: Case, scheme: Scheme) -> dict[str, Treatment]:
-    return {local: Treatment(scheme, torch.float32) for local in case.arguments["treatments"]}
+def all_in(case: Case, scheme: Scheme) -> dict[str, WeightSpec]:
+    return {local: WeightSpec(scheme, torch.float32) for local in case.arguments["specs"]}
 
 
 @pytest.mark.parametrize(
@@ -310,7 +343,7 @@ def test_what_moves_the_block_least_is_chosen(llama: list[Case], transform: Any,
     The largest input of a token lies at the border of two codes, where the last bit of a float decides.
     """
     tolerance = 0.1 if scheme.activations else 1e-2
-    folded, notes = noted(llama[1], transform, treatments=treated(llama[1], scheme), scale_search="mse")
+    folded, notes = noted(llama[1], transform, specs=all_in(llama[1], scheme), scale_search="mse")
     for fold, note in zip(folded.folds, notes, strict=True):
         tried = [(scales, error, brute) for tried_fold, scales, error, brute in folded.errors if tried_fold is fold]
         assert tried[0][0] is None
@@ -341,12 +374,10 @@ class Shared(nn.Module):
 def test_a_module_that_runs_twice_is_run_again() -> None:
     """What is known of modules that ran before those on trial may be used for the same run of them only."""
     block, inputs = Shared(), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
-    treatments = {local: Treatment(Scheme(3, -1), torch.float32) for local in ("up", "down")}
+    specs = {local: WeightSpec(Scheme(3, -1), torch.float32) for local in ("up", "down")}
     for producer, reader in (("norm", "up"), ("up", "down")):
         fold = Fold(producer, (reader,), torch.arange(8), 8)
-        folded = FoldedBlock(
-            block, [fold], ["up", "down"], treatments, {}, lambda name: block.get_parameter(name).clone(), lambda twin: twin(inputs)
-        )
+        folded = FoldedBlock(block, [fold], specs, {}, block.get_parameter, lambda twin: twin(inputs))
         assert folded.fold_error(fold, None) == pytest.approx(brute_force_error(folded, fold, None), rel=1e-4)
 
 
@@ -411,7 +442,7 @@ def test_clip_limits_equal_a_brute_force_search(scheme: Scheme) -> None:
     weight, samples = torch.randn(12, 16, generator=generator) ** 3, torch.randn(40, 16, generator=generator)
     weight[2, :8] = 0
     samples[:, 3] = 0
-    limits = clip_limits(weight, samples, Treatment(scheme, torch.float32))
+    limits = clip_limits(weight, samples, WeightSpec(scheme, torch.float32))
     expected = brute_force_limits(weight, samples, scheme)
     torch.testing.assert_close(limits.double(), expected, rtol=1e-5, atol=0)
     largest = weight.unflatten(1, (-1, scheme.columns_per_group(16))).abs().amax(dim=2)
@@ -430,7 +461,7 @@ def test_with_one_scale_for_the_matrix_the_limit_is_best_for_the_whole(bits: int
         return float(((quantized - weight) @ samples.t()).norm())
 
     every = [error(torch.full((16, 1), float(weight.abs().max()) * percent / 100)) for percent in range(100, 30, -5)]
-    assert error(clip_limits(weight, samples, Treatment(scheme, torch.float32))) <= 1.001 * min(every)
+    assert error(clip_limits(weight, samples, WeightSpec(scheme, torch.float32))) <= 1.001 * min(every)
     assert every[0] > 1.05 * min(every)
 
 
@@ -441,10 +472,10 @@ def test_limits_hold_for_the_weights_as_they_are_stored(llama: list[Case]) -> No
         folded = case.folded()
         for transform in (AWQ(), SmoothQuant(0.5)):
             transform.apply(folded)
-        for local, treatment in folded.treatments.items():
+        for local, spec in folded.specs.items():
             weight, limit = folded.weight(local), folded.limits.get(local)
-            clipped = round_to_nearest(weight, treatment.scheme, treatment.scale_dtype, "mse", limit).dequantize()
-            plain = round_to_nearest(weight, treatment.scheme, treatment.scale_dtype, "mse").dequantize()
+            clipped = round_to_nearest(weight, spec.scheme, spec.scale_dtype, "mse", limit).dequantize()
+            plain = round_to_nearest(weight, spec.scheme, spec.scale_dtype, "mse").dequantize()
             samples = folded.inputs(local).sampled()
             assert ((clipped - weight) @ samples.t()).norm() <= 1.01 * ((plain - weight) @ samples.t()).norm(), local
 

@@ -15,16 +15,18 @@ from ptqcli.estimate import PlannedLinear
 from ptqcli.formats import compressed_tensors
 from ptqcli.model.linears import rows_first
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.pipeline.progress import Listener
 from ptqcli.pipeline.report import FoldReport, LayerReport
 from ptqcli.pipeline.streams import Streams
 from ptqcli.plan import Plan
 from ptqcli.resources import Resources
 from ptqcli.solvers import BlockSolver, LinearTask, Solution
+from ptqcli.solvers.error import relative_error
 from ptqcli.solvers.per_matrix import needs_of
 from ptqcli.transforms import BlockTransform
-from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
-from ptqcli.transforms.folds import Found, find_folds, proven
+from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec, verified
+from ptqcli.transforms.folds import FoldSearch, find_folds
 
 
 @dataclass(kw_only=True)
@@ -42,8 +44,9 @@ class Run:
     folds: list[FoldReport] = field(default_factory=list)
 
     def solver_needs(self) -> Needs:
-        """What is to be known of every input while codes are chosen; without a Hessian, samples, for the errors of the report."""
-        needs = self.solver.needs | Needs(samples=not self.solver.needs.hessian)
+        """What is to be known of every input while codes are chosen; samples for the errors of the report, too."""
+        rounded = any(linear.scheme.activations is not None for linear in self.plan.linears)
+        needs = self.solver.needs | Needs(samples=rounded or not self.solver.needs.hessian)
         for linear in self.plan.linears:
             needs |= needs_of(linear.scheme)
         return needs
@@ -94,17 +97,16 @@ class LoadedBlock:
     def place(self, task: LinearTask, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block."""
         linear = self.planned[task.name]
-        values = solution.weight.dequantize(linear.scale_dtype)  # [out, in]
         if self.block is not None:
             module = self.block.get_submodule(linear.site.local)
             weight = torch.empty_like(module.get_parameter("weight"))
-            rows_first(module, weight).copy_(values)
+            rows_first(module, weight).copy_(solution.weight.dequantize(linear.scale_dtype))
             module.weight = nn.Parameter(weight, requires_grad=False)
         stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
         packed = compressed_tensors.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
         self._finished.update(packed)
         self._placed.add(stored_name)
-        error = relative_error(task.weight, values.float(), self.statistics.get(linear.site.local))
+        error = relative_error(task.weight, FakeQuantLinear.of(solution.weight), self.statistics.get(linear.site.local))
         self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.listener.layer_done(task.name, error)
 
@@ -167,12 +169,11 @@ class LoadedBlock:
         run, prefix = self.run, self.prefix  # closures over self would keep every finished block alive
         listener, skeleton, device = run.listener, run.skeleton, run.resources.device
         listener.detail(f"{prefix}: looking for folds")
-        found = proven(self.block, find_folds(self.block, probe), probe)
+        found = verified(self.block, find_folds(self.block, probe), probe)
         self.folded = FoldedBlock(
             self.block,
             found.folds,
-            order=[local for stage in skeleton.shapes[self.index].stages for local in stage],
-            treatments={linear.site.local: Treatment(linear.scheme, linear.scale_dtype) for linear in self.planned.values()},
+            specs={linear.site.local: WeightSpec(linear.scheme, linear.scale_dtype) for linear in self.planned.values()},
             inputs={local: seen for stage, seen in zip(self.stages, statistics, strict=True) for local in stage},
             stored=lambda local: skeleton.read(f"{prefix}.{local}").to(device),
             run=lambda block: tried(block, torch.float32),
@@ -187,7 +188,7 @@ class LoadedBlock:
         self._note_folds(found, notes)
         return behind
 
-    def _note_folds(self, found: Found, notes: Sequence[tuple[str, FoldNote]]) -> None:
+    def _note_folds(self, found: FoldSearch, notes: Sequence[tuple[str, FoldNote]]) -> None:
         report = self.run.folds.append
         for fold in found.folds:
             mine = [(name, note) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers]
@@ -195,22 +196,9 @@ class LoadedBlock:
             readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
             reason = None if choices else "none of its readers is quantized"
             report(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
-        for producer, reason in found.dropped:
+        for producer, reason in found.rejected:
             report(FoldReport(self.prefix if producer == "block" else f"{self.prefix}.{producer}", (), left_alone=reason))
         read = {reader for fold in found.folds for reader in fold.readers}
         alone = tuple(name for name, linear in self.planned.items() if linear.site.local not in read)
         if alone:
             report(FoldReport(None, alone, left_alone="nothing that feeds them can be scaled"))
-
-
-def relative_error(weight: Tensor, quantized: Tensor, statistics: InputStatistics | None) -> float:
-    difference = weight - quantized
-    if statistics is None:
-        error, whole = difference.square().sum(), weight.square().sum()
-    elif statistics.hessian is not None:
-        hessian = statistics.hessian.matrix
-        error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
-    else:
-        inputs = statistics.sampled()
-        error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()
-    return float((error.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0

@@ -32,7 +32,7 @@ class PerMatrix:
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
         for stage in work.stages():
-            stage_work = _StageWork(self.solver, stage)
+            stage_work = StageWork(self.solver, stage)
             for task in stage.linears:
                 name = task.name
                 work.place(name, stage_work.solve(task, lambda done, total, name=name: work.progress(name, done, total)))  # type: ignore[misc]
@@ -55,7 +55,7 @@ def needs_of(scheme: Scheme) -> Needs:
     return Needs(magnitudes=static or scheme.outliers is not None)
 
 
-class _StageWork:
+class StageWork:
     """The linears of one stage; what they share is prepared once for each set of columns that a split takes out."""
 
     def __init__(self, solver: MatrixSolver, stage: Stage) -> None:

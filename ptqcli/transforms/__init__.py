@@ -1,6 +1,6 @@
 """Transforms: each rewrites a block without changing what it computes, so that it quantizes better. One file a method.
 
-A transform is a frozen dataclass of its options with what ``BlockTransform`` asks for. It sees a block as ``FoldedBlock`` (``block.py``):
+A transform is a frozen dataclass of its options with what ``BlockTransform`` asks for. It sees a block as ``FoldedBlock`` (``folded.py``):
 its folds, the statistics of the inputs, the weights, and how far the block's output moves when some linears are quantized. ``folds.py``
 finds the folds.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from ptqcli.calibration.statistics import Needs
-from ptqcli.transforms.block import FoldedBlock, FoldNote
+from ptqcli.transforms.folded import FoldedBlock, FoldNote
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ptqcli.calibration.statistics import Needs
 from ptqcli.numerics.grids import SHRINK_FACTORS, GroupGrid, encode, fit
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
-from ptqcli.transforms.block import FoldedBlock, FoldNote, Treatment
+from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec
 from ptqcli.transforms.folds import Fold
 
 ALPHAS = tuple(step / 10 for step in range(10))
@@ -51,16 +51,16 @@ class AWQ:
 
     def finish(self, block: FoldedBlock) -> None:
         """Clip every linear to quantize; columns that a static split takes out are not part of its groups."""
-        for local, treatment in block.treatments.items():
+        for local, spec in block.specs.items():
             if not self.clip:
                 return
             block.tell(f"awq searches ranges for {local}")
-            weight, samples, split = block.weight(local), block.inputs(local).sampled(), treatment.scheme.outliers
+            weight, samples, split = block.weight(local), block.inputs(local).sampled(), spec.scheme.outliers
             outliers = block.outliers(local)
             if split is not None and outliers is not None and not split.dynamic:
                 weight, samples = weight[:, ~outliers], samples[:, ~outliers]
             if weight.shape[1]:
-                block.limit(local, clip_limits(weight, samples, treatment))
+                block.limit(local, clip_limits(weight, samples, spec))
 
 
 def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
@@ -71,7 +71,7 @@ def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
 def _candidates(block: FoldedBlock, fold: Fold) -> Iterator[tuple[str, Tensor]]:
     readers = block.readers(fold)
     inputs = fold.largest(block.inputs(readers[0]).mean_magnitude())
-    summed = torch.stack([_relative_to_group(block.weight(local), block.treatments[local].scheme).sum(dim=0) for local in readers])
+    summed = torch.stack([_relative_to_group(block.weight(local), block.specs[local].scheme).sum(dim=0) for local in readers])
     weights = fold.largest(summed.sum(dim=0) / sum(len(block.weight(local)) for local in readers))
     usable = (inputs > 0) & (weights > 0)
     for alpha in ALPHAS:
@@ -96,15 +96,15 @@ def _relative_to_group(weight: Tensor, scheme: Scheme) -> Tensor:
     return (groups / torch.where(largest > 0, largest, torch.ones_like(largest))).reshape(weight.shape)
 
 
-def clip_limits(weight: Tensor, samples: Tensor, treatment: Treatment) -> Tensor:
+def clip_limits(weight: Tensor, samples: Tensor, spec: WeightSpec) -> Tensor:
     """The limit [out, groups] of each group's grid that gives the least squared output error.
 
     weight: float32 [out, in]. samples: inputs of the linear, float32 [tokens, in].
     """
-    scheme = treatment.scheme
+    scheme = spec.scheme
     columns = scheme.columns_per_group(weight.shape[1])
     limits = [
-        _group_limit(group, inputs.t() @ inputs, scheme, treatment.scale_dtype)
+        _group_limit(group, inputs.t() @ inputs, scheme, spec.scale_dtype)
         for group, inputs in zip(weight.split(columns, dim=1), samples.split(columns, dim=1), strict=True)
     ]
     return torch.cat(limits, dim=1)

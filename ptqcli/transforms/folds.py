@@ -19,7 +19,7 @@ Found without a name of an architecture, on a twin of the block that needs no we
    residual stream that also reads P forbids the fold. Input channels that are zero throughout (ReLU) stay out of it.
 4. *Parameters.* How P takes the scale: a linear by its rows and bias; anything else by trying which of its parameters, as they are
    or with 1 added (Gemma's norms multiply by 1 + weight), have to be divided.
-5. *Proof.* ``proven`` applies each fold with random scales to the real block in float32 and compares the outputs.
+5. *Proof.* ``folded.verified`` applies each fold with random scales to the real block in float32 and compares the outputs.
 
 The idea of folding: SmoothQuant (Xiao et al. 2022, section 4) and AWQ (Lin et al. 2023, section 3.2), with tables per architecture.
 Left out: scales that enter squared (ReLU² between fc1 and fc2), and folds across blocks.
@@ -43,8 +43,6 @@ from ptqcli.model.linears import is_linear, linear_weight
 # Runs a twin of the block on the probe, a few tokens of hidden states and the recorded arguments, floating ones cast to the dtype.
 Run: TypeAlias = Callable[[nn.Module, torch.dtype], Tensor]
 
-# Largest relative difference of the outputs of a float32 block with and without a fold.
-BOUND = 1e-5
 # Of the search in float64; above the noise of attention code that computes its softmax in float32.
 TOLERANCE = 1e-5
 DRAWS = 4  # of the integers w: one would do, but for a chance of about TOLERANCE per channel
@@ -85,14 +83,14 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoldSearch:
     """Folds in the order in which their producers run, and (producer, reason) of each that was considered and left out."""
 
     folds: tuple[Fold, ...]
-    dropped: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, str], ...]
 
 
-def find_folds(block: nn.Module, run: Run) -> Found:
+def find_folds(block: nn.Module, run: Run) -> FoldSearch:
     """All folds inside ``block``, whose weights may be on the meta device: nothing but its code and its shapes matters.
 
     ``run`` brings its tensors to the device of the block, or to the CPU when that is the meta device.
@@ -100,93 +98,46 @@ def find_folds(block: nn.Module, run: Run) -> Found:
     try:
         cut = _CutBlock(block, run)
     except (RuntimeError, _NoFoldError) as error:  # the former from code that the cuts or float64 do not suit
-        return Found((), (("block", f"cannot be run in pieces, so no fold can be looked for: {str(error).splitlines()[0]}"),))
+        return FoldSearch((), (("block", f"cannot be run in pieces, so no fold can be looked for: {str(error).splitlines()[0]}"),))
     idle = sorted(cut.linears.difference(cut.names))
     if idle:  # such as an expert that no token was sent to
-        return Found((), (("block", f"{idle[0]} did not run on the probe, so it is unknown what it reads"),))
+        return FoldSearch((), (("block", f"{idle[0]} did not run on the probe, so it is unknown what it reads"),))
     folds: list[Fold] = []
-    dropped: list[tuple[str, str]] = []
+    rejected: list[tuple[str, str]] = []
     for index in reversed(range(len(cut.names))):  # of several producers of one input the one that ran last is kept
         try:
             new = cut.folds(index)
             _refuse_taken(new, folds)
         except _NoFoldError as reason:
-            dropped.insert(0, (cut.names[index], str(reason)))
+            rejected.insert(0, (cut.names[index], str(reason)))
         else:
             folds[:0] = new
-    return Found(tuple(folds), tuple(dropped))
+    return FoldSearch(tuple(folds), tuple(rejected))
 
 
-@torch.no_grad()
-def proven(block: nn.Module, found: Found, run: Run, seed: int = 0) -> Found:
-    """``found`` without the folds that change the output of the loaded ``block`` by more than ``BOUND``, which join those dropped."""
-    twin = copy.deepcopy(block).float()
-    expected = run(twin, torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    kept, dropped = [], list(found.dropped)
-    for fold in found.folds:
-        scale = scale_fold(twin, fold, _random_scales(fold.width, generator))
-        error = float((run(twin, torch.float32) - expected).norm() / expected.norm())
-        scale_fold(twin, fold, 1 / scale)
-        if error <= BOUND:
-            kept.append(fold)
-        else:
-            dropped.append((fold.producer, f"folding it into {', '.join(fold.readers)} changes the block's output by {error:.1e}"))
-    return Found(tuple(kept), tuple(dropped))
-
-
-@torch.no_grad()
-def scale_fold(block: nn.Module, fold: Fold, scale: Tensor, stored: torch.dtype | None = None) -> Tensor:
-    """Divide the producer's channels by ``scale`` [width], positive, multiply the readers' columns, and return the scale in effect.
-
-    The parameters of a norm are rounded to ``stored``, the dtype in which they will be stored (left out: the one they have). What the
-    readers get, and what is returned as float32 [width], is the quotient of old and rounded parameters: so the rounding changes the
-    scale a little, not what the block computes. Channels outside of the fold keep the scale 1.
-    """
-    producer = block.get_submodule(fold.producer)
-    scale = torch.where(fold.folded().to(scale.device), scale.double(), 1.0)
-    if is_linear(producer):
-        scale = scale.float().to(linear_weight(producer).device)
-        linear_weight(producer).div_(scale[:, None])
-        if isinstance(producer.bias, Tensor):
-            producer.bias.div_(scale)
-    else:
-        parameters = {name: producer.get_parameter(name) for name, _ in fold.offsets}
-        divided, scale = divide(parameters, fold.offsets, scale, stored)
-        for name, parameter in parameters.items():
-            parameter.copy_(divided[name])
-    columns = fold.spread(scale.float())
-    for reader in fold.readers:
-        weight = linear_weight(block.get_submodule(reader))
-        weight.mul_(columns.to(weight.device))
-    return scale.float()
-
-
-def divide(
-    parameters: Mapping[str, Tensor], offsets: tuple[tuple[str, float], ...], scale: Tensor, stored: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Parameters [n] divided by ``scale`` [n] and rounded to ``stored``, and the scale float64 [n] by which they are then divided.
+def divide(parameters: Mapping[str, Tensor], offsets: tuple[tuple[str, float], ...], scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Parameters [n] divided by ``scale`` [n] in the dtypes they have, and the scale float64 [n] by which they are then divided.
 
     The first parameter of a channel that is not zero sets its scale, and the others follow: a norm without bias is folded exactly, a bias
     is rounded. A channel keeps the scale 1 where all parameters are zero or one would leave the range of the dtype.
     """
     scale = scale.double().to(next(iter(parameters.values())).device)
     for name, offset in offsets:
-        old, new = _quotient(parameters[name], offset, scale, stored)
+        old, new = _quotient(parameters[name], offset, scale)
         scale = torch.where(new.isfinite() & ((old == 0) == (new == 0)), scale, 1.0)
     settled = torch.zeros_like(scale, dtype=torch.bool)
     divided = {}
     for name, offset in offsets:
-        old, new = _quotient(parameters[name], offset, scale, stored)
-        divided[name] = (new - offset).to(stored or parameters[name].dtype)
+        old, new = _quotient(parameters[name], offset, scale)
+        divided[name] = (new - offset).to(parameters[name].dtype)
         scale = torch.where(settled | (new == 0), scale, old / new)
         settled |= new != 0
     return divided, torch.where(settled, scale, 1.0)
 
 
-def _quotient(parameter: Tensor, offset: float, scale: Tensor, stored: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _quotient(parameter: Tensor, offset: float, scale: Tensor) -> tuple[Tensor, Tensor]:
     old = parameter.double() + offset
-    return old, (old / scale - offset).to(stored or parameter.dtype).double() + offset
+    return old, (old / scale - offset).to(parameter.dtype).double() + offset
 
 
 class _NoFoldError(Exception):
@@ -365,8 +316,3 @@ def _multiplied_by(old: Tensor, new: Tensor, numbers: Tensor) -> Tensor | None:
     if (_over_tokens(difference * difference) > TOLERANCE**2 * energy).any():
         return None
     return torch.cat([index.new_full((1,), -1), index])[nearest]
-
-
-def _random_scales(count: int, generator: torch.Generator) -> Tensor:
-    """Between 1/2 and 2, as often above 1 as below."""
-    return torch.exp2(2 * torch.rand(count, generator=generator) - 1)

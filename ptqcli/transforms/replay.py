@@ -10,50 +10,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ptqcli.numerics.activations import round_activations
-from ptqcli.numerics.scheme import ActivationScheme
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A linear as it would compute when quantized: ``round(x / divisor) W^T + b``.
-
-    weight: [out, in]. divisor: [in], None for 1. activations: how inputs are rounded, None for not at all. input_scale: [1], if static.
-    outliers: bool [in], inputs that are not rounded, None for none.
-    """
-
-    weight: Tensor
-    divisor: Tensor | None = None
-    activations: ActivationScheme | None = None
-    input_scale: Tensor | None = None
-    outliers: Tensor | None = None
-
-    def run(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """The output for ``inputs`` [..., in]."""
-        if self.divisor is not None:
-            inputs = inputs / self.divisor
-        if self.activations is not None:
-            even = inputs if self.outliers is None else inputs.masked_fill(self.outliers, 0)
-            rounded = round_activations(even, self.activations, self.input_scale)
-            inputs = rounded if self.outliers is None else torch.where(self.outliers, inputs, rounded)
-        return functional.linear(inputs, self.weight, bias)
+from ptqcli.model.linears import is_linear
+from ptqcli.numerics.fake_quant import FakeQuantLinear
 
 
 class Replay:
     """Runs of one block in float32.
 
-    block: float32, with all its weights. order: local names of its linears. run: the output of a block on the excerpt.
+    block: float32, with all its weights. run: the output of a block on the excerpt.
     """
 
-    def __init__(self, block: nn.Module, order: Sequence[str], run: Callable[[nn.Module], Tensor]) -> None:
-        self.block, self._order, self._run = block, tuple(order), run
+    def __init__(self, block: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+        self.block, self._run = block, run
         self._expected: Tensor | None = None  # scaling does not change it
         self.forget()
 
@@ -63,7 +35,11 @@ class Replay:
         self._finished: dict[str, int] = {}  # linear -> how many modules had finished when it started
         self._often: set[str] = set()  # modules that run more than once
 
-    def error(self, trials: Mapping[str, Trial]) -> float:
+    def output(self) -> Tensor:
+        """What the block returns on the excerpt."""
+        return self._run(self.block)
+
+    def error(self, trials: Mapping[str, FakeQuantLinear]) -> float:
         """Mean squared difference of the block's output, with the linears in ``trials`` replaced, to its own."""
         if self._expected is None:
             self._expected = self._run(self.block)
@@ -87,22 +63,21 @@ class Replay:
 
             return hook
 
-        handles = [self.block.get_submodule(local).register_forward_pre_hook(started(local)) for local in self._order]
-        handles += [module.register_forward_hook(finished(name)) for name, module in self.block.named_modules() if name]
+        modules = [(name, module) for name, module in self.block.named_modules() if name]
+        handles = [module.register_forward_pre_hook(started(name)) for name, module in modules if is_linear(module)]
+        handles += [module.register_forward_hook(finished(name)) for name, module in modules]
         self._run(self.block)
         for handle in handles:
             handle.remove()
         self._often = {name for name, count in runs.items() if count > 1}
 
     @contextmanager
-    def _replaced(self, trials: Mapping[str, Trial], before: Sequence[str]) -> Iterator[None]:
+    def _replaced(self, trials: Mapping[str, FakeQuantLinear], before: Sequence[str]) -> Iterator[None]:
         """The linears on trial compute as their trials do, and the modules ``before`` them give the outputs that are known."""
         forwards: dict[str, Callable[..., Any]] = {}
         for name in before:
             forwards[name] = lambda *_args, name=name, **_kwargs: _cloned(self._outputs[name])
-        for local, trial in trials.items():
-            bias = self.block.get_submodule(local).bias
-            forwards[local] = lambda inputs, trial=trial, bias=bias: trial.run(inputs, bias)
+        forwards.update({local: trial.forward for local, trial in trials.items()})
         modules = {local: self.block.get_submodule(local) for local in forwards}
         for local, module in modules.items():
             module.forward = forwards[local]

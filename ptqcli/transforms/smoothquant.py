@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Needs
 from ptqcli.errors import UsageError
-from ptqcli.transforms.block import FoldedBlock, FoldNote
+from ptqcli.transforms.folded import FoldedBlock, FoldNote
 from ptqcli.transforms.folds import Fold
 
 AUTO = "auto"

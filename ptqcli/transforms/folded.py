@@ -1,0 +1,300 @@
+"""A block while transforms work on it.
+
+A fold with scales ``s`` divides a producer's output channels by ``s`` and multiplies the columns of the linears that read them. The
+scales are kept apart from the stored weights: ``weight`` is always the stored matrix times all scales so far, computed in float32 and
+rounded once, when its codes are chosen. What is not quantized (norms, biases, linears that are left alone) is rounded to the dtype in
+which it is stored; for a norm the scales that this leaves are taken over by its readers, so the fold stays exact (see ``folds.divide``).
+
+``verified`` proves folds with the very ``FoldedBlock.scale`` that transforms then use.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ptqcli.calibration.statistics import InputStatistics
+from ptqcli.errors import PTQError
+from ptqcli.model.linears import is_linear, linear_weight, rows_first
+from ptqcli.numerics.activations import activation_scale
+from ptqcli.numerics.fake_quant import FakeQuantLinear
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
+from ptqcli.numerics.weight import round_to_nearest
+from ptqcli.transforms.folds import Fold, FoldSearch, Run, divide
+from ptqcli.transforms.replay import Replay
+
+# Largest relative difference of the outputs of a float32 block with and without a fold.
+BOUND = 1e-5
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How a linear's weight will be stored: its scheme, and the dtype of its scales."""
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class FoldNote:
+    """What a transform chose for one fold.
+
+    error: the block's squared output error with the fold's readers rounded, relative to the same without scales; None if not measured.
+    """
+
+    producer: str
+    readers: tuple[str, ...]
+    choice: str
+    error: float | None = None
+
+
+class FoldedBlock:
+    """One loaded block, its folds, and what calibration knows of it.
+
+    block: with all its weights; nothing of it is changed before ``release``.
+    specs: of the linears that will be quantized, by their local names.
+    inputs: statistics of their inputs.
+    stored: a parameter by its local name, as the file has it.
+    run: the output of a block in float32 on the excerpt.
+    scale_search: how grids are fitted on trial, see ``grids.fit``.
+    tell: called with what a transform is doing.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        folds: Sequence[Fold],
+        specs: Mapping[str, WeightSpec],
+        inputs: Mapping[str, InputStatistics],
+        stored: Callable[[str], Tensor],
+        run: Callable[[nn.Module], Tensor],
+        scale_search: str = "minmax",
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.block, self.folds, self.specs = block, tuple(folds), specs
+        self.limits: dict[str, Tensor] = {}
+        self.scale_search, self.tell = scale_search, tell
+        self._given, self._inputs, self._stored = inputs, dict(inputs), stored
+        self._changed: set[str] = set()  # parameters that a scale has changed
+        self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
+        self._rows: dict[str, Tensor] = {}  # linear -> [out], by which its rows are divided
+        self._norms: dict[str, Tensor] = {}  # parameters of producers that are no linears, in the dtype of the file
+        self._replay: Replay | None = Replay(self._in_float32(), run)
+
+    def _in_float32(self) -> nn.Module:
+        twin = copy.deepcopy(self.block).float()
+        if any(parameter.dtype != torch.float32 for parameter in self.block.parameters()):
+            for name, parameter in twin.named_parameters():
+                parameter.copy_(self._stored(name))  # the block may have been loaded in a narrower dtype
+        return twin
+
+    # What a transform looks at
+
+    def readers(self, fold: Fold) -> list[str]:
+        """The linears of a fold that will be quantized."""
+        return [local for local in fold.readers if local in self.specs]
+
+    def inputs(self, local: str) -> InputStatistics:
+        """Statistics of a quantized linear's inputs, divided by the scales so far."""
+        return self._inputs[local]
+
+    def outliers(self, local: str) -> Tensor | None:
+        """Bool [in], the columns in which calibration saw outliers; None if the linear's scheme splits none off."""
+        return self._outliers(local, torch.ones(()))
+
+    def weight(self, local: str) -> Tensor:
+        """A linear's matrix with the scales so far, float32 [out, in]; not to be changed."""
+        if self._replay is not None:
+            return linear_weight(self._replay.block.get_submodule(local))
+        return rows_first(self.block.get_submodule(local), self._scaled(f"{local}.weight"))
+
+    def output(self) -> Tensor:
+        """What the block returns on the excerpt in float32, with the scales so far."""
+        assert self._replay is not None
+        return self._replay.output()
+
+    def best_of(self, fold: Fold, plain: str, candidates: Iterable[tuple[str, Tensor]]) -> FoldNote:
+        """Apply the (name, scales) with the least ``fold_error``, or none, which is called ``plain``, and say which it was."""
+        without = best = self.fold_error(fold, None)
+        choice, chosen = plain, None
+        for name, scales in candidates:
+            error = self.fold_error(fold, scales)
+            if error < best:
+                best, choice, chosen = error, name, scales
+        if chosen is not None:
+            self.scale(fold, chosen)
+        return FoldNote(fold.producer, fold.readers, choice, best / without if without > 0 else 1.0)
+
+    def fold_error(self, fold: Fold, scales: Tensor | None) -> float:
+        """Mean squared change of the block's output when the fold's readers are rounded to nearest.
+
+        scales: [fold.width], by which the producer is divided; None for no scaling.
+        """
+        assert self._replay is not None
+        trials = {}
+        for local in self.readers(fold):
+            weight = self.weight(local)
+            columns = torch.ones_like(weight[0]) if scales is None else fold.spread(scales)
+            trials[local] = self._trial(local, weight * columns, columns)
+        return self._replay.error(trials)
+
+    def _trial(self, local: str, weight: Tensor, columns: Tensor) -> FakeQuantLinear:
+        """A linear whose ``weight`` has been multiplied by ``columns`` [in], rounded to nearest, for inputs that are yet to be divided."""
+        assert self._replay is not None
+        spec, bias = self.specs[local], self._replay.block.get_submodule(local).bias
+        assert bias is None or isinstance(bias, Tensor)
+        activations = spec.scheme.activations
+        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, self.scale_search).dequantize(torch.float32)
+        if activations is None:
+            return FakeQuantLinear(rounded / columns, bias)
+        outliers = self._outliers(local, columns)
+        return FakeQuantLinear(
+            rounded if outliers is None else torch.where(outliers, weight, rounded),
+            bias,
+            divisor=columns,
+            activations=activations,
+            input_scale=None if activations.dynamic else self._input_scale(local, activations, columns),
+            outliers=outliers,
+        )
+
+    def _input_scale(self, local: str, activations: ActivationScheme, columns: Tensor) -> Tensor:
+        largest = self._inputs[local].largest
+        assert largest is not None
+        scale = activation_scale(largest / columns, replace(activations, dynamic=True))
+        return scale.to(self.specs[local].scale_dtype).float()
+
+    def _outliers(self, local: str, columns: Tensor) -> Tensor | None:
+        split = self.specs[local].scheme.outliers
+        if split is None:
+            return None
+        largest = self._inputs[local].largest
+        assert largest is not None
+        return largest / columns.to(largest.device) > split.threshold
+
+    # What a transform does
+
+    def scale(self, fold: Fold, scales: Tensor) -> None:
+        """Divide the producer of ``fold`` by ``scales`` [fold.width], float32, and multiply the columns of its readers by them.
+
+        Channels that no reader sees are left alone. Not to be called once limits are set, which hold for the weights as they are.
+        """
+        assert not self.limits
+        scales = torch.where(fold.folded().to(scales.device), scales, torch.ones_like(scales))
+        if is_linear(self.block.get_submodule(fold.producer)):
+            self._rows[fold.producer] = self._rows.get(fold.producer, torch.ones_like(scales)) * scales
+        else:
+            keys = {name: f"{fold.producer}.{name}" for name, _ in fold.offsets}
+            current = {name: self._norms[key] if key in self._norms else self._stored(key) for name, key in keys.items()}
+            divided, scales = divide(current, fold.offsets, scales)
+            self._norms.update({keys[name]: value for name, value in divided.items()})
+        columns = fold.spread(scales.float())  # [in]
+        for local in fold.readers:
+            self._columns[local] = self._columns.get(local, torch.ones_like(columns)) * columns
+        # readers of one tensor share one object, and go on sharing one
+        seen = {id(self._inputs[local]): self._inputs[local] for local in self.readers(fold)}
+        behind = {key: statistics.divided(columns) for key, statistics in seen.items()}
+        self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
+        self._refresh([*(f"{local}.weight" for local in fold.readers), *self._divided_parameters(fold)])
+
+    def undo(self) -> None:
+        """Take all scales back: weights and inputs are what they were, to the last bit."""
+        changed = list(self._changed)
+        for kept in (self._columns, self._rows, self._norms):
+            kept.clear()
+        self._inputs = dict(self._given)
+        self._refresh(changed)
+        self._changed.clear()
+
+    def _divided_parameters(self, fold: Fold) -> list[str]:
+        producer = self.block.get_submodule(fold.producer)
+        leaves = [name for name, _ in producer.named_parameters()] if is_linear(producer) else [name for name, _ in fold.offsets]
+        return [f"{fold.producer}.{leaf}" for leaf in leaves]
+
+    def _refresh(self, names: Sequence[str]) -> None:
+        """Give the replayed block the values that hold now of some parameters."""
+        assert self._replay is not None
+        self._changed.update(names)
+        for name in names:
+            self._replay.block.get_parameter(name).copy_(self._scaled(name))
+        self._replay.forget()
+
+    def limit(self, local: str, limit: Tensor) -> None:
+        """Let the grids of a quantized linear reach no further than ``limit`` [out, groups]."""
+        self.limits[local] = limit
+
+    # What the pipeline takes over
+
+    def release(self) -> None:
+        """Give the block new parameters with the scaled values where there are any, and forget what only transforms look at."""
+        assert self._replay is not None
+        for name in sorted(self._changed):
+            path, _, leaf = name.rpartition(".")
+            module, value = self.block.get_submodule(path), self._replay.block.get_parameter(name)
+            module._parameters[leaf] = nn.Parameter(value.to(module.get_parameter(leaf).dtype), requires_grad=False)
+        self._replay = None
+        self._given = self._inputs = {}
+
+    def rewritten(self) -> dict[str, Tensor]:
+        """Every parameter that was changed and is not quantized, by its local name, as it has to be stored.
+
+        Raises PTQError, naming it, for one that the scales have driven out of the range of its dtype.
+        """
+        quantized = {f"{local}.weight" for local in self.specs}
+        changed = {
+            name: self._scaled(name).to(self._stored(name).dtype).contiguous() for name in sorted(self._changed) if name not in quantized
+        }
+        for name, value in changed.items():
+            if not torch.isfinite(value).all():
+                raise PTQError(f"{name}: scaling leaves the range of {value.dtype}; leave out the transform, or start from a wider dtype")
+        return changed
+
+    def _scaled(self, name: str) -> Tensor:
+        """A parameter with the scales so far, laid out as its module has it; float32, that of a norm in the dtype of the file."""
+        if name in self._norms:
+            return self._norms[name]
+        local, _, leaf = name.rpartition(".")
+        module = self.block.get_submodule(local)
+        value = rows_first(module, self._stored(name).float())
+        if leaf == "weight" and local in self._columns:
+            value = value * self._columns[local]
+        if local in self._rows:
+            value = value / (self._rows[local].unsqueeze(1) if leaf == "weight" else self._rows[local])
+        return rows_first(module, value)
+
+
+@torch.no_grad()
+def verified(block: nn.Module, search: FoldSearch, run: Run, seed: int = 0) -> FoldSearch:
+    """``search`` without the folds that change the output of the loaded ``block`` by more than ``BOUND``, which join those rejected.
+
+    The values of the block are taken as if they were stored in float32: what a narrower file rounds is no fault of a fold.
+    """
+    device = next(block.parameters()).device
+    folded = FoldedBlock(
+        block,
+        search.folds,
+        specs={},
+        inputs={},
+        stored=lambda name: block.get_parameter(name).float(),
+        run=lambda twin: run(twin, torch.float32),
+    )
+    expected = folded.output()
+    generator = torch.Generator().manual_seed(seed)
+    kept, rejected = [], list(search.rejected)
+    for fold in search.folds:
+        folded.scale(fold, _random_scales(fold.width, generator).to(device))
+        error = float((folded.output() - expected).norm() / expected.norm())
+        folded.undo()
+        if error <= BOUND:
+            kept.append(fold)
+        else:
+            rejected.append((fold.producer, f"folding it into {', '.join(fold.readers)} changes the block's output by {error:.1e}"))
+    return FoldSearch(tuple(kept), tuple(rejected))
+
+
+def _random_scales(count: int, generator: torch.Generator) -> Tensor:
+    """Between 1/2 and 2, as often above 1 as below."""
+    return torch.exp2(2 * torch.rand(count, generator=generator) - 1)
