@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
+from ptqcli.checkpoint.writer import JOIN_BELOW
+from ptqcli.formats import LinearSpec, find_format
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers import needs_of
@@ -21,16 +23,25 @@ TRIED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """A linear that will be quantized. scale_dtype: the dtype in which its weight is stored now, and its scales will be."""
+    """A linear that will be quantized: where it stands, and what it will be."""
 
     site: LinearSite
-    scheme: Scheme
-    scale_dtype: torch.dtype
+    spec: LinearSpec
 
     @property
     def name(self) -> str:
         """Its path in the model."""
         return self.site.name
+
+    @property
+    def scheme(self) -> Scheme:
+        """What its numbers will be."""
+        return self.spec.scheme
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which its weight is stored now, and its scales will be."""
+        return self.spec.scale_dtype
 
 
 def _needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
@@ -38,21 +49,27 @@ def _needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool
     return recipe.solver().needs_hessian or bool(recipe.transforms()) or looked_at
 
 
-def weight_bits(linear: PlannedLinear) -> int:
-    """Stored bits of a quantized linear: codes, scales and zero points. The columns that outliers will take are not known yet."""
-    site, scheme = linear.site, linear.scheme
-    scale_bits = linear.scale_dtype.itemsize * 8
-    if scheme.activations is not None:  # signed codes of a byte each, whatever their width
-        scales = (1 if scheme.group_size == WHOLE_MATRIX else site.out_features) + (0 if scheme.activations.dynamic else 1)
-        return site.out_features * site.in_features * 8 + scales * scale_bits
-    groups = scheme.group_count(site.in_features)
-    zero_bits = 0 if scheme.symmetric else scheme.bits
-    return site.out_features * (site.in_features * scheme.bits + groups * (scale_bits + zero_bits))
+def _bytes_after(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+    return skeleton.reader.total_bytes + sum(_growth(recipe, linear, skeleton) for linear in linears)
 
 
-def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
-    replaced = sum(skeleton.reader.nbytes(skeleton.disk_name(f"{linear.name}.weight")) for linear in linears)
-    return skeleton.reader.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
+def _growth(recipe: Recipe, linear: PlannedLinear, skeleton: Skeleton) -> int:
+    """Bytes by which the file grows when ``linear`` is quantized; fewer than none, as a rule."""
+    stored_bytes = find_format(recipe.format).stored_bytes(linear.spec)
+    return stored_bytes - skeleton.reader.nbytes(skeleton.disk_name(f"{linear.name}.weight"))
+
+
+def _checkpoint_room(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+    """Room that the checkpoint needs on disk: its size and one unit's, or twice its size if it will be joined into one file."""
+    after = _bytes_after(recipe, linears, skeleton)
+    if after < JOIN_BELOW:
+        return 2 * after
+    units = [sum(skeleton.reader.nbytes(name) for name in skeleton.block_disk_names(index)) for index in range(len(skeleton.blocks))]
+    for linear in linears:
+        units[linear.site.block] += _growth(recipe, linear, skeleton)
+    inside = {name for index in range(len(skeleton.blocks)) for name in skeleton.block_disk_names(index)}
+    outside = [skeleton.reader.nbytes(name) for name in skeleton.reader.names if name not in inside]
+    return after + max([*units, *outside])
 
 
 def _mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, resources: Resources) -> int:

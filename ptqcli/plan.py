@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, _bytes_after, _mapped_bytes, _memory_bytes, _needs_calibration
-from ptqcli.formats import compressed_tensors
+from ptqcli.estimate import PlannedLinear, _bytes_after, _checkpoint_room, _mapped_bytes, _memory_bytes, _needs_calibration
+from ptqcli.formats import Format, LinearSpec, find_format
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.recipe import ACTIVATION_SCALES, Recipe
+from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 
 DEFAULT_SEQLEN = 2048
@@ -34,8 +34,8 @@ class Plan:
 
     skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. stages: for each
     block, the local names of its planned linears, grouped by input tensor in running order. The bytes are estimates: bytes_before and
-    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs (the parts and the joined file stand side by
-    side at the end), memory_bytes of the peak beyond what Python and torch need themselves.
+    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs, memory_bytes of the peak beyond what Python and
+    torch need themselves.
     """
 
     recipe: Recipe
@@ -85,12 +85,12 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources) -> Plan:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     _check_groups(linears)
     _check_runs_once(linears, skeleton)
-    _check_format(recipe, linears)
+    chosen = find_format(recipe.format)
+    _check_format(chosen, linears)
     stages = _planned_stages(linears, skeleton)
-    _check_fused(linears, skeleton)
+    _check_fused(chosen, linears, fused_groups(skeleton))
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
     _check_length(seqlen, skeleton)
-    after = _bytes_after(linears, skeleton)
     memory = _memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
@@ -100,10 +100,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources) -> Plan:
         stages=stages,
         seqlen=seqlen,
         bytes_before=skeleton.reader.total_bytes,
-        bytes_after=after,
-        disk_bytes=2 * after + _mapped_bytes(recipe, linears, seqlen, resources),
+        bytes_after=_bytes_after(recipe, linears, skeleton),
+        disk_bytes=_checkpoint_room(recipe, linears, skeleton) + _mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=tuple(_notes(linears, skeleton)),
+        notes=(*_unmatched_note(skeleton), *chosen.notes([linear.spec for linear in linears])),
     )
 
 
@@ -115,6 +115,7 @@ def model_length(config: Any) -> int | None:
 
 def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
     linears, skipped = [], []
+    moving = recipe.solver().needs_hessian and recipe.act_order and not recipe.static_groups
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name)
         if site.local in skeleton.shapes[site.block].unused:
@@ -125,7 +126,16 @@ def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], li
         dtype = skeleton.reader.dtype(skeleton.disk_name(f"{site.name}.weight"))
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
-        linears.append(PlannedLinear(site, scheme, dtype))
+        spec = LinearSpec(
+            name=site.name,
+            scheme=scheme,
+            out_features=site.out_features,
+            in_features=site.in_features,
+            scale_dtype=dtype,
+            kind=site.kind,
+            moving_groups=moving,
+        )
+        linears.append(PlannedLinear(site, spec))
     return linears, skipped
 
 
@@ -171,10 +181,9 @@ def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> No
             raise UsageError(f"{linear.name} runs more than once within its block, which is not supported; add it to --ignore")
 
 
-def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    moving = recipe.solver().needs_hessian and recipe.act_order and not recipe.static_groups
+def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
     for linear in linears:
-        reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
+        reason = chosen.refusal(linear.spec)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")
 
@@ -188,21 +197,22 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _check_fused(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
-    """Servers run the linears of one module that read one tensor (q, k, v; gate, up) as a single matrix in a single scheme."""
-    described = {(linear.site.block, linear.site.local): linear.scheme.describe() for linear in linears}
+def fused_groups(skeleton: Skeleton) -> tuple[tuple[str, ...], ...]:
+    """Linears of one module that read one tensor, such as q, k and v, or gate and up: paths in the model, in running order."""
+    groups: dict[tuple[int, int, str], list[str]] = {}
     for index, shape in enumerate(skeleton.shapes):
-        for stage in shape.stages:
-            together: dict[str, str] = {}  # module -> its first linear in this stage
+        for number, stage in enumerate(shape.stages):
             for local in stage:
-                first = together.setdefault(local.rpartition(".")[0], local)
-                one, other = (described.get((index, name), "left as it is") for name in (first, local))
-                if one != other:
-                    prefix = skeleton.block_prefix(index)
-                    raise UsageError(
-                        f"{prefix}.{first} ({one}) and {prefix}.{local} ({other}) read the same input and are run as one matrix by vLLM; "
-                        "give them the same scheme, or leave all of them as they are"
-                    )
+                groups.setdefault((index, number, local.rpartition(".")[0]), []).append(f"{skeleton.block_prefix(index)}.{local}")
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def _check_fused(chosen: Format, linears: Sequence[PlannedLinear], groups: Sequence[Sequence[str]]) -> None:
+    schemes = {linear.name: linear.scheme for linear in linears}
+    for group in groups:
+        reason = chosen.fused_refusal({name: schemes.get(name) for name in group})
+        if reason is not None:
+            raise UsageError(reason)
 
 
 def _check_length(seqlen: int, skeleton: Skeleton) -> None:
@@ -211,39 +221,9 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
-    notes = []
+def _unmatched_note(skeleton: Skeleton) -> list[str]:
     unused = skeleton.names.unmatched
-    if unused:
-        notes.append(f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}")
-    if any(not linear.scheme.symmetric for linear in linears):
-        notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
-    if any(linear.scheme.outliers is not None for linear in linears):
-        notes.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
-    notes += _activation_notes(linears)
-    if any(linear.site.transposed for linear in linears):
-        notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
-    others = ", ".join(sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"}))
-    if others and all(linear.scheme.activations is None for linear in linears):
-        notes.append(f"{others} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
-    elif others:
-        notes.append(
-            f"{others} layers: transformers cannot run them with 8-bit activations, and with dequantize=True it drops the rounding"
-        )
-    return notes
-
-
-def _activation_notes(linears: Sequence[PlannedLinear]) -> list[str]:
-    schemes = {linear.scheme: linear.scheme.activations for linear in linears if linear.scheme.activations is not None}
-    notes = []
-    if any(activations == ACTIVATION_SCALES["tensor"] for activations in schemes.values()):
-        notes.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
-    narrow = [scheme for scheme in schemes if scheme.bits < 8]
-    if narrow:
-        notes.append(f"{narrow[0].bits}-bit codes beside 8-bit activations take a byte each, so the file is no smaller than with --wbits 8")
-    if any(scheme.bits != 4 or schemes[scheme] != ACTIVATION_SCALES["token"] for scheme in narrow):
-        notes.append("of weights below 8 bits beside 8-bit activations, vLLM reads only 4 bits with --act-scales token")
-    return notes
+    return [f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}"] if unused else []
 
 
 def _list_names(names: Sequence[str], limit: int = 4) -> str:

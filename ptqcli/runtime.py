@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
 from ptqcli.model.config import build_on_meta, load_config
@@ -79,7 +79,7 @@ def load_quantized(
     entry = getattr(config, "quantization_config", None)
     if not isinstance(entry, Mapping):
         raise PTQError(f"{folder}: config.json has no quantization_config, so the model is not quantized; run ptq quantize on it first")
-    reader = CheckpointReader(folder)
+    reader = SafetensorsFolder(folder)
     config.dtype = dtype or config.dtype or _stored_dtype(reader)
     model = build_on_meta(config)
     schemes = compressed_tensors.schemes_of(entry, [name for name, module in model.named_modules() if is_linear(module)])
@@ -110,7 +110,7 @@ class _Loader:
     def __init__(
         self,
         model: nn.Module,
-        reader: CheckpointReader,
+        reader: SafetensorsFolder,
         schemes: Mapping[str, Scheme],
         device: torch.device,
         dtype: torch.dtype,
@@ -372,7 +372,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
+def _stored_dtype(reader: SafetensorsFolder) -> torch.dtype:
     """The first floating dtype in the file, which is what transformers takes when config.json names none."""
     return next((reader.dtype(name) for name in reader.names if reader.dtype(name).is_floating_point), torch.float32)
 

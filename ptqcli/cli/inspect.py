@@ -15,7 +15,7 @@ from ptqcli.cli.options import json_option
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row, read_report
 
 if TYPE_CHECKING:
-    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.checkpoint.tensors import SafetensorsFolder
 
 
 @click.command()
@@ -26,12 +26,12 @@ def command(checkpoint: str | None, as_json: bool) -> None:
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any other that transformers reads; left out, it is the newest one here.
     """
-    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.checkpoint.tensors import SafetensorsFolder
     from ptqcli.model.config import load_config
 
     folder = find_checkpoint(checkpoint)
     config = load_config(folder)
-    reader = CheckpointReader(folder)
+    reader = SafetensorsFolder(folder)
     report = read_report(folder) or {}
     layers = _layers(config, reader, report)
     output = Output(as_json=as_json)
@@ -55,7 +55,7 @@ def command(checkpoint: str | None, as_json: bool) -> None:
     )
 
 
-def _layers(config: Any, reader: CheckpointReader, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _layers(config: Any, reader: SafetensorsFolder, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each quantized linear with its scheme, its stored size, and what the report says of it."""
     from ptqcli.formats.compressed_tensors import schemes_of, stored_linears, tensor_names
     from ptqcli.model.config import build_on_meta
@@ -80,7 +80,7 @@ def _layers(config: Any, reader: CheckpointReader, report: Mapping[str, Any]) ->
 
 
 def _facts(
-    folder: Path, config: Any, reader: CheckpointReader, layers: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
+    folder: Path, config: Any, reader: SafetensorsFolder, layers: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     packed = sum(layer["bytes"] for layer in layers)
     before = f", {size_text(report['bytes_before'])} before" if "bytes_before" in report else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
 from ptqcli.model.config import build_on_meta, load_config
 from ptqcli.model.discovery import _some, find_blocks, probe_blocks
@@ -39,7 +39,7 @@ class Skeleton:
         self.config = load_config(folder)
         if getattr(self.config, "quantization_config", None) is not None:
             raise PTQError(f"{folder}: is already quantized; start from the original model")
-        self.reader = CheckpointReader(folder)
+        self.reader = SafetensorsFolder(folder)
         self.model = build_on_meta(self.config)
         self.names = DiskNames(self.model, self.reader.names)
         self.blocks_name = find_blocks(self.model, blocks)

@@ -26,11 +26,11 @@ from ptqcli.calibration.record import Recording, record_calls
 from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.calibration.walk import CalibratedBlock
-from ptqcli.checkpoint.auxiliary import copy_companions, load_tokenizer
-from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.checkpoint.auxiliary import copy_auxiliary_files, load_tokenizer
+from ptqcli.checkpoint.writer import JOIN_BELOW, CheckpointWriter, write_json
 from ptqcli.errors import PTQError
 from ptqcli.estimate import TRIED_TOKENS, PlannedLinear
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats import find_format
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.pipeline.folder import _growing, check_output
@@ -115,6 +115,7 @@ class _Run:
         self.folder, self.listener, self.clock = folder, listener, clock
         limit = {} if resources.max_shard_bytes is None else {"max_shard_bytes": resources.max_shard_bytes}
         self.writer = CheckpointWriter(folder, **limit)
+        self.format = find_format(plan.recipe.format)
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
         self.recording: Recording | None = None
         self.transforms = plan.recipe.transforms()
@@ -186,24 +187,29 @@ class _Run:
 
     def write_rest(self) -> None:
         """Everything outside the blocks, as it was stored, then the files that make the folder a checkpoint."""
+        shard: dict[str, Tensor] = {}
         for name in self.skeleton.reader.names:
             if name not in self.written:
-                self._write({name: self.skeleton.reader.read(name)})
+                shard[name] = self.skeleton.reader.read(name)
+                if sum(tensor.nbytes for tensor in shard.values()) > JOIN_BELOW:  # large ones are not held together
+                    self._write(shard)
+                    shard = {}
+        self._write(shard)
         self.writer.finish()
-        copy_companions(self.skeleton.folder, self.folder)
-        write_json(self.folder / "config.json", self._config())
+        copy_auxiliary_files(self.skeleton.folder, self.folder)
+        for file, entries in self._described().items():
+            write_json(self.folder / file, entries)
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         self.writer.write(tensors)
         self.bytes_after += sum(tensor.nbytes for tensor in tensors.values())
 
-    def _config(self) -> dict[str, Any]:
+    def _described(self) -> dict[str, dict[str, Any]]:
+        """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
         config: dict[str, Any] = json.loads((self.skeleton.folder / "config.json").read_text(encoding="utf-8"))
-        schemes = {linear.name: linear.scheme for linear in self.plan.linears}
         left = [*(name for name, _ in self.plan.skipped), *self.plan.outside]
-        conv1d = any(linear.site.transposed for linear in self.plan.linears)
-        config["quantization_config"] = compressed_tensors.quantization_config(schemes, left, conv1d)
-        return config
+        added = self.format.describe([linear.spec for linear in self.plan.linears], left)
+        return {**added, "config.json": {**config, **added.get("config.json", {})}}
 
     def report(self, source: Path) -> Report:
         """What has been done so far, as a report."""
@@ -354,7 +360,7 @@ class _BlockWork:
             linear_weight(self.block.get_submodule(linear.site.local)).copy_(values)
         disk_name = self.run.skeleton.disk_name(f"{linear.name}.weight")
         weight = solution.weight.to(torch.device("cpu"))
-        packed = compressed_tensors.pack(disk_name.removesuffix(".weight"), weight)
+        packed = self.run.format.pack(disk_name.removesuffix(".weight"), weight)
         self.tensors.update(packed)
         self.run.written.add(disk_name)
         error = _relative_error(target.weight, values.float(), self.statistics)
