@@ -34,8 +34,8 @@ class Plan:
 
     skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. stages: for each
     block, the local names of its planned linears, grouped by input tensor in running order. The bytes are estimates: bytes_before and
-    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs, memory_bytes of the peak beyond what Python and
-    torch need themselves.
+    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs (see ``estimate``), memory_bytes of the peak
+    beyond what Python and torch need themselves.
     """
 
     recipe: Recipe

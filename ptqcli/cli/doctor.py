@@ -22,7 +22,7 @@ from ptqcli.cli.options import data_dir_option, json_option
 
 Status = Literal["ok", "missing", "optional", "info"]
 
-# Packages outside the core, with what they are for; those of the formats stand there. Their version ranges come from the extras that name them.
+# Packages outside the core, with what they are for; the formats tell of theirs. Version ranges come from the extras that name them.
 OPTIONAL = {
     "triton": "runs the kernels on a GPU; a CUDA build of torch brings it along",
     "matplotlib": "draws what `ptq bench --plot` is asked for",

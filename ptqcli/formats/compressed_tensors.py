@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError
-from ptqcli.formats import LinearSpec, bitstream, compressed_tensors_config, compressed_tensors_readers
+from ptqcli.formats import Format, LinearSpec, bitstream, compressed_tensors_config, compressed_tensors_readers
 from ptqcli.formats.compressed_tensors_config import NAME
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
@@ -75,7 +75,8 @@ class CompressedTensors:
     def pack(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The stored tensors of the linear ``name``. Raises PTQError if the format cannot hold ``weight``."""
         scheme = weight.scheme
-        reason = _refusal(scheme, *weight.codes.shape, moving_groups=weight.g_idx is not None)
+        out_features, in_features = weight.codes.shape
+        reason = _refusal(scheme, out_features, in_features, weight.g_idx is not None)
         if reason is not None:
             raise PTQError(f"{name}: {reason}")
         if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
@@ -113,7 +114,7 @@ class CompressedTensors:
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith(marks)))
 
 
-COMPRESSED_TENSORS = CompressedTensors()
+COMPRESSED_TENSORS: Format = CompressedTensors()
 
 
 def _refusal(scheme: Scheme, out_features: int, in_features: int, moving_groups: bool = False) -> str | None:
