@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ptqcli.calibration.hidden import beyond_budget
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
+from ptqcli.checkpoint.writer import JOIN_BELOW
+from ptqcli.formats import LinearSpec, find_format
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver, needs_of
@@ -21,57 +24,76 @@ TRIED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """A linear that will be quantized. scale_dtype: the dtype in which its weight is stored now, and its scales will be."""
+    """A linear that will be quantized: where it stands, and what it will be."""
 
     site: LinearSite
-    scheme: Scheme
-    scale_dtype: torch.dtype
+    spec: LinearSpec
 
     @property
     def name(self) -> str:
         """Its path in the model."""
         return self.site.name
 
+    @property
+    def scheme(self) -> Scheme:
+        """What its numbers will be."""
+        return self.spec.scheme
 
-def _needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which its weight is stored now, and its scales will be."""
+        return self.spec.scale_dtype
+
+
+def needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
+    """Whether anything looks at calibration text at all."""
     looked_at = any(needs_of(linear.scheme) for linear in linears)
     return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at
 
 
-def weight_bits(linear: PlannedLinear) -> int:
-    """Stored bits of a quantized linear: codes, scales and zero points. The columns that outliers will take are not known yet."""
-    site, scheme = linear.site, linear.scheme
-    scale_bits = linear.scale_dtype.itemsize * 8
-    if scheme.activations is not None:  # signed codes of a byte each, whatever their width
-        scales = (1 if scheme.group_size == WHOLE_MATRIX else site.out_features) + (0 if scheme.activations.dynamic else 1)
-        return site.out_features * site.in_features * 8 + scales * scale_bits
-    groups = scheme.group_count(site.in_features)
-    zero_bits = 0 if scheme.symmetric else scheme.bits
-    return site.out_features * (site.in_features * scheme.bits + groups * (scale_bits + zero_bits))
+def bytes_after(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+    """Bytes of all tensors of the checkpoint; columns that outliers will take are not known yet."""
+    return skeleton.total_bytes + sum(_growth(recipe, linear, skeleton) for linear in linears)
 
 
-def _bytes_after(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
-    replaced = sum(skeleton.nbytes(f"{linear.name}.weight") for linear in linears)
-    return skeleton.total_bytes - replaced + sum(weight_bits(linear) for linear in linears) // 8
+def _growth(recipe: Recipe, linear: PlannedLinear, skeleton: Skeleton) -> int:
+    """Bytes by which the file grows when ``linear`` is quantized; fewer than none, as a rule."""
+    return find_format(recipe.format).stored_bytes(linear.spec) - skeleton.nbytes(f"{linear.name}.weight")
 
 
-def _mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, resources: Resources) -> int:
-    """Size of the file that holds the activations, 0 when they fit into memory."""
-    if not _needs_calibration(recipe, linears):
+def checkpoint_room(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+    """Room that the checkpoint needs on disk: its size and one unit's, or twice its size if it will be joined into one file."""
+    after = bytes_after(recipe, linears, skeleton)
+    if after < JOIN_BELOW:
+        return 2 * after
+    sizes = [skeleton.unit_bytes(unit) for unit in skeleton.units]
+    for linear in linears:
+        sizes[linear.site.block] += _growth(recipe, linear, skeleton)
+    return after + max(*sizes, skeleton.unit_bytes(skeleton.before), skeleton.unit_bytes(skeleton.after))
+
+
+def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, resources: Resources) -> int:
+    """Size of the files that hold the activations, 0 when they fit into memory."""
+    if not needs_calibration(recipe, linears):
         return 0
     features = min(linear.site.in_features for linear in linears)
-    size = recipe.nsamples * seqlen * features * resources.calibration_dtype(linears[0].scale_dtype).itemsize
-    return size if size > resources.activation_budget else 0
+    buffer = recipe.nsamples * seqlen * features * resources.calibration_dtype(linears[0].scale_dtype).itemsize
+    return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
 
 
-def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, resources: Resources) -> int:
+def _streams(recipe: Recipe) -> int:
+    """Streams of hidden states: the quantized model's, and the original's if the solver asks for it."""
+    return 2 if as_block_solver(recipe.solver()).needs.original else 1
+
+
+def memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, resources: Resources) -> int:
     """Peak of a run beyond Python and torch themselves: activations, one block, and the solver's copies of the largest matrix."""
     itemsize = resources.calibration_dtype(linears[0].scale_dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
     workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)
     solving = max(in_blocks) * itemsize + 2 * largest.in_features * largest.out_features * 4 + workspace
-    if not _needs_calibration(recipe, linears):
+    if not needs_calibration(recipe, linears):
         return solving
     features = min(linear.site.in_features for linear in linears)
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
@@ -85,7 +107,7 @@ def _memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
         solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
     tokens = recipe.nsamples * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
-    held = min(tokens * hidden, resources.activation_budget) + min(tokens * inside, resources.activation_budget)
+    held = min(2 * _streams(recipe) * tokens * hidden, resources.activation_budget) + min(tokens * inside, resources.activation_budget)
     one_batch = resources.windows_per_batch(seqlen) * seqlen * inside
     embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize
     return held + one_batch + max(embeddings, solving)

@@ -9,18 +9,18 @@ one fused matrix in different schemes, something that the format cannot hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, _bytes_after, _mapped_bytes, _memory_bytes, _needs_calibration
-from ptqcli.formats import compressed_tensors
+from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
+from ptqcli.formats import Format, LinearSpec, find_format
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.recipe import ACTIVATION_SCALES, Recipe
+from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
 
@@ -29,14 +29,16 @@ DEFAULT_SEQLEN = 2048
 PICKABLE_GROUPS = (128, 64, 32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every decision that can be made before a weight is read.
 
-    skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. stages: for each
-    block, the local names of its planned linears, grouped by input tensor in running order. The bytes are estimates: bytes_before and
-    bytes_after of the weights now and afterwards, disk_bytes of the room that the run needs (the parts and the joined file stand side by
-    side at the end), memory_bytes of the peak beyond what Python and torch need themselves.
+    skipped: (name, reason) of linears inside the blocks that stay as they are.
+    outside: linears outside the blocks.
+    stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
+    fused_groups: linears that servers run as one matrix, by their paths.
+    bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    disk_bytes, memory_bytes: estimates of the room that the run needs, and of its peak beyond what Python and torch need themselves.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Plan:
     skipped: tuple[tuple[str, str], ...]
     outside: tuple[str, ...]
     stages: tuple[tuple[tuple[str, ...], ...], ...]
+    fused_groups: tuple[tuple[str, ...], ...]
     seqlen: int
     bytes_before: int
     bytes_after: int
@@ -54,7 +57,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether anything looks at calibration text at all."""
-        return _needs_calibration(self.recipe, self.linears)
+        return needs_calibration(self.recipe, self.linears)
 
     def schemes(self) -> dict[Scheme, int]:
         """How many linears each scheme has."""
@@ -77,34 +80,38 @@ class Plan:
         return rows
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources) -> Plan:
-    """Decide about every linear of the model. Raises UsageError, by name, for everything that cannot work."""
-    linears, skipped = _choose(recipe, skeleton)
+def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned: Mapping[str, Scheme] | None = None) -> Plan:
+    """Decide about every linear of the model. Raises UsageError, by name, for everything that cannot work.
+
+    assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
+    """
+    linears, skipped = _choose(recipe, skeleton, assigned or {})
     outside = _outside(skeleton)
     _check_patterns_match(recipe, skeleton, outside)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     _check_groups(linears)
     _check_runs_once(linears, skeleton)
-    _check_format(recipe, linears)
+    chosen = find_format(recipe.format)
+    _check_format(chosen, linears)
     stages = _planned_stages(linears, skeleton)
-    _check_fused(linears, skeleton)
+    _check_fused(chosen, linears, skeleton.fused_groups)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
     _check_length(seqlen, skeleton)
-    after = _bytes_after(linears, skeleton)
-    memory = _memory_bytes(recipe, linears, skeleton, seqlen, resources)
+    memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
         skipped=tuple(skipped),
         outside=tuple(outside),
         stages=stages,
+        fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
         bytes_before=skeleton.total_bytes,
-        bytes_after=after,
-        disk_bytes=2 * after + _mapped_bytes(recipe, linears, seqlen, resources),
+        bytes_after=bytes_after(recipe, linears, skeleton),
+        disk_bytes=checkpoint_room(recipe, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=tuple(_notes(linears, skeleton)),
+        notes=(*_unmatched_note(skeleton), *chosen.notes([linear.spec for linear in linears])),
     )
 
 
@@ -114,10 +121,15 @@ def model_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
+def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
+    unknown = sorted(assigned.keys() - {site.name for site in skeleton.linears})
+    if unknown:
+        raise UsageError(f"a scheme is assigned to {unknown[0]}, which is no linear of the model's blocks")
     linears, skipped = [], []
+    moving = as_block_solver(recipe.solver()).needs.hessian and recipe.act_order and not recipe.static_groups
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name)
+        scheme = assigned.get(site.name, scheme)
         if site.local in skeleton.shapes[site.block].unused:
             reason = reason or "never runs"
         if reason is not None:
@@ -126,7 +138,16 @@ def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], li
         dtype = skeleton.dtype(f"{site.name}.weight")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
-        linears.append(PlannedLinear(site, scheme, dtype))
+        spec = LinearSpec(
+            name=site.name,
+            scheme=scheme,
+            out_features=site.out_features,
+            in_features=site.in_features,
+            scale_dtype=dtype,
+            kind=site.kind,
+            moving_groups=moving,
+        )
+        linears.append(PlannedLinear(site, spec))
     return linears, skipped
 
 
@@ -172,10 +193,9 @@ def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> No
             raise UsageError(f"{linear.name} runs more than once within its block, which is not supported; add it to --ignore")
 
 
-def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    moving = as_block_solver(recipe.solver()).needs.hessian and recipe.act_order and not recipe.static_groups
+def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
     for linear in linears:
-        reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
+        reason = chosen.refusal(linear.spec)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")
 
@@ -189,21 +209,12 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _check_fused(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
-    """Servers run the linears of one module that read one tensor (q, k, v; gate, up) as a single matrix in a single scheme."""
-    described = {(linear.site.block, linear.site.local): linear.scheme.describe() for linear in linears}
-    for index, shape in enumerate(skeleton.shapes):
-        for stage in shape.stages:
-            together: dict[str, str] = {}  # module -> its first linear in this stage
-            for local in stage:
-                first = together.setdefault(local.rpartition(".")[0], local)
-                one, other = (described.get((index, name), "left as it is") for name in (first, local))
-                if one != other:
-                    prefix = skeleton.block_prefix(index)
-                    raise UsageError(
-                        f"{prefix}.{first} ({one}) and {prefix}.{local} ({other}) read the same input and are run as one matrix by vLLM; "
-                        "give them the same scheme, or leave all of them as they are"
-                    )
+def _check_fused(chosen: Format, linears: Sequence[PlannedLinear], groups: Sequence[Sequence[str]]) -> None:
+    schemes = {linear.name: linear.scheme for linear in linears}
+    for group in groups:
+        reason = chosen.fused_refusal({name: schemes.get(name) for name in group})
+        if reason is not None:
+            raise UsageError(reason)
 
 
 def _check_length(seqlen: int, skeleton: Skeleton) -> None:
@@ -212,39 +223,9 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _notes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
-    notes = []
+def _unmatched_note(skeleton: Skeleton) -> list[str]:
     unused = skeleton.names.unmatched
-    if unused:
-        notes.append(f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}")
-    if any(not linear.scheme.symmetric for linear in linears):
-        notes.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
-    if any(linear.scheme.outliers is not None for linear in linears):
-        notes.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
-    notes += _activation_notes(linears)
-    if any(linear.site.transposed for linear in linears):
-        notes.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
-    others = ", ".join(sorted({linear.site.kind for linear in linears} - {"Linear", "Conv1D"}))
-    if others and all(linear.scheme.activations is None for linear in linears):
-        notes.append(f"{others} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
-    elif others:
-        notes.append(
-            f"{others} layers: transformers cannot run them with 8-bit activations, and with dequantize=True it drops the rounding"
-        )
-    return notes
-
-
-def _activation_notes(linears: Sequence[PlannedLinear]) -> list[str]:
-    schemes = {linear.scheme: linear.scheme.activations for linear in linears if linear.scheme.activations is not None}
-    notes = []
-    if any(activations == ACTIVATION_SCALES["tensor"] for activations in schemes.values()):
-        notes.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
-    narrow = [scheme for scheme in schemes if scheme.bits < 8]
-    if narrow:
-        notes.append(f"{narrow[0].bits}-bit codes beside 8-bit activations take a byte each, so the file is no smaller than with --wbits 8")
-    if any(scheme.bits != 4 or schemes[scheme] != ACTIVATION_SCALES["token"] for scheme in narrow):
-        notes.append("of weights below 8 bits beside 8-bit activations, vLLM reads only 4 bits with --act-scales token")
-    return notes
+    return [f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}"] if unused else []
 
 
 def _list_names(names: Sequence[str], limit: int = 4) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from ptqcli.algorithms import Algorithm, find_algorithm
 from ptqcli.errors import UsageError
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.solvers import MatrixSolver, SolverOptions
 from ptqcli.transforms import BlockTransform, TransformOptions
@@ -112,7 +112,7 @@ class Recipe:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
-    format: str = compressed_tensors.NAME
+    format: str = DEFAULT_FORMAT
     blocks: str | None = None
 
     def __post_init__(self) -> None:
@@ -122,8 +122,7 @@ class Recipe:
         self._check_unused()
         if self.scale_search not in ("minmax", "mse"):
             raise UsageError(f"scale search '{self.scale_search}' is unknown; use minmax or mse")
-        if self.format != compressed_tensors.NAME:
-            raise UsageError(f"format '{self.format}' is unknown; the format is {compressed_tensors.NAME}")
+        find_format(self.format)
         if self.nsamples < 1:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
         if self.seqlen is not None and self.seqlen < 2:

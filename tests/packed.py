@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats import compressed_tensors
 from ptqcli.numerics.grids import encode, fit
@@ -153,7 +153,7 @@ def by_transformers(folder: Path, dequantize: bool = False, dtype: torch.dtype |
 
 def change_tensor(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Rewrite the weights in ``folder`` after ``change`` has been at them."""
-    reader = CheckpointReader(folder)
+    reader = SafetensorsFolder(folder)
     tensors = {name: reader.read(name) for name in reader.names}
     change(tensors)
     (folder / "model.safetensors").unlink()

@@ -22,7 +22,7 @@ from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.checkpoint.auxiliary import load_tokenizer
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats import compressed_tensors
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
@@ -312,7 +312,7 @@ def test_every_algorithm_quantizes_and_loads(name: str, architecture: str, runs:
 
 
 def in_features(folder: Path, name: str) -> int:
-    reader = CheckpointReader(folder / "model")
+    reader = SafetensorsFolder(folder / "model")
     return reader.shape(f"{name}.weight")[0 if folder.name == "gpt2" else 1]
 
 
@@ -355,7 +355,7 @@ def test_transformers_computes_the_same_with_8_bit_activations(architecture: str
     assert sum(kernels_in(ours).values()) == linears
     expected = logits(theirs)
     assert relative(logits(ours), expected) < 1e-2
-    before, after = CheckpointReader(folder / "model"), CheckpointReader(tmp_path / "out")
+    before, after = SafetensorsFolder(folder / "model"), SafetensorsFolder(tmp_path / "out")
     if "smooth" in request_["algo"]:
         changed = {name for name in before.names if name in after.names and not name.endswith("proj.weight") and "fc" not in name}
         changed = {name for name in changed if not torch.equal(before.read(name), after.read(name))}
@@ -397,7 +397,7 @@ def test_with_no_outlier_the_model_is_plain_w8a8(name: str, llama: Path, tmp_pat
     report = quantize(llama / "model", recipe_for(name, llama, outlier_threshold=1e6), tmp_path / "split")
     assert all(layer.outlier_columns == 0 for layer in report.layers)
     quantize(llama / "model", recipe_for("", llama, algo=solver, wbits=8, abits=8), tmp_path / "plain")
-    split, plain = CheckpointReader(tmp_path / "split"), CheckpointReader(tmp_path / "plain")
+    split, plain = SafetensorsFolder(tmp_path / "split"), SafetensorsFolder(tmp_path / "plain")
     assert all(torch.equal(split.read(stored), plain.read(stored)) for stored in plain.names)
     assert torch.equal(logits(load_quantized(tmp_path / "split")), logits(load_quantized(tmp_path / "plain")))
 
@@ -621,7 +621,7 @@ def test_a_static_input_scale_is_the_largest_input_of_all(dtype: torch.dtype, gr
 def test_stored_static_scales_are_those_of_the_calibration_text(llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for("", llama, algo="smoothquant", act_scales="static")
     quantize(llama / "model", recipe, tmp_path / "out", resources=Resources(batch_size=2))
-    reader = CheckpointReader(tmp_path / "out")
+    reader = SafetensorsFolder(tmp_path / "out")
     for layer in range(2):
         scales = [reader.read(f"model.layers.{layer}.self_attn.{name}_proj.input_scale") for name in "qkv"]
         assert scales[0].shape == (1,)
@@ -654,7 +654,7 @@ def test_thresholds_of_one_stage_may_differ() -> None:
 
 def test_the_report_gives_the_share_of_outlier_columns(runs: Runs) -> None:
     report, out = runs.run("llama", "llm-int8 static")
-    reader = CheckpointReader(out)
+    reader = SafetensorsFolder(out)
     for layer in report.layers:
         assert layer.outlier_columns == reader.shape(f"{layer.name}.outlier_index")[0]
     assert report.stored()["layers"][0]["outlier_share"] == report.layers[0].outlier_share

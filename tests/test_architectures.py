@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
 from ptqcli.evaluate.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
@@ -139,7 +139,7 @@ def test_transformers_loads_the_checkpoint_or_says_why_not(architecture, tmp_pat
 def decompressed(model, checkpoint):
     """``model`` with every packed matrix replaced by what the compressed-tensors library itself reads from the file."""
     model.logits_before = model(input_ids=token_ids()).logits
-    reader = CheckpointReader(checkpoint)
+    reader = SafetensorsFolder(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     group = next(iter(config["config_groups"].values()))
     scheme = QuantizationScheme(targets=["Linear"], weights=group["weights"], format=group["format"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptqcli.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from ptqcli.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import PTQError
 
@@ -43,7 +43,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    reader = CheckpointReader(folder)
+    reader = SafetensorsFolder(folder)
     return {name: reader.read(name) for name in reader.names}
 
 
@@ -51,7 +51,7 @@ def test_reads_what_the_safetensors_library_wrote(tmp_path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in sample_tensors().items()}
     save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
     assert_same(tensors, read_all(tmp_path))
-    reader = CheckpointReader(tmp_path)
+    reader = SafetensorsFolder(tmp_path)
     assert reader.names == tuple(sorted(tensors))
     assert reader.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
     name = "t.torch.bfloat16"
@@ -123,7 +123,7 @@ def test_a_dtype_without_a_name_is_refused_before_a_file_appears(tmp_path: Path)
 def test_nothing_passes_for_a_checkpoint_before_finish(tmp_path: Path) -> None:
     CheckpointWriter(tmp_path).write({"a": torch.zeros(1)})
     with pytest.raises(PTQError, match=f"neither {SINGLE_FILE}"):
-        CheckpointReader(tmp_path)
+        SafetensorsFolder(tmp_path)
 
 
 def test_write_json_replaces_a_file_in_one_step(tmp_path: Path) -> None:
@@ -137,21 +137,21 @@ def test_write_json_replaces_a_file_in_one_step(tmp_path: Path) -> None:
 
 def test_missing_folder_and_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(PTQError, match="nowhere is not a folder"):
-        CheckpointReader(tmp_path / "nowhere")
+        SafetensorsFolder(tmp_path / "nowhere")
     with pytest.raises(PTQError, match=f"neither {SINGLE_FILE} nor {INDEX_FILE}"):
-        CheckpointReader(tmp_path)
+        SafetensorsFolder(tmp_path)
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(PTQError, match=r"pytorch_model\.bin.*never opened; convert"):
-        CheckpointReader(tmp_path)
+        SafetensorsFolder(tmp_path)
 
 
 def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / SINGLE_FILE)
     with pytest.raises(PTQError, match=r"holds no tensor b\.weight"):
-        CheckpointReader(tmp_path).read("b.weight")
+        SafetensorsFolder(tmp_path).read("b.weight")
 
 
 def with_header(header: object, body: bytes) -> bytes:
@@ -189,7 +189,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
     content, message = DAMAGED[kind]
     (tmp_path / SINGLE_FILE).write_bytes(content)
     with pytest.raises(PTQError, match=message) as caught:
-        CheckpointReader(tmp_path)
+        SafetensorsFolder(tmp_path)
     assert str(tmp_path / SINGLE_FILE) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -211,13 +211,13 @@ def test_a_bad_index_is_named(tmp_path: Path, kind: str) -> None:
     (tmp_path / INDEX_FILE).write_bytes(content)
     save_file({"a": torch.zeros(1)}, tmp_path / "here.safetensors")
     with pytest.raises(PTQError, match=message) as caught:
-        CheckpointReader(tmp_path)
+        SafetensorsFolder(tmp_path)
     assert str(tmp_path / INDEX_FILE) in str(caught.value)
 
 
 def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(100)}, tmp_path / SINGLE_FILE)
-    reader = CheckpointReader(tmp_path)
+    reader = SafetensorsFolder(tmp_path)
     content = (tmp_path / SINGLE_FILE).read_bytes()
     (tmp_path / SINGLE_FILE).write_bytes(content[:-8])
     with pytest.raises(PTQError, match="cut short"):
@@ -226,7 +226,7 @@ def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
 
 MEMORY_PROBE = """
 import sys, psutil, torch
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter
 folder, count = sys.argv[1], int(sys.argv[2])
 resident = psutil.Process().memory_info
@@ -237,7 +237,7 @@ for i in range(count):
     peak = max(peak, resident().rss)
 writer.finish()
 peak = max(peak, resident().rss)
-reader = CheckpointReader(folder)
+reader = SafetensorsFolder(folder)
 for i in range(count):
     assert reader.read(f"t.{i}")[-1] == i
     peak = max(peak, resident().rss)

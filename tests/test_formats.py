@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import bitstream, compressed_tensors
 from ptqcli.numerics.grids import encode, fit
@@ -283,7 +283,7 @@ def require_dense_packing(bits: int) -> None:
 @pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_written_by_the_library(folder: str) -> None:
     path = GOLDEN / "ckpt" / folder
-    reader = CheckpointReader(path)
+    reader = SafetensorsFolder(path)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     linears = set(compressed_tensors.stored_linears(reader.names))
     assert linears == {name.removesuffix("_scale").removesuffix(".weight") for name in reader.names if name.endswith("weight_scale")}

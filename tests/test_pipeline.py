@@ -16,7 +16,7 @@ from tiny import POSITIONS, make_model, token_ids, write_text
 import ptqcli.pipeline.pipeline
 from ptqcli.calibration.hidden import HiddenStates, beyond_budget, new_buffer
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.discovery import find_blocks
 from ptqcli.model.skeleton import Skeleton
@@ -75,7 +75,7 @@ def test_a_float16_model_is_calibrated_in_float32_and_keeps_its_dtype(tmp_path):
     write_text(tmp_path / "text.txt")
     quantize(tmp_path / "model", small(tmp_path / "model"), tmp_path / "out")
     assert Resources().calibration_dtype(torch.float16) == torch.float32
-    reader = CheckpointReader(tmp_path / "out")
+    reader = SafetensorsFolder(tmp_path / "out")
     assert {reader.dtype(name) for name in reader.names if "scale" in name or "norm" in name} == {torch.float16}
     assert torch.isfinite(load_quantized(tmp_path / "out")(torch.arange(9)[None]).logits).all()
 
@@ -183,7 +183,7 @@ def test_reported_errors_and_sizes_are_those_of_the_files(model, tmp_path):
     stored = json.loads((tmp_path / "out" / "ptq_report.json").read_text())
     assert len(stored["layers"]) == len(report.layers) == 14
     assert "seconds" not in stored
-    reader, before = CheckpointReader(tmp_path / "out"), CheckpointReader(model)
+    reader, before = SafetensorsFolder(tmp_path / "out"), SafetensorsFolder(model)
     assert report.bytes_after == reader.total_bytes
     assert report.bytes_before == before.total_bytes
     packed = [name for name in reader.names if ".weight_packed" in name or ".weight_scale" in name or ".weight_shape" in name]
@@ -195,7 +195,7 @@ def test_everything_that_is_not_quantized_is_carried_over(model, tmp_path):
     (model / "chat_template.jinja").write_text("{{ messages }}")
     (model / "notes.py").write_text("raise SystemExit")
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
-    before, after = CheckpointReader(model), CheckpointReader(tmp_path / "out")
+    before, after = SafetensorsFolder(model), SafetensorsFolder(tmp_path / "out")
     for name in before.names:
         if "norm" in name or "embed" in name or "lm_head" in name:
             assert torch.equal(before.read(name), after.read(name))
@@ -239,7 +239,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("changes, message", REFUSALS, ids=[message[-24:] for _, message in REFUSALS])
 def test_what_cannot_work_is_refused_by_name_before_work_starts(model, tmp_path, changes, message, monkeypatch):
-    monkeypatch.setattr(CheckpointReader, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(SafetensorsFolder, "read", lambda self, name: pytest.fail(f"{name} was read"))
     with pytest.raises(UsageError, match=re.escape(message)):
         quantize(model, small(model, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -365,7 +365,7 @@ def test_an_output_that_is_a_link_stays_one(model, tmp_path):
 
 def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(model, tmp_path):
     make_model(tmp_path / "broken", dtype=torch.float32)
-    weights = CheckpointReader(tmp_path / "broken")
+    weights = SafetensorsFolder(tmp_path / "broken")
     tensors = {name: weights.read(name) for name in weights.names}
     tensors["model.layers.1.input_layernorm.weight"][:] = float("nan")
     from safetensors.torch import save_file
@@ -390,12 +390,12 @@ def test_names_with_and_without_the_prefix_are_one(tmp_path):
     from safetensors.torch import save_file
 
     make_model(tmp_path / "model", "gpt2")
-    reader = CheckpointReader(tmp_path / "model")
+    reader = SafetensorsFolder(tmp_path / "model")
     bare = {name.removeprefix("transformer."): reader.read(name) for name in reader.names}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()  # a buffer that old files carry
     save_file(bare, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     quantize(tmp_path / "model", Recipe(algo="rtn", group_size=32), tmp_path / "out")
-    after = CheckpointReader(tmp_path / "out")
+    after = SafetensorsFolder(tmp_path / "out")
     assert "h.0.attn.c_attn.weight_packed" in after.names
     assert "h.0.attn.bias" in after.names
     load_quantized(tmp_path / "out")
@@ -404,14 +404,14 @@ def test_names_with_and_without_the_prefix_are_one(tmp_path):
 def test_tensors_that_the_model_has_no_use_for_are_carried_over_and_named(model, tmp_path):
     from safetensors.torch import save_file
 
-    reader = CheckpointReader(model)
+    reader = SafetensorsFolder(model)
     tensors = {name: reader.read(name) for name in reader.names}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old Llama files carry it; the model computes it
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     _, plan = plan_run(model, small(model, algo="rtn"), Resources())
     assert any("copied as they are" in note and "layers.0.self_attn.rotary_emb.inv_freq" in note for note in plan.notes)
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in CheckpointReader(tmp_path / "out").names
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in SafetensorsFolder(tmp_path / "out").names
     load_quantized(tmp_path / "out")
 
 
@@ -421,7 +421,7 @@ def test_a_tied_model_may_store_the_head_in_place_of_the_embedding(tmp_path):
 
     make_model(tmp_path / "model", tie_word_embeddings=True)
     quantize(tmp_path / "model", Recipe(algo="rtn", group_size=32), tmp_path / "one")
-    reader = CheckpointReader(tmp_path / "model")
+    reader = SafetensorsFolder(tmp_path / "model")
     tensors = {name.replace("model.embed_tokens", "lm_head"): reader.read(name) for name in reader.names}
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     quantize(tmp_path / "model", Recipe(algo="rtn", group_size=32), tmp_path / "other")
@@ -469,7 +469,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         command = [sys.executable, "-c", PEAK, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         peaks[depth] = int(done.stdout)
-    weights = {depth: CheckpointReader(tmp_path / str(depth)).total_bytes for depth in peaks}
+    weights = {depth: SafetensorsFolder(tmp_path / str(depth)).total_bytes for depth in peaks}
     assert weights[32] - weights[8] > 0.4 * peaks[8], "the models must differ by much more than the tolerance"
     assert abs(peaks[32] - peaks[8]) < 0.1 * peaks[8], peaks
 

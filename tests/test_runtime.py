@@ -31,7 +31,7 @@ from ptq_kernels import WeightOnlyLinear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import write_json
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import compressed_tensors
@@ -208,7 +208,7 @@ def test_no_outlier_is_plain_w8a8(tmp_path: Path, split: OutlierSplit) -> None:
     """Empty tensors, as they lie in the file, included."""
     write_checkpoint(tmp_path / "split", random_model(llama()), everything(w8a8(TOKEN, -1, split)))
     write_checkpoint(tmp_path / "plain", random_model(llama()), everything(w8a8(TOKEN)))
-    reader = CheckpointReader(tmp_path / "split")
+    reader = SafetensorsFolder(tmp_path / "split")
     assert reader.shape(f"{UP}.outlier_index") == (0,)
     assert reader.shape(f"{UP}.outlier_weight") == (256, 0)
     assert torch.equal(logits(load_quantized(tmp_path / "split")), logits(load_quantized(tmp_path / "plain")))

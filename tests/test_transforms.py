@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
-from ptqcli.checkpoint.tensors import CheckpointReader
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.evaluate.perplexity import perplexity
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
@@ -547,7 +547,7 @@ def test_readers_that_are_left_alone_fit_their_producers(algo: str, name: str, i
     if name == "falcon":
         assert relative(rewritten_logits(tmp_path / "out", tmp_path / "model", ignored), expected) > 0.2
     else:  # nothing behind the fold is quantized, so it is not worth a scale
-        before, after = CheckpointReader(tmp_path / "model"), CheckpointReader(tmp_path / "out")
+        before, after = SafetensorsFolder(tmp_path / "model"), SafetensorsFolder(tmp_path / "out")
         kept = [entry for entry in before.names if entry.endswith(f"{ignored}.weight")]
         assert len(kept) == (4 if name == "gpt2" else 2)
         assert all(torch.equal(before.read(entry), after.read(entry)) for entry in kept)

@@ -21,6 +21,7 @@ from ptqcli.bench.peers import Multiply, Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import copies
 from ptqcli.errors import UsageError
+from ptqcli.formats import DEFAULT_FORMAT, LinearSpec, find_format
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.runtime import quantized_linear
@@ -110,18 +111,18 @@ def check(shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype
         quantized_linear(few_rows, None, dtype, device, kernel)
     except UsageError as error:
         raise UsageError(f"{size}: {error}") from error
-    return _spare_memory(size, shape, scheme, tokens, device, peers)
+    return _spare_memory(size, shape, scheme, tokens, device, dtype, peers)
 
 
 def _size_text(shape: Shape) -> str:
     return f"{shape.name} ({shape.in_features} x {shape.out_features})"
 
 
-def _spare_memory(size: str, shape: Shape, scheme: Scheme, tokens: int, device: torch.device, peers: int) -> int:
+def _spare_memory(size: str, shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, peers: int) -> int:
     """Bytes that each competitor may take for copies beside its first. Raises UsageError if one copy for each is too much already."""
     weights = shape.in_features * shape.out_features
     dense = [weights * each.itemsize for each in BASELINES[device.type]]
-    packed = weights * _code_bits(scheme) // 8
+    packed = _planned_bytes(scheme, shape.out_features, shape.in_features, dtype)
     working = WORKING_BYTES_PER_WEIGHT * weights + WORKING_BYTES_PER_VALUE * tokens * (shape.in_features + shape.out_features)
     needed = sum(dense) + packed * (1 + peers) + working
     free = free_bytes(device)
@@ -194,19 +195,15 @@ def dense_weight(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def stored_bytes(weight: QuantizedWeight) -> int:
-    """What ``weight`` takes in a checkpoint: codes and zero points in their bits, scales and 16-bit columns in their dtype.
-
-    Beside 8-bit activations codes take a byte each, however few bits they have.
-    """
-    scheme = weight.scheme
-    scales = 1 if scheme.group_size == WHOLE_MATRIX else weight.scale.numel()
-    bits = _code_bits(scheme) * weight.codes.numel() + (0 if scheme.symmetric else scheme.bits * scales)
+    """What ``weight`` takes in a checkpoint of the default format, 16-bit columns included."""
     outliers = 0 if weight.outliers is None else weight.outliers.index.nbytes + weight.outliers.weight.nbytes
-    return -(-bits // 8) + scales * weight.scale.itemsize + outliers
+    out_features, in_features = weight.codes.shape
+    return _planned_bytes(weight.scheme, out_features, in_features, weight.scale.dtype) + outliers
 
 
-def _code_bits(scheme: Scheme) -> int:
-    return scheme.bits if scheme.activations is None else 8
+def _planned_bytes(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    spec = LinearSpec(name="", scheme=scheme, out_features=out_features, in_features=in_features, scale_dtype=dtype)
+    return find_format(DEFAULT_FORMAT).stored_bytes(spec)
 
 
 def _copied(weight: QuantizedWeight) -> QuantizedWeight:

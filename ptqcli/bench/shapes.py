@@ -7,14 +7,11 @@ The sizes of well-known models are those of their published config.json. q, k an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptqcli.errors import UsageError
-from ptqcli.formats.compressed_tensors import schemes_of
-from ptqcli.model.config import build_on_meta, load_config
-from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.runtime import same_input
 
@@ -95,20 +92,15 @@ def shapes_of(folder: Path) -> list[tuple[Shape, Scheme]]:
     under several names have them all: ``q_proj/o_proj``. No weight is read. Raises PTQError or UsageError, naming file or key, when the
     folder is no quantized model, cannot be understood or has no such linear.
     """
-    config = load_config(folder)
-    model = build_on_meta(config)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    entry = getattr(config, "quantization_config", None)
-    schemes = schemes_of(entry, linears) if isinstance(entry, Mapping) else {}
-    if not schemes:
+    packed = open_checkpoint(folder)
+    if not packed.schemes:
         raise UsageError(f"{folder}: config.json names no linear of the model as quantized, so there is nothing to time")
     found: dict[tuple[int, int, Scheme], list[str]] = {}
-    for names in same_input(model, schemes):
-        for scheme in dict.fromkeys(schemes[name] for name in names):
-            alike = [name for name in names if schemes[name] == scheme]
-            sizes = [linear_weight(linears[name]).shape for name in alike]
-            key = (sizes[0][1], sum(size[0] for size in sizes), scheme)
-            found.setdefault(key, []).append("+".join(name.rpartition(".")[2] for name in alike))
+    for names in same_input(packed.model, packed.schemes):
+        for scheme in dict.fromkeys(packed.schemes[name] for name in names):
+            alike = [packed.spec(name) for name in names if packed.schemes[name] == scheme]
+            key = (alike[0].in_features, sum(spec.out_features for spec in alike), scheme)
+            found.setdefault(key, []).append("+".join(spec.name.rpartition(".")[2] for spec in alike))
     return [
         (Shape("/".join(dict.fromkeys(names)), in_features, out_features, len(names)), scheme)
         for (in_features, out_features, scheme), names in found.items()

@@ -9,9 +9,9 @@ from typing import Any
 from ptqcli.errors import PTQError
 
 # Text files that make a folder of weights a model folder; weights and config.json are written anew.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
+AUXILIARY_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
 
-NOT_COMPANIONS = ("config.json", "*.index.json", "ptq_report.json", "quantize_config.json")
+NOT_AUXILIARY = ("config.json", "*.index.json", "ptq_report.json", "quantize_config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -25,11 +25,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise PTQError(f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files into the folder") from error
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_auxiliary_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config, chat template and the like."""
-    for pattern in COMPANIONS:
+    for pattern in AUXILIARY_FILES:
         for file in sorted(source.glob(pattern)):
-            if file.is_file() and not any(file.match(unwanted) for unwanted in NOT_COMPANIONS):
+            if file.is_file() and not any(file.match(unwanted) for unwanted in NOT_AUXILIARY):
                 copy = target / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)

@@ -1,146 +1,153 @@
-"""Checkpoint folders, written."""
+"""Checkpoint folders, written a finished shard at a time.
+
+The safetensors library writes each file under a temporary name; forced to disk and renamed, it is whole, and nothing copies it again. So
+a checkpoint needs the room of what it holds, and what an interrupted run has finished can be told by the names of its files.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptqcli.checkpoint.tensors import _DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, _Entry, _Spec
+from ptqcli.checkpoint.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 from ptqcli.errors import PTQError
 
 DEFAULT_SHARD_BYTES = 4_000_000_000
 
-_CHUNK_BYTES = 4 << 20
+# A checkpoint smaller than this is joined into one file at the end: small models are handed around as one, and it costs no time.
+JOIN_BELOW = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A finished file. sizes: bytes of each tensor in it by name."""
+
+    path: Path
+    sizes: dict[str, int]
 
 
 class CheckpointWriter:
-    """Writes a checkpoint folder part by part, so that the whole model is never in memory.
+    """Writes a checkpoint folder shard by shard, so that the whole model is never in memory.
 
-    ``write`` stores one part as a whole file or not at all. ``finish`` copies the parts' bytes into the final
-    files and then removes the parts, so for a while the folder needs room for the model twice. The same
-    tensors give the same files, in whatever parts they came.
+    ``write`` stores one shard, or several where the tensors exceed ``max_shard_bytes``, and each is final: ``finish`` only renames them
+    and writes the index, last of all. Until then the folder does not pass for a checkpoint. Together smaller than JOIN_BELOW, and than
+    ``max_shard_bytes``, they are joined into one file. The same tensors in the same parts give the same files.
     Raises PTQError if the folder already holds safetensors files.
     """
 
     def __init__(self, folder: str | Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
         self.folder = Path(folder)
         self.max_shard_bytes = max_shard_bytes
-        self._parts: list[Path] = []
-        self._entries: dict[str, _Entry] = {}
+        self._shards: list[_Shard] = []
+        self._written: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
         present = sorted(self.folder.glob("*.safetensors"))
         if present:
             raise PTQError(f"{self.folder} already holds {present[0].name}; choose another folder")
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store ``tensors`` as one part. Raises PTQError for a name that was written before."""
-        repeated = sorted(self._entries.keys() & tensors.keys())
+    def write(self, tensors: Mapping[str, Tensor]) -> list[Path]:
+        """Store ``tensors`` and return the shards. Raises PTQError for a name that was written before or a dtype that no file can hold."""
+        repeated = sorted(self._written & tensors.keys())
         if repeated:
             raise PTQError(f"tensor {repeated[0]} was written twice to {self.folder}")
-        path = self.folder / f"part-{len(self._parts):05d}.safetensors"
-        specs = [_Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        entries = _write_safetensors(path, specs, lambda name: [_bytes_of(tensors[name])])
-        self._parts.append(path)
-        self._entries.update((entry.name, entry) for entry in entries)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES.values():
+                raise PTQError(f"tensor {name} has dtype {tensor.dtype}, which a safetensors file cannot hold")
+        written = []
+        for part in _parts(tensors, self.max_shard_bytes):
+            path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
+            _save(path, part)
+            self._shards.append(_Shard(path, {name: tensor.nbytes for name, tensor in part.items()}))
+            self._written.update(part)
+            written.append(path)
+        return written
 
     def finish(self) -> list[Path]:
-        """Join the parts into ``model.safetensors``, or numbered files with an index; return their paths."""
-        shards = self._shards()
-        files = dict(zip(_shard_names(len(shards)), shards, strict=True))
-        for file, entries in files.items():
-            _write_safetensors(self.folder / file, entries, lambda name: _stored_bytes(self._entries[name]))
-        if len(shards) > 1:
-            # The index comes last: until it is there, the folder does not pass for a checkpoint.
-            write_json(self.folder / INDEX_FILE, _index(files))
-        for part in self._parts:
-            part.unlink()
-        return [self.folder / file for file in files]
+        """Give the shards their names: ``model.safetensors``, or numbered ones with an index. Returns their paths."""
+        total = sum(size for shard in self._shards for size in shard.sizes.values())
+        if len(self._shards) > 1 and total < JOIN_BELOW and total <= self.max_shard_bytes:
+            self._join()
+        count = len(self._shards)
+        names = [SINGLE_FILE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        self._shards = [_renamed(shard, self.folder / name) for shard, name in zip(self._shards, names, strict=True)]
+        _sync_folder(self.folder)
+        if count > 1:
+            weight_map = {tensor: shard.path.name for shard in self._shards for tensor in shard.sizes}
+            write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        return [shard.path for shard in self._shards]
 
-    def _shards(self) -> list[list[_Entry]]:
-        """Entries sorted by name, cut where the next one would take a file over ``max_shard_bytes``."""
-        shards: list[list[_Entry]] = [[]]
-        size = 0
-        for _, entry in sorted(self._entries.items()):
-            if shards[-1] and size + entry.nbytes > self.max_shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(entry)
-            size += entry.nbytes
-        return shards
+    def _join(self) -> None:
+        """One shard in the place of several. Their tensors are all in memory at once, which JOIN_BELOW keeps small."""
+        tensors = {name: tensor for shard in self._shards for name, tensor in load_file(shard.path, backend="pread").items()}
+        joined = _Shard(self.folder / "joined.safetensors", {name: size for shard in self._shards for name, size in shard.sizes.items()})
+        _save(joined.path, tensors)
+        for shard in self._shards:
+            shard.path.unlink()
+        self._shards = [joined]
 
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented JSON, replacing the file at ``path`` in one step or leaving it as it was."""
-    _write_atomically(Path(path), [json.dumps(obj, indent=2, ensure_ascii=False).encode() + b"\n"])
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE_FILE]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _index(files: Mapping[str, Sequence[_Entry]]) -> dict[str, Any]:
-    total = sum(entry.nbytes for entries in files.values() for entry in entries)
-    weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def _write_safetensors(path: Path, specs: Sequence[_Spec], body: Callable[[str], Iterable[Any]]) -> list[_Entry]:
-    """Write one file atomically, taking each tensor's bytes from ``body(name)``; return where they now lie.
-
-    Wide dtypes come first, as in the safetensors library, so that each tensor is aligned to its element size.
-    """
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
-    header = _header(ordered)
-    _write_atomically(path, chain([header], chain.from_iterable(body(spec.name) for spec in ordered)))
-    starts = accumulate((spec.nbytes for spec in ordered), initial=len(header))
-    placed = zip(ordered, starts, strict=False)  # one start more: the end of the file
-    return [_Entry(spec.name, spec.dtype, spec.shape, path, start) for spec, start in placed]
-
-
-def _header(specs: Sequence[_Spec]) -> bytes:
-    """Length field and JSON of a file that holds ``specs`` in this order, padded with spaces to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for spec in specs:
-        begin, end = end, end + spec.nbytes
-        if spec.dtype not in _DTYPE_NAMES:
-            raise PTQError(f"tensor {spec.name} has dtype {spec.dtype}, which a safetensors file cannot hold")
-        dtype = _DTYPE_NAMES[spec.dtype]
-        header[spec.name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    # of a single element any stride counts as contiguous, but its bytes can only be seen through a stride of 1
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
-
-
-def _stored_bytes(entry: _Entry) -> Iterator[bytes]:
-    """The bytes of a stored tensor in pieces of bounded size."""
-    with open(entry.file, "rb") as file:
-        file.seek(entry.offset)
-        for start in range(0, entry.nbytes, _CHUNK_BYTES):
-            yield file.read(min(_CHUNK_BYTES, entry.nbytes - start))
-
-
-def _write_atomically(path: Path, pieces: Iterable[Any]) -> None:
-    """Write under a temporary name, force it to disk, rename: ``path`` is the whole new file or as it was."""
+    path, text = Path(path), json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(pieces)
-        file.flush()
+    temporary.write_bytes(text.encode())
+    _put_in_place(temporary, path)
+
+
+def _parts(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors sorted by name, cut where the next one would take a file over ``max_bytes``."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in sorted(tensors.items()):
+        if part and size + tensor.nbytes > max_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(_apart(tensors), temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise PTQError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
+    _put_in_place(temporary, path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the library takes them: contiguous and each in memory of its own. Those that are so already are not copied."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        alone = tensor.detach().cpu().contiguous()
+        storage = alone.untyped_storage()
+        if storage.nbytes() != alone.nbytes or storage.data_ptr() in seen:
+            alone = alone.clone()
+        seen.add(alone.untyped_storage().data_ptr())
+        apart[name] = alone
+    return apart
+
+
+def _renamed(shard: _Shard, path: Path) -> _Shard:
+    os.replace(shard.path, path)
+    return _Shard(path, shard.sizes)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Force ``temporary`` to disk and rename it: ``path`` is the whole new file or as it was."""
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)

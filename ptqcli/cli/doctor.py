@@ -22,9 +22,8 @@ from ptqcli.cli.options import data_dir_option, json_option
 
 Status = Literal["ok", "missing", "optional", "info"]
 
-# Packages outside the core, with what they are for. Their version ranges come from the extras that name them.
+# Packages outside the core, with what they are for; the formats tell of theirs. Version ranges come from the extras that name them.
 OPTIONAL = {
-    "compressed-tensors": "lets transformers load the checkpoints; ptq itself does not need it",
     "triton": "runs the kernels on a GPU; a CUDA build of torch brings it along",
     "matplotlib": "draws what `ptq bench --plot` is asked for",
 }
@@ -62,18 +61,25 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
+    purposes = {**_format_packages(), **OPTIONAL}
     shown = set()
     for line in importlib.metadata.requires("ptqcli") or ():
         requirement = Requirement(line)
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name not in shown and (needed or requirement.name in OPTIONAL):  # several extras may name it
+        if requirement.name not in shown and (needed or requirement.name in purposes):  # several extras may name it
             shown.add(requirement.name)
-            yield _package(requirement, needed)
+            yield _package(requirement, needed, purposes.get(requirement.name, ""))
 
 
-def _package(requirement: Requirement, needed: bool) -> Check:
+def _format_packages() -> dict[str, str]:
+    """What the readers of the built-in formats need: the extras of other packages are not ours to advise on."""
+    from ptqcli.formats import FORMATS, find_format
+
+    return {package: purpose for name in FORMATS for package, purpose in find_format(name).packages.items()}
+
+
+def _package(requirement: Requirement, needed: bool, purpose: str) -> Check:
     wanted = f"{requirement.name}{requirement.specifier}"
-    purpose = OPTIONAL.get(requirement.name, "")
     advice = f"pip install '{wanted}'" + (f"  ({purpose})" if purpose else "")
     lacking: Status = "missing" if needed else "optional"
     try:

@@ -15,7 +15,7 @@ from ptqcli.cli.options import json_option
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row, read_report
 
 if TYPE_CHECKING:
-    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.formats.packed_checkpoint import PackedCheckpoint
 
 
 @click.command()
@@ -26,16 +26,18 @@ def command(checkpoint: str | None, as_json: bool) -> None:
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any other that transformers reads; left out, it is the newest one here.
     """
-    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.checkpoint.tensors import SafetensorsFolder
+    from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.model.config import load_config
 
     folder = find_checkpoint(checkpoint)
     config = load_config(folder)
-    reader = CheckpointReader(folder)
+    packed = open_checkpoint(folder) if getattr(config, "quantization_config", None) is not None else None
+    size = (packed.tensors if packed else SafetensorsFolder(folder)).total_bytes
     report = read_report(folder) or {}
-    layers = _layers(config, reader, report)
+    layers = _layers(packed, report) if packed else []
     output = Output(as_json=as_json)
-    output.facts(_facts(folder, config, reader, layers, report))
+    output.facts(_facts(folder, config, size, layers, report))
     if layers:
         output.table("Schemes", ("scheme", "linears", "weights", "size", "bits/weight"), _scheme_rows(layers))
         error_kind = report.get("error_kind", "unknown")
@@ -47,7 +49,7 @@ def command(checkpoint: str | None, as_json: bool) -> None:
             "checkpoint": str(folder),
             "source": report.get("source"),
             "recipe": report.get("recipe"),
-            "bytes": reader.total_bytes,
+            "bytes": size,
             "bytes_before": report.get("bytes_before"),
             "layers": layers,
             "folds": report.get("folds", []),
@@ -55,43 +57,35 @@ def command(checkpoint: str | None, as_json: bool) -> None:
     )
 
 
-def _layers(config: Any, reader: CheckpointReader, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each quantized linear with its scheme, its stored size, and what the report says of it."""
-    from ptqcli.formats.compressed_tensors import schemes_of, stored_linears, tensor_names
-    from ptqcli.model.config import build_on_meta
-    from ptqcli.model.linears import is_linear, linear_weight
-    from ptqcli.model.names import DiskNames
-
-    entry = getattr(config, "quantization_config", None)
-    if not isinstance(entry, Mapping):
-        return []
-    model = build_on_meta(config)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    names = DiskNames(model, [f"{stored}.weight" for stored in stored_linears(reader.names)])
     reported = {layer["name"]: layer for layer in report.get("layers", ())}
     layers = []
-    for name, scheme in schemes_of(entry, linears).items():
-        stored = (names.disk(f"{name}.weight") or name).removesuffix(".weight")
-        size = sum(reader.nbytes(tensor) for tensor in tensor_names(stored, scheme))
-        shape = list(linear_weight(linears[name]).shape)  # [out, in]
-        facts = {"name": name, "scheme": scheme.describe(), "shape": shape, "bytes": size, "bits_per_weight": size * 8 / prod(shape)}
+    for name, scheme in packed.schemes.items():
+        spec, size = packed.spec(name), packed.nbytes(name)
+        weights = spec.out_features * spec.in_features
+        facts = {
+            "name": name,
+            "scheme": scheme.describe(),
+            "shape": [spec.out_features, spec.in_features],
+            "bytes": size,
+            "bits_per_weight": size * 8 / weights,
+        }
         layers.append({**reported.get(name, {}), **facts})
     return layers
 
 
-def _facts(
-    folder: Path, config: Any, reader: CheckpointReader, layers: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
-) -> list[tuple[str, str]]:
+def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> list[tuple[str, str]]:
     packed = sum(layer["bytes"] for layer in layers)
     before = f", {size_text(report['bytes_before'])} before" if "bytes_before" in report else ""
     facts = [
         ("checkpoint", path_text(folder)),
         ("architecture", ", ".join(config.architectures or ["unknown"])),
-        ("size", f"{size_text(reader.total_bytes)}{before}"),
+        ("size", f"{size_text(size)}{before}"),
         ("quantized", f"{len(layers)} linears, {size_text(packed)}" if layers else "nothing"),
     ]
     if layers:
-        facts.append(("unquantized", f"{size_text(reader.total_bytes - packed)} (embeddings, output head, norms and what was left alone)"))
+        facts.append(("unquantized", f"{size_text(size - packed)} (embeddings, output head, norms and what was left alone)"))
     if report:
         facts += [
             ("made from", str(report["source"])),

@@ -32,11 +32,11 @@ def load_model(folder: Path, device: torch.device, kernel: str = "auto") -> Any:
 def _load_plain(folder: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from ptqcli.checkpoint.tensors import CheckpointReader
+    from ptqcli.checkpoint.tensors import SafetensorsFolder
     from ptqcli.model.kinds import kind_of
 
     kind_of(config)
-    CheckpointReader(folder)  # says of a damaged file what is wrong with it
+    SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,

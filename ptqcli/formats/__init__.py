@@ -1,25 +1,39 @@
-"""On-disk formats of quantized weights, one file each.
+"""On-disk formats of quantized weights, one file each, and the one table of them.
 
 A format is a pair of exact inverses, ``pack`` and ``unpack``, between a ``QuantizedWeight`` and named tensors; the JSON files that tell
 readers which linear has which scheme, and the way back from them to schemes; and everything that is known of its readers: what they
 cannot hold (``refusal``), what they run as one matrix (``fused_refusal``), what else a user should hear (``notes``). Formats know
 schemes and codes, never the algorithm that chose them.
+
+A new format is one file with an instance of a class that has what ``Format`` asks for, and one entry in FORMATS. Another installed package
+adds one under the entry point group ``ptqcli.formats``, in the same form: ``its-name = "package.module:INSTANCE"``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.numerics.weight import QuantizedWeight
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a recipe names a format, and must not wait for torch
+    import torch
+    from torch import Tensor
+
     from ptqcli.checkpoint.tensors import TensorSource
+    from ptqcli.numerics.weight import QuantizedWeight
+
+DEFAULT_FORMAT = "compressed-tensors"
+
+ENTRY_POINTS = "ptqcli.formats"
+
+# Name -> "module:attribute" of the built-in formats, imported when they are used.
+FORMATS = {
+    "compressed-tensors": "ptqcli.formats.compressed_tensors:COMPRESSED_TENSORS",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +53,15 @@ class LinearSpec:
     moving_groups: bool = False
 
 
+@runtime_checkable
 class Format(Protocol):
-    """How schemes are stored and told to readers."""
+    """How schemes are stored and told to readers.
+
+    name: as in a recipe and in FORMATS. packages: Python packages outside the core that a reader needs, each with what it is for.
+    """
 
     name: str
+    packages: Mapping[str, str]
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """Why this format cannot hold a linear, or None if it can."""
@@ -54,7 +73,7 @@ class Format(Protocol):
         """
 
     def stored_bytes(self, spec: LinearSpec) -> int:
-        """Bytes of a linear's stored tensors, as far as they are known before calibration."""
+        """Bytes of a linear's stored tensors, all but those of outlier columns, whose number is known only after calibration."""
 
     def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
         """What a user should know of the readers of such linears, one sentence each."""
@@ -79,3 +98,61 @@ class Format(Protocol):
 
     def stored_linears(self, names: Iterable[str]) -> list[str]:
         """The quantized linears among the tensor ``names`` of a checkpoint, by their stored names."""
+
+
+def format_names() -> list[str]:
+    """Names of all formats, built in or from another installed package, in the order of the table. Loads none of them."""
+    return list(dict.fromkeys(entry.name for entry in _entries()))
+
+
+def find_format(name: str) -> Format:
+    """The format ``name``.
+
+    Raises UsageError, listing what there is, for an unknown name, and PTQError, naming the package, for a format that cannot be loaded.
+    """
+    found = [entry for entry in _entries() if entry.name == name]
+    if not found:
+        raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}")
+    if len(found) > 1:
+        packages = ", ".join(_package(entry) for entry in found)
+        raise PTQError(f"format '{name}' comes from more than one package: {packages}; uninstall all but one")
+    return _load(found[0])
+
+
+def format_of(config: Mapping[str, Any]) -> Format:
+    """The format of a ``quantization_config`` entry of config.json. Raises PTQError, listing what is read, if it is of none."""
+    broken = []
+    for name in format_names():
+        try:
+            candidate = find_format(name)
+        except PTQError as error:  # of another package, perhaps, and no matter unless nothing else reads the entry
+            broken.append(f"; {error}")
+            continue
+        if candidate.recognises(config):
+            return candidate
+    read = ", ".join(format_names())
+    raise PTQError(f"quantization_config: quant_method {config.get('quant_method')} is not read; what is read: {read}{''.join(broken)}")
+
+
+def _entries() -> list[EntryPoint]:
+    """Where each format is found: the built-in ones first, then those of other packages."""
+    built_in = [EntryPoint(name, place, ENTRY_POINTS) for name, place in FORMATS.items()]
+    return [*built_in, *entry_points(group=ENTRY_POINTS)]
+
+
+def _load(entry: EntryPoint) -> Format:
+    try:
+        found = entry.load()
+    except Exception as error:  # whatever another package raises when it is imported
+        raise PTQError(f"format '{entry.name}' of the package {_package(entry)} cannot be loaded: {_first_line(error)}") from error
+    if not isinstance(found, Format):
+        raise PTQError(f"format '{entry.name}' of the package {_package(entry)}: {entry.value} lacks a method or attribute of a format")
+    return found
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.module.partition(".")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -19,22 +19,7 @@
 ``ptqcli.numerics.scheme`` less 2^(bits-1); before it packs, the library adds that again, so that packed words hold the unsigned ones.
 ``m.weight_scale`` marks a quantized linear in both formats; ``m.weight`` alone is that of a plain one.
 
-What a reader would get silently wrong, and what is done about it here:
-
-- Without ``quantization_status: compressed`` transformers loads random weights and only warns. It is always written, and a file
-  without it is refused.
-- Versions of the library before 0.18 packed 3-bit codes ten to a word, under the same names. Such a file has another width and is
-  refused by name.
-- A linear of class ``Conv1D`` (GPT-2) is passed over by compressed-tensors inside transformers, which then leaves it random with
-  a warning. The entry for such a model carries a key that compressed-tensors does not know and therefore refuses, so that
-  transformers stops with an error that shows the key.
-- The outlier split is an extension of this program: transformers and vLLM would leave the 16-bit columns out of the product. A key
-  of the same kind, which also holds the threshold, stops them.
-- vLLM runs q, k and v, and gate and up, as one matrix and takes the first one's scheme for all.
-
-What a reader refuses by itself, and is written all the same: transformers needs ``dequantize=True`` for asymmetric packed weights since
-0.18 of the library; vLLM has no dynamic activations per tensor, and of the narrower weights with 8-bit activations only 4 bits per
-token.
+What its readers get wrong, and what is done about it, stands in ``compressed_tensors_readers``.
 
 Left out: weight-only ``int-quantized``, which vLLM has no kernel for; asymmetric activations; packed weights with activations or with one
 scale per tensor, the latter unknown to vLLM; floating-point weights; and classic act-order with its ``weight_g_idx``, which the
@@ -43,41 +28,97 @@ library dropped in 0.19.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError
-from ptqcli.formats import bitstream
-from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, INTEGER, NAME, OUTLIERS_KEY, PACKED, quantization_config, schemes_of
+from ptqcli.formats import Format, LinearSpec, bitstream, compressed_tensors_config, compressed_tensors_readers
+from ptqcli.formats.compressed_tensors_config import NAME
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
-
-__all__ = [
-    "CONV1D_KEY",
-    "INTEGER",
-    "NAME",
-    "OUTLIERS_KEY",
-    "PACKED",
-    "pack",
-    "quantization_config",
-    "refusal",
-    "schemes_of",
-    "stored_linears",
-    "tensor_names",
-    "unpack",
-]
 
 # Products of two 8-bit codes reach 2^14; this many of them no longer fit the 32-bit sums of every integer kernel.
 TOO_MANY_PRODUCTS = 1 << 17
 
 
-def refusal(scheme: Scheme, in_features: int, out_features: int, moving_groups: bool = False) -> str | None:
-    """Why this format cannot hold a matrix [out_features, in_features] in ``scheme``, or None if it can.
+class CompressedTensors:
+    """The format (``ptqcli.formats.Format``) of both kinds of file; a checkpoint may mix them."""
 
-    moving_groups: the groups are not neighbouring columns (act-order without static groups), so that an index is needed.
-    """
+    name = NAME
+    packages: Mapping[str, str] = {NAME: "lets transformers load the checkpoints; ptq itself does not need it"}
+
+    def refusal(self, spec: LinearSpec) -> str | None:
+        """Why this format cannot hold a linear, or None if it can."""
+        return _refusal(spec.scheme, spec.out_features, spec.in_features, spec.moving_groups)
+
+    def fused_refusal(self, group: Mapping[str, Scheme | None]) -> str | None:
+        """Why linears that read one tensor inside one module cannot differ as they do, or None if all is well."""
+        return compressed_tensors_readers.fused_refusal(group)
+
+    def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
+        """What a user should know of the readers of such linears, one sentence each."""
+        return compressed_tensors_readers.notes(specs)
+
+    def stored_bytes(self, spec: LinearSpec) -> int:
+        """Bytes of a linear's stored tensors, those of outlier columns left out."""
+        return sum(math.prod(shape) * itemsize for shape, itemsize in _stored_shapes(spec))
+
+    def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
+        """Names of the tensors that hold the linear ``name``, in the order of the module docstring."""
+        return tuple(f"{name}.{leaf}" for leaf in _leaves(scheme))
+
+    def pack(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The stored tensors of the linear ``name``. Raises PTQError if the format cannot hold ``weight``."""
+        scheme = weight.scheme
+        out_features, in_features = weight.codes.shape
+        reason = _refusal(scheme, out_features, in_features, weight.g_idx is not None)
+        if reason is not None:
+            raise PTQError(f"{name}: {reason}")
+        if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
+            raise PTQError(f"{name}: a symmetric weight has zero points other than {scheme.middle}")
+        tensors = _packed_tensors(weight) if scheme.activations is None else _integer_tensors(name, weight)
+        return dict(zip(self.tensor_names(name, scheme), tensors, strict=True))
+
+    def unpack(self, name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
+        """Inverse of ``pack``: the linear ``name`` from stored tensors, which ``read`` returns by name.
+
+        Raises PTQError, naming the tensor, when a dtype, a shape or an index does not fit ``scheme``; what ``read`` raises passes through.
+        """
+        return _read_packed(name, read, scheme) if scheme.activations is None else _read_integers(name, read, scheme)
+
+    def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The entry of config.json. Raises UsageError if nothing is quantized."""
+        schemes = {spec.name: spec.scheme for spec in specs}
+        conv1d = any(spec.kind == "Conv1D" for spec in specs)
+        return {"config.json": {"quantization_config": compressed_tensors_config.quantization_config(schemes, untouched, conv1d)}}
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """Whether a ``quantization_config`` entry of config.json is of this format."""
+        return config.get("quant_method") == NAME
+
+    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
+        """The scheme of each quantized linear among ``linears``: all of it stands in ``config``.
+
+        Raises PTQError, naming the key, for everything that is not read.
+        """
+        return compressed_tensors_config.schemes_of(config, linears)
+
+    def stored_linears(self, names: Iterable[str]) -> list[str]:
+        """The quantized linears, of either kind, among the tensor ``names`` of a checkpoint."""
+        marks = (".weight_packed", ".weight_scale")
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith(marks)))
+
+
+COMPRESSED_TENSORS: Format = CompressedTensors()
+
+
+def _refusal(scheme: Scheme, out_features: int, in_features: int, moving_groups: bool = False) -> str | None:
+    """Why no file of this format can hold a matrix [out_features, in_features] in ``scheme``, or None."""
     if in_features < 1 or out_features < 1:
         return f"a matrix of {out_features} x {in_features} has no weights"
     if in_features % scheme.columns_per_group(in_features):
@@ -89,9 +130,16 @@ def refusal(scheme: Scheme, in_features: int, out_features: int, moving_groups: 
     return None
 
 
-def tensor_names(name: str, scheme: Scheme) -> tuple[str, ...]:
-    """Names of the tensors that hold the linear ``name``, in the order of the module docstring."""
-    return tuple(f"{name}.{leaf}" for leaf in _leaves(scheme))
+def _stored_shapes(spec: LinearSpec) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and bytes an element of each stored tensor but the outlier columns."""
+    scheme, rows, columns, scale = spec.scheme, spec.out_features, spec.in_features, spec.scale_dtype.itemsize
+    if scheme.activations is not None:
+        scales = 1 if scheme.group_size == WHOLE_MATRIX else rows
+        static = [] if scheme.activations.dynamic else [((1,), scale)]
+        return [((rows, columns), 1), ((scales,), scale), *static]
+    groups = scheme.group_count(columns)
+    zero = [] if scheme.symmetric else [((bitstream.word_count(rows, scheme.bits), groups), 4)]
+    return [((rows, bitstream.word_count(columns, scheme.bits)), 4), ((rows, groups), scale), ((2,), 8), *zero]
 
 
 def _leaves(scheme: Scheme) -> list[str]:
@@ -100,33 +148,6 @@ def _leaves(scheme: Scheme) -> list[str]:
     static = [] if scheme.activations.dynamic else ["input_scale"]
     split = [] if scheme.outliers is None else ["outlier_index", "outlier_weight"]
     return ["weight", "weight_scale", *static, *split]
-
-
-def stored_linears(names: Iterable[str]) -> list[str]:
-    """The linears that are stored in either format among the tensor ``names`` of a checkpoint."""
-    marks = (".weight_packed", ".weight_scale")
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith(marks)))
-
-
-def pack(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The stored tensors of the linear ``name``. Raises PTQError if the format cannot hold ``weight``."""
-    out_features, in_features = weight.codes.shape
-    scheme = weight.scheme
-    reason = refusal(scheme, in_features, out_features, moving_groups=weight.g_idx is not None)
-    if reason is not None:
-        raise PTQError(f"{name}: {reason}")
-    if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
-        raise PTQError(f"{name}: a symmetric weight has zero points other than {scheme.middle}")
-    tensors = _packed_tensors(weight) if scheme.activations is None else _integer_tensors(name, weight)
-    return dict(zip(tensor_names(name, scheme), tensors, strict=True))
-
-
-def unpack(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
-    """Inverse of ``pack``: the linear ``name`` from stored tensors, which ``read`` returns by name.
-
-    Raises PTQError, naming the tensor, when a dtype, a shape or an index does not fit ``scheme``; whatever ``read`` raises passes through.
-    """
-    return _read_packed(name, read, scheme) if scheme.activations is None else _read_integers(name, read, scheme)
 
 
 def _packed_tensors(weight: QuantizedWeight) -> list[Tensor]:
@@ -142,11 +163,11 @@ def _packed_tensors(weight: QuantizedWeight) -> list[Tensor]:
 
 
 def _read_packed(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
-    packed, scale, shape = (read(stored) for stored in tensor_names(name, scheme)[:3])
+    packed, scale, shape = (read(f"{name}.{leaf}") for leaf in _leaves(scheme)[:3])
     if shape.shape != (2,) or shape.dtype not in (torch.int32, torch.int64):
         raise PTQError(f"{name}.weight_shape: expected two integers, found {_describe(shape)}")
     out_features, in_features = shape.tolist()
-    _expect_readable(name, scheme, in_features, out_features)
+    _expect_readable(name, scheme, out_features, in_features)
     groups = scheme.group_count(in_features)
     _expect_words(f"{name}.weight_packed", packed, (out_features, bitstream.word_count(in_features, scheme.bits)))
     _expect_floats(f"{name}.weight_scale", scale, (out_features, groups))
@@ -179,7 +200,7 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
     if signed.dim() != 2 or signed.dtype != torch.int8:
         raise PTQError(f"{name}.weight: expected int8 codes [out, in], found {_describe(signed)}")
     out_features, in_features = signed.shape
-    _expect_readable(name, scheme, in_features, out_features)
+    _expect_readable(name, scheme, out_features, in_features)
     codes = signed.view(torch.uint8) + scheme.middle
     if int(codes.max()) >= scheme.levels:
         raise PTQError(f"{name}.weight: holds codes outside of {scheme.bits} bits")
@@ -188,7 +209,7 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
         scale = scale.reshape(1, 1).expand(out_features, 1).clone()
     _expect_floats(f"{name}.weight_scale", scale, (out_features, 1))
     input_scale = None
-    if f"{name}.input_scale" in tensor_names(name, scheme):
+    if "input_scale" in _leaves(scheme):
         input_scale = read(f"{name}.input_scale")
         _expect_floats(f"{name}.input_scale", input_scale, (1,))
     outliers = None if scheme.outliers is None else _read_outliers(name, read, out_features, in_features)
@@ -210,8 +231,8 @@ def _middle(scale: Tensor, scheme: Scheme) -> Tensor:
     return torch.full(scale.shape, scheme.middle, dtype=torch.uint8)
 
 
-def _expect_readable(name: str, scheme: Scheme, in_features: int, out_features: int) -> None:
-    reason = refusal(scheme, in_features, out_features)
+def _expect_readable(name: str, scheme: Scheme, out_features: int, in_features: int) -> None:
+    reason = _refusal(scheme, out_features, in_features)
     if reason is not None:
         raise PTQError(f"{name}: {reason}")
 

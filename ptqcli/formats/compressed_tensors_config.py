@@ -29,7 +29,7 @@ OUTLIERS_KEY = "outlier_columns_unknown_to_compressed_tensors"
 GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activations", CONV1D_KEY, OUTLIERS_KEY}
 
 
-def format_of(scheme: Scheme) -> str:
+def stored_as(scheme: Scheme) -> str:
     """The library's name for the way in which ``scheme`` is stored."""
     return PACKED if scheme.activations is None else INTEGER
 
@@ -48,7 +48,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: Sequence[str], c
     # A class target reaches modules that vLLM has fused under a name of its own; with several schemes only names are exact.
     targets = {scheme: ["Linear"] if len(names) == 1 else listed for scheme, listed in names.items()}
     groups = {f"group_{number}": _group(scheme, targets[scheme], conv1d) for number, scheme in enumerate(names)}
-    formats = {format_of(scheme) for scheme in names}
+    formats = {stored_as(scheme) for scheme in names}
     return {
         "quant_method": NAME,
         "format": formats.pop() if len(formats) == 1 else MIXED,
@@ -74,7 +74,7 @@ def _group(scheme: Scheme, targets: list[str], conv1d: bool) -> dict[str, Any]:
     }
     group: dict[str, Any] = {
         "targets": targets,
-        "format": format_of(scheme),
+        "format": stored_as(scheme),
         "weights": weights,
         "input_activations": None if scheme.activations is None else _input_entry(scheme.activations),
         "output_activations": None,
@@ -126,9 +126,6 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _refuse_unread(config: Mapping[str, Any]) -> None:
-    method = config.get("quant_method")
-    if method != NAME:
-        raise PTQError(f"quantization_config: quant_method {method} is not read; expected {NAME}")
     status = config.get("quantization_status")
     if status != "compressed":
         raise PTQError(f"quantization_config: quantization_status is {status}; only 'compressed' files can be loaded")
@@ -154,7 +151,7 @@ def _targets(config: Mapping[str, Any]) -> dict[str, Scheme]:
     return targets
 
 
-def _group_scheme(group: Mapping[str, Any], stored_as: str | None) -> Scheme:
+def _group_scheme(group: Mapping[str, Any], layout: str | None) -> Scheme:
     unknown = sorted(group.keys() - GROUP_KEYS)
     if unknown:
         raise PTQError(f"the key {unknown[0]} is not read")
@@ -166,14 +163,14 @@ def _group_scheme(group: Mapping[str, Any], stored_as: str | None) -> Scheme:
     if type(weights["num_bits"]) is not int:
         raise PTQError(f"weights with num_bits {weights['num_bits']!r} are not read")
     activations = _activations(group.get("input_activations"))
-    if stored_as == PACKED:
+    if layout == PACKED:
         if activations is not None:
             raise PTQError(f"input_activations are read in format {INTEGER}, not in {PACKED}")
         return Scheme(weights["num_bits"], _group_size(weights, ("channel", "group")), weights.get("symmetric", True))
-    if stored_as not in READ_AS_INTEGER:
-        raise PTQError(f"format {stored_as} is not read; expected {PACKED} or {INTEGER}")
+    if layout not in READ_AS_INTEGER:
+        raise PTQError(f"format {layout} is not read; expected {PACKED} or {INTEGER}")
     if activations is None:
-        raise PTQError(f"format {stored_as} without input_activations is not read; expected {PACKED}")
+        raise PTQError(f"format {layout} without input_activations is not read; expected {PACKED}")
     _expect("weights beside input_activations", weights, symmetric=(True,))
     split = group.get(OUTLIERS_KEY)
     outliers = None if split is None else OutlierSplit(split["threshold"], split["dynamic"])

@@ -153,6 +153,15 @@ class Skeleton:
         """Path of block ``index`` in the model, such as ``model.layers.3``."""
         return f"{self.blocks_name}.{index}"
 
+    @property
+    def fused_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linears that servers run as one matrix (q, k and v; gate and up): paths in the model, in running order."""
+        return tuple(
+            tuple(f"{self.block_prefix(index)}.{local}" for local in group)
+            for index, shape in enumerate(self.shapes)
+            for group in shape.fused_groups
+        )
+
     def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Block ``index`` with its weights on ``device``, floating tensors as ``dtype``."""
         block, prefix = self.blocks[index], self.block_prefix(index) + "."

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptqcli.checkpoint.auxiliary import copy_companions, load_tokenizer
-from ptqcli.checkpoint.tensors import CheckpointReader, TensorSource
+from ptqcli.checkpoint.auxiliary import copy_auxiliary_files, load_tokenizer
+from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
 from ptqcli.model.config import load_config
 
 
@@ -47,7 +47,7 @@ class ModelFolder:
     @cached_property
     def tensors(self) -> TensorSource:
         """The tensors of its safetensors files. Raises PTQError for missing or damaged ones."""
-        return CheckpointReader(self.folder)
+        return SafetensorsFolder(self.folder)
 
     def tokenizer(self) -> Any:
         """The tokenizer in the folder. Raises PTQError when there is none."""
@@ -60,4 +60,4 @@ class ModelFolder:
 
     def write_auxiliary(self, folder: Path) -> None:
         """Copy the files beside the weights."""
-        copy_companions(self.folder, folder)
+        copy_auxiliary_files(self.folder, folder)

@@ -12,7 +12,7 @@ from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
 from ptqcli.estimate import PlannedLinear
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats import Format
 from ptqcli.model.linears import rows_first
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.fake_quant import FakeQuantLinear
@@ -35,6 +35,7 @@ class Run:
 
     skeleton: Skeleton
     plan: Plan
+    format: Format
     resources: Resources
     solver: BlockSolver
     transforms: Sequence[BlockTransform]
@@ -103,7 +104,7 @@ class LoadedBlock:
             rows_first(module, weight).copy_(solution.weight.dequantize(linear.scale_dtype))
             module.weight = nn.Parameter(weight, requires_grad=False)
         stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
-        packed = compressed_tensors.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
+        packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
         self._finished.update(packed)
         self._placed.add(stored_name)
         error = relative_error(task.weight, FakeQuantLinear.of(solution.weight), self.statistics.get(linear.site.local))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats import find_format
 from ptqcli.model.skeleton import Skeleton, Unit
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.block import WindowWork
@@ -87,6 +87,7 @@ class _Quantization:
         self.state = Run(
             skeleton=skeleton,
             plan=plan,
+            format=find_format(plan.recipe.format),
             resources=resources,
             solver=as_block_solver(plan.recipe.solver()),
             transforms=plan.recipe.transforms(),
@@ -107,7 +108,8 @@ class _Quantization:
         with self.clock.measure("write"):
             self.writer.finish()
             self.skeleton.source.write_auxiliary(self.folder)
-            write_json(self.folder / "config.json", self._config())
+            for file, entries in self._described().items():
+                write_json(self.folder / file, entries)
 
     def _calibrate(self, data_dir: Path | None) -> None:
         """Read the calibration text and record how the model calls its blocks on it."""
@@ -168,10 +170,8 @@ class _Quantization:
         self.writer.write(tensors)
         self.bytes_after += sum(tensor.nbytes for tensor in tensors.values())
 
-    def _config(self) -> dict[str, Any]:
-        config = self.skeleton.source.config_json()
-        schemes = {linear.name: linear.scheme for linear in self.plan.linears}
+    def _described(self) -> dict[str, dict[str, Any]]:
+        """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
         left = [*(name for name, _ in self.plan.skipped), *self.plan.outside]
-        conv1d = any(linear.site.transposed for linear in self.plan.linears)
-        config["quantization_config"] = compressed_tensors.quantization_config(schemes, left, conv1d)
-        return config
+        added = self.state.format.describe([linear.spec for linear in self.plan.linears], left)
+        return {**added, "config.json": {**self.skeleton.source.config_json(), **added.get("config.json", {})}}

@@ -1,0 +1,76 @@
+"""What is known of the programs that read compressed-tensors: compressed-tensors inside transformers, and vLLM.
+
+What a reader would get silently wrong, and what is done about it here:
+
+- Without ``quantization_status: compressed`` transformers loads random weights and only warns. It is always written, and a file
+  without it is refused.
+- Versions of the library before 0.18 packed 3-bit codes ten to a word, under the same names. Such a file has another width and is
+  refused by name.
+- A linear of class ``Conv1D`` (GPT-2) is passed over by compressed-tensors inside transformers, which then leaves it random with
+  a warning. The entry for such a model carries a key that compressed-tensors does not know and therefore refuses, so that
+  transformers stops with an error that shows the key.
+- The outlier split is an extension of this program: transformers and vLLM would leave the 16-bit columns out of the product. A key
+  of the same kind, which also holds the threshold, stops them.
+- vLLM runs q, k and v, and gate and up, as one matrix and takes the first one's scheme for all.
+
+What a reader refuses by itself, and is written all the same: transformers needs ``dequantize=True`` for asymmetric packed weights since
+0.18 of the library; vLLM has no dynamic activations per tensor, and of the narrower weights with 8-bit activations only 4 bits per
+token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ptqcli.formats import LinearSpec
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
+
+
+def fused_refusal(group: Mapping[str, Scheme | None]) -> str | None:
+    """Why vLLM would misread linears of one module that read one tensor (q, k, v; gate, up), or None if they have one scheme.
+
+    group: the scheme of each by its path in the model, None for one that stays as it is.
+    """
+    first = next(iter(group))
+    for name, scheme in group.items():
+        if scheme != group[first]:
+            one, other = ("left as it is" if each is None else each.describe() for each in (group[first], scheme))
+            return (
+                f"{first} ({one}) and {name} ({other}) read the same input and are run as one matrix by vLLM; "
+                "give them the same scheme, or leave all of them as they are"
+            )
+    return None
+
+
+def notes(specs: Sequence[LinearSpec]) -> list[str]:
+    """What a user should know of the readers of such linears, one sentence each."""
+    found = []
+    if any(not spec.scheme.symmetric for spec in specs):
+        found.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
+    if any(spec.scheme.outliers is not None for spec in specs):
+        found.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
+    found += _activation_notes(list(dict.fromkeys(spec.scheme for spec in specs)))
+    kinds = {spec.kind for spec in specs}
+    if "Conv1D" in kinds:
+        found.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
+    others = ", ".join(sorted(kinds - {"Linear", "Conv1D"}))
+    if others and all(spec.scheme.activations is None for spec in specs):
+        found.append(f"{others} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
+    elif others:
+        found.append(
+            f"{others} layers: transformers cannot run them with 8-bit activations, and with dequantize=True it drops the rounding"
+        )
+    return found
+
+
+def _activation_notes(schemes: Sequence[Scheme]) -> list[str]:
+    token, tensor = ActivationScheme(), ActivationScheme(per_token=False)
+    found = []
+    if any(scheme.activations == tensor for scheme in schemes):
+        found.append("activations scaled per tensor at run time: transformers and ptqcli compute them, vLLM does not")
+    narrow = [scheme for scheme in schemes if scheme.activations is not None and scheme.bits < 8]
+    if narrow:
+        found.append(f"{narrow[0].bits}-bit codes beside 8-bit activations take a byte each, so the file is no smaller than with --wbits 8")
+    if any(scheme.bits != 4 or scheme.activations != token for scheme in narrow):
+        found.append("of weights below 8 bits beside 8-bit activations, vLLM reads only 4 bits with --act-scales token")
+    return found

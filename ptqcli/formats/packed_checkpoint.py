@@ -1,0 +1,130 @@
+"""The one way to open a quantized model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
+from ptqcli.errors import PTQError
+from ptqcli.formats import Format, LinearSpec, format_of
+from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.names import DiskNames
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
+
+
+class PackedCheckpoint:
+    """A quantized model, opened: what is where, and its weights one at a time. Made by ``open_checkpoint``.
+
+    folder: where it is, for messages.
+    config: the transformers configuration.
+    model: the model of that configuration, on the meta device.
+    format: how its weights are stored.
+    tensors: everything that is stored.
+    schemes: the scheme of each quantized linear by its path in the model, in the order of the model.
+    names: names in memory -> stored names; a quantized linear counts as if its ``weight`` were stored.
+
+    Raises PTQError, naming the tensor, if what is stored is not what the configuration says.
+    """
+
+    def __init__(
+        self, folder: Path, config: Any, model: nn.Module, stored_as: Format, tensors: TensorSource, schemes: Mapping[str, Scheme]
+    ) -> None:
+        self.folder, self.config, self.model, self.format, self.tensors = folder, config, model, stored_as, tensors
+        self.schemes = dict(schemes)
+        self._quantized = set(stored_as.stored_linears(tensors.names))
+        plain = [name for name in tensors.names if not self._belongs(name)]
+        self.names = DiskNames(model, [*plain, *(f"{linear}.weight" for linear in sorted(self._quantized))])
+        self._specs = {name: self._spec(name, scheme) for name, scheme in self.schemes.items()}
+        self._refuse_unexpected()
+
+    def spec(self, name: str) -> LinearSpec:
+        """The quantized linear ``name``. scale_dtype: that of its first floating tensor, or the model's. Its groups count as not moving."""
+        return self._specs[name]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the quantized linear ``name`` takes in the file."""
+        return sum(self.tensors.nbytes(tensor) for tensor in self._tensor_names(name, self.schemes[name]))
+
+    def weight(self, name: str) -> QuantizedWeight:
+        """The codes of the quantized linear ``name``. Raises PTQError if they are damaged or not as large as the model's matrix."""
+        weight = self.format.unpack(self._stored_linear(name), self.tensors.read, self.schemes[name])
+        spec = self._specs[name]
+        if tuple(weight.codes.shape) != (spec.out_features, spec.in_features):
+            wanted = [spec.out_features, spec.in_features]
+            raise PTQError(f"{self.folder}: {name} is stored as {list(weight.codes.shape)}, but config.json asks for {wanted}")
+        return weight
+
+    def plain(self) -> dict[str, str]:
+        """Names in memory -> stored names of everything that is not part of a quantized linear, whose biases are not here either."""
+        return {name: stored for name, stored in self.names.items() if name.rpartition(".")[0] not in self.schemes}
+
+    def _spec(self, name: str, scheme: Scheme) -> LinearSpec:
+        module = self.model.get_submodule(name)
+        out_features, in_features = linear_weight(module).shape
+        dtypes = [self.tensors.dtype(tensor) for tensor in self._tensor_names(name, scheme)]
+        scale_dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), self.config.dtype)
+        return LinearSpec(
+            name=name,
+            scheme=scheme,
+            out_features=out_features,
+            in_features=in_features,
+            scale_dtype=scale_dtype,
+            kind=type(module).__name__,
+        )
+
+    def _tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
+        return self.format.tensor_names(self._stored_linear(name), scheme)
+
+    def _stored_linear(self, name: str) -> str:
+        """The stored name of the quantized linear ``name``."""
+        linear = (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
+        if linear not in self._quantized:
+            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but no quantized {linear} is stored")
+        return linear
+
+    def _belongs(self, tensor: str) -> bool:
+        """Whether the stored ``tensor`` is part of a quantized weight: a linear has nothing else but a bias."""
+        linear, _, leaf = tensor.rpartition(".")
+        return linear in self._quantized and leaf != "bias"
+
+    def _refuse_unexpected(self) -> None:
+        for name, stored in self.plain().items():
+            if stored.removesuffix(".weight") in self._quantized:
+                raise PTQError(f"{self.folder}: {name} is stored quantized, but config.json gives it no scheme")
+        known = {tensor for name, scheme in self.schemes.items() for tensor in self._tensor_names(name, scheme)}
+        stray = [name for name in self.tensors.names if self._belongs(name) and name not in known]
+        if stray:
+            more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
+            raise PTQError(f"{self.folder}: nothing in the model takes the tensor {stray[0]}{more}")
+
+
+def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> PackedCheckpoint:
+    """The quantized model in ``folder``; no weight is read yet.
+
+    dtype: floating dtype of the model; None takes the one that config.json names, or that of the first floating tensor.
+    Raises PTQError or UsageError, naming the file, key or tensor, when the folder is no quantized checkpoint of a format that is read, is
+    damaged, or does not fit its model.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    entry = getattr(config, "quantization_config", None)
+    if not isinstance(entry, Mapping):
+        raise PTQError(f"{folder}: config.json has no quantization_config, so the model is not quantized; run ptq quantize on it first")
+    stored_as = format_of(entry)
+    tensors = SafetensorsFolder(folder)
+    config.dtype = dtype or config.dtype or _stored_dtype(tensors)
+    model = build_on_meta(config)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    return PackedCheckpoint(folder, config, model, stored_as, tensors, stored_as.schemes(entry, tensors, linears))
+
+
+def _stored_dtype(tensors: TensorSource) -> torch.dtype:
+    """The first floating dtype in the file, which is what transformers takes when config.json names none."""
+    return next((tensors.dtype(name) for name in tensors.names if tensors.dtype(name).is_floating_point), torch.float32)

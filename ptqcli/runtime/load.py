@@ -1,0 +1,142 @@
+"""A packed checkpoint as a transformers model.
+
+The model is built on the meta device from config.json, each quantized linear is replaced by a layer that keeps its weight in integers,
+and everything else is read as it is. No weight is ever expanded while loading. A tensor that the model needs and the file lacks is an
+error that names it, and so is a tensor beside a quantized linear that its scheme does not take. Other tensors that the model does not
+know (buffers that old files carry, heads that transformers does not build) are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ptq_kernels import JoinedLinear
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.runtime.joined import alike, joined_bias, joined_weight, same_input
+from ptqcli.runtime.layers import quantized_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_quantized(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+    fuse: bool = True,
+) -> PreTrainedModel:
+    """The model in the checkpoint folder ``path``, ready for inference and ``generate``.
+
+    dtype: floating dtype of activations, scales and unquantized weights; None takes the one that config.json names. kernel: one of
+    KERNELS, for all layers. fuse: join layers of the same input.
+    Raises PTQError or UsageError, naming the file or tensor, when the folder is no quantized checkpoint or does not fit its model, or a
+    layer cannot run on ``kernel``.
+    """
+    checkpoint = open_checkpoint(path, dtype)
+    model: Any = checkpoint.model
+    _Loader(checkpoint, torch.device(device), kernel).run(fuse)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        _set_generation_config(model, checkpoint.folder)
+    model.hf_quantizer = _Packed(checkpoint)
+    return model.to(device)  # the buffers that the model computed for itself
+
+
+class _Packed(HfQuantizer):
+    """Lets ``model.save_pretrained`` refuse: no program could load the layout of the kernels, which it would write without a word."""
+
+    is_trainable = False
+
+    def __init__(self, checkpoint: PackedCheckpoint) -> None:
+        super().__init__(QuantizationConfigMixin(quant_method=checkpoint.format.name))
+        self.folder = checkpoint.folder
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Asked when the model is to be saved."""
+        raise PTQError(f"a model of load_quantized holds weights packed for the kernels and cannot be saved; copy {self.folder} instead")
+
+
+class _Loader:
+    """Fills the model of a checkpoint, which is on the meta device."""
+
+    def __init__(self, checkpoint: PackedCheckpoint, device: torch.device, kernel: str) -> None:
+        self.checkpoint = checkpoint
+        self.model = checkpoint.model
+        self.device = device
+        self.dtype: torch.dtype = checkpoint.config.dtype
+        self.kernel = kernel
+        # Two names in memory that share a stored tensor, such as a tied head, get one parameter.
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def run(self, fuse: bool) -> None:
+        schemes = self.checkpoint.schemes
+        together = same_input(self.model, schemes) if fuse else [[name] for name in schemes]
+        for names in together:
+            self._replace(names)
+        for name, stored in self.checkpoint.plain().items():
+            self._fill(name, stored)
+        missing = [name for name, tensor in _tensors(self.model) if tensor.is_meta]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise PTQError(f"{self.checkpoint.folder}: no tensor is stored for {missing[0]}{more}")
+
+    def _replace(self, names: Sequence[str]) -> None:
+        """Put layers in the place of linears that read the same tensor, joined where their weights allow it."""
+        read = {name: self._read_linear(name) for name in names}
+        for joinable in alike(read):
+            weights, biases = zip(*(read[name] for name in joinable), strict=True)
+            layer = self._layer(joinable, joined_weight(weights), joined_bias(weights, biases))
+            sizes = [len(weight.codes) for weight in weights]
+            parts = JoinedLinear(layer, sizes).parts() if len(joinable) > 1 else [layer]
+            for name, part in zip(joinable, parts, strict=True):
+                self.model.set_submodule(name, part)
+
+    def _layer(self, names: Sequence[str], weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
+        try:
+            return quantized_linear(weight, bias, self.dtype, self.device, self.kernel)
+        except UsageError as error:
+            raise UsageError(f"{names[0]}: {error}") from error
+
+    def _read_linear(self, name: str) -> tuple[QuantizedWeight, Tensor | None]:
+        weight = self.checkpoint.weight(name)
+        stored_bias = self.checkpoint.names.disk(f"{name}.bias")
+        if self.model.get_submodule(name).bias is not None and stored_bias is None:
+            raise PTQError(f"{self.checkpoint.folder}: no tensor is stored for {name}.bias")
+        return weight, None if stored_bias is None else self.checkpoint.tensors.read(stored_bias).to(self.dtype)
+
+    def _fill(self, name: str, stored: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = self._read(name, stored, module._buffers[leaf])
+            return
+        if stored not in self._parameters:
+            value = self._read(name, stored, module._parameters[leaf])
+            self._parameters[stored] = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = self._parameters[stored]
+
+    def _read(self, name: str, stored: str, expected: Tensor | None) -> Tensor:
+        value = self.checkpoint.tensors.read(stored)
+        if expected is None or value.shape != expected.shape:
+            wanted = "nothing" if expected is None else str(list(expected.shape))
+            raise PTQError(f"{self.checkpoint.folder}: {name} is stored as {list(value.shape)}, but config.json asks for {wanted}")
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _set_generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig.from_pretrained(folder)
