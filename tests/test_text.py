@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -79,7 +80,9 @@ def unclosed(request: pytest.FixtureRequest) -> Iterator[None]:
     """For a test that does not read a CSV file to its end: pandas, as ``datasets`` calls it, leaves closing it to the collector."""
     request.node.add_marker(pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"))
     yield
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def write_jsonl(path: Path, rows: list[object]) -> Path:

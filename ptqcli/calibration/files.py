@@ -248,7 +248,7 @@ def _parquet(path: Path) -> Iterator[str]:
 
     column = _column_of_features(_stream(Parquet, path).features, path)
     rows = _stream(Parquet, path, columns=[column], batch_size=CHUNK_ROWS)
-    return _texts((row[column] for row in rows), column, path)
+    return _texts((text for batch in rows.iter(CHUNK_ROWS) for text in batch[column]), column, path)
 
 
 def _arrow(path: Path) -> Iterator[str]:
@@ -256,7 +256,8 @@ def _arrow(path: Path) -> Iterator[str]:
 
     rows = _stream(Arrow, path)
     column = _column_of_features(rows.features, path)
-    return _texts((row[column] for row in rows.select_columns([column])), column, path)
+    batches = rows.select_columns([column]).iter(CHUNK_ROWS)
+    return _texts((text for batch in batches for text in batch[column]), column, path)
 
 
 _PACKINGS = ("", ".gz", ".bz2", ".xz")
