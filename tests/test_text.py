@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gc
 import gzip
+import io
 import json
 import logging
+import lzma
 import os
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ptqcli.calibration import builtin, corpora, text
+from ptqcli.calibration import builtin, corpora, files, text
 from ptqcli.calibration.text import calibration_windows, documents, evaluation_ids
 from ptqcli.errors import PTQError, UsageError
 
@@ -29,6 +36,17 @@ RAW = " \n = Title = \n \n First line . \n Second line\u2028still second . \n \n
 # What the datasets library gives for that file: a line with its newline, or "" for a blank one.
 ROWS = ["", " = Title = \n", "", " First line . \n", " Second line\u2028still second . \n", ""]
 JOINED = "\n\n = Title = \n\n\n\n\n First line . \n\n\n Second line\u2028still second . \n\n\n"
+
+
+# Texts that a reader which guesses types, drops "missing" ones or cuts at other line ends would change.
+TRICKY = ['one, "two"', "2020-01-01 00:00:00", "NA", "null", "", "12", "a\u2028b\x85c\x0bd", "😀 \\ é", "tail\n\n", " x\ty "]
+PACKINGS = {
+    "": bytes,
+    ".gz": lambda data: gzip.compress(data[:20]) + gzip.compress(data[20:]),
+    ".bz2": lambda data: bz2.compress(data[:20]) + bz2.compress(data[20:]),
+    ".xz": lambda data: lzma.compress(data[:20]) + lzma.compress(data[20:]),
+    ".zst": lambda data: pa.compress(data[:20], codec="zstd", asbytes=True) + pa.compress(data[20:], codec="zstd", asbytes=True),
+}
 
 
 def words(first: int, last: int) -> str:
@@ -55,6 +73,16 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
     return caches
+
+
+@pytest.fixture
+def unclosed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For a test that does not read a CSV file to its end: pandas, as ``datasets`` calls it, leaves closing it to the collector."""
+    request.node.add_marker(pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"))
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def write_jsonl(path: Path, rows: list[object]) -> Path:
@@ -85,25 +113,92 @@ def test_a_text_file_is_one_document_with_unix_line_ends(tmp_path: Path) -> None
     assert documents(str(tmp_path / "a.txt"), "calibration") == ["one\ntwo\nthree é\n"]
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"])
-def test_json_lines_plain_and_compressed(tmp_path: Path, ending: str) -> None:
-    lines = b'{"id": "a", "text": "one\\ntwo"}\n\n{"text": ""}\n{"text": "three"}'
-    path = tmp_path / f"a{ending}"
-    if ending.endswith(".gz"):
-        lines = gzip.compress(lines[:20]) + gzip.compress(lines[20:])
-    elif ending.endswith(".zst"):
-        lines = pa.compress(lines, codec="zstd", asbytes=True)
-    path.write_bytes(lines)
-    assert documents(str(path), "evaluation") == ["one\ntwo", "", "three"]
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_json_lines_plain_and_compressed(tmp_path: Path, kind: str, packing: str) -> None:
+    rows = [{"id": 7, "text": text, "more": {"a": text}} for text in TRICKY]
+    lines = ["", *map(json.dumps, rows[:5]), " ", *(json.dumps(row, ensure_ascii=False) for row in rows[5:])]
+    path = tmp_path / f"a{kind}{packing}"
+    path.write_bytes(PACKINGS[packing]("\r\n".join(lines).encode()))
+    assert documents(str(path), "evaluation") == [json.loads(line)["text"] for line in lines if line.strip()] == TRICKY
 
 
-def test_parquet_and_arrow_rows(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", ROWS)
-    assert documents(str(path), "evaluation") == ROWS
-    table = pa.table({"body": pa.array(ROWS, pa.large_string()), "n": list(range(len(ROWS)))})
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array(tmp_path: Path, packing: str, indent: int | None) -> None:
+    array = "\ufeff\n" + json.dumps([{"n": 1, "text": text} for text in TRICKY], indent=indent) + "\n"
+    path = tmp_path / f"a.json{packing}"
+    path.write_bytes(PACKINGS[packing](array.encode()))
+    assert documents(str(path), "evaluation") == TRICKY
+
+
+def test_json_rows_may_differ_in_what_is_not_text(tmp_path: Path) -> None:
+    """Also far behind the 10 MB by which ``datasets`` settles the columns of JSON."""
+    rows = [{"text": "2020-01-01", "n": 1}, {"n": "x", "text": "b"}, *[{"text": "x" * 100_000}] * 120, {"late": [1], "text": "c"}]
+    assert documents(str(write_jsonl(tmp_path / "a.jsonl", rows)), "evaluation") == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".xz"])
+def test_csv(tmp_path: Path, packing: str) -> None:
+    rows = io.StringIO()
+    csv.writer(rows).writerows([["n", "text"], *enumerate([*TRICKY, "two\r\nlines\rthree"])])
+    data = ("\ufeff" + rows.getvalue()).encode()
+    path = tmp_path / f"a.csv{packing}"
+    path.write_bytes(PACKINGS[packing](data))
+    [_, *cells] = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+    assert documents(str(path), "evaluation") == [cell.replace("\r\n", "\n").replace("\r", "\n") for _, cell in cells]
+    assert cells[-1][1] == "two\r\nlines\rthree"
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_compressed_text_and_names_with_signs_of_patterns(tmp_path: Path, packing: str) -> None:
+    for name in ("a[1]*?.txt", "a[1]*?.raw"):
+        (tmp_path / f"{name}{packing}").write_bytes(PACKINGS[packing](RAW.replace("\n", "\r\n").encode()))
+    assert documents(str(tmp_path / f"a[1]*?.txt{packing}"), "evaluation") == [RAW]
+    assert documents(str(tmp_path / f"a[1]*?.raw{packing}"), "evaluation") == [JOINED]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_parquet_and_arrow_rows(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = TRICKY * 500
+    table = pa.table({"n": list(range(len(rows))), "body": pa.array(rows, kind), "more": [[1.5]] * len(rows)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1_700)
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as stream:
-        stream.write_table(table)
-    assert documents(str(tmp_path / "a.arrow"), "evaluation") == ROWS
+        stream.write_table(table, max_chunksize=1_300)
+    with pa.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow", "file.arrow"):
+        assert documents(str(tmp_path / name), "evaluation") == rows == table["body"].to_pylist()
+
+
+def damaged_after_the_front(kind: str, path: Path) -> None:
+    """A file of 60 MB, as long as it is not compressed, that nobody can read to its end."""
+    texts = [f"{number} " + "x" * 1000 for number in range(60_000)]
+    table = pa.table({"text": texts})
+    if kind == ".parquet":
+        pq.write_table(table, path, row_group_size=5_000, compression="none", use_dictionary=False)
+    elif kind == ".arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table, max_chunksize=5_000)
+    elif kind == ".csv":
+        path.write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        path.write_bytes({"": str.encode, ".gz": lambda data: gzip.compress(data.encode(), 1)}[kind.removeprefix(".jsonl")](lines))
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        file.seek(size // 2)
+        file.write(b"\xff" * (size // 4))
+
+
+@pytest.mark.usefixtures("unclosed")
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".csv", ".parquet", ".arrow"])
+def test_of_a_large_file_only_the_front_is_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a{kind}"
+    damaged_after_the_front(kind, path)
+    texts = files.read_file(path, 2_000)
+    assert [text.split()[0] for text in texts] == [str(number) for number in range(2_000)]
+    assert f"a{kind}" in fails(PTQError, path)
 
 
 def test_the_only_text_column_is_the_text(tmp_path: Path) -> None:
@@ -117,6 +212,7 @@ def test_raw_wikitext_has_the_rows_of_the_datasets_library(tmp_path: Path) -> No
     assert "\n\n".join(ROWS) == JOINED
 
 
+@pytest.mark.usefixtures("unclosed")
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -127,14 +223,44 @@ def test_raw_wikitext_has_the_rows_of_the_datasets_library(tmp_path: Path) -> No
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', PTQError, "a.jsonl, line 2: not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', PTQError, "a.jsonl, line 2: no text in column 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', PTQError, "a.jsonl, line 2: no text in column 'text'"),
-        ("a.jsonl", b'["x"]\n', PTQError, "a.jsonl, line 1: not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n["x"]\n', PTQError, "a.jsonl, line 2: not a JSON object"),
+        ("a.json", b'[{"text": "x"},\n"x"]\n', PTQError, "a.json, row 2: not a JSON object"),
+        ("a.json", b'\n[\n{"text": "x"},\n{"text" "y"}]\n', PTQError, "a.json: not valid JSON (Expecting ':' delimiter, line 4, column 9)"),
+        ("a.json", b'[{"text": "x"},\n{"body": "y"}]\n', PTQError, "a.json, row 2: no text in column 'text'"),
+        ("a.json", b"[]", PTQError, "a.json: the text is empty"),
+        ("a.json", b'[{"text": "\xe9"}]', PTQError, "a.json: not UTF-8 (0xe9 at byte 11)"),
+        (
+            "a.jsonl",
+            b'{"id": "x", "messages": [{"role": "user", "content": "y"}]}',
+            PTQError,
+            "column 'messages' holds chats, which are not",
+        ),
         ("a.jsonl", b'{"a": "x", "b": "y", "n": 1}\n', PTQError, "(columns: a, b, n); name it 'text'"),
         ("a.jsonl", b'{"n": 1}\n', PTQError, "(columns: n); name it 'text'"),
         ("a.jsonl.gz", b"no gzip", PTQError, "a.jsonl.gz cannot be read ("),
         ("a.parquet", b"no parquet, but long enough to look for a footer", PTQError, "a.parquet cannot be read ("),
         ("a.parquet", b"", PTQError, "a.parquet cannot be read ("),
         ("a.arrow", b"no arrow", PTQError, "a.arrow cannot be read ("),
-        ("a.csv", b"text\nx\n", UsageError, "a.csv is of a kind that is not read; give one of .txt "),
+        ("a.csv", b"", PTQError, "a.csv cannot be read (No columns to parse from file); correct it, or"),
+        ("a.csv", b"text\n", PTQError, "a.csv: the text is empty"),
+        ("a.csv", b"text\nx\n\xff\n", PTQError, "a.csv: not UTF-8 (0xff); convert it to UTF-8"),
+        (
+            "a.csv",
+            b"text\nx\ny, z\n",
+            PTQError,
+            "a.csv cannot be read (Error tokenizing data. C error: Expected 1 fields in line 3",
+        ),
+        ("a.csv", b"text\nx, y\n", PTQError, "a.csv: rows have more cells than there are column names; put texts with commas into"),
+        ("a.csv", b"a,b\nx,y\n", PTQError, "a.csv: which column holds the text is not clear (columns: a, b)"),
+        ("a.csv.gz", gzip.compress(b"text\n" + b"x\n" * 100)[:-12], PTQError, "a.csv.gz cannot be read ("),
+        ("a.txt.xz", lzma.compress(b"x" * 100)[:-12], PTQError, "a.txt.xz cannot be read ("),
+        ("a.txt.xz", lzma.compress(b"x" * 100)[:6] + bytes(50), PTQError, "a.txt.xz cannot be read ("),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 50, PTQError, "a.jsonl.gz cannot be read ("),
+        ("a.jsonl.zst", b"no zstd", PTQError, "a.jsonl.zst cannot be read ("),
+        ("a.md", b"x", UsageError, "a.md is of a kind that is not read; give one of .txt "),
+        ("a::b.txt", b"x", UsageError, "a::b.txt cannot be opened, as datasets takes '::' for a file inside another one; rename it"),
+        ("a.csv.zst", b"x", UsageError, "a.csv.zst is of a kind that is not read; give one of .txt "),
+        ("a.parquet.gz", b"x", UsageError, "a.parquet.gz is of a kind that is not read; give one of .txt "),
     ],
 )
 def test_a_file_that_does_not_work(tmp_path: Path, name: str, content: bytes, error: type[PTQError], message: str) -> None:
@@ -160,6 +286,62 @@ def test_a_parquet_file_without_a_text_column(tmp_path: Path) -> None:
     assert "(columns: a, b, n); name it 'text'" in fails(PTQError, tmp_path / "a.parquet")
 
 
+def test_nothing_is_written_and_nobody_is_asked_for_a_local_file(tmp_path: Path) -> None:
+    """In a process of its own, whose home is empty and which may not connect to anything. The built-in text does without datasets."""
+    data = tmp_path / "data"
+    table = pa.table({"text": TRICKY})
+    data.mkdir()
+    (data / "a.txt").write_text("x")
+    (data / "a.csv.gz").write_bytes(gzip.compress(b"text\nx\n"))
+    write_jsonl(data / "a.jsonl", [{"text": "x"}])
+    pq.write_table(table, data / "a.parquet")
+    with pa.ipc.new_stream(str(data / "a.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    code = (
+        "import socket, sys\n"
+        "from pathlib import Path\n"
+        "def refuse(self, address): raise SystemExit(f'connects to {address}')\n"
+        "socket.socket.connect = socket.socket.connect_ex = refuse\n"
+        "from ptqcli.calibration.text import documents\n"
+        "documents('builtin', 'calibration')\n"
+        "assert 'datasets' not in sys.modules\n"
+        "for path in Path(sys.argv[1]).iterdir(): print(len(documents(str(path), 'calibration')))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", code, str(data)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["1", "1", "1", "10", "10"]
+    assert done.stderr == ""
+    assert [*home.iterdir(), *temporary.iterdir()] == []
+
+
+@pytest.mark.usefixtures("unclosed")
+def test_datasets_is_quiet_while_it_reads_and_as_before_after(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    # What the environment of the test run says does not count.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(datasets.utils.tqdm, "HF_DATASETS_DISABLE_PROGRESS_BARS", None, raising=False)
+    datasets.enable_progress_bars()
+    # From 17 files on, the library shows a bar.
+    datasets.Dataset.from_dict({"text": TRICKY * 2}).save_to_disk(str(tmp_path / "saved"), num_shards=17)
+    (tmp_path / "a.csv").write_bytes(b"text\n\xff\n")
+    verbosity = datasets.utils.logging.get_verbosity()
+    capfd.readouterr()
+    assert documents(str(tmp_path / "saved"), "evaluation") == TRICKY * 2
+    fails(PTQError, tmp_path / "a.csv")
+    assert capfd.readouterr() == ("", "")
+    assert datasets.utils.logging.get_verbosity() == verbosity < logging.CRITICAL
+    assert not datasets.are_progress_bars_disabled()
+
+
 # Folders
 
 
@@ -168,6 +350,16 @@ def test_a_folder_of_files_is_read_by_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
     (tmp_path / "README.md").write_text("not text to read")
     assert documents(str(tmp_path), "calibration") == ["one", "two"]
+
+
+def test_a_folder_of_csv_and_one_with_files_that_describe_the_others(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text\none\n")
+    (tmp_path / "test.csv").write_text("text\ntwo\n")
+    assert documents(str(tmp_path), "calibration") == ["one"]
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert "has text files of several kinds" in fails(UsageError, tmp_path)
+    (tmp_path / "a.txt").write_text("mine")
+    assert documents(str(tmp_path), "calibration") == ["mine"]
 
 
 @pytest.mark.parametrize(("part", "expected"), [("calibration", ["a", "b"]), ("evaluation", ["c"])])

@@ -1,29 +1,46 @@
-"""Text files and folders to documents.
+"""Text files and folders to documents. The ``datasets`` library opens them.
 
-    .txt                              one document
-    .raw                              WikiText's raw form: one document, its lines joined with blank lines (see ``corpora.py``)
-    .jsonl .jsonl.gz .jsonl.zst .json.gz   one document a line
-    .parquet .arrow                   one document a row
-    folder                            all files of one of these kinds, by name; or a data set saved by ``datasets``
+    .txt                 one document
+    .raw                 WikiText's raw form: one document, its lines joined with blank lines (see ``corpora.py``)
+    .jsonl .json         one document a line; or the whole file is one array of objects
+    .csv                 one document a row, below a row of column names
+    .parquet .arrow      one document a row
+    folder               all files of one of these kinds, by name; or a data set saved by ``datasets``
 
-Files of rows need a column ``text``, or have exactly one column of strings. When the name of every file in a folder says its
-split (``test-00000-of-00001.parquet``), only the files of one split are read. All text is UTF-8; line ends become "\\n".
+All but the last two kinds may be packed: .gz, .bz2, .xz, and .zst but for CSV. A .json or .csv file often describes the files
+beside it, so in a folder it counts only where there is no other kind. Files of rows need a column ``text``, or have exactly one
+column of strings. When the name of every file in a folder says its split (``test-00000-of-00001.parquet``), only the files of one
+split are read. All text is UTF-8; line ends become "\\n".
+
+Files are streamed: only what the documents asked for need is read, nothing is cached and nobody is asked over the network. That
+is why the builders of ``datasets`` are called themselves: its ``load_dataset`` counts every call at its server.
+
+Two of its builders are not used, as they change texts; of JSON and plain text the library gives the bytes. The builder for JSON
+turns texts that look like dates into dates, refuses rows with a column that the first 10 MB lack, and does not say which line is
+damaged. The builder for text reads packed files in the encoding of the locale.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import io
 import itertools
 import json
+import logging
+import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet
+from typing import IO, TYPE_CHECKING, Any
 
 from ptqcli.calibration.builtin import Part
 from ptqcli.errors import PTQError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder, IterableDataset
 
 SPLIT_WORDS = {
     "train": "train",
@@ -33,6 +50,11 @@ SPLIT_WORDS = {
     "dev": "validation",
     "test": "test",
 }
+
+KINDS = ".txt .raw .jsonl .json .csv (also packed: .gz .bz2 .xz, but for .csv .zst) .parquet .arrow"
+CHAT_COLUMNS = ("messages", "conversations")
+# How many rows of a table are read at once.
+CHUNK_ROWS = 1_000
 
 
 def read_path(path: Path, part: Part) -> list[str]:
@@ -52,11 +74,16 @@ def read_file(path: Path, limit: int | None = None) -> list[str]:
     """The first ``limit`` documents of a file, by default all. Raises what ``read_path`` raises."""
     reader = _reader(path)
     if reader is None:
-        raise UsageError(f"{path} is of a kind that is not read; give one of {' '.join(_READERS)}")
+        raise UsageError(f"{path} is of a kind that is not read; give one of {KINDS}")
+    if "::" in str(path.absolute()):
+        raise UsageError(f"{path} cannot be opened, as datasets takes '::' for a file inside another one; rename it")
     try:
-        texts = list(itertools.islice(reader(path), limit))
-    except (OSError, pa.ArrowException) as error:
-        raise PTQError(f"{path} cannot be read ({first_line(error)}); copy or download it again") from error
+        with _quietly():
+            texts = list(itertools.islice(reader(path), limit))
+    except UnicodeDecodeError as error:
+        raise PTQError(f"{path}: not UTF-8 ({_wrong_byte(error)}); convert it to UTF-8") from error
+    except _damage() as error:
+        raise PTQError(f"{path} cannot be read ({first_line(error)}); correct it, or copy or download it again") from error
     return _not_empty(texts, path)
 
 
@@ -69,9 +96,10 @@ def first_line(error: Exception) -> str:
 
 
 def _files_of_part(folder: Path, part: Part) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and _reader(file))
+    texts = sorted(file for file in folder.iterdir() if file.is_file() and _reader(file))
+    files = [file for file in texts if file.suffix not in (".json", ".csv")] or texts
     if not files:
-        raise UsageError(f"folder {folder} has no text: no file of the kinds {' '.join(_READERS)}, no saved data set")
+        raise UsageError(f"folder {folder} has no text: no file of the kinds {KINDS}, and no saved data set")
     if len({_reader(file) for file in files}) > 1:
         raise UsageError(f"folder {folder} has text files of several kinds ({files[0].name}, ...); name one file")
     split_of = {file: _split_in_name(file) for file in files}
@@ -98,70 +126,146 @@ def _saved_dataset(folder: Path, part: Part) -> list[str]:
     import datasets
 
     try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+        with _quietly():
+            dataset = datasets.load_from_disk(str(folder))
+            if isinstance(dataset, datasets.DatasetDict):
+                dataset = dataset[_choose_split(set(dataset), part, folder)]
+            column = _column_of_features(dataset.features, folder)
+            return list(_texts(dataset[column][:], column, folder))
+    except _damage() as error:
         raise PTQError(f"the data set in {folder} cannot be read ({first_line(error)}); save it again") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        dataset = dataset[_choose_split(set(dataset), part, folder)]
-    column = _column_of_schema(dataset.features.arrow_schema, folder)
-    return list(_texts(dataset[column][:], column, folder))
 
 
 # Files
 
 
+def _stream(builder: type[DatasetBuilder], path: Path, **options: object) -> IterableDataset:
+    """The rows of one local file, read as they are asked for. options: of the builder."""
+    from datasets.data_files import DataFilesDict, DataFilesList
+
+    # Given as a list that is resolved already, because a builder would take the path for a pattern.
+    files = DataFilesDict(train=DataFilesList([str(path.absolute())], [()]))
+    # A builder makes its cache folder and locks it, although nothing that is streamed comes into it.
+    with tempfile.TemporaryDirectory() as cache:
+        return builder(cache_dir=cache, data_files=files, **options).as_streaming_dataset(split="train")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bars of ``datasets`` and its log of errors, which are raised besides; its settings come back after."""
+    from datasets import config
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils.logging import get_verbosity, set_verbosity
+
+    # Where the environment asks for the bars, the library lets nobody turn them off.
+    shown = not are_progress_bars_disabled() and config.HF_DATASETS_DISABLE_PROGRESS_BARS is None
+    verbosity = get_verbosity()
+    if shown:
+        disable_progress_bars()
+    set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        if shown:
+            enable_progress_bars()
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file or data set raises."""
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    return OSError, EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, DatasetsError, ArrowException
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked while they are read."""
+    from datasets.download.streaming_download_manager import xopen
+
+    protocol = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix)
+    if path.suffix == ".zst":
+        # ``datasets`` needs one of two more packages for this, and with one of them it stops after the first frame.
+        from pyarrow import input_stream
+
+        return io.BufferedReader(input_stream(str(path), compression="zstd"))
+    # Packed files have one file inside, whatever it is called.
+    return xopen(f"{protocol}://rows::{path.absolute()}" if protocol else str(path.absolute()), "rb")
+
+
 def _plain_text(path: Path) -> Iterator[str]:
-    yield _decode(path.read_bytes(), str(path))
+    with _open(path) as file:
+        yield _decode(file.read(), str(path))
 
 
 def _raw_wikitext(path: Path) -> Iterator[str]:
-    rows = io.StringIO(_decode(path.read_bytes(), str(path)))
-    yield "\n\n".join(row if row.strip() else "" for row in rows)
+    for text in _plain_text(path):
+        yield "\n\n".join(row if row.strip() else "" for row in io.StringIO(text))
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+def _json(path: Path) -> Iterator[str]:
     column = None
-    with pa.input_stream(str(path), compression="detect") as stream:
-        for number, line in enumerate(io.BufferedReader(stream), start=1):
-            if not line.strip():
-                continue
+    for where, row in _json_rows(path):
+        if not isinstance(row, dict):
+            raise PTQError(f'{where}: not a JSON object; it must look like {{"text": "..."}}')
+        if column is None:
+            column = _column_of_row(row, where)
+        yield _text(row.get(column), column, where)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Pairs of a place in the file and the value there: a line, or a row of the array that the file is."""
+    with _open(path) as file:
+        blank, first = 0, file.readline()
+        while first and not first.removeprefix(codecs.BOM_UTF8).strip():
+            blank, first = blank + 1, file.readline()
+        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            # With the blank lines, the parser counts as an editor does.
+            array = _decode(first + file.read(), str(path))
+            yield from ((f"{path}, row {row}", value) for row, value in enumerate(_parsed("\n" * blank + array, str(path)), start=1))
+            return
+        for number, line in enumerate(itertools.chain([first], file), start=blank + 1):
             where = f"{path}, line {number}"
-            row = _json_row(_decode(line, where), where)
-            if column is None:
-                column = _choose_column({name: isinstance(value, str) for name, value in row.items()}, where)
-            yield _text(row.get(column), column, where)
+            if line.strip():
+                yield where, _parsed(_decode(line, where).rstrip("\n"), where)
 
 
-def _json_row(line: str, where: str) -> dict[str, object]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PTQError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); correct or remove it") from error
-    if not isinstance(row, dict):
-        raise PTQError(f'{where}: not a JSON object; a line must look like {{"text": "..."}}')
-    return row
+def _csv(path: Path) -> Iterator[str]:
+    from datasets.packaged_modules.csv.csv import Csv
+
+    column = None
+    # Without the filter, texts like "NA" and "null" would not count as text.
+    for number, row in enumerate(_stream(Csv, path, na_filter=False, chunksize=CHUNK_ROWS), start=1):
+        if any(name.startswith("__index_level_") for name in row):  # the reader takes cells without a name for an index
+            raise PTQError(f"{path}: rows have more cells than there are column names; put texts with commas into quotes")
+        if column is None:
+            column = _column_of_row(row, str(path))
+        yield _unix_line_ends(_text(row[column], column, f"{path}, row {number}"))
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    with pa.parquet.ParquetFile(path) as file:
-        column = _column_of_schema(file.schema_arrow, path)
-        batches = file.iter_batches(columns=[column])
-        yield from _texts((value for batch in batches for value in batch.column(0).to_pylist()), column, path)
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    column = _column_of_features(_stream(Parquet, path).features, path)
+    rows = _stream(Parquet, path, columns=[column], batch_size=CHUNK_ROWS)
+    return _texts((text for batch in rows.iter(CHUNK_ROWS) for text in batch[column]), column, path)
 
 
 def _arrow(path: Path) -> Iterator[str]:
-    with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-        column = _column_of_schema(stream.schema, path)
-        yield from _texts((value for batch in stream for value in batch.column(column).to_pylist()), column, path)
+    from datasets.packaged_modules.arrow.arrow import Arrow
+
+    rows = _stream(Arrow, path)
+    column = _column_of_features(rows.features, path)
+    batches = rows.select_columns([column]).iter(CHUNK_ROWS)
+    return _texts((text for batch in batches for text in batch[column]), column, path)
 
 
+_PACKINGS = ("", ".gz", ".bz2", ".xz")
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _plain_text,
-    ".raw": _raw_wikitext,
-    ".jsonl": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".jsonl.zst": _json_lines,
-    ".json.gz": _json_lines,
+    **{f".txt{packing}": _plain_text for packing in (*_PACKINGS, ".zst")},
+    **{f".raw{packing}": _raw_wikitext for packing in (*_PACKINGS, ".zst")},
+    **{f".{kind}{packing}": _json for kind in ("jsonl", "json") for packing in (*_PACKINGS, ".zst")},
+    **{f".csv{packing}": _csv for packing in _PACKINGS},
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
@@ -174,15 +278,24 @@ def _reader(path: Path) -> Callable[[Path], Iterator[str]] | None:
 # Columns and values
 
 
-def _column_of_schema(schema: pa.Schema, path: Path) -> str:
-    is_text = {field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in schema}
-    return _choose_column(is_text, str(path))
+def _column_of_features(features: Mapping[str, object], path: Path) -> str:
+    from datasets import Value
+
+    texts = (Value("string"), Value("large_string"))
+    return _choose_column({name: feature in texts for name, feature in features.items()}, str(path))
+
+
+def _column_of_row(row: Mapping[str, object], where: str) -> str:
+    return _choose_column({name: isinstance(value, str) for name, value in row.items()}, where)
 
 
 def _choose_column(is_text: dict[str, bool], where: str) -> str:
     texts = [name for name, text in is_text.items() if text]
     if "text" in texts:
         return "text"
+    chat = next((name for name in CHAT_COLUMNS if name in is_text), None)
+    if chat is not None:
+        raise PTQError(f"{where}: column {chat!r} holds chats, which are not read; write each out as one string in a column 'text'")
     if len(texts) != 1:
         columns = ", ".join(is_text) or "none"
         raise PTQError(f"{where}: which column holds the text is not clear (columns: {columns}); name it 'text'")
@@ -200,12 +313,26 @@ def _text(value: object, column: str, where: str) -> str:
     return value
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise PTQError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}); correct or remove it") from error
+
+
 def _decode(data: bytes, where: str) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        return _unix_line_ends(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        found = f"{data[error.start]:#04x} at byte {error.start}"
-        raise PTQError(f"{where}: not UTF-8 ({found}); convert it to UTF-8") from error
+        raise PTQError(f"{where}: not UTF-8 ({_wrong_byte(error)} at byte {error.start}); convert it to UTF-8") from error
+
+
+def _wrong_byte(error: UnicodeDecodeError) -> str:
+    return f"{error.object[error.start]:#04x}"
+
+
+def _unix_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ptqcli.calibration import builtin
+from ptqcli.calibration import builtin, corpora, files
 from ptqcli.calibration.builtin import Part
 from ptqcli.errors import UsageError
 
@@ -51,9 +51,6 @@ def documents(source: str, part: Part, data_dir: Path | None = None) -> list[str
     """
     if source == "builtin":
         return builtin.documents(part)
-    # The readers bring Arrow along, which the built-in text does without.
-    from ptqcli.calibration import corpora, files
-
     if source in corpora.CORPORA:
         return corpora.read_corpus(source, part, data_dir)
     if Path(source).exists():
