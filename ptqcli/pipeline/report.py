@@ -13,8 +13,9 @@ REPORT_NAME = "ptq_report.json"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized linear. relative_error: ``|(W - W') X|_F / |W X|_F`` over the calibration inputs; with an algorithm that needs no
-    calibration, ``|W - W'|_F / |W|_F``. The other fields are those of ``solvers.SolveNotes``."""
+    """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
+    linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. The other fields
+    are those of ``solvers.SolveNotes``."""
 
     name: str
     scheme: str
