@@ -35,3 +35,13 @@ class Resources:
         if self.dtype is not None:
             return self.dtype
         return torch.float32 if stored == torch.float16 and self.device.type == "cpu" else stored
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Memory of ``device`` that is not taken, in bytes."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # here, so that the GPU check does without it
+
+    return int(psutil.virtual_memory().available)

@@ -27,6 +27,7 @@ from ptqcli.cli.console import size_text, time_text
 from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.cli.quantize import parse_override
+from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
 from ptqcli.pipeline import report
 from ptqcli.recipe import Override, Recipe
 
@@ -598,7 +599,7 @@ def test_overrides(text: str, expected: Override) -> None:
 
 
 def test_the_demo_model_is_the_default() -> None:
-    assert (locate.find_model(None) / "config.json").is_file()
+    assert (find_model(None) / "config.json").is_file()
 
 
 def test_only_weights_and_text_are_fetched() -> None:
@@ -607,8 +608,8 @@ def test_only_weights_and_text_are_fetched() -> None:
     fetched = [
         name
         for name in repository
-        if any(fnmatch.fnmatch(name, pattern) for pattern in locate.WANTED_FILES)
-        and not any(fnmatch.fnmatch(name, pattern) for pattern in locate.UNWANTED_FILES)
+        if any(fnmatch.fnmatch(name, pattern) for pattern in WANTED_FILES)
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in UNWANTED_FILES)
     ]
     assert fetched == ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
 

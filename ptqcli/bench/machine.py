@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.bench.timing import Call, cache_bytes, time_in_turn
+from ptqcli.resources import free_bytes as free_bytes
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 DTYPES = {
@@ -55,16 +56,6 @@ def measure(device: torch.device | str, seconds: float = 0.3) -> Machine:
         bandwidth=_bandwidth(device, seconds),
         arithmetic={name: _arithmetic(dtype, device, seconds) for name, dtype in DTYPES[device.type].items()},
     )
-
-
-def free_bytes(device: torch.device | str) -> int:
-    """Memory of ``device`` that is not taken, in bytes."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # here, so that the GPU check does without it
-
-    return int(psutil.virtual_memory().available)
 
 
 def _processor_name(facts: Path) -> str:

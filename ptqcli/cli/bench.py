@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from ptqcli.cli.bench_tables import GENERATION_COLUMNS, generation_rows, show_kernels
 from ptqcli.cli.console import Output, path_text, size_text
-from ptqcli.cli.load import hush_transformers, load_model
+from ptqcli.cli.load import hush_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
@@ -379,6 +379,8 @@ class _Job:
 
     def _loading(self, name: str) -> Callable[[], Any]:
         """A call that loads the model ``name``, and that another process can be sent."""
+        from ptqcli.runtime.models import load_model
+
         return partial(load_model, self.models[name], self.device, "auto" if name == "original" else self.kernel)
 
     def _memory(self, name: str, batch: int, prompt: int) -> int:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ptqcli.cli.console import Output, path_text
-from ptqcli.cli.load import load_model, load_tokenizer
+from ptqcli.cli.load import hush_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-PUBLISHED_SEQLEN = 2048  # window of the published WikiText-2 tables
+PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluate.evaluation, whose import takes torch along; a test compares the two
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -67,51 +64,42 @@ def command(
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
     weights are used as they are.
     """
-    from ptqcli.calibration.text import evaluation_ids
+    from ptqcli.calibration.text import documents
+    from ptqcli.evaluate.evaluation import measure
+    from ptqcli.runtime.models import load_model, load_tokenizer
 
     output = Output(as_json=as_json, quiet=quiet)
     if baseline and no_baseline:
         raise click.UsageError("--baseline and --no-baseline exclude each other")
+    hush_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
-    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
+    for text in texts:
+        documents(text, "evaluation", data_dir)  # a text that is not there is told before models are loaded
     model = load_model(folder, place, kernel)
     original = load_model(reference, place) if reference else None
-    window = default_seqlen(model) if seqlen is None else seqlen
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        results = [_measure(model, original, text, ids, window, stride, tracker) for text, ids in rows.items()]
+        measured = measure(model, tokenizer, texts, original, seqlen, stride, data_dir, _telling(tracker))
+        results = [{key: value for key, value in asdict(each).items() if value is not None} for each in measured]
     output.say(f"checkpoint  {path_text(folder)}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
     output.result({"checkpoint": str(folder), "baseline": str(reference) if reference else None, "results": results})
 
 
-def default_seqlen(model: Any) -> int:
-    """The published window, or all positions of a model that has fewer."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PUBLISHED_SEQLEN
-    return min(PUBLISHED_SEQLEN, int(positions))
+def _telling(tracker: Tracker) -> Callable[[str, int, int], None]:
+    """Tells a tracker of each text once, then of its windows."""
+    told = set()
 
-
-def _measure(model: Any, original: Any, text: str, ids: Tensor, seqlen: int, stride: int | None, tracker: Tracker) -> dict[str, Any]:
-    from ptqcli.evaluate.divergence import compare
-    from ptqcli.evaluate.perplexity import perplexity
-
-    def step(done: int, total: int) -> None:
+    def step(text: str, done: int, total: int) -> None:
+        if text not in told:
+            told.add(text)
+            tracker.say(f"measuring perplexity on {text}")
         tracker.step(done, total, text)
 
-    tracker.say(f"measuring perplexity on {text}")
-    if original is None:
-        return {"text": text, **asdict(perplexity(model, ids, seqlen, stride, on_progress=step))}
-    both = compare(model, original, ids, seqlen, stride, on_progress=step)
-    return {
-        "text": text,
-        **asdict(both.model),
-        "baseline_perplexity": both.baseline.perplexity,
-        "mean_kl": both.mean_kl,
-        "top1_agreement": both.top1_agreement,
-    }
+    return step
 
 
 def _show(results: list[dict[str, Any]], output: Output) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptqcli.cli.load import load_model, load_tokenizer
+from ptqcli.cli.load import hush_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import device_option, kernel_option, open_device
 from ptqcli.errors import UsageError
@@ -38,6 +38,9 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
     import torch
     from transformers import TextStreamer
 
+    from ptqcli.runtime.models import load_model, load_tokenizer
+
+    hush_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder)

@@ -13,11 +13,12 @@ import click
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.load import hush_transformers
-from ptqcli.cli.locate import REPORT_NAME, find_model
+from ptqcli.cli.locate import REPORT_NAME
 from ptqcli.cli.options import data_dir_option, device_option, json_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
 from ptqcli.errors import UsageError
+from ptqcli.model.locate import find_model
 
 if TYPE_CHECKING:
     from ptqcli.pipeline.report import Report

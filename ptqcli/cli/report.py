@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ptqcli.cli.console import Output
-from ptqcli.cli.locate import REPORT_NAME, find_model
+from ptqcli.cli.locate import REPORT_NAME
 from ptqcli.errors import PTQError
+from ptqcli.model.locate import find_model
 
 REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 LAYER_COLUMNS = ("layer", "scheme", "bits/weight", "error", "remarks")

@@ -1,0 +1,80 @@
+"""A model measured on texts, by itself or beside the one that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ptqcli.calibration.text import evaluation_ids
+from ptqcli.evaluate.divergence import compare
+from ptqcli.evaluate.perplexity import perplexity
+
+PUBLISHED_SEQLEN = 2048  # window of the published WikiText-2 tables
+
+# Called with the text, the windows done, and all windows.
+OnWindow = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model on one text.
+
+    perplexity: exp of mean_nll, which is in nats a token, over ``tokens`` scored tokens in ``windows`` windows of ``seqlen`` tokens, each
+    ``stride`` tokens behind the one before it.
+    baseline_perplexity, mean_kl, top1_agreement: beside the baseline, see ``divergence``; None without one.
+    """
+
+    text: str
+    perplexity: float
+    mean_nll: float
+    tokens: int
+    windows: int
+    seqlen: int
+    stride: int
+    baseline_perplexity: float | None = None
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    baseline: Any = None,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    data_dir: Path | None = None,
+    on_window: OnWindow | None = None,
+) -> Iterator[Evaluation]:
+    """``model`` (of transformers) on each of ``texts``, sources as ``calibration.text`` names them, one after the other.
+
+    baseline: the original model, to be run on the same windows. seqlen: tokens in a window, by default PUBLISHED_SEQLEN, or the model's
+    positions if it has fewer. All texts are read before the first is measured. Raises what ``evaluation_ids`` and ``compare`` raise.
+    """
+    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
+    window = default_seqlen(model) if seqlen is None else seqlen
+    for text, ids in rows.items():
+
+        def step(done: int, total: int, text: str = text) -> None:
+            if on_window:
+                on_window(text, done, total)
+
+        if baseline is None:
+            yield Evaluation(text=text, **asdict(perplexity(model, ids, window, stride, on_progress=step)))
+            continue
+        both = compare(model, baseline, ids, window, stride, on_progress=step)
+        yield Evaluation(
+            text=text,
+            **asdict(both.model),
+            baseline_perplexity=both.baseline.perplexity,
+            mean_kl=both.mean_kl,
+            top1_agreement=both.top1_agreement,
+        )
+
+
+def default_seqlen(model: Any) -> int:
+    """The published window, or all positions of a model that has fewer."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PUBLISHED_SEQLEN
+    return min(PUBLISHED_SEQLEN, int(positions))

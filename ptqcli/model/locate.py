@@ -1,0 +1,54 @@
+"""Which folder a model's name means: a local folder, a hub id, or the demo model of the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import ptqcli
+from ptqcli.errors import PTQError, UsageError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+# Weights as safetensors and what belongs to them as text. Nothing that holds a pickle or code is ever fetched.
+WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+UNWANTED_FILES = ("consolidated*", "*/*")  # a second copy of the same weights; other formats in subfolders
+
+
+def find_model(name: str | None) -> Path:
+    """The folder of MODEL: a local folder, a hub id ``owner/name`` (fetched), or None for the demo model of the package.
+
+    Raises UsageError when it is none of these, PTQError when the hub cannot deliver it.
+    """
+    if name is None:
+        return demo_model()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UsageError(f"{name} is a file; give the folder that holds it")
+    if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
+        raise UsageError(f"{name}: no such folder (a model on the hub is named owner/name)")
+    return _fetch(name)
+
+
+def demo_model() -> Path:
+    """The folder of the demo model that the package carries."""
+    folder = Path(ptqcli.__file__).parent / "demo"
+    if not (folder / "model.safetensors").is_file():
+        raise PTQError(f"{folder}: the demo model is missing from this installation; reinstall ptqcli, or name a model")
+    return folder
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)))
+    except HFValidationError as error:
+        raise UsageError(f"{name}: neither a folder nor a valid hub id") from error
+    except LocalEntryNotFoundError as error:
+        raise PTQError(f"{name}: no such folder here, and the hub cannot be reached; fetch the model first") from error
+    except HfHubHTTPError as error:
+        raise PTQError(f"{name}: no such folder here, and the hub refuses it: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,79 @@
+"""A model folder, packed or not, as a model that runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ptqcli.checkpoint import auxiliary
+from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.config import load_config
+from ptqcli.model.kinds import kind_of
+from ptqcli.resources import free_bytes
+from ptqcli.runtime.load import load_quantized
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "auto") -> Any:
+    """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are.
+
+    kernel: one of ``layers.KERNELS``, for packed weights. Raises PTQError for a folder that holds no model that can be loaded, UsageError
+    for a layer that cannot run on ``kernel``, or a kernel that is named for a model that is not packed. A model that is not packed and does
+    not fit into the memory of ``device`` is spread by accelerate over what there is: GPUs, then main memory, then the disk.
+    """
+    config = load_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return load_quantized(folder, device=device, kernel=kernel)
+    if kernel != "auto":
+        raise UsageError(f"{folder}: is not quantized, so it cannot run on --kernel {kernel}; leave the flag out")
+    return _load_plain(folder, config, torch.device(device)).eval()
+
+
+def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
+    kind = kind_of(config)
+    tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
+    fits = tensors.total_bytes < free_bytes(device)
+    placed = {} if fits else _spread(device)
+    try:
+        model, loading = getattr(transformers, kind.auto_class).from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of here, with names and shapes
+            **placed,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PTQError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise PTQError(f"{folder}: {name} is stored as {list(stored)}, but config.json asks for {list(wanted)}")
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers fills them with random numbers, and whatever were measured would mean nothing
+        raise PTQError(f"{folder}: the safetensors files hold no tensor for {missing[0]}, {len(missing)} missing in all")
+    if fits:
+        return model.to(device)
+    weakref.finalize(model, shutil.rmtree, placed["offload_folder"], True)
+    return model
+
+
+def _spread(device: torch.device) -> dict[str, Any]:
+    """How accelerate places a model that is larger than the memory of ``device``."""
+    from accelerate.utils import get_max_memory
+
+    room = get_max_memory()
+    if device.type == "cpu":
+        room = {"cpu": room["cpu"]}
+    return {"device_map": "auto", "max_memory": room, "offload_folder": tempfile.mkdtemp(prefix="ptqcli-offload-")}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises PTQError for a folder that is no model's, or has no tokenizer."""
+    load_config(folder)
+    return auxiliary.load_tokenizer(folder)
