@@ -21,7 +21,7 @@ from ptq_kernels.w4a16 import check_w4a16, w4a16
 from ptq_kernels.w8a8 import w8a8
 
 
-class WeightOnlyLinear(nn.Module):
+class ReferenceWeightOnly(nn.Module):
     """``nn.Linear`` for inference with packed integer weights, on the reference; computes in the dtype of its input, on any device.
 
     codes: uint8 [N, K] below 2^bits. scale: floating [N, G]. zero: uint8 [N, G], or None for 2^(bits-1) everywhere. group_size:
@@ -69,7 +69,7 @@ class WeightOnlyLinear(nn.Module):
         return f"{size}, bits={self.bits}, group_size={self.group_size}, bias={self.bias is not None}"
 
 
-class W4A16Linear(nn.Module):
+class TritonWeightOnly(nn.Module):
     """``nn.Linear`` for inference with 4-bit or 8-bit weights on the Triton kernel (``w4a16``); on a CPU the operator runs the reference.
 
     codes: uint8 [N, K] below 2^bits. scale: float16 or bfloat16 [N, G], the dtype of the layer's inputs. zero: uint8 [N, G], or None for

@@ -30,7 +30,7 @@ def int4_group_size(columns: int, group_size: int) -> int | None:
     return next((size for size in GROUP_SIZES if per_group > 0 and per_group % size == 0), None)
 
 
-class Int4Linear(nn.Module):
+class TorchInt4WeightOnly(nn.Module):
     """``nn.Linear`` for inference with 4-bit weights, on ``torch.ops.aten._weight_int4pack_mm_for_cpu``.
 
     codes: uint8 [N, K] below 16. scale: bfloat16, float16 or float32 [N, G], the dtype of the layer's inputs. zero: uint8 [N, G], or None
@@ -124,7 +124,7 @@ def _unpack(packed: Tensor, block: int) -> Tensor:
     return torch.cat((codes, torch.stack((rest & 15, rest >> 4), dim=-1).view(columns, -1).t()))
 
 
-class Int8Linear(nn.Module):
+class TorchInt8WeightOnly(nn.Module):
     """``nn.Linear`` for inference with 8-bit weights, a scale a row and no zero points, on ``torch.ops.aten._weight_int8pack_mm``.
 
     codes: int8 [N, K], K a multiple of INT8_COLUMN_MULTIPLE. scale: bfloat16, float16 or float32 [N], the dtype of the layer's inputs.
