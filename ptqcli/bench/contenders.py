@@ -1,7 +1,7 @@
-"""Who runs in a kernel benchmark: random inputs and weights, and every competitor with its copies of the weight.
+"""Who runs in a kernel benchmark: random inputs and weights, and every contender with its copies of the weight.
 
 Weights are drawn as codes, since rounding real ones would take longer than timing them. Nothing is zero on purpose, inputs have both signs,
-and in a scheme that splits off outliers some columns of the input hold outliers. All competitors have the same numbers; each has as many
+and in a scheme that splits off outliers some columns of the input hold outliers. All contenders have the same numbers; each has as many
 copies of them as it takes to leave the cache, and memory to hold them all is asked for before the first is made.
 """
 
@@ -28,7 +28,7 @@ BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 OUTLIER_COLUMNS = 8  # models of some billion parameters have about as many in a layer's input
 OUTLIER_SIZE = 20.0
-# Around each weight's code while competitors pack it: the code, its copy, and words or floats of four bytes.
+# Around each weight's code while contenders pack it: the code, its copy, and words or floats of four bytes.
 WORKING_BYTES_PER_WEIGHT = 12
 # Around each number of the inputs and outputs: in 16 bit and in float32, as sums of integers, and scaled.
 WORKING_BYTES_PER_VALUE = 16
@@ -36,8 +36,8 @@ ROWS_AT_ONCE = 1024
 FEW_ROWS = 64  # that show whether a kernel can do it
 
 
-@dataclass(frozen=True)
-class Competitor:
+@dataclass(frozen=True, kw_only=True)
+class Contender:
     """One way to multiply. kind: ``ours``, ``baseline`` or ``peer``. dtype: of its input.
 
     weight_bytes: one copy of the weight as stored. arithmetic: the dtype whose limit counts. copies: functions of x [M, K] that return
@@ -54,13 +54,13 @@ class Competitor:
     graphs: bool = True
 
 
-@dataclass(frozen=True)
-class Contest:
-    """All who compete on one matrix. x: [M, K] for the largest M. failures: a line for each peer that could not be built."""
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """All contenders on one matrix. x: [M, K] for the largest M. failures: a line for each peer that could not be built."""
 
     x: Tensor
     weight: QuantizedWeight
-    competitors: list[Competitor]
+    contenders: list[Contender]
     failures: list[str]
 
 
@@ -71,8 +71,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def prepare(
     shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: Sequence[Peer]
-) -> Contest:
-    """The competitors on one matrix, for up to ``tokens`` rows of input; baselines first, ours, then the peers that do the scheme.
+) -> Lineup:
+    """The contenders on one matrix, for up to ``tokens`` rows of input; baselines first, ours, then the peers that do the scheme.
 
     Raises what ``check`` raises.
     """
@@ -81,8 +81,8 @@ def prepare(
     spare = check(shape, scheme, tokens, device, dtype, kernel, len(peers))
     x = random_inputs(tokens, shape.in_features, dtype, device, scheme)
     weight = random_weight(shape, scheme, x)
-    competitors = [_baseline(weight, each, device, spare) for each in dense]
-    competitors.append(_ours(weight, dtype, device, kernel, spare))
+    contenders = [_baseline(weight, each, device, spare) for each in dense]
+    contenders.append(_ours(weight, dtype, device, kernel, spare))
     failures = []
     for peer in peers:
         try:
@@ -90,12 +90,12 @@ def prepare(
         except kernel_errors() as error:
             failures.append(f"{peer.name}: {scheme.describe()}, {size}: {first_line(error)}")
         else:
-            competitors += [] if built is None else [built]
-    return Contest(x, weight, competitors, failures)
+            contenders += [] if built is None else [built]
+    return Lineup(x=x, weight=weight, contenders=contenders, failures=failures)
 
 
 def check(shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: int) -> int:
-    """Whether the matrix can be timed, before anything large is made: bytes that each competitor may take for copies beside its first.
+    """Whether the matrix can be timed, before anything large is made: bytes that each contender may take for copies beside its first.
 
     Raises UsageError, naming the matrix, if a group does not divide it, if ``kernel`` cannot do the scheme, or if it does not fit into
     memory.
@@ -117,7 +117,7 @@ def _size_text(shape: Shape) -> str:
 
 
 def _spare_memory(size: str, shape: Shape, scheme: Scheme, tokens: int, device: torch.device, peers: int) -> int:
-    """Bytes that each competitor may take for copies beside its first. Raises UsageError if one copy for each is too much already."""
+    """Bytes that each contender may take for copies beside its first. Raises UsageError if one copy for each is too much already."""
     weights = shape.in_features * shape.out_features
     dense = [weights * each.itemsize for each in BASELINES[device.type]]
     packed = weights * _code_bits(scheme) // 8
@@ -218,24 +218,38 @@ def _arithmetic(scheme: Scheme, dtype: torch.dtype) -> str:
     return dtype_name(dtype) if scheme.activations is None else "int8"
 
 
-def _baseline(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Competitor:
+def _baseline(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Contender:
     first = dense_weight(weight, dtype)
     others = [first.clone() for _ in range(copies(first.nbytes, device, first.nbytes + spare) - 1)]
     name = dtype_name(dtype)
-    return Competitor(name, "baseline", dtype, first.nbytes, name, [partial(functional.linear, weight=each) for each in [first, *others]])
+    return Contender(
+        name=name,
+        kind="baseline",
+        dtype=dtype,
+        weight_bytes=first.nbytes,
+        arithmetic=name,
+        copies=[partial(functional.linear, weight=each) for each in [first, *others]],
+    )
 
 
-def _ours(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, kernel: str, spare: int) -> Competitor:
+def _ours(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, kernel: str, spare: int) -> Contender:
     size, scheme = stored_bytes(weight), weight.scheme
     layers: list[Any] = [
         quantized_linear(_copied(weight), None, dtype, device, kernel).eval() for _ in range(copies(size, device, size + spare))
     ]
     inputs = 16 if scheme.activations is None else scheme.activations.bits
     method = f"W{scheme.bits}A{inputs}" if scheme.outliers is None else "LLM.int8"
-    return Competitor(f"{method} {layers[0].kernel}", "ours", dtype, size, _arithmetic(scheme, dtype), layers)
+    return Contender(
+        name=f"{method} {layers[0].kernel}",
+        kind="ours",
+        dtype=dtype,
+        weight_bytes=size,
+        arithmetic=_arithmetic(scheme, dtype),
+        copies=layers,
+    )
 
 
-def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Competitor | None:
+def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Contender | None:
     size = stored_bytes(weight)
     built: list[Multiply] = []
     for _ in range(copies(size, device, size + spare)):
@@ -243,5 +257,13 @@ def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch
         if multiply is None:
             return None
         built.append(multiply)
-    arithmetic = _arithmetic(weight.scheme, dtype)
-    return Competitor(peer.name, "peer", dtype, size, arithmetic, built, peer.same_numbers, peer.graphs)
+    return Contender(
+        name=peer.name,
+        kind="peer",
+        dtype=dtype,
+        weight_bytes=size,
+        arithmetic=_arithmetic(weight.scheme, dtype),
+        copies=built,
+        same_numbers=peer.same_numbers,
+        graphs=peer.graphs,
+    )
