@@ -17,7 +17,8 @@ from itertools import cycle
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from ptq_kernels.packing import TILE_COLUMNS, pack_groups, pack_tiles
+from ptq_kernels.packing import TILE_K, pack_groups, pack_tiles
+from ptq_kernels.tile_config import TileConfig, shipped
 from torch import Tensor
 from torch.nn import functional
 
@@ -51,7 +52,7 @@ def layer(rows: int, columns: int, group_size: int, bits: int, symmetric: bool, 
         zero.fill_(1 << (bits - 1))
     signed = codes.double().view(rows, groups, -1) - zero.double().unsqueeze(-1)
     weight = (signed * scale.double().unsqueeze(-1)).view(rows, columns)
-    around = torch.randint(0, 1 << bits, (-(-rows // 64) * 64, -(-columns // TILE_COLUMNS[bits]) * TILE_COLUMNS[bits]), generator=generator)
+    around = torch.randint(0, 1 << bits, (-(-rows // 64) * 64, -(-columns // TILE_K[bits]) * TILE_K[bits]), generator=generator)
     stored = around.to(torch.uint8)
     stored[:rows, :columns] = codes
     if flip:
@@ -77,7 +78,7 @@ def distance(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def fused(config: object, bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
+def fused(config: TileConfig, bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
     rows, columns, group_size = shape
     x = tokens_among_poison(tokens, columns)
     results = []
@@ -118,17 +119,18 @@ def main() -> None:
     symmetric = cycle((True, False, False))
     shapes, tokens, splits = cycle(SHAPES), cycle(TOKENS), cycle((1, 2, 3))
     results = []
-    for _, bits, config in w4a16.configs():
-        results.append(fused(dataclasses.replace(config, splits=next(splits)), bits, next(tokens), next(shapes), next(symmetric)))
-    small = w4a16.Config(block_m=16, block_n=64, block_k=128, warps=4, stages=3, per_processor=1)
-    for bits in TILE_COLUMNS:
+    for _, entry in shipped("w4a16"):
+        config = dataclasses.replace(entry.config, split_k=next(splits))
+        results.append(fused(config, entry.bits, next(tokens), next(shapes), next(symmetric)))
+    small = TileConfig(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3, ctas_per_sm=1)
+    for bits in TILE_K:
         for shape in LONG_SHAPES:
-            for fold in (False, True):
-                config = dataclasses.replace(small, fold=fold, splits=next(splits))
+            for scale_weights in (False, True):
+                config = dataclasses.replace(small, scale_weights=scale_weights, split_k=next(splits))
                 results.append(fused(config, bits, next(tokens), shape, next(symmetric)))
         results.append(through_the_door(bits, 32, SHAPES[2], next(symmetric)))
         results.append(through_the_door(bits, 150, SHAPES[1], next(symmetric)))
-    results.append(fused(dataclasses.replace(small, block_m=128, fold=True), 4, 300, SHAPES[0], False))
+    results.append(fused(dataclasses.replace(small, block_m=128, scale_weights=True), 4, 300, SHAPES[0], False))
     results.append(fused(dataclasses.replace(small, block_m=128), 8, 300, SHAPES[2], True))
     json.dump(results, sys.stdout)
 

@@ -45,7 +45,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", [np.float16, "bfloat16", np.float32], ids=str)
 def test_three_fused_steps_are_the_rounded_quotient(bits: type | str) -> None:
-    """What ``quantize_rows._code`` does on a GPU, and the interpreter cannot: same codes as a division for every 16-bit value."""
+    """What ``quantize_rows_kernels._code`` does on a GPU, and the interpreter cannot: same codes as a division for every 16-bit value."""
     generator = np.random.default_rng(0)
     if bits == np.float32:
         values = generator.standard_normal(100_000).astype(np.float32)
