@@ -126,11 +126,11 @@ class TritonWeightOnly(nn.Module):
 
 def _column_order(g_idx: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The columns sorted by group, int32 [K]."""
-    columns, groups = codes.shape[1], scale.shape[-1]
-    if g_idx.dtype != torch.int32 or g_idx.shape != (columns,):
-        raise ValueError(f"g_idx must be int32 of shape {[columns]}, not {g_idx.dtype} of shape {list(g_idx.shape)}")
-    if int(g_idx.min()) < 0 or g_idx.bincount(minlength=groups).tolist() != [columns // groups] * groups:
-        raise ValueError(f"g_idx must give each of {groups} groups {columns // groups} columns")
+    in_features, groups = codes.shape[1], scale.shape[-1]
+    if g_idx.dtype != torch.int32 or g_idx.shape != (in_features,):
+        raise ValueError(f"g_idx must be int32 of shape {[in_features]}, not {g_idx.dtype} of shape {list(g_idx.shape)}")
+    if int(g_idx.min()) < 0 or g_idx.bincount(minlength=groups).tolist() != [in_features // groups] * groups:
+        raise ValueError(f"g_idx must give each of {groups} groups {in_features // groups} columns")
     return g_idx.argsort(stable=True).to(torch.int32)
 
 

@@ -24,9 +24,9 @@ MOST_TOKENS = {
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def int4_group_size(columns: int, group_size: int) -> int | None:
+def int4_group_size(in_features: int, group_size: int) -> int | None:
     """The group size with which torch's 4-bit kernel can run groups of ``group_size`` (-1: whole rows), or None if with none."""
-    per_group = columns if group_size == -1 else group_size
+    per_group = in_features if group_size == -1 else group_size
     return next((size for size in GROUP_SIZES if per_group > 0 and per_group % size == 0), None)
 
 
@@ -112,16 +112,16 @@ def _unpack(packed: Tensor, block: int) -> Tensor:
     A block lies column by column. Of 64 rows, byte ``d`` holds rows ``d`` and ``32 + d`` in its low and high half, of 32 rows ``d`` and
     ``16 + d``; of fewer, byte ``j`` holds ``2 j`` and ``2 j + 1``.
     """
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    whole = rows - rows % block
+    N, K = packed.shape[0], 2 * packed.shape[1]
+    whole = N - N % block
     data = packed.reshape(-1)
-    full = data[: whole * columns // 2].view(-1, columns, block // 2)
+    full = data[: whole * K // 2].view(-1, K, block // 2)
     halves = torch.cat((full & 15, full >> 4), dim=-1)  # [blocks, K, rows of a block]
-    codes = halves.transpose(1, 2).reshape(whole, columns)
-    if whole == rows:
+    codes = halves.transpose(1, 2).reshape(whole, K)
+    if whole == N:
         return codes
-    rest = data[whole * columns // 2 :].view(columns, -1)
-    return torch.cat((codes, torch.stack((rest & 15, rest >> 4), dim=-1).view(columns, -1).t()))
+    rest = data[whole * K // 2 :].view(K, -1)
+    return torch.cat((codes, torch.stack((rest & 15, rest >> 4), dim=-1).view(K, -1).t()))
 
 
 class TorchInt8WeightOnly(nn.Module):
@@ -173,13 +173,13 @@ class TorchInt8WeightOnly(nn.Module):
         return f"{size}, bits=8, group_size=-1, bias={self.bias is not None}, kernel={self.kernel}"
 
 
-def _tokens(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def _tokens(x: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """``x`` as [M, K], without gaps: torch's kernels take nothing else."""
     if x.dtype != dtype or dtype not in DTYPES:
         raise TypeError(f"x must be {dtype}, as the scales are, and one of {DTYPES}, not {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x must have {columns} columns, not the shape {list(x.shape)}")
-    return x.reshape(-1, columns).contiguous()
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have {in_features} columns, not the shape {list(x.shape)}")
+    return x.reshape(-1, in_features).contiguous()
 
 
 def _check(codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
