@@ -135,17 +135,17 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def random_inputs(tokens: int, columns: int, dtype: torch.dtype, device: torch.device, scheme: Scheme) -> Tensor:
-    """Standard normal [tokens, columns]; where the scheme splits off outliers, some columns are OUTLIER_SIZE times as large."""
-    x = torch.randn(tokens, columns, device=device, generator=torch.Generator(device).manual_seed(1))
+def random_inputs(tokens: int, in_features: int, dtype: torch.dtype, device: torch.device, scheme: Scheme) -> Tensor:
+    """Standard normal [tokens, in_features]; where the scheme splits off outliers, some columns are OUTLIER_SIZE times as large."""
+    x = torch.randn(tokens, in_features, device=device, generator=torch.Generator(device).manual_seed(1))
     if scheme.outliers is not None:
-        x[:, _outlier_columns(columns, device)] *= OUTLIER_SIZE
+        x[:, _outlier_columns(in_features, device)] *= OUTLIER_SIZE
     return x.to(dtype)
 
 
-def _outlier_columns(columns: int, device: torch.device) -> Tensor:
+def _outlier_columns(in_features: int, device: torch.device) -> Tensor:
     """OUTLIER_COLUMNS of them, or all if there are fewer, evenly spread."""
-    return torch.arange(0, columns, max(1, columns // OUTLIER_COLUMNS), device=device)[:OUTLIER_COLUMNS]
+    return torch.arange(0, in_features, max(1, in_features // OUTLIER_COLUMNS), device=device)[:OUTLIER_COLUMNS]
 
 
 def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
@@ -153,25 +153,25 @@ def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
 
     Outputs are of the order of 1. A static input scale is the one that fits ``x``.
     """
-    rows, columns = shape.out_features, shape.in_features
+    out_features, in_features = shape.out_features, shape.in_features
     device, source = x.device, torch.Generator(x.device).manual_seed(0)
-    spread = 8 / columns**0.5  # of a row: levels times scale
-    groups = (1, 1) if scheme.group_size == WHOLE_MATRIX else (rows, scheme.group_count(columns))
+    spread = 8 / in_features**0.5  # of a row: levels times scale
+    groups = (1, 1) if scheme.group_size == WHOLE_MATRIX else (out_features, scheme.group_count(in_features))
     scale = (torch.rand(groups, device=device, generator=source) + 0.5) * (spread / scheme.levels)
     zero = torch.full(groups, scheme.middle, dtype=torch.uint8, device=device)
     if not scheme.symmetric:
         zero.random_(scheme.levels // 4, 3 * scheme.levels // 4, generator=source)
-    codes = torch.randint(0, scheme.levels, (rows, columns), dtype=torch.uint8, device=device, generator=source)
+    codes = torch.randint(0, scheme.levels, (out_features, in_features), dtype=torch.uint8, device=device, generator=source)
     outliers = input_scale = None
     if scheme.outliers is not None:
-        index = _outlier_columns(columns, device)
+        index = _outlier_columns(in_features, device)
         values = (codes[:, index].float() - scheme.middle) * scale  # a column counts the same in 8 bits and in 16
         outliers = OutlierColumns(index.int(), values.to(x.dtype))
         if not scheme.outliers.dynamic:
             codes[:, index] = scheme.middle
     if scheme.activations is not None and not scheme.activations.dynamic:
         input_scale = (x.abs().amax() / 127.5).reshape(1).to(x.dtype)
-    everywhere = (rows, groups[1])
+    everywhere = (out_features, groups[1])
     return QuantizedWeight(
         codes, scale.to(x.dtype).expand(everywhere).clone(), zero.expand(everywhere).clone(), scheme, None, input_scale, outliers
     )

@@ -202,12 +202,12 @@ def _errors(lineup: Lineup, inputs: Mapping[torch.dtype, Tensor], what: str) -> 
     return errors, failures
 
 
-def _output(one: Contender, x: Tensor, rows: int) -> Tensor:
+def _output(one: Contender, x: Tensor, out_features: int) -> Tensor:
     found = one.copies[0](x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)  # what went wrong on the device is raised here and not at the next contender
-    if found.shape != (len(x), rows):
-        raise ValueError(f"returned {list(found.shape)} instead of {[len(x), rows]}")
+    if found.shape != (len(x), out_features):
+        raise ValueError(f"returned {list(found.shape)} instead of {[len(x), out_features]}")
     return found
 
 
