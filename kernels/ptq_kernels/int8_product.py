@@ -75,7 +75,7 @@ def _output_tiles(config: TileConfig, M: int, N: int) -> int:
 
 
 def _split_k(config: TileConfig, tiles: int, K: int, sms: int) -> int:
-    """Into how many parts to split K, so that an SM has about ``ctas_per_sm`` of ``tiles`` times as many programs; 0 never splits."""
+    """Into how many parts to split K, so that ``tiles`` of the output become about ``ctas_per_sm`` programs an SM; with 0 it is whole."""
     if not config.ctas_per_sm or tiles > MAX_COUNTERS:
         return 1
     # Four tiles of K at least: a shorter loop does not fill its pipeline.

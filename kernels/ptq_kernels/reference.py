@@ -69,7 +69,7 @@ def expanding_linear(x: Tensor, N: int, expand: Callable[[slice], Tensor], bias:
     On a CPU some rows at a time: a large matrix would be new memory on every call, whose pages cost more than its arithmetic.
     """
     at_once = max(EXPANDED_AT_ONCE // x.shape[-1] // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or N <= at_once:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or at_once >= N:
         return functional.linear(x, expand(slice(0, N)), bias)
     out = x.new_empty((*x.shape[:-1], N))
     for start in range(0, N, at_once):
