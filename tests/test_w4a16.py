@@ -23,32 +23,32 @@ w4a16 = import_module("ptq_kernels.w4a16")  # the package may name the operator 
 TOLERANCE = 7e-4  # relative Frobenius, float16; what is asked for is 4e-3
 
 
-def random_codes(rows: int, columns: int, bits: int) -> Tensor:
-    return torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(rows + columns), dtype=torch.uint8)
+def random_codes(N: int, K: int, bits: int) -> Tensor:
+    return torch.randint(0, 1 << bits, (N, K), generator=torch.Generator().manual_seed(N + K), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("bits", TILE_K)
-@pytest.mark.parametrize("rows, columns", [(1, 1), (64, 64), (65, 99), (70, 2112), (192, 704)])
-def test_unpack_is_the_inverse_of_pack(bits: int, rows: int, columns: int) -> None:
-    codes = random_codes(rows, columns, bits)
+@pytest.mark.parametrize("N, K", [(1, 1), (64, 64), (65, 99), (70, 2112), (192, 704)])
+def test_unpack_is_the_inverse_of_pack(bits: int, N: int, K: int) -> None:
+    codes = random_codes(N, K, bits)
     packed = pack_tiles(codes, bits)
-    assert packed.shape == (-(-rows // 64), -(-columns // TILE_K[bits]), 128, 4)
+    assert packed.shape == (-(-N // 64), -(-K // TILE_K[bits]), 128, 4)
     assert packed.dtype == torch.int32
-    assert torch.equal(unpack_tiles(packed, bits, rows, columns), codes)
+    assert torch.equal(unpack_tiles(packed, bits, N, K), codes)
 
 
 @pytest.mark.parametrize("bits", TILE_K)
 def test_a_code_lies_where_the_matrix_instruction_wants_it(bits: int) -> None:
-    columns = TILE_K[bits]
-    for row, column in [(0, 0), (1, 0), (0, 1), (8, 0), (0, 8), (77, 45), (100, 2 * columns - 1), (63, columns)]:
-        codes = torch.zeros(128, 2 * columns, dtype=torch.uint8)
+    width = TILE_K[bits]
+    for row, column in [(0, 0), (1, 0), (0, 1), (8, 0), (0, 8), (77, 45), (100, 2 * width - 1), (63, width)]:
+        codes = torch.zeros(128, 2 * width, dtype=torch.uint8)
         codes[row, column] = 1
         warp, r, g = row % 64 // 16, row % 16 // 8, row % 8
-        step, c3, t, c0 = column % columns // 16, column % 16 // 8, column % 8 // 2, column % 2
+        step, c3, t, c0 = column % width // 16, column % 16 // 8, column % 8 // 2, column % 2
         value = 4 * c3 + 2 * r + c0
         word, bit = (step, 4 * (value // 2 + 4 * (value % 2))) if bits == 4 else (2 * step + c3, 8 * (value % 4))
         expected = torch.zeros(2, 2, 128, 4, dtype=torch.int64)
-        expected[row // 64, column // columns, 32 * warp + 4 * g + t, word] = 1 << bit
+        expected[row // 64, column // width, 32 * warp + 4 * g + t, word] = 1 << bit
         assert torch.equal(pack_tiles(codes, bits).long() & 0xFFFFFFFF, expected)
 
 
@@ -76,19 +76,19 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 
 
 def arguments(bits: int = 4, group_size: int = 64, dtype: torch.dtype = torch.bfloat16, order: bool = False) -> dict[str, Any]:
-    rows, columns = 70, 192
-    groups = 1 if group_size == -1 else columns // group_size
-    scale = torch.rand(rows, groups).add(0.5)
+    N, K = 70, 192
+    groups = 1 if group_size == -1 else K // group_size
+    scale = torch.rand(N, groups).add(0.5)
     return {
-        "x": torch.randn(3, columns, dtype=dtype),
-        "packed": pack_tiles(random_codes(rows, columns, bits), bits),
+        "x": torch.randn(3, K, dtype=dtype),
+        "packed": pack_tiles(random_codes(N, K, bits), bits),
         "scale": pack_groups(scale, dtype),
-        "zero": pack_groups(random_codes(rows, groups, bits), torch.int16),
+        "zero": pack_groups(random_codes(N, groups, bits), torch.int16),
         "bits": bits,
         "group_size": group_size,
-        "N": rows,
-        "bias": torch.randn(rows, dtype=dtype),
-        "perm": torch.randperm(columns).to(torch.int32) if order else None,
+        "N": N,
+        "bias": torch.randn(N, dtype=dtype),
+        "perm": torch.randperm(K).to(torch.int32) if order else None,
     }
 
 
