@@ -17,7 +17,8 @@ from itertools import cycle
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from ptq_kernels.packing import TILE_COLUMNS, pack_groups, pack_tiles
+from ptq_kernels.packing import TILE_K, pack_groups, pack_tiles
+from ptq_kernels.tile_config import TileConfig, shipped
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,36 +41,36 @@ class Layer:
     weight: Tensor
 
 
-def layer(rows: int, columns: int, group_size: int, bits: int, symmetric: bool, flip: bool = False) -> Layer:
+def layer(N: int, K: int, group_size: int, bits: int, symmetric: bool, flip: bool = False) -> Layer:
     """flip: what is stored differs from the float64 weight in one bit of one code."""
-    generator = torch.Generator().manual_seed(rows * columns + bits)
-    groups = 1 if group_size == -1 else columns // group_size
-    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.001).half()
-    zero = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(N * K + bits)
+    groups = 1 if group_size == -1 else K // group_size
+    codes = torch.randint(0, 1 << bits, (N, K), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(N, groups, generator=generator) * 0.02 + 0.001).half()
+    zero = torch.randint(0, 1 << bits, (N, groups), generator=generator, dtype=torch.uint8)
     if symmetric:
         zero.fill_(1 << (bits - 1))
-    signed = codes.double().view(rows, groups, -1) - zero.double().unsqueeze(-1)
-    weight = (signed * scale.double().unsqueeze(-1)).view(rows, columns)
-    around = torch.randint(0, 1 << bits, (-(-rows // 64) * 64, -(-columns // TILE_COLUMNS[bits]) * TILE_COLUMNS[bits]), generator=generator)
+    signed = codes.double().view(N, groups, -1) - zero.double().unsqueeze(-1)
+    weight = (signed * scale.double().unsqueeze(-1)).view(N, K)
+    around = torch.randint(0, 1 << bits, (-(-N // 64) * 64, -(-K // TILE_K[bits]) * TILE_K[bits]), generator=generator)
     stored = around.to(torch.uint8)
-    stored[:rows, :columns] = codes
+    stored[:N, :K] = codes
     if flip:
-        stored[rows // 2, columns // 2] ^= 1 << (bits - 1)
-    beyond = (0, 0, 0, -rows % 64)
+        stored[N // 2, K // 2] ^= 1 << (bits - 1)
+    beyond = (0, 0, 0, -N % 64)
     return Layer(
         pack_tiles(stored, bits),
         pack_groups(functional.pad(scale, beyond, value=float("nan")), torch.float16),
         None if symmetric else pack_groups(functional.pad(zero, beyond, value=1), torch.int16),
-        torch.randn(rows, generator=generator).half(),
+        torch.randn(N, generator=generator).half(),
         weight,
     )
 
 
-def tokens_among_poison(tokens: int, columns: int) -> Tensor:
-    around = torch.full((tokens + 3, columns + 72), float("nan"), dtype=torch.float16)
-    around[:tokens, :columns] = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
-    return around[:tokens, :columns]
+def tokens_among_poison(tokens: int, K: int) -> Tensor:
+    around = torch.full((tokens + 3, K + 72), float("nan"), dtype=torch.float16)
+    around[:tokens, :K] = torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens))
+    return around[:tokens, :K]
 
 
 def distance(found: Tensor, truth: Tensor) -> float:
@@ -77,13 +78,13 @@ def distance(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def fused(config: object, bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
-    rows, columns, group_size = shape
-    x = tokens_among_poison(tokens, columns)
+def fused(config: TileConfig, bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
+    N, K, group_size = shape
+    x = tokens_among_poison(tokens, K)
     results = []
     for flip in (False, True):
-        made = layer(rows, columns, group_size, bits, symmetric, flip)
-        results.append(w4a16.launch(x, made.packed, made.scale, made.zero, bits, group_size, rows, made.bias, config))
+        made = layer(N, K, group_size, bits, symmetric, flip)
+        results.append(w4a16.launch(x, made.packed, made.scale, made.zero, bits, group_size, N, made.bias, config))
     truth = x.double() @ made.weight.T + made.bias.double()
     return {
         "case": f"{config} bits={bits} M={tokens} N,K,group={shape} symmetric={symmetric}",
@@ -94,13 +95,13 @@ def fused(config: object, bits: int, tokens: int, shape: tuple[int, int, int], s
 
 def through_the_door(bits: int, tokens: int, shape: tuple[int, int, int], symmetric: bool) -> dict[str, object]:
     """The CUDA implementation whole: table, column order, leading dimensions, and beyond the table the expanded weight."""
-    rows, columns, group_size = shape
-    x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(1)).half()
-    order = torch.randperm(columns, generator=torch.Generator().manual_seed(2)).to(torch.int32)
+    N, K, group_size = shape
+    x = torch.randn(2, tokens, K, generator=torch.Generator().manual_seed(1)).half()
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(2)).to(torch.int32)
     results = []
     for flip in (False, False, True):
-        made = layer(rows, columns, group_size, bits, symmetric, flip)
-        results.append(w4a16._on_cuda(x, made.packed, made.scale, made.zero, bits, group_size, rows, made.bias, order))
+        made = layer(N, K, group_size, bits, symmetric, flip)
+        results.append(w4a16._on_cuda(x, made.packed, made.scale, made.zero, bits, group_size, N, made.bias, order))
     truth = x.double()[..., order.long()] @ made.weight.T + made.bias.double()
     return {
         "case": f"whole operator bits={bits} M=2x{tokens} N,K,group={shape} symmetric={symmetric}",
@@ -118,17 +119,18 @@ def main() -> None:
     symmetric = cycle((True, False, False))
     shapes, tokens, splits = cycle(SHAPES), cycle(TOKENS), cycle((1, 2, 3))
     results = []
-    for _, bits, config in w4a16.configs():
-        results.append(fused(dataclasses.replace(config, splits=next(splits)), bits, next(tokens), next(shapes), next(symmetric)))
-    small = w4a16.Config(block_m=16, block_n=64, block_k=128, warps=4, stages=3, per_processor=1)
-    for bits in TILE_COLUMNS:
+    for _, entry in shipped("w4a16"):
+        config = dataclasses.replace(entry.config, split_k=next(splits))
+        results.append(fused(config, entry.bits, next(tokens), next(shapes), next(symmetric)))
+    small = TileConfig(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3, ctas_per_sm=1)
+    for bits in TILE_K:
         for shape in LONG_SHAPES:
-            for fold in (False, True):
-                config = dataclasses.replace(small, fold=fold, splits=next(splits))
+            for scale_weights in (False, True):
+                config = dataclasses.replace(small, scale_weights=scale_weights, split_k=next(splits))
                 results.append(fused(config, bits, next(tokens), shape, next(symmetric)))
         results.append(through_the_door(bits, 32, SHAPES[2], next(symmetric)))
         results.append(through_the_door(bits, 150, SHAPES[1], next(symmetric)))
-    results.append(fused(dataclasses.replace(small, block_m=128, fold=True), 4, 300, SHAPES[0], False))
+    results.append(fused(dataclasses.replace(small, block_m=128, scale_weights=True), 4, 300, SHAPES[0], False))
     results.append(fused(dataclasses.replace(small, block_m=128), 8, 300, SHAPES[2], True))
     json.dump(results, sys.stdout)
 

@@ -18,7 +18,7 @@ from commandline import Answer, Ptq, one_line
 from tiny import make_model
 
 from ptqcli.bench import generation, machine, roofline
-from ptqcli.bench.kernels import KernelPoint
+from ptqcli.bench.linears import KernelPoint
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.peers import Peer
 from ptqcli.bench.shapes import Shape, shapes_of
@@ -346,7 +346,22 @@ def point(name: str, kind: str, microseconds: float, graph: float | None, error:
     ratio = {"bfloat16": 30.0 / microseconds}
     graph_ratio = {"bfloat16": 12.0 / graph} if graph else {}
     return KernelPoint(
-        shape, "W4 g128 sym", 16, name, kind, microseconds, 0.0, 0.0, graph, ratio, graph_ratio, 10**7, 10**9, 0.5, 0.25, error
+        shape=shape,
+        scheme="W4 g128 sym",
+        tokens=16,
+        name=name,
+        kind=kind,
+        microseconds=microseconds,
+        low=0.0,
+        high=0.0,
+        graph_microseconds=graph,
+        ratio=ratio,
+        graph_ratio=graph_ratio,
+        bytes=10**7,
+        operations=10**9,
+        bandwidth_share=0.5,
+        arithmetic_share=0.25,
+        error=error,
     )
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptqcli.bench import competitors, kernels, timing
-from ptqcli.bench.competitors import OUTLIER_SIZE, dense_weight, prepare, random_inputs, random_weight, rows_of, stored_bytes
-from ptqcli.bench.kernels import SCHEMES, KernelPoint, bench_kernels, parse_scheme
+from ptqcli.bench import contenders, linears, timing
+from ptqcli.bench.contenders import OUTLIER_SIZE, dense_weight, prepare, random_inputs, random_weight, rows_of, stored_bytes
+from ptqcli.bench.linears import SCHEMES, KernelPoint, bench_kernels, parse_scheme
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.peers import Peer
 from ptqcli.bench.shapes import MODELS, Shape, named_shapes, shapes_of
@@ -186,7 +186,7 @@ def test_random_weights_are_as_a_checkpoint_could_hold_them_and_as_large(name: s
 
 @pytest.mark.parametrize("name", ["w4a16-g64-asym", "w8a8-tensor", "llm-int8", "llm-int8-static"])
 def test_weights_are_expanded_block_by_block_to_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(competitors, "ROWS_AT_ONCE", 24)
+    monkeypatch.setattr(contenders, "ROWS_AT_ONCE", 24)
     scheme = parse_scheme(name)
     weight = random_weight(SMALL, scheme, random_inputs(5, SMALL.in_features, torch.bfloat16, CPU, scheme))
     assert torch.equal(dense_weight(weight, torch.float32), weight.dequantize(torch.float32))
@@ -199,7 +199,7 @@ def test_inputs_have_both_signs_and_outliers_only_where_the_scheme_splits_them_o
     split = random_inputs(64, 128, torch.bfloat16, CPU, parse_scheme("llm-int8"))
     assert usual.float().mean().abs() < 0.1
     assert usual.float().std() == pytest.approx(1, abs=0.1)
-    assert (split.float().std(dim=0) > OUTLIER_SIZE / 2).sum() == competitors.OUTLIER_COLUMNS
+    assert (split.float().std(dim=0) > OUTLIER_SIZE / 2).sum() == contenders.OUTLIER_COLUMNS
     assert not (usual == 0).any()
 
 
@@ -269,20 +269,20 @@ def test_one_wrong_code_shows_in_the_error() -> None:
 
 def test_all_rows_of_a_small_matrix_and_a_sample_of_a_large_one_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(kernels, "_exact", lambda x, weight: seen.append(len(weight.codes)) or torch.ones(len(x), len(weight.codes)))
+    monkeypatch.setattr(linears, "_exact", lambda x, weight: seen.append(len(weight.codes)) or torch.ones(len(x), len(weight.codes)))
     bench("w4a16", [2])
     bench("w4a16", [2], shape=Shape("large", 128, 1000, 1))
     assert seen == [64, 64]
 
 
 def test_the_truth_is_the_float64_product_whatever_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr(linears, "TOKENS_AT_ONCE", 3)
     scheme = parse_scheme("w4a16-g64-asym")
     x = random_inputs(8, 256, torch.bfloat16, CPU, scheme)
     weight = random_weight(SMALL, scheme, x)
     groups = torch.arange(256) // 64
     dense = (weight.codes.double() - weight.zero.double()[:, groups]) * weight.scale.double()[:, groups]
-    torch.testing.assert_close(kernels._exact(x, weight), x.double() @ dense.t(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linears._exact(x, weight), x.double() @ dense.t(), rtol=1e-12, atol=1e-12)
 
 
 def test_all_have_the_same_input() -> None:
@@ -301,8 +301,8 @@ def test_all_have_the_same_input() -> None:
 def test_no_two_copies_share_memory() -> None:
     keeping = peer(lambda weight, _dtype, _device: SimpleNamespace(tensors=[weight.codes, weight.scale, weight.zero]), "keeping")
     scheme = parse_scheme("llm-int8")
-    contest = prepare(SMALL, scheme, 4, CPU, torch.bfloat16, "reference", [keeping])
-    for each in contest.competitors:
+    lineup = prepare(SMALL, scheme, 4, CPU, torch.bfloat16, "reference", [keeping])
+    for each in lineup.contenders:
         assert len(each.copies) == timing.copies(each.weight_bytes, CPU, 1 << 40) >= 2
         held = [set(map(Tensor.data_ptr, _tensors(copied))) for copied in each.copies]
         assert all(one and not one & other for one, other in combinations(held, 2))
@@ -348,18 +348,18 @@ def test_a_peer_with_another_number_format_has_no_error_and_counts_as_the_scheme
 
 def test_what_waits_for_the_device_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = (peer(plain, "waits", graphs=False), peer(plain, "other"))
-    contest = prepare(SMALL, parse_scheme("w4a16"), 1, CPU, torch.bfloat16, "reference", peers)
+    lineup = prepare(SMALL, parse_scheme("w4a16"), 1, CPU, torch.bfloat16, "reference", peers)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), to=lambda _dtype: None)
-    there = replace(contest, x=type("OnGpu", (), {"device": on_gpu.device, "__getitem__": lambda *_: on_gpu})())
+    there = replace(lineup, x=type("OnGpu", (), {"device": on_gpu.device, "__getitem__": lambda *_: on_gpu})())
     timed: dict[bool, list[str]] = {}
 
     def record(calls: dict[str, list], _device: object, graphs: bool = False, seconds: float = 0.2) -> dict[str, timing.Timing]:
         timed[graphs] = list(calls)
         return {name: timing.Timing(2.0 - graphs, 1.0, 3.0, 1) for name in calls}
 
-    monkeypatch.setattr(kernels, "time_in_turn", record)
-    monkeypatch.setattr(kernels, "_errors", lambda *_: ({each.name: 0.0 for each in contest.competitors}, []))
-    points = by_name(kernels._contend(there, SMALL, 1, MACHINE, 1e-3)[0])
+    monkeypatch.setattr(linears, "time_in_turn", record)
+    monkeypatch.setattr(linears, "_errors", lambda *_: ({each.name: 0.0 for each in lineup.contenders}, []))
+    points = by_name(linears._time_lineup(there, SMALL, 1, MACHINE, 1e-3)[0])
     assert timed[False] == ["float32", "bfloat16", "W4A16 reference", "waits", "other"]
     assert timed[True] == ["float32", "bfloat16", "W4A16 reference", "other"]
     assert points["waits"].graph_microseconds is None
@@ -374,17 +374,17 @@ def test_ours_failing_is_no_point_left_out(monkeypatch: pytest.MonkeyPatch) -> N
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("of our own")
 
-    monkeypatch.setattr(competitors, "quantized_linear", lambda *_arguments: Broken())
+    monkeypatch.setattr(contenders, "quantized_linear", lambda *_arguments: Broken())
     with pytest.raises(RuntimeError, match="of our own"):
         bench("w4a16", [1])
 
 
 def test_ours_is_the_layer_that_the_runtime_makes() -> None:
     scheme = parse_scheme("w4a16-asym")
-    contest = prepare(SMALL, scheme, 3, CPU, torch.float32, "auto", [])
-    ours = contest.competitors[2]
-    expected = quantized_linear(contest.weight, None, torch.float32, "cpu", "auto")(contest.x)
-    assert all(torch.equal(copied(contest.x), expected) for copied in ours.copies)
+    lineup = prepare(SMALL, scheme, 3, CPU, torch.float32, "auto", [])
+    ours = lineup.contenders[2]
+    expected = quantized_linear(lineup.weight, None, torch.float32, "cpu", "auto")(lineup.x)
+    assert all(torch.equal(copied(lineup.x), expected) for copied in ours.copies)
     assert ours.arithmetic == "float32"
 
 
@@ -402,7 +402,7 @@ def test_what_cannot_be_timed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         bench("w4a16", [1, 0])
     with pytest.raises(UsageError, match="cannot be timed on the device meta"):
         bench_kernels([], [1], "meta", MACHINE)
-    monkeypatch.setattr(competitors, "free_bytes", lambda _device: 1 << 30)
+    monkeypatch.setattr(contenders, "free_bytes", lambda _device: 1 << 30)
     with pytest.raises(UsageError, match=r"^gate_up \(8192 x 57344\): takes 8\.\d GiB of memory with 1 tokens, but 1\.0 GiB are free"):
         bench("w4a16", [1], shape=Shape("gate_up", 8192, 57344, 80))
 
@@ -410,9 +410,9 @@ def test_what_cannot_be_timed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
 def test_copies_take_no_more_than_half_of_the_memory_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda _device: 1 << 30)  # no number of copies is enough
     for free in (1 << 20, 250_000, 200_000):
-        monkeypatch.setattr(competitors, "free_bytes", lambda _device, free=free: free)
-        contest = prepare(Shape("small", 128, 64, 1), parse_scheme("w4a16"), 1, CPU, torch.bfloat16, "reference", [])
-        more = sum((len(each.copies) - 1) * each.weight_bytes for each in contest.competitors)
-        one_each = sum(each.weight_bytes for each in contest.competitors)
-        working = competitors.WORKING_BYTES_PER_WEIGHT * 128 * 64 + competitors.WORKING_BYTES_PER_VALUE * (128 + 64)
+        monkeypatch.setattr(contenders, "free_bytes", lambda _device, free=free: free)
+        lineup = prepare(Shape("small", 128, 64, 1), parse_scheme("w4a16"), 1, CPU, torch.bfloat16, "reference", [])
+        more = sum((len(each.copies) - 1) * each.weight_bytes for each in lineup.contenders)
+        one_each = sum(each.weight_bytes for each in lineup.contenders)
+        working = contenders.WORKING_BYTES_PER_WEIGHT * 128 * 64 + contenders.WORKING_BYTES_PER_VALUE * (128 + 64)
         assert 0.05 * (free - one_each - working) < more <= 0.5 * (free - one_each - working) + 64

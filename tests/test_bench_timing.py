@@ -62,7 +62,7 @@ def test_a_call_that_always_takes_as_long_is_timed_exactly(clock: Clock) -> None
     assert found["b"].microseconds == pytest.approx(7000)
 
 
-def test_competitors_take_turns_in_one_run(clock: Clock) -> None:
+def test_contenders_take_turns_in_one_run(clock: Clock) -> None:
     time_in_turn({name: clock.several(name, 1e-3, 2) for name in "abc"}, "cpu", seconds=0.1)
     measured = turns(clock.log)[3:]  # after the warm-up of each
     assert measured == ["a", "b", "c"] * (len(measured) // 3)
@@ -105,7 +105,7 @@ def test_a_call_of_seconds_is_made_three_times_after_the_warm_up(clock: Clock, c
     assert len(clock.log) == max(2, count) + 3
 
 
-def test_a_slow_competitor_does_not_cost_a_fast_one_its_samples(clock: Clock) -> None:
+def test_a_slow_contender_does_not_cost_a_fast_one_its_samples(clock: Clock) -> None:
     found = time_in_turn({"a": clock.several("a", 1e-3, 2), "b": clock.several("b", 6.0, 1)}, "cpu", seconds=0.3)
     assert found["b"].calls == 3
     assert found["a"].calls == pytest.approx(300, abs=6)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ptq_kernels.tile_config import TileConfig, shipped
 
 triton = pytest.importorskip("triton", reason="compiles with triton")
 kernels = import_module("ptq_kernels.w4a16_kernels")
@@ -53,12 +54,12 @@ def pointer(dtype: torch.dtype) -> str:
 
 def fused(capability: int, config: Any, bits: int, dtype: torch.dtype, group: int, zeros: bool) -> Any:
     constants = w4a16.constants(config, dtype, bits, group, zeros, False, True)
-    constants |= {"EVEN": True, "OVERLAP": capability >= 90, "bias": None} | ({} if zeros else {"zero": None})
+    constants |= {"EVEN": True, "PDL": capability >= 90, "bias": None} | ({} if zeros else {"zero": None})
     types = {"x": pointer(dtype), "packed": "*i32", "scale": "*i32", "zero": "*i32", "out": "*fp32"}
-    return compiled(kernels.w4a16_kernel, constants, types, capability, config.warps)
+    return compiled(kernels.w4a16_kernel, constants, types, capability, config.num_warps)
 
 
-SHIPPED = [(int(name[3:]), bits, config) for name, bits, config in w4a16.configs() if name.startswith("sm_")]
+SHIPPED = [(int(key[3:]), entry.bits, entry.config) for key, entry in shipped("w4a16") if key.startswith("sm_")]
 
 
 @pytest.mark.parametrize("place", range(len(SHIPPED)))
@@ -68,7 +69,7 @@ def test_a_shipped_configuration_compiles_without_spills(place: int, tmp_path: P
     for _ in range(place):
         next(variants)
     for dtype, group, zeros in (VARIANTS[0], next(variants)):
-        fitted = config.fitted(group, bits)
+        fitted = w4a16.fitted(config, group, bits)
         listing = inspect(
             fused(capability, fitted, bits, dtype, group, zeros), tmp_path, capability, f"{bits} bit {fitted} {dtype} {group}"
         )
@@ -85,14 +86,13 @@ def test_a_shipped_configuration_compiles_without_spills(place: int, tmp_path: P
 def test_the_other_kernels_compile_without_spills(capability: int, bits: int, tmp_path: Path) -> None:
     block_n, block_k = w4a16.DEQUANTIZE_BLOCK
     for dtype, group, zeros in VARIANTS:
-        constants: dict[str, Any] = w4a16.constants(
-            w4a16.Config(16, block_n, block_k, 4, 1, 1, True), dtype, bits, group, zeros, False, True
-        )
+        config = TileConfig(block_m=16, block_n=block_n, block_k=block_k, num_warps=4, num_stages=1, scale_weights=True)
+        constants: dict[str, Any] = w4a16.constants(config, dtype, bits, group, zeros, False, True)
         constants = {name: value for name, value in constants.items() if name in kernels.dequantize_kernel.arg_names}
         constants |= {} if zeros else {"zero": None}
         types = {"packed": "*i32", "scale": "*i32", "zero": "*i32", "out": pointer(dtype)}
         binary = compiled(kernels.dequantize_kernel, constants, types, capability, 4)
         assert "STG.E.128" in inspect(binary, tmp_path, capability, f"dequantize {bits} bit {dtype} {group}")
-    constants = {"BIAS": True, "BLOCK": 1024, "OVERLAP": capability >= 90}
+    constants = {"BIAS": True, "BLOCK": 1024, "PDL": capability >= 90}
     types = {"partial": "*fp32", "bias": "*bf16", "out": "*bf16"}
     inspect(compiled(kernels.reduce_kernel, constants, types, capability, 4), tmp_path, capability, "reduce")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from ptq_kernels import int8_product, llm_int8, quantize_rows, w8a8
-from ptq_kernels.int8_product import Tiling
+from ptq_kernels.tile_config import Entry, TileConfig, tables_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -64,7 +65,7 @@ class Compiler:
         usage = self.cuobjdump("-res-usage")
         registers, frame = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
         tile = "x".join(str(values[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in values)
-        tile += f" in {values['PARTS']}" if tile else ""
+        tile += f" in {values['SPLIT_K']}" if tile else ""
         what = f"sm_{self.target.arch} {kernel.__name__:15} {tile:17}"
         print(f"{what}: {registers:>3} registers, {built.metadata.shared:>6} bytes shared, frame of {frame}")
         # What is spilled lies in the frame: without one there is none. A frame alone is no spill: the slow path of a division is a call,
@@ -88,6 +89,12 @@ def type_of(value: Any) -> str:
     return "i32" if isinstance(value, int) else "fp32"
 
 
+def shipped(kind: str, architecture: int) -> tuple[Entry, ...]:
+    """The entries of a generation for what ``launch`` calls ``kind``."""
+    (table,) = tables_for("w8a8" if kind == "w8a8" else "llm_int8", "", architecture)
+    return table
+
+
 @pytest.fixture(params=[90, 80], ids="sm_{}".format)
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     made = Compiler(request.param, tmp_path)
@@ -98,21 +105,22 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     return made
 
 
-def launch(kind: str, tokens: int, outs: int, columns: int, dtype: torch.dtype, tiling: Tiling, parts: int) -> None:
+def launch(kind: str, M: int, N: int, K: int, dtype: torch.dtype, config: TileConfig, split_k: int) -> None:
     """One call of a launcher, on memory that is allocated and no more."""
-    x = torch.empty(tokens, columns, dtype=dtype)
-    codes = torch.empty(outs, columns, dtype=torch.int8)
-    scale, bias = torch.empty(outs, dtype=dtype), torch.empty(outs, dtype=dtype)
+    x = torch.empty(M, K, dtype=dtype)
+    codes = torch.empty(N, K, dtype=torch.int8)
+    scale, bias = torch.empty(N, dtype=dtype), torch.empty(N, dtype=dtype)
+    config = replace(config, split_k=split_k)
     if kind == "w8a8":
-        w8a8.launch(x, codes, scale, None, True, bias, tiling, parts)
+        w8a8.launch(x, codes, scale, None, True, bias, config)
         return
-    index, weight = torch.empty(32, dtype=torch.int32), torch.empty(outs, 32, dtype=dtype)
-    slots = torch.empty(columns, dtype=torch.int32)
-    llm_int8.launch(x, codes, scale, index, weight, 6.0 if kind == "dynamic" else None, True, bias, slots, tiling, parts)
+    index, weight = torch.empty(32, dtype=torch.int32), torch.empty(N, 32, dtype=dtype)
+    slots = torch.empty(K, dtype=torch.int32)
+    llm_int8.launch(x, codes, scale, index, weight, 6.0 if kind == "dynamic" else None, True, bias, slots, config)
 
 
 @pytest.mark.parametrize(
-    ("kind", "outs", "columns", "split"),
+    ("kind", "N", "K", "split"),
     [
         ("w8a8", 4095, 2112, True),
         ("w8a8", 4096, 4096, False),
@@ -122,53 +130,51 @@ def launch(kind: str, tokens: int, outs: int, columns: int, dtype: torch.dtype, 
         pytest.param("static", 4095, 2112, True, marks=pytest.mark.slow),
     ],
 )
-def test_every_shipped_tiling(compiler: Compiler, kind: str, outs: int, columns: int, split: bool) -> None:
+def test_every_shipped_config(compiler: Compiler, kind: str, N: int, K: int, split: bool) -> None:
     """Sizes with a remainder everywhere and, where the table allows it, K split, which take the most registers; and friendly ones."""
     compiler.skipped = QUANTIZERS
     architecture = compiler.target.arch
-    table = int8_product.tilings("w8a8" if kind == "w8a8" else "llm_int8", "", architecture)
-    for up_to, tiling in table:
-        launch(kind, min(up_to, 600), outs, columns, torch.bfloat16, tiling, 2 if split and tiling.programs else 1)
+    table = shipped(kind, architecture)
+    for entry in table:
+        launch(kind, min(entry.max_m, 600), N, K, torch.bfloat16, entry.config, 2 if split and entry.config.ctas_per_sm else 1)
     assert len(compiler.done) == len(table)
     assert all(PRODUCT[architecture] in ptx and ".s32.s8.s8" in ptx for _, ptx in compiler.done)
     # Sums of other parts come 16 bytes at a time, for any N.
-    assert sum("ld.global.cg.v4.b32" in ptx for _, ptx in compiler.done) == sum(split and tiling.programs > 0 for _, tiling in table)
+    assert sum("ld.global.cg.v4.b32" in ptx for _, ptx in compiler.done) == sum(split and entry.config.ctas_per_sm > 0 for entry in table)
 
 
 @pytest.mark.slow
-def test_the_largest_tilings_in_every_dtype_and_with_the_most_parts(compiler: Compiler) -> None:
+def test_the_largest_configs_in_every_dtype_and_with_the_most_parts(compiler: Compiler) -> None:
     compiler.skipped = QUANTIZERS
     for kind in ("w8a8", "dynamic"):
-        table = int8_product.tilings("w8a8" if kind == "w8a8" else "llm_int8", "", compiler.target.arch)
-        for _, tiling in table[-2:]:
-            if tiling.programs:
-                launch(kind, 600, 4095, 2112, torch.float16, tiling, int8_product.MOST_PARTS)
+        for entry in shipped(kind, compiler.target.arch)[-2:]:
+            if entry.config.ctas_per_sm:
+                launch(kind, 600, 4095, 2112, torch.float16, entry.config, int8_product.MOST_SPLITS)
             if kind == "w8a8":
-                launch(kind, 600, 4095, 2112, torch.float32, tiling, 2 if tiling.programs else 1)
+                launch(kind, 600, 4095, 2112, torch.float32, entry.config, 2 if entry.config.ctas_per_sm else 1)
 
 
-def test_a_tiling_that_spills_or_does_not_fit_is_refused(compiler: Compiler) -> None:
+def test_a_config_that_spills_or_does_not_fit_is_refused(compiler: Compiler) -> None:
     """The twin of the others: too many sums for each thread, too many stages."""
     compiler.skipped = QUANTIZERS
     with pytest.raises(AssertionError, match="spills"):
-        launch("w8a8", 600, 4096, 4096, torch.bfloat16, Tiling(128, 256, 64, 4, 2), 1)
+        launch("w8a8", 600, 4096, 4096, torch.bfloat16, TileConfig(block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=2), 1)
     with pytest.raises(AssertionError, match="shared memory"):
-        launch("w8a8", 600, 4096, 4096, torch.bfloat16, Tiling(64, 64, 256, 4, 9), 1)
+        launch("w8a8", 600, 4096, 4096, torch.bfloat16, TileConfig(block_m=64, block_n=64, block_k=256, num_warps=4, num_stages=9), 1)
 
 
 @pytest.mark.slow
-def test_the_tiling_for_everything_else(compiler: Compiler) -> None:
+def test_the_config_for_everything_else(compiler: Compiler) -> None:
     """Rows that do not start at multiples of 16 bytes, and outliers in float32."""
-    for kind, dtype, columns in (("w8a8", torch.float32, 2111), ("dynamic", torch.float16, 2111), ("dynamic", torch.float32, 2112)):
-        launch(kind, 40, 4095, columns, dtype, int8_product.SMALL, 2)
+    for kind, dtype, K in (("w8a8", torch.float32, 2111), ("dynamic", torch.float16, 2111), ("dynamic", torch.float32, 2112)):
+        launch(kind, 40, 4095, K, dtype, int8_product.SMALL, 2)
 
 
 def test_loads_are_whole(compiler: Compiler) -> None:
     """Friendly sizes: 16 bytes at a time, or a tile by the copy engine."""
-    _, small = int8_product.tilings("w8a8", "", compiler.target.arch)[0]
-    _, large = int8_product.tilings("w8a8", "", compiler.target.arch)[-1]
-    launch("w8a8", 16, 4096, 4096, torch.bfloat16, small, 2)
-    launch("w8a8", 4096, 4096, 4096, torch.bfloat16, large, 1)
+    small, *_, large = shipped("w8a8", compiler.target.arch)
+    launch("w8a8", 16, 4096, 4096, torch.bfloat16, small.config, 2)
+    launch("w8a8", 4096, 4096, 4096, torch.bfloat16, large.config, 1)
     quantize, few, _, many = (ptx for _, ptx in compiler.done)
     assert "ld.global.v4.b32" in quantize
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10", few)
@@ -187,7 +193,15 @@ def test_other_scales_and_an_early_launch(compiler: Compiler) -> None:
     for tokens, threshold in ((4, 6.0), (40, 6.0), (40, None)):
         quantize_rows.split(x[:tokens], slots[:32], slots, threshold, True, None)
     if compiler.target.arch == 90:
-        launch("w8a8", 16, 4096, 4096, torch.bfloat16, Tiling(16, 64, 256, 4, 4, weight_left=True, early=True), 2)
+        launch(
+            "w8a8",
+            16,
+            4096,
+            4096,
+            torch.bfloat16,
+            TileConfig(block_m=16, block_n=64, block_k=256, num_warps=4, num_stages=4, weight_left=True, pdl=True),
+            2,
+        )
         (_, first), (_, second) = compiler.done[-2:]
         assert "griddepcontrol.launch_dependents" in first
         assert "griddepcontrol.wait" in second

@@ -10,13 +10,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import gpu_cases
 import gpu_check
+import gpu_correctness
+import gpu_layers
+import gpu_report
+import gpu_timing
 import gpu_tune
 import pytest
 import torch
-from gpu_cases import BASELINE, OURS, SCHEMES, SHAPES, TIMED_TOKENS, TOKENS, Setting, point_name
-from gpu_check import Pool, judged, targets
+from gpu_layers import BASELINE, OURS, SCHEMES, SHAPES, TIMED_TOKENS, TOKENS, GpuRun
+from gpu_pool import Pool
+from gpu_report import judged, targets
+from gpu_timing import point_name
+from ptq_kernels import tile_config
+from ptq_kernels.tile_config import TileConfig
 
 from ptqcli.bench import machine
 from ptqcli.bench.timing import Timing
@@ -59,14 +66,14 @@ def test_a_result_that_is_there_is_not_overwritten_unasked(tmp_path: Path, capsy
     assert there.read_text() == "precious"
     assert gpu_check.main(["--rehearse", "--output", str(tmp_path / "no" / "there.json")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
-    assert gpu_check.what_is_in_the_way(Setting(rehearse=True), there, overwrite=True) is None
+    assert gpu_check.what_is_in_the_way(GpuRun(rehearse=True), there, overwrite=True) is None
 
 
 def test_results_are_named_for_gpu_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H200 (141 GB)")
     monkeypatch.setattr(gpu_check.time, "strftime", lambda form: form.replace("%Y-%m-%d-%H%M", "2026-11-22-1310"))
-    assert gpu_check.default_output(Setting()).name == "gpu_check-NVIDIA_H200_141_GB_-2026-11-22-1310.json"
-    assert gpu_check.default_output(Setting(rehearse=True)).name == "gpu_check-rehearsal-2026-11-22-1310.json"
+    assert gpu_check.default_output(GpuRun()).name == "gpu_check-NVIDIA_H200_141_GB_-2026-11-22-1310.json"
+    assert gpu_check.default_output(GpuRun(rehearse=True)).name == "gpu_check-rehearsal-2026-11-22-1310.json"
 
 
 def test_what_was_found_is_in_the_file_when_the_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +110,7 @@ def test_limits_of_a_gpu_need_no_psutil(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5, 7))
     assert machine.free_bytes("cuda") == 5
-    assert "psutil" in gpu_cases.limits(Setting(rehearse=True))["note"]
+    assert "psutil" in gpu_timing.limits(GpuRun(rehearse=True))["note"]
 
 
 def test_the_rehearsal_of_tuning_prints_tables(tmp_path: Path) -> None:
@@ -164,8 +171,8 @@ def test_after_a_failed_capture_the_next_child_is_told_and_does_the_rest() -> No
     assert pool.results == [{"name": "one", "ok": True, "no_graph": "gemlite"}, {"name": "two", "ok": True}]
 
 
-class OnGpu(Setting):
-    """A setting that says it is on a GPU."""
+class OnGpu(GpuRun):
+    """A run that says it is on a GPU."""
 
     device = torch.device("cuda")
 
@@ -176,7 +183,7 @@ class H200:
     name, major, minor, multi_processor_count = "NVIDIA H200", 9, 0, 132
 
 
-class HereAsOnGpu(Setting):
+class HereAsOnGpu(GpuRun):
     """One that does on the CPU, at small sizes, what it would do on a GPU."""
 
     device, shapes, rehearse = torch.device("cpu"), {"qkv": (256, 96), "down": (128, 64)}, False
@@ -191,11 +198,11 @@ def time_on_gpu(monkeypatch: pytest.MonkeyPatch, cannot: set[str], eager: set[st
         timed.append((graphs, list(calls)))
         return {name: Timing(1.0, 1.0, 1.0, 1) for name in calls if not (graphs and name in cannot)}
 
-    monkeypatch.setattr(gpu_cases.timing, "time_in_turn", in_turn)
-    monkeypatch.setattr(gpu_cases, "callable_now", lambda *_: ({name: [] for name in names}, {}))
-    peers = [gpu_cases.Peer(name, "1", lambda *_: None, graphs=name != "bitsandbytes") for name in names[2:]]
-    monkeypatch.setattr(gpu_cases, "installed_peers", lambda _device: peers)
-    return gpu_cases.time_point(OnGpu(rehearse=True, eager=frozenset(eager)), "W4A16", "up", 1), timed
+    monkeypatch.setattr(gpu_timing.timing, "time_in_turn", in_turn)
+    monkeypatch.setattr(gpu_timing, "callable_now", lambda *_: ({name: [] for name in names}, {}))
+    peers = [gpu_timing.Peer(name, "1", lambda *_: None, graphs=name != "bitsandbytes") for name in names[2:]]
+    monkeypatch.setattr(gpu_timing, "installed_peers", lambda _device: peers)
+    return gpu_timing.time_point(OnGpu(rehearse=True, eager=frozenset(eager)), "W4A16", "up", 1), timed
 
 
 def test_a_peer_that_fits_into_no_graph_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,16 +261,16 @@ def test_targets_are_passed_failed_or_not_measured() -> None:
 
 
 def test_only_what_is_ours_counts_as_failed() -> None:
-    assert gpu_check.is_ours("preparation", {"name": "ours: W4A16 up 1"})
-    assert gpu_check.is_ours("timing", {"name": "W4A16 up 1"})
-    assert not gpu_check.is_ours("preparation", {"name": "gemlite: W4A16 up 1"})
+    assert gpu_report.is_ours("preparation", {"name": "ours: W4A16 up 1"})
+    assert gpu_report.is_ours("timing", {"name": "W4A16 up 1"})
+    assert not gpu_report.is_ours("preparation", {"name": "gemlite: W4A16 up 1"})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_a_kernel_that_is_wrong_or_leaves_memory_unwritten_fails(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = (Setting(rehearse=True), scheme, [(70, 128)], torch.bfloat16, (1, 17))
-    gpu_cases.against_float64(*given)
-    right = gpu_cases.ours
+    given = (GpuRun(rehearse=True), scheme, [(70, 128)], torch.bfloat16, (1, 17))
+    gpu_correctness.against_float64(*given)
+    right = gpu_layers.ours
 
     def off(layer: Any, dtype: torch.dtype) -> Any:
         return lambda x: right(layer, dtype)(x) * 1.01
@@ -272,20 +279,20 @@ def test_a_kernel_that_is_wrong_or_leaves_memory_unwritten_fails(scheme: Any, mo
         return lambda x: torch.where(torch.arange(70) == 69, x.new_empty(len(x), 70), right(layer, dtype)(x))
 
     for broken in (off, unwritten):
-        monkeypatch.setattr(gpu_cases, "ours", broken)
+        monkeypatch.setattr(gpu_correctness, "ours", broken)
         with pytest.raises(AssertionError, match="relative error"):
-            gpu_cases.against_float64(*given)
+            gpu_correctness.against_float64(*given)
 
 
 def test_a_flipped_code_is_seen_among_all_numbers_of_tokens() -> None:
     """Over the whole output it would be lost: one code of one row, and 300 tokens, most of which have a small input there."""
-    setting, scheme = Setting(rehearse=True), Scheme(4, 128, symmetric=False)
-    assert gpu_cases.against_float64(setting, scheme, [(131, 384)], torch.float16, TOKENS)["flipped"] > 5 * gpu_cases.TOLERANCE
-    layer = gpu_cases.make_layer(scheme, 131, 384, torch.float16, setting.device)
-    x = gpu_cases.make_input(300, 384, torch.float16, setting.device)
-    changed = gpu_cases.ours(gpu_cases.flipped(layer, x), torch.float16)(x)
-    assert gpu_cases.error(changed, gpu_cases.truth(layer, x)) < gpu_cases.TOLERANCE
-    same = gpu_cases.ours(layer, torch.float16)(x)
+    here, scheme = GpuRun(rehearse=True), Scheme(4, 128, symmetric=False)
+    assert gpu_correctness.against_float64(here, scheme, [(131, 384)], torch.float16, TOKENS)["flipped"] > 5 * gpu_layers.TOLERANCE
+    layer = gpu_layers.make_layer(scheme, 131, 384, torch.float16, here.device)
+    x = gpu_layers.make_input(300, 384, torch.float16, here.device)
+    changed = gpu_layers.ours(gpu_layers.flipped(layer, x), torch.float16)(x)
+    assert gpu_layers.error(changed, gpu_layers.truth(layer, x)) < gpu_layers.TOLERANCE
+    same = gpu_layers.ours(layer, torch.float16)(x)
     assert (same != changed).any(dim=0).nonzero().flatten().tolist() == [131 // 2]
 
 
@@ -298,39 +305,39 @@ def tuned(monkeypatch: pytest.MonkeyPatch, *lines: dict[str, Any]) -> dict[str, 
 def test_tables_have_each_shape_and_one_entry_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many, wide = {"block_m": 16}, {"block_m": 32}, {"block_m": 64}
     lines = [
-        {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 16}, "ranked": [[1.0, few], [1.1, many], [9.0, None]]},
-        {"w4a16": {"bits": 4, "shape": [30, 20], "up_to": 16}, "ranked": [[1.0, wide], [1.1, many], [1.5, few], [2.0, None]]},
-        {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 64}, "ranked": [[1.0, None], [2.0, few]]},
-        {"w4a16": {"bits": 4, "shape": [30, 20], "up_to": 64}, "ranked": [[1.0, None], [2.0, few]]},
-        {"w8a8": {"up_to_m": 64, "block_m": 64}},
-        {"w8a8": {"up_to_m": 16, "block_m": 16}},
+        {"w4a16": {"bits": 4, "shape": [10, 20], "max_m": 16}, "ranked": [[1.0, few], [1.1, many], [9.0, None]]},
+        {"w4a16": {"bits": 4, "shape": [30, 20], "max_m": 16}, "ranked": [[1.0, wide], [1.1, many], [1.5, few], [2.0, None]]},
+        {"w4a16": {"bits": 4, "shape": [10, 20], "max_m": 64}, "ranked": [[1.0, None], [2.0, few]]},
+        {"w4a16": {"bits": 4, "shape": [30, 20], "max_m": 64}, "ranked": [[1.0, None], [2.0, few]]},
+        {"w8a8": {"max_m": 64, "config": wide}},
+        {"w8a8": {"max_m": 16, "config": few}},
     ]
     tables = tuned(monkeypatch, *lines)
     assert tables["w4a16"] == [
-        {"bits": 4, "up_to": 16, "config": many},
-        {"bits": 4, "shape": [10, 20], "up_to": 16, "config": few},
-        {"bits": 4, "shape": [30, 20], "up_to": 16, "config": wide},
+        {"bits": 4, "max_m": 16, "config": many},
+        {"bits": 4, "shape": [10, 20], "max_m": 16, "config": few},
+        {"bits": 4, "shape": [30, 20], "max_m": 16, "config": wide},
     ]
-    assert [(row["up_to_m"], row["block_m"]) for row in tables["w8a8"]] == [(16, 16), (2**31 - 1, 64)]
+    assert tables["w8a8"] == [{"max_m": 16, "config": few}, {"max_m": 2**31 - 1, "config": wide}]
 
 
 def test_tuning_that_was_cut_short_leaves_out_what_is_not_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else few tokens' entries would speak for many."""
     one, other = {"block_m": 16}, {"block_m": 32}
     lines = [
-        {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 16}, "ranked": [[1.0, one], [1.1, None]]},
-        {"w4a16": {"bits": 4, "shape": [10, 20], "up_to": 64}, "ranked": [[1.0, one], [1.1, None]]},
-        {"w4a16": {"bits": 4, "shape": [30, 20], "up_to": 16}, "ranked": [[1.0, other], [9.0, one]]},
-        {"w4a16": {"bits": 8, "shape": [30, 20], "up_to": 16}, "ranked": [[1.0, other], [9.0, one]]},
-        {"w8a8": {"up_to_m": 16, "block_m": 16}},
+        {"w4a16": {"bits": 4, "shape": [10, 20], "max_m": 16}, "ranked": [[1.0, one], [1.1, None]]},
+        {"w4a16": {"bits": 4, "shape": [10, 20], "max_m": 64}, "ranked": [[1.0, one], [1.1, None]]},
+        {"w4a16": {"bits": 4, "shape": [30, 20], "max_m": 16}, "ranked": [[1.0, other], [9.0, one]]},
+        {"w4a16": {"bits": 8, "shape": [30, 20], "max_m": 16}, "ranked": [[1.0, other], [9.0, one]]},
+        {"w8a8": {"max_m": 16, "config": one}},
         {"ok": False, "why": "hung"},
     ]
     assert tuned(monkeypatch, *lines) == {
         "w4a16": [
-            {"bits": 4, "up_to": 16, "config": one},
-            {"bits": 4, "up_to": 64, "config": one},
-            {"bits": 4, "shape": [10, 20], "up_to": 16, "config": one},
-            {"bits": 4, "shape": [10, 20], "up_to": 64, "config": one},
+            {"bits": 4, "max_m": 16, "config": one},
+            {"bits": 4, "max_m": 64, "config": one},
+            {"bits": 4, "shape": [10, 20], "max_m": 16, "config": one},
+            {"bits": 4, "shape": [10, 20], "max_m": 64, "config": one},
         ]
     }
     assert tuned(monkeypatch, *lines[2:]) == {}
@@ -340,15 +347,13 @@ def test_tuning_that_was_cut_short_leaves_out_what_is_not_whole(monkeypatch: pyt
     "bits, tokens, blocks", [(4, 1, {16}), (4, 17, {32}), (8, 128, {64, 128}), (4, 300, {128, 256}), (8, 512, {128, 256})]
 )
 def test_candidates_have_blocks_for_the_tokens_and_the_shipped_ones_among_them(bits: int, tokens: int, blocks: set[int]) -> None:
-    from ptq_kernels import w4a16
-
     found = gpu_tune.w4a16_candidates(bits, tokens)
-    shipped = {config for _, each, config in w4a16.configs() if each == bits and config.block_m in blocks}
+    shipped = {entry.config for _, entry in tile_config.shipped("w4a16") if entry.bits == bits and entry.config.block_m in blocks}
     assert shipped <= set(found)
     assert blocks <= {config.block_m for config in found}
     assert max(config.block_m for config in found) == max(blocks)
     assert len(found) == len(set(found)) < 200
-    assert all(config.block_m * config.block_n <= 128 * 32 * config.warps for config in set(found) - shipped)
+    assert all(config.block_m * config.block_n <= 128 * 32 * config.num_warps for config in set(found) - shipped)
 
 
 def test_a_candidate_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +367,7 @@ def test_a_candidate_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.M
         return call
 
     def took(call: Any) -> float | None:
-        return gpu_tune.time_candidate(Setting(rehearse=True), [call], x, expected)
+        return gpu_tune.time_candidate(GpuRun(rehearse=True), [call], x, expected)
 
     monkeypatch.setattr(gpu_tune.timing, "time_in_turn", lambda calls, *_: {name: Timing(7.0, 7.0, 7.0, 1) for name in calls})
     assert took(lambda x: x @ torch.ones(3, 5)) == 7.0
@@ -377,35 +382,32 @@ def test_a_candidate_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.M
 def test_every_part_names_its_cases_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a GPU, too, with its properties made up: the cases are only named."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: H200)
-    pytest.importorskip("triton", reason="the tuned tables of the int8 kernels are read by a module that imports triton")
     for part, cases in gpu_check.PARTS.items():
-        names = [name for name, _ in cases(Setting())]
+        names = [name for name, _ in cases(GpuRun())]
         assert len(names) == len(set(names)), part
         assert len(names) >= 6, part
 
 
 def test_tuning_takes_the_fastest_of_what_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels that are the operators, and a clock that goes by the configuration's stages and warps."""
-    pytest.importorskip("triton", reason="the tuned tables of the int8 kernels are read by a module that imports triton")
     from ptq_kernels import llm_int8, w4a16, w8a8
 
     seen: list[Any] = []
 
     def w4a16_launch(x: torch.Tensor, *given: Any) -> torch.Tensor:
         seen.append(given[-1])
-        return w4a16.w4a16(x, *given[:-1]) * (1 if given[-1].fold else 2)
+        return w4a16.w4a16(x, *given[:-1]) * (1 if given[-1].scale_weights else 2)
 
     def int8_launch(operator: Any) -> Any:
         def launch(*given: Any) -> torch.Tensor:
-            seen.append(given[-2])
-            assert given[-1] >= 1
-            return operator(*given[:-2])
+            seen.append(given[-1])
+            return operator(*given[:-1])
 
         return launch
 
     def clock(calls: dict[str, list[Any]], *_: object) -> dict[str, Timing]:
         config = seen[-1]
-        return {name: Timing(10.0 * config.stages + config.warps, 0, 0, 1) for name in calls}
+        return {name: Timing(10.0 * config.num_stages + config.num_warps, 0, 0, 1) for name in calls}
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: H200)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 1 << 20))
@@ -416,8 +418,10 @@ def test_tuning_takes_the_fastest_of_what_computes_the_same(monkeypatch: pytest.
     monkeypatch.setattr(llm_int8, "launch", int8_launch(llm_int8.llm_int8))
     ranked = gpu_tune.tune_w4a16(HereAsOnGpu(), 4, "qkv", 17)["ranked"]
     assert [took for took, _ in ranked] == sorted(took for took, _ in ranked)
-    assert ranked[0][0] == 10 * ranked[0][1]["stages"] + ranked[0][1]["warps"]
-    assert all(config["fold"] for _, config in ranked)
+    assert ranked[0][0] == 10 * ranked[0][1]["num_stages"] + ranked[0][1]["num_warps"]
+    assert all(config["scale_weights"] for _, config in ranked)
     for kernel in ("w8a8", "llm_int8"):
         found = gpu_tune.tune_int8(HereAsOnGpu(), kernel, 16)
-        assert found["microseconds"] == 2 * min(10 * tiling.stages + tiling.warps for tiling in gpu_tune.int8_candidates(kernel, 16))
+        candidates = list(gpu_tune.int8_candidates(kernel, 16))
+        assert found["microseconds"] == 2 * min(10 * config.num_stages + config.num_warps for config in candidates)
+        assert TileConfig(**found[kernel]["config"]) in candidates

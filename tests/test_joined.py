@@ -8,13 +8,13 @@ import weakref
 
 import pytest
 import torch
-from ptq_kernels import JoinedLinear, WeightOnlyLinear
+from ptq_kernels import JoinedLinear, ReferenceWeightOnly
 from torch import Tensor, nn
 
 SIZES = (32, 16, 16)
 
 
-class Counted(WeightOnlyLinear):
+class Counted(ReferenceWeightOnly):
     """A layer that counts its runs."""
 
     runs = 0
@@ -38,7 +38,7 @@ def inputs(seed: int = 0) -> Tensor:
 def test_parts_return_their_outputs_of_one_run() -> None:
     layer, parts = joined()
     x = inputs()
-    expected = WeightOnlyLinear.forward(layer, x).split(SIZES, dim=-1)
+    expected = ReferenceWeightOnly.forward(layer, x).split(SIZES, dim=-1)
     for _ in range(2):
         for part, columns in zip(parts, expected, strict=True):
             assert part.out_features == columns.shape[-1]
@@ -50,8 +50,8 @@ def test_another_tensor_runs_by_itself() -> None:
     layer, (q, k, v) = joined()
     x, other = inputs(), inputs(1)
     assert not torch.equal(q(x), q(other))
-    assert torch.equal(k(x), WeightOnlyLinear.forward(layer, x)[..., 32:48])
-    assert torch.equal(v(other.clone()), WeightOnlyLinear.forward(layer, other)[..., 48:])
+    assert torch.equal(k(x), ReferenceWeightOnly.forward(layer, x)[..., 32:48])
+    assert torch.equal(v(other.clone()), ReferenceWeightOnly.forward(layer, other)[..., 48:])
 
 
 def test_a_tensor_that_was_written_to_is_another() -> None:
@@ -59,7 +59,7 @@ def test_a_tensor_that_was_written_to_is_another() -> None:
     x = inputs()
     q(x)
     x.mul_(2)
-    assert torch.equal(k(x), WeightOnlyLinear.forward(layer, x)[..., 32:48])
+    assert torch.equal(k(x), ReferenceWeightOnly.forward(layer, x)[..., 32:48])
     assert layer.runs == 2
 
 
@@ -78,7 +78,7 @@ def test_in_inference_mode_it_runs_once_too() -> None:
         x = inputs().mul_(2)
         found = [part(x) for part in parts]
     assert layer.runs == 1
-    assert torch.equal(torch.cat(found, dim=-1), WeightOnlyLinear.forward(layer, x))
+    assert torch.equal(torch.cat(found, dim=-1), ReferenceWeightOnly.forward(layer, x))
 
 
 def test_nothing_is_kept_once_all_have_theirs() -> None:
@@ -99,7 +99,7 @@ def test_the_weights_are_there_once() -> None:
     twin = copy.deepcopy(model).double()
     assert twin.k._joined[0] is twin.q.joined
     x = inputs()
-    assert torch.equal(twin.k(x.double()), WeightOnlyLinear.forward(twin.q.joined.linear, x.double())[..., 32:48])
+    assert torch.equal(twin.k(x.double()), ReferenceWeightOnly.forward(twin.q.joined.linear, x.double())[..., 32:48])
 
 
 def test_compiled_whole_it_runs_once() -> None:

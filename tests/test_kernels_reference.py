@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptq_kernels import (
     LLMInt8Linear,
+    ReferenceWeightOnly,
     W8A8Linear,
-    WeightOnlyLinear,
     int8_linear,
     llm_int8_linear,
     reference,
@@ -222,7 +222,7 @@ def test_the_contract_names_the_argument(kind: str) -> None:
 def test_the_layer_is_the_function(bits: int, symmetric: bool) -> None:
     arguments = case(bits, torch.float32, 6, 40, 8, symmetric, (3,))
     codes = unpack_codes(arguments["packed"], bits, 40)
-    layer = WeightOnlyLinear(codes, arguments["scale"], arguments["zero"], bits, 8, arguments["bias"])
+    layer = ReferenceWeightOnly(codes, arguments["scale"], arguments["zero"], bits, 8, arguments["bias"])
     assert torch.equal(layer(arguments["x"]), weight_only_linear(**arguments))
     assert list(layer.parameters()) == []
     assert f"in_features=40, out_features=6, bits={bits}, group_size=8, bias=True" in repr(layer)
@@ -230,12 +230,12 @@ def test_the_layer_is_the_function(bits: int, symmetric: bool) -> None:
 
 def test_the_layer_checks_when_it_is_made() -> None:
     with pytest.raises(ValueError, match="scale must have shape"):
-        WeightOnlyLinear(random_codes(6, 40, 4), torch.ones(6, 2), None, 4, 8)
+        ReferenceWeightOnly(random_codes(6, 40, 4), torch.ones(6, 2), None, 4, 8)
 
 
 def test_the_layer_moves_and_casts_as_modules_do() -> None:
     arguments = case(4, torch.float32, 6, 40, 8, False, (3,))
-    layer = WeightOnlyLinear(unpack_codes(arguments["packed"], 4, 40), arguments["scale"], arguments["zero"], 4, 8, arguments["bias"])
+    layer = ReferenceWeightOnly(unpack_codes(arguments["packed"], 4, 40), arguments["scale"], arguments["zero"], 4, 8, arguments["bias"])
     layer.to(torch.bfloat16)
     assert layer.packed.dtype == torch.uint8
     assert layer.scale.dtype == torch.bfloat16

@@ -26,13 +26,13 @@ def test_in_the_interpreter(checks: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def layer(tokens: int = 5, outs: int = 7, columns: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def layer(tokens: int = 5, N: int = 7, K: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, columns, generator=generator)
+    x = torch.randn(tokens, K, generator=generator)
     x[1, 3] = 20
-    codes = torch.randint(-128, 128, (outs, columns), generator=generator, dtype=torch.int8)
+    codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
     index = torch.tensor([3, 8], dtype=torch.int32)
-    return x, codes, torch.rand(outs, generator=generator) / 100, index, torch.randn(outs, 2, generator=generator)
+    return x, codes, torch.rand(N, generator=generator) / 100, index, torch.randn(N, 2, generator=generator)
 
 
 def test_slots_are_the_index_turned_round() -> None:

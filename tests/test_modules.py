@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ptq_kernels import LLMInt8Linear, W4A16Linear, W8A8Linear
+from ptq_kernels import LLMInt8Linear, TritonWeightOnly, W8A8Linear
 from ptq_kernels.reference import int8_linear, int_mm_is_fast_and_exact, llm_int8_linear
 from torch import Tensor, nn
 
@@ -17,12 +17,12 @@ def codes(bits: int) -> Tensor:
     return torch.randint(0, 1 << bits, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
 
 
-def weight_only(bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool = False, g_idx: Tensor | None = None) -> W4A16Linear:
+def weight_only(bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool = False, g_idx: Tensor | None = None) -> TritonWeightOnly:
     generator = torch.Generator().manual_seed(0)
     groups = 1 if group_size == -1 else COLUMNS // group_size
     scale = torch.rand(ROWS, groups, generator=generator).add(0.5).to(dtype)
     zero = torch.randint(0, 1 << bits, (ROWS, groups), generator=generator, dtype=torch.uint8) if asymmetric else None
-    return W4A16Linear(codes(bits), scale, zero, bits, group_size, torch.randn(ROWS, generator=generator).to(dtype), g_idx)
+    return TritonWeightOnly(codes(bits), scale, zero, bits, group_size, torch.randn(ROWS, generator=generator).to(dtype), g_idx)
 
 
 def truth(x: Tensor, bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool, g_idx: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ def test_columns_of_a_group_need_not_be_neighbours(bits: int) -> None:
 )
 def test_a_weight_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"codes": codes(4), "scale": torch.ones(ROWS, 6).bfloat16(), "zero": None, "bits": 4, "group_size": 32}
-    W4A16Linear(**arguments)
+    TritonWeightOnly(**arguments)
     with pytest.raises((TypeError, ValueError), match=message):
-        W4A16Linear(**{**arguments, **change})
+        TritonWeightOnly(**{**arguments, **change})
 
 
 def int8_layers() -> list[nn.Module]:
@@ -134,6 +134,6 @@ def test_layers_compile_whole(place: int) -> None:
 
 def test_what_print_shows() -> None:
     shown = repr(nn.ModuleList([weight_only(4, 64, torch.bfloat16), *int8_layers()]))
-    assert "W4A16Linear(in_features=192, out_features=70, bits=4, group_size=64, bias=True, kernel=reference)" in shown
+    assert "TritonWeightOnly(in_features=192, out_features=70, bits=4, group_size=64, bias=True, kernel=reference)" in shown
     assert "inputs=static" in shown
     assert "threshold=2.5, outliers=2" in shown

@@ -15,7 +15,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Annotation
 
 from ptqcli.bench import roofline
-from ptqcli.bench.kernels import KernelPoint
+from ptqcli.bench.linears import KernelPoint
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.shapes import Shape
 from ptqcli.errors import PTQError

@@ -26,7 +26,7 @@ from packed import (
     w8a8,
     write_checkpoint,
 )
-from ptq_kernels import Int4Linear, JoinedLinear, LinearPart, W8A8Linear
+from ptq_kernels import JoinedLinear, LinearPart, TorchInt4WeightOnly, W8A8Linear
 from ptq_kernels.reference import int_mm_is_fast_and_exact
 from tiny import ARCHITECTURES, make_model, token_ids
 from transformers import AutoModelForCausalLM
@@ -164,7 +164,7 @@ def test_unlike_layers_are_not_joined(tmp_path: Path) -> None:
     assert [type(part).__name__ for part in (first.q_proj, first.k_proj, first.v_proj)] == ["LinearPart", "LinearPart", "Linear"]
     assert [type(part).__name__ for part in (second.q_proj, second.k_proj, second.v_proj)] == [
         "LinearPart",
-        "WeightOnlyLinear",
+        "ReferenceWeightOnly",
         "LinearPart",
     ]
     assert second.v_proj._joined[0] is second.q_proj.joined
@@ -308,7 +308,7 @@ def test_a_block_compiles_whole(tmp_path: Path) -> None:
     model: Any = load_quantized(tmp_path)
     mlp = model.model.layers[0].mlp
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
-    assert isinstance(mlp.down_proj, Int4Linear)
+    assert isinstance(mlp.down_proj, TorchInt4WeightOnly)
     with torch.no_grad():
         assert torch.allclose(torch.compile(mlp, fullgraph=True)(x), mlp(x), atol=1e-5)
 

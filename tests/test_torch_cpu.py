@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptq_kernels import Int4Linear, Int8Linear, torch_cpu
+from ptq_kernels import TorchInt4WeightOnly, TorchInt8WeightOnly, torch_cpu
 from torch import Tensor
 
 # The kernel, and above its limit the expanded weight.
@@ -46,11 +46,11 @@ def signed_input(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_four_bits(shape: tuple[int, int, int], symmetric: bool, dtype: torch.dtype) -> None:
     codes, scale, zero, bias = layer(shape, 4, dtype, symmetric)
-    made = Int4Linear(codes, scale, zero, shape[2], bias)
+    made = TorchInt4WeightOnly(codes, scale, zero, shape[2], bias)
     assert made.block is not None
     flipped = codes.clone()
     flipped[shape[0] // 2] ^= 8  # one code of a row's thousand is lost in the rounding of bfloat16
-    other = Int4Linear(flipped, scale, zero, shape[2], bias)
+    other = TorchInt4WeightOnly(flipped, scale, zero, shape[2], bias)
     for tokens in TOKENS:
         x = signed_input(tokens, shape[1], dtype)
         truth = product(x, codes, scale, zero, 8, bias)
@@ -64,8 +64,8 @@ def test_four_bits(shape: tuple[int, int, int], symmetric: bool, dtype: torch.dt
 def test_eight_bits(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     codes, scale, _, bias = layer(shape, 8, dtype, True)
     signed = (codes.int() - 128).to(torch.int8)
-    made = Int8Linear(signed, scale.flatten(), bias)
-    other = Int8Linear(signed.roll(1, dims=1), scale.flatten(), bias)
+    made = TorchInt8WeightOnly(signed, scale.flatten(), bias)
+    other = TorchInt8WeightOnly(signed.roll(1, dims=1), scale.flatten(), bias)
     for tokens in TOKENS:
         x = signed_input(tokens, shape[1], dtype)
         truth = product(x, codes, scale, None, 128, bias)
@@ -78,7 +78,7 @@ def test_a_flipped_code_is_seen_in_its_output() -> None:
     flipped = codes.clone()
     flipped[63, 255] ^= 1
     x = signed_input(3, 256, torch.float32)
-    change = Int4Linear(flipped, scale, None, 32, bias)(x) - Int4Linear(codes, scale, None, 32, bias)(x)
+    change = TorchInt4WeightOnly(flipped, scale, None, 32, bias)(x) - TorchInt4WeightOnly(codes, scale, None, 32, bias)(x)
     step = (1 if flipped[63, 255] > codes[63, 255] else -1) * scale[63, 7]
     assert torch.allclose(change[..., 63], step * x[..., 255], atol=1e-5)
     assert (change[..., :63] == 0).all()
@@ -94,7 +94,7 @@ def test_what_torch_packs_is_unpacked(rows: int) -> None:
 def test_an_unknown_layout_still_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_cpu, "_unpack", lambda packed, block: torch.zeros(1))
     codes, scale, zero, bias = layer((32, 64, 32), 4, torch.bfloat16, False)
-    made = Int4Linear(codes, scale, zero, 32, bias)
+    made = TorchInt4WeightOnly(codes, scale, zero, 32, bias)
     assert made.block is None
     x = signed_input(300, 64, torch.bfloat16)
     assert distance(made(x), product(x, codes, scale, zero, 8, bias)) < 4e-3
@@ -111,36 +111,38 @@ def test_which_group_size_torch_runs() -> None:
 def test_the_contract_names_the_argument() -> None:
     codes, scale, _, bias = layer((16, 64, 32), 4, torch.bfloat16, True)
     with pytest.raises(ValueError, match=r"^group_size 16 does not go"):
-        Int4Linear(codes, scale, None, 16)
+        TorchInt4WeightOnly(codes, scale, None, 16)
     with pytest.raises(ValueError, match=r"^group_size 32 does not go .* scales \[16, 1\]"):
-        Int4Linear(codes, scale[:, :1], None, 32)
+        TorchInt4WeightOnly(codes, scale[:, :1], None, 32)
     with pytest.raises(ValueError, match=r"^codes must be below 16, found \d+"):
-        Int4Linear(codes + (codes == codes[0, 0]).byte() * 16, scale, None, 32)
+        TorchInt4WeightOnly(codes + (codes == codes[0, 0]).byte() * 16, scale, None, 32)
     with pytest.raises(TypeError, match=r"^scale must be one of"):
-        Int4Linear(codes, scale.double(), None, 32)
+        TorchInt4WeightOnly(codes, scale.double(), None, 32)
     with pytest.raises(ValueError, match=r"^bias must be torch.bfloat16 of shape \[16\]"):
-        Int4Linear(codes, scale, None, 32, bias.float())
+        TorchInt4WeightOnly(codes, scale, None, 32, bias.float())
     with pytest.raises(TypeError, match=r"^codes must be uint8"):
-        Int4Linear(codes.view(torch.int8), scale, None, 32)
+        TorchInt4WeightOnly(codes.view(torch.int8), scale, None, 32)
     for zero in (scale, torch.zeros(16, 1, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"^zero must be uint8 of shape \[16, 2\]"):
-            Int4Linear(codes, scale, zero, 32)
+            TorchInt4WeightOnly(codes, scale, zero, 32)
     with pytest.raises(ValueError, match=r"^zero must be below 16, found 200"):
-        Int4Linear(codes, scale, torch.full((16, 2), 200, dtype=torch.uint8), 32)
+        TorchInt4WeightOnly(codes, scale, torch.full((16, 2), 200, dtype=torch.uint8), 32)
     with pytest.raises(ValueError, match=r"^group_size 0 does not go"):
-        Int4Linear(codes, scale, None, 0)
+        TorchInt4WeightOnly(codes, scale, None, 0)
     with pytest.raises(TypeError, match=r"^codes must be int8"):
-        Int8Linear(codes, scale[:, 0])
+        TorchInt8WeightOnly(codes, scale[:, 0])
     with pytest.raises(ValueError, match=r"^scale must have shape \[16\]"):
-        Int8Linear(codes.view(torch.int8), scale)
+        TorchInt8WeightOnly(codes.view(torch.int8), scale)
     with pytest.raises(ValueError, match=r"^codes must have a multiple of 32 columns, not 48"):
-        Int8Linear(codes.view(torch.int8)[:, :48], scale[:, 0])
+        TorchInt8WeightOnly(codes.view(torch.int8)[:, :48], scale[:, 0])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_layer_compiles_whole(bits: int) -> None:
     codes, scale, zero, bias = layer((48, 128, 64 if bits == 4 else -1), bits, torch.bfloat16, False)
-    made = Int4Linear(codes, scale, zero, 64, bias) if bits == 4 else Int8Linear(codes.view(torch.int8), scale[:, 0], bias)
+    made = (
+        TorchInt4WeightOnly(codes, scale, zero, 64, bias) if bits == 4 else TorchInt8WeightOnly(codes.view(torch.int8), scale[:, 0], bias)
+    )
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for tokens in (1, 300):
         x = signed_input(tokens, 128, torch.bfloat16)
@@ -150,7 +152,7 @@ def test_a_layer_compiles_whole(bits: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_input_that_does_not_fit_is_named(bits: int) -> None:
     codes, scale, _, _ = layer((16, 64, 32), 4, torch.bfloat16, True)
-    made = Int4Linear(codes, scale, None, 32) if bits == 4 else Int8Linear(codes.view(torch.int8), scale[:, 0])
+    made = TorchInt4WeightOnly(codes, scale, None, 32) if bits == 4 else TorchInt8WeightOnly(codes.view(torch.int8), scale[:, 0])
     for x, error, message in [
         (torch.ones(2, 64, dtype=torch.float64), TypeError, "x must be torch.bfloat16, as the scales are"),
         (torch.ones(2, 63).bfloat16(), ValueError, r"x must have 64 columns, not the shape \[2, 63\]"),
@@ -166,7 +168,9 @@ def test_an_input_that_does_not_fit_is_named(bits: int) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_an_input_with_gaps(bits: int, dtype: torch.dtype) -> None:
     codes, scale, _, _ = layer((16, 64, 32), 4, dtype, True)
-    made = Int4Linear(codes, scale, None, 32) if bits == 4 else Int8Linear(codes.view(torch.int8), scale[:, 0].contiguous())
+    made = (
+        TorchInt4WeightOnly(codes, scale, None, 32) if bits == 4 else TorchInt8WeightOnly(codes.view(torch.int8), scale[:, 0].contiguous())
+    )
     wide = torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     for x in (wide.chunk(2, dim=-1)[1], wide[..., ::2], wide[:1, :, ::2]):
         assert torch.equal(made(x), made(x.contiguous()))

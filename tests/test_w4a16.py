@@ -14,39 +14,41 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptq_kernels.packing import TILE_COLUMNS, pack_groups, pack_tiles, unpack_groups, unpack_tiles
+from ptq_kernels import tile_config
+from ptq_kernels.packing import TILE_K, pack_groups, pack_tiles, unpack_groups, unpack_tiles
+from ptq_kernels.tile_config import GPU, config_for, tables_for
 from torch import Tensor
 
 w4a16 = import_module("ptq_kernels.w4a16")  # the package may name the operator like its module
 TOLERANCE = 7e-4  # relative Frobenius, float16; what is asked for is 4e-3
 
 
-def random_codes(rows: int, columns: int, bits: int) -> Tensor:
-    return torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(rows + columns), dtype=torch.uint8)
+def random_codes(N: int, K: int, bits: int) -> Tensor:
+    return torch.randint(0, 1 << bits, (N, K), generator=torch.Generator().manual_seed(N + K), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("bits", TILE_COLUMNS)
-@pytest.mark.parametrize("rows, columns", [(1, 1), (64, 64), (65, 99), (70, 2112), (192, 704)])
-def test_unpack_is_the_inverse_of_pack(bits: int, rows: int, columns: int) -> None:
-    codes = random_codes(rows, columns, bits)
+@pytest.mark.parametrize("bits", TILE_K)
+@pytest.mark.parametrize("N, K", [(1, 1), (64, 64), (65, 99), (70, 2112), (192, 704)])
+def test_unpack_is_the_inverse_of_pack(bits: int, N: int, K: int) -> None:
+    codes = random_codes(N, K, bits)
     packed = pack_tiles(codes, bits)
-    assert packed.shape == (-(-rows // 64), -(-columns // TILE_COLUMNS[bits]), 128, 4)
+    assert packed.shape == (-(-N // 64), -(-K // TILE_K[bits]), 128, 4)
     assert packed.dtype == torch.int32
-    assert torch.equal(unpack_tiles(packed, bits, rows, columns), codes)
+    assert torch.equal(unpack_tiles(packed, bits, N, K), codes)
 
 
-@pytest.mark.parametrize("bits", TILE_COLUMNS)
+@pytest.mark.parametrize("bits", TILE_K)
 def test_a_code_lies_where_the_matrix_instruction_wants_it(bits: int) -> None:
-    columns = TILE_COLUMNS[bits]
-    for row, column in [(0, 0), (1, 0), (0, 1), (8, 0), (0, 8), (77, 45), (100, 2 * columns - 1), (63, columns)]:
-        codes = torch.zeros(128, 2 * columns, dtype=torch.uint8)
+    width = TILE_K[bits]
+    for row, column in [(0, 0), (1, 0), (0, 1), (8, 0), (0, 8), (77, 45), (100, 2 * width - 1), (63, width)]:
+        codes = torch.zeros(128, 2 * width, dtype=torch.uint8)
         codes[row, column] = 1
         warp, r, g = row % 64 // 16, row % 16 // 8, row % 8
-        step, c3, t, c0 = column % columns // 16, column % 16 // 8, column % 8 // 2, column % 2
+        step, c3, t, c0 = column % width // 16, column % 16 // 8, column % 8 // 2, column % 2
         value = 4 * c3 + 2 * r + c0
         word, bit = (step, 4 * (value // 2 + 4 * (value % 2))) if bits == 4 else (2 * step + c3, 8 * (value % 4))
         expected = torch.zeros(2, 2, 128, 4, dtype=torch.int64)
-        expected[row // 64, column // columns, 32 * warp + 4 * g + t, word] = 1 << bit
+        expected[row // 64, column // width, 32 * warp + 4 * g + t, word] = 1 << bit
         assert torch.equal(pack_tiles(codes, bits).long() & 0xFFFFFFFF, expected)
 
 
@@ -74,23 +76,23 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 
 
 def arguments(bits: int = 4, group_size: int = 64, dtype: torch.dtype = torch.bfloat16, order: bool = False) -> dict[str, Any]:
-    rows, columns = 70, 192
-    groups = 1 if group_size == -1 else columns // group_size
-    scale = torch.rand(rows, groups).add(0.5)
+    N, K = 70, 192
+    groups = 1 if group_size == -1 else K // group_size
+    scale = torch.rand(N, groups).add(0.5)
     return {
-        "x": torch.randn(3, columns, dtype=dtype),
-        "packed": pack_tiles(random_codes(rows, columns, bits), bits),
+        "x": torch.randn(3, K, dtype=dtype),
+        "packed": pack_tiles(random_codes(N, K, bits), bits),
         "scale": pack_groups(scale, dtype),
-        "zero": pack_groups(random_codes(rows, groups, bits), torch.int16),
+        "zero": pack_groups(random_codes(N, groups, bits), torch.int16),
         "bits": bits,
         "group_size": group_size,
-        "N": rows,
-        "bias": torch.randn(rows, dtype=dtype),
-        "perm": torch.randperm(columns).to(torch.int32) if order else None,
+        "N": N,
+        "bias": torch.randn(N, dtype=dtype),
+        "perm": torch.randperm(K).to(torch.int32) if order else None,
     }
 
 
-@pytest.mark.parametrize("bits", TILE_COLUMNS)
+@pytest.mark.parametrize("bits", TILE_K)
 @pytest.mark.parametrize("group_size", [32, 64, -1])
 @pytest.mark.parametrize("order", [False, True])
 def test_the_operator_on_the_cpu(bits: int, group_size: int, order: bool) -> None:
@@ -137,48 +139,52 @@ def test_the_error_names_the_argument(name: str, wrong: Callable[[Any], Any]) ->
 
 def test_the_table_is_found_for_every_gpu() -> None:
     def block_m(capability: int, tokens: int) -> int:
-        return w4a16.config_for(w4a16.GPU("a GPU of no table", capability, 100), 4096, 4096, tokens, 4).block_m
+        return config_for("w4a16", GPU("a GPU of no table", capability, 100), 4096, 4096, tokens, 4).block_m
 
     assert [block_m(90, tokens) for tokens in (1, 16, 17, 64)] == [16, 16, 32, 64]
     for capability in (75, 80, 86, 89, 90, 100, 120):
         assert block_m(capability, 1) == 16
-    assert w4a16.tables_for("", 120) == w4a16.tables_for("", 86) == w4a16.tables_for("", 80) != w4a16.tables_for("", 100)
-    assert w4a16.config_for(w4a16.GPU("", 90, 132), 4096, 4096, 1 << 20, 4) is None
+    for kernel, other in (("w4a16", 100), ("w8a8", 90), ("llm_int8", 90)):
+        assert tables_for(kernel, "", 120) == tables_for(kernel, "", 86) == tables_for(kernel, "", 80) != tables_for(kernel, "", other)
+    assert config_for("w4a16", GPU("", 90, 132), 4096, 4096, 1 << 20, 4) is None
+    for kernel in ("w8a8", "llm_int8"):
+        assert tables_for(kernel, "", 100) == tables_for(kernel, "", 75)
+        assert all(config_for(kernel, GPU("", capability, 1), 1, 1, 2**31 - 1) for capability in (75, 80, 90, 100, 120))
 
 
 def test_a_table_of_a_gpu_may_leave_out_what_it_has_nothing_to_say_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 9, "per_processor": 1}
-    own = [{"bits": 4, "up_to": 16, "shape": [4096, 4096], "config": config}]
-    monkeypatch.setattr(w4a16, "_tables", lambda: {**tables, "Some GPU": own})
-    tables = json.loads((Path(w4a16.__file__).parent / "tuned" / "w4a16.json").read_text())
-    w4a16.tables_for.cache_clear()
-    w4a16.config_for.cache_clear()
-    gpu, other = w4a16.GPU("Some GPU", 90, 132), w4a16.GPU("", 90, 132)
-    assert w4a16.config_for(gpu, 4096, 4096, 16, 4).stages == 9
-    assert w4a16.config_for(gpu, 4096, 4096, 17, 4) is None  # what its entries for this shape say
-    assert w4a16.config_for(gpu, 6144, 4096, 1, 4) == w4a16.config_for(other, 6144, 4096, 1, 4)
-    assert w4a16.config_for(gpu, 4096, 4096, 1, 8) == w4a16.config_for(other, 4096, 4096, 1, 8)
-    w4a16.tables_for.cache_clear()
-    w4a16.config_for.cache_clear()
+    config = {"block_m": 16, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 9, "ctas_per_sm": 1}
+    own = [{"bits": 4, "max_m": 16, "shape": [4096, 4096], "config": config}]
+    monkeypatch.setattr(tile_config, "_tables", lambda _kernel: {**tables, "Some GPU": own})
+    tables = json.loads((Path(w4a16.__file__).parent / "tuned" / "w4a16.json").read_text())["tables"]
+    tables_for.cache_clear()
+    config_for.cache_clear()
+    gpu, other = GPU("Some GPU", 90, 132), GPU("", 90, 132)
+    assert config_for("w4a16", gpu, 4096, 4096, 16, 4).num_stages == 9
+    assert config_for("w4a16", gpu, 4096, 4096, 17, 4) is None  # what its entries for this shape say
+    assert config_for("w4a16", gpu, 6144, 4096, 1, 4) == config_for("w4a16", other, 6144, 4096, 1, 4)
+    assert config_for("w4a16", gpu, 4096, 4096, 1, 8) == config_for("w4a16", other, 4096, 4096, 1, 8)
+    tables_for.cache_clear()
+    config_for.cache_clear()
 
 
-def test_splits_fill_the_processors_once() -> None:
-    assert w4a16._splits(32, 32, 264, 0) == 8
-    assert w4a16._splits(1000, 32, 264, 0) == 1
-    assert w4a16._splits(1, 1, 264, 0) == 1
+def test_parts_of_k_fill_the_sms_once() -> None:
+    assert w4a16._split_k(32, 32, 264, 0) == 8
+    assert w4a16._split_k(1000, 32, 264, 0) == 1
+    assert w4a16._split_k(1, 1, 264, 0) == 1
 
 
-@pytest.mark.parametrize("rows, columns", [(28672, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096)])
-def test_splits_never_move_more_than_they_spare(rows: int, columns: int) -> None:
+@pytest.mark.parametrize("N, K", [(28672, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096)])
+def test_splits_never_move_more_than_they_spare(N: int, K: int) -> None:
     """At few tokens K is split until a large GPU is busy; the sums of all parts stay below the weight in bytes."""
-    gpu = w4a16.GPU("", 90, 132)
-    for tokens in (1, 16, 64, 128, 256, 512):
-        config = w4a16.config_for(gpu, rows, columns, tokens, 4)
-        plan = w4a16._plan(gpu, config, torch.bfloat16, 4, 128, tokens, rows, columns, False, False)
-        if tokens <= 16:
-            assert plan.grid[0] * plan.grid[1] * plan.splits >= 2 * gpu.processors
-        if plan.splits > 1:
-            assert 8 * plan.splits * tokens * rows <= 2 * rows * columns
+    gpu = GPU("", 90, 132)
+    for M in (1, 16, 64, 128, 256, 512):
+        config = config_for("w4a16", gpu, N, K, M, 4)
+        plan = w4a16.plan(gpu, config, torch.bfloat16, 4, 128, M, N, K, False, False)
+        if M <= 16:
+            assert plan.grid[0] * plan.grid[1] * plan.split_k >= 2 * gpu.sms
+        if plan.split_k > 1:
+            assert 8 * plan.split_k * M * N <= 2 * N * K
 
 
 def _to_float(halves: np.ndarray, bfloat16: bool) -> np.ndarray:
@@ -235,7 +241,7 @@ def _run_ptx(text: str, operands: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [registers[f"${index}"] for index in range(8)]
 
 
-@pytest.mark.parametrize("bits", TILE_COLUMNS)
+@pytest.mark.parametrize("bits", TILE_K)
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_ptx_computes_every_code_minus_every_zero_point(bits: int, bfloat16: bool, scaled: bool) -> None:

@@ -30,11 +30,11 @@ def test_in_the_interpreter(checks: tuple[str, ...]) -> None:
     interpret(*checks)
 
 
-def layer(tokens: int = 5, outs: int = 7, columns: int = 32, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(tokens: int = 5, N: int = 7, K: int = 32, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, columns, generator=generator).to(dtype)
-    codes = torch.randint(-128, 128, (outs, columns), generator=generator, dtype=torch.int8)
-    return x, codes, torch.rand(outs, generator=generator) / 100, torch.randn(outs, generator=generator).to(dtype)
+    x = torch.randn(tokens, K, generator=generator).to(dtype)
+    codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+    return x, codes, torch.rand(N, generator=generator) / 100, torch.randn(N, generator=generator).to(dtype)
 
 
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", [np.float16, "bfloat16", np.float32], ids=str)
 def test_three_fused_steps_are_the_rounded_quotient(bits: type | str) -> None:
-    """What ``quantize_rows._code`` does on a GPU, and the interpreter cannot: same codes as a division for every 16-bit value."""
+    """What ``quantize_rows_kernels._code`` does on a GPU, and the interpreter cannot: same codes as a division for every 16-bit value."""
     generator = np.random.default_rng(0)
     if bits == np.float32:
         values = generator.standard_normal(100_000).astype(np.float32)

@@ -7,19 +7,19 @@ runs anywhere; ``layout`` and ``packing`` say how codes lie in memory. Importing
 
 from ptq_kernels.joined import JoinedLinear, LinearPart
 from ptq_kernels.layout import signed_codes
-from ptq_kernels.modules import LLMInt8Linear, W4A16Linear, W8A8Linear, WeightOnlyLinear
+from ptq_kernels.modules import LLMInt8Linear, ReferenceWeightOnly, TritonWeightOnly, W8A8Linear
 from ptq_kernels.reference import int8_linear, llm_int8_linear, weight_only_linear
-from ptq_kernels.torch_cpu import Int4Linear, Int8Linear
+from ptq_kernels.torch_cpu import TorchInt4WeightOnly, TorchInt8WeightOnly
 
 __all__ = [
-    "Int4Linear",
-    "Int8Linear",
     "JoinedLinear",
     "LLMInt8Linear",
     "LinearPart",
-    "W4A16Linear",
+    "ReferenceWeightOnly",
+    "TorchInt4WeightOnly",
+    "TorchInt8WeightOnly",
+    "TritonWeightOnly",
     "W8A8Linear",
-    "WeightOnlyLinear",
     "int8_linear",
     "llm_int8_linear",
     "signed_codes",

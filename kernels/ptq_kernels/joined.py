@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Result:
     """What the joined layer made of ``x``, until all parts have taken theirs."""
 
@@ -55,7 +55,7 @@ class JoinedLinear(nn.Module):
             return kept.out
         out: Tensor = self.linear(x)
         # The others of a model follow the first; what comes out of turn is an exception, for which nothing is kept.
-        self._result = _Result(x, version, out, set(range(1, len(self.sizes)))) if part == 0 else None
+        self._result = _Result(x=x, version=version, out=out, missing=set(range(1, len(self.sizes)))) if part == 0 else None
         return out
 
 

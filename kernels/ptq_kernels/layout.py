@@ -18,9 +18,9 @@ from torch import Tensor
 CODES_PER_BYTE = {2: 4, 3: 1, 4: 2, 8: 1}
 
 
-def packed_width(columns: int, bits: int) -> int:
-    """Bytes in a row of ``columns`` codes. Raises ValueError for a width other than 2, 3, 4, 8."""
-    return -(-columns // _per_byte(bits))
+def packed_width(K: int, bits: int) -> int:
+    """Bytes in a row of ``K`` codes. Raises ValueError for a width other than 2, 3, 4, 8."""
+    return -(-K // _per_byte(bits))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -30,21 +30,21 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """
     _check_codes(codes, bits)
     per_byte = _per_byte(bits)
-    rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % per_byte)).view(rows, -1, per_byte)
+    N, K = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -K % per_byte)).view(N, -1, per_byte)
     packed = padded[:, :, 0].clone()
     for position in range(1, per_byte):
         packed |= padded[:, :, position] << (bits * position)
     return packed
 
 
-def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of ``pack_codes``: uint8 [N, packed_width(columns, bits)] to uint8 [N, columns]."""
+def unpack_codes(packed: Tensor, bits: int, K: int) -> Tensor:
+    """Inverse of ``pack_codes``: uint8 [N, packed_width(K, bits)] to uint8 [N, K]."""
     per_byte = _per_byte(bits)
     if per_byte == 1:
         return packed
     codes = torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, per_byte * bits, bits)], dim=-1)
-    return codes.flatten(1)[:, :columns]
+    return codes.flatten(1)[:, :K]
 
 
 def signed_codes(codes: Tensor, bits: int) -> Tensor:

@@ -33,12 +33,12 @@ from ptq_kernels.reference import check_llm_int8_arguments, llm_int8_linear
 from ptq_kernels.w8a8 import check_layout, matrix
 
 if TYPE_CHECKING:
-    from ptq_kernels.int8_product import Tiling
+    from ptq_kernels.tile_config import TileConfig
 
 
-def outlier_slots(outlier_index: Tensor, columns: int) -> Tensor:
-    """For each of ``columns`` its position in ``outlier_index``, else -1: int32 [K]. What the kernels read; made once, at load."""
-    slots = outlier_index.new_full((columns,), -1)
+def outlier_slots(outlier_index: Tensor, K: int) -> Tensor:
+    """For each of ``K`` columns its position in ``outlier_index``, else -1: int32 [K]. What the kernels read; made once, at load."""
+    slots = outlier_index.new_full((K,), -1)
     slots[outlier_index.long()] = torch.arange(len(outlier_index), dtype=slots.dtype, device=slots.device)
     return slots
 
@@ -90,10 +90,9 @@ def launch(
     per_token: bool = True,
     bias: Tensor | None = None,
     slots: Tensor | None = None,
-    tiling: Tiling | None = None,
-    parts: int | None = None,
+    config: TileConfig | None = None,
 ) -> Tensor:
-    """The Triton path of ``llm_int8``. tiling, parts: how to cut the product, instead of what the table says."""
+    """The Triton path of ``llm_int8``. config: how to cut the product, instead of what the table says."""
     from ptq_kernels import int8_product, quantize_rows
 
     check_llm_int8_arguments(x, codes, scale, outlier_index, outlier_weight, threshold, per_token, bias)
@@ -102,12 +101,12 @@ def launch(
         slots = outlier_slots(outlier_index, x.shape[-1])
     elif slots.dtype != torch.int32 or slots.shape != x.shape[-1:]:
         raise ValueError(f"slots must be int32 of shape {[x.shape[-1]]}, not {slots.dtype} of shape {list(slots.shape)}")
-    tokens = matrix(x)
-    out = tokens.new_empty((len(tokens), len(codes)))
+    tokens, N = matrix(x), len(codes)
+    out = tokens.new_empty((len(tokens), N))
     if out.numel():
-        plan = int8_product.plan_for("llm_int8", tokens, codes, tiling, parts)
+        plan = int8_product.plan("llm_int8", tokens, codes, config)
         # Compared in the dtype of x, as torch compares a tensor with a number.
         limit = None if threshold is None else float(torch.tensor(threshold, dtype=x.dtype))
-        quantized = quantize_rows.split(tokens, outlier_index, slots, limit, per_token, plan.counters, plan.tiling.early)
+        quantized = quantize_rows.split(tokens, outlier_index, slots, limit, per_token, plan.counters, plan.config.pdl)
         int8_product.product(quantized, codes, scale, bias, out, plan, slots, outlier_weight)
-    return out.view(*x.shape[:-1], len(codes))
+    return out.view(*x.shape[:-1], N)

@@ -21,7 +21,7 @@ from ptq_kernels.w4a16 import check_w4a16, w4a16
 from ptq_kernels.w8a8 import w8a8
 
 
-class WeightOnlyLinear(nn.Module):
+class ReferenceWeightOnly(nn.Module):
     """``nn.Linear`` for inference with packed integer weights, on the reference; computes in the dtype of its input, on any device.
 
     codes: uint8 [N, K] below 2^bits. scale: floating [N, G]. zero: uint8 [N, G], or None for 2^(bits-1) everywhere. group_size:
@@ -69,7 +69,7 @@ class WeightOnlyLinear(nn.Module):
         return f"{size}, bits={self.bits}, group_size={self.group_size}, bias={self.bias is not None}"
 
 
-class W4A16Linear(nn.Module):
+class TritonWeightOnly(nn.Module):
     """``nn.Linear`` for inference with 4-bit or 8-bit weights on the Triton kernel (``w4a16``); on a CPU the operator runs the reference.
 
     codes: uint8 [N, K] below 2^bits. scale: float16 or bfloat16 [N, G], the dtype of the layer's inputs. zero: uint8 [N, G], or None for
@@ -126,11 +126,11 @@ class W4A16Linear(nn.Module):
 
 def _column_order(g_idx: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The columns sorted by group, int32 [K]."""
-    columns, groups = codes.shape[1], scale.shape[-1]
-    if g_idx.dtype != torch.int32 or g_idx.shape != (columns,):
-        raise ValueError(f"g_idx must be int32 of shape {[columns]}, not {g_idx.dtype} of shape {list(g_idx.shape)}")
-    if int(g_idx.min()) < 0 or g_idx.bincount(minlength=groups).tolist() != [columns // groups] * groups:
-        raise ValueError(f"g_idx must give each of {groups} groups {columns // groups} columns")
+    in_features, groups = codes.shape[1], scale.shape[-1]
+    if g_idx.dtype != torch.int32 or g_idx.shape != (in_features,):
+        raise ValueError(f"g_idx must be int32 of shape {[in_features]}, not {g_idx.dtype} of shape {list(g_idx.shape)}")
+    if int(g_idx.min()) < 0 or g_idx.bincount(minlength=groups).tolist() != [in_features // groups] * groups:
+        raise ValueError(f"g_idx must give each of {groups} groups {in_features // groups} columns")
     return g_idx.argsort(stable=True).to(torch.int32)
 
 

@@ -63,17 +63,17 @@ def weight_only_linear(
     return expanding_linear(x, len(packed), expand, bias)
 
 
-def expanding_linear(x: Tensor, rows: int, expand: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
-    """``x`` [..., K] times a weight of ``rows`` rows that ``expand`` makes for a slice of them, [..., rows] in ``x.dtype``.
+def expanding_linear(x: Tensor, N: int, expand: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """``x`` [..., K] times a weight of ``N`` rows that ``expand`` makes for a slice of them, [..., N] in ``x.dtype``.
 
     On a CPU some rows at a time: a large matrix would be new memory on every call, whose pages cost more than its arithmetic.
     """
     at_once = max(EXPANDED_AT_ONCE // x.shape[-1] // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or rows <= at_once:
-        return functional.linear(x, expand(slice(0, rows)), bias)
-    out = x.new_empty((*x.shape[:-1], rows))
-    for start in range(0, rows, at_once):
-        block = slice(start, min(start + at_once, rows))
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or at_once >= N:
+        return functional.linear(x, expand(slice(0, N)), bias)
+    out = x.new_empty((*x.shape[:-1], N))
+    for start in range(0, N, at_once):
+        block = slice(start, min(start + at_once, N))
         out[..., block] = functional.linear(x, expand(block), None if bias is None else bias[block])
     return out
 
@@ -83,21 +83,21 @@ def dequantize(
     scale: Tensor,  # [N, G]
     zero: Tensor | None,  # uint8 [N, G]
     bits: int,
-    columns: int,
+    K: int,
     dtype: torch.dtype,
     g_idx: Tensor | None = None,  # int32 [K]
 ) -> Tensor:
-    """The weight [N, K = columns] in ``dtype``, rounded once. Checks nothing."""
+    """The weight [N, K] in ``dtype``, rounded once. Checks nothing."""
     # A code less a zero point is within 255 of zero, exact in any dtype, so that its product with a scale of this dtype is rounded once.
     work = dtype if scale.dtype == dtype else torch.float32
-    codes = unpack_codes(packed, bits, columns).to(work)
+    codes = unpack_codes(packed, bits, K).to(work)
     scale = scale.to(work)
     zero = torch.full_like(scale, 1 << (bits - 1)) if zero is None else zero.to(work)
     if g_idx is not None:
         index = g_idx.long()
         return codes.sub_(zero[:, index]).mul_(scale[:, index]).to(dtype)
     grouped = codes.view(*scale.shape, -1).sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
-    return grouped.view(len(packed), columns).to(dtype)
+    return grouped.view(len(packed), K).to(dtype)
 
 
 def check_arguments(
@@ -111,19 +111,19 @@ def check_arguments(
     g_idx: Tensor | None,
 ) -> None:
     """The contract of ``weight_only_linear``, for every kernel with its signature."""
-    columns, rows = _columns(x), packed.shape[0]
-    per_group = columns if group_size == -1 else group_size
-    if per_group < 1 or columns % per_group:
-        raise ValueError(f"group_size {group_size} does not divide the {columns} columns of x")
-    groups = columns // per_group
-    _expect("packed", packed, torch.uint8, (rows, packed_width(columns, bits)))
-    _expect_floats("scale", scale, (rows, groups))
+    K, N = _columns(x), packed.shape[0]
+    per_group = K if group_size == -1 else group_size
+    if per_group < 1 or K % per_group:
+        raise ValueError(f"group_size {group_size} does not divide the {K} columns of x")
+    groups = K // per_group
+    _expect("packed", packed, torch.uint8, (N, packed_width(K, bits)))
+    _expect_floats("scale", scale, (N, groups))
     if zero is not None:
-        _expect("zero", zero, torch.uint8, (rows, groups))
+        _expect("zero", zero, torch.uint8, (N, groups))
     if bias is not None:
-        _expect("bias", bias, x.dtype, (rows,))
+        _expect("bias", bias, x.dtype, (N,))
     if g_idx is not None:
-        _expect("g_idx", g_idx, torch.int32, (columns,))
+        _expect("g_idx", g_idx, torch.int32, (K,))
 
 
 def int8_linear(
@@ -174,14 +174,14 @@ def llm_int8_linear(
 
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """int8 [M, K] times int8 [N, K] transposed: the exact sums, int32 [M, N], for K below TOO_MANY_COLUMNS."""
-    columns = left.shape[1]
+    K = left.shape[1]
     # With one column torch._int_mm returns memory that it never wrote (seen in torch 2.13).
-    if left.device.type == "cpu" and columns > 1 and int_mm_is_fast_and_exact():
+    if left.device.type == "cpu" and K > 1 and int_mm_is_fast_and_exact():
         if len(left) <= WEIGHT_LEFT_TOKENS:
             return torch._int_mm(right, left.t()).t().contiguous()
         return torch._int_mm(left, right.t())
     sums = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
-    for start in range(0, columns, COLUMNS_EXACT_IN_FLOAT32):
+    for start in range(0, K, COLUMNS_EXACT_IN_FLOAT32):
         part = slice(start, start + COLUMNS_EXACT_IN_FLOAT32)
         sums += functional.linear(left[:, part].float(), right[:, part].float()).int()
     return sums
@@ -238,17 +238,17 @@ def _rounded(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def check_int8_arguments(x: Tensor, codes: Tensor, scale: Tensor, input_scale: Tensor | None, per_token: bool, bias: Tensor | None) -> None:
     """The contract of ``int8_linear``, for every kernel with its signature."""
-    columns, rows = _columns(x), codes.shape[0]
-    if columns >= TOO_MANY_COLUMNS:
-        raise ValueError(f"x must have fewer than {TOO_MANY_COLUMNS} columns, not {columns}, for sums of 32 bits")
-    _expect("codes", codes, torch.int8, (rows, columns))
-    _expect_floats("scale", scale, (1,) if scale.shape == (1,) else (rows,))
+    K, N = _columns(x), codes.shape[0]
+    if K >= TOO_MANY_COLUMNS:
+        raise ValueError(f"x must have fewer than {TOO_MANY_COLUMNS} columns, not {K}, for sums of 32 bits")
+    _expect("codes", codes, torch.int8, (N, K))
+    _expect_floats("scale", scale, (1,) if scale.shape == (1,) else (N,))
     if input_scale is not None:
         if per_token:
             raise ValueError("per_token must be False with an input_scale, which is one for all tokens")
         _expect_floats("input_scale", input_scale, (1,))
     if bias is not None:
-        _expect("bias", bias, x.dtype, (rows,))
+        _expect("bias", bias, x.dtype, (N,))
 
 
 def check_llm_int8_arguments(

@@ -24,13 +24,13 @@ MOST_TOKENS = {
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def int4_group_size(columns: int, group_size: int) -> int | None:
+def int4_group_size(in_features: int, group_size: int) -> int | None:
     """The group size with which torch's 4-bit kernel can run groups of ``group_size`` (-1: whole rows), or None if with none."""
-    per_group = columns if group_size == -1 else group_size
+    per_group = in_features if group_size == -1 else group_size
     return next((size for size in GROUP_SIZES if per_group > 0 and per_group % size == 0), None)
 
 
-class Int4Linear(nn.Module):
+class TorchInt4WeightOnly(nn.Module):
     """``nn.Linear`` for inference with 4-bit weights, on ``torch.ops.aten._weight_int4pack_mm_for_cpu``.
 
     codes: uint8 [N, K] below 16. scale: bfloat16, float16 or float32 [N, G], the dtype of the layer's inputs. zero: uint8 [N, G], or None
@@ -112,19 +112,19 @@ def _unpack(packed: Tensor, block: int) -> Tensor:
     A block lies column by column. Of 64 rows, byte ``d`` holds rows ``d`` and ``32 + d`` in its low and high half, of 32 rows ``d`` and
     ``16 + d``; of fewer, byte ``j`` holds ``2 j`` and ``2 j + 1``.
     """
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    whole = rows - rows % block
+    N, K = packed.shape[0], 2 * packed.shape[1]
+    whole = N - N % block
     data = packed.reshape(-1)
-    full = data[: whole * columns // 2].view(-1, columns, block // 2)
+    full = data[: whole * K // 2].view(-1, K, block // 2)
     halves = torch.cat((full & 15, full >> 4), dim=-1)  # [blocks, K, rows of a block]
-    codes = halves.transpose(1, 2).reshape(whole, columns)
-    if whole == rows:
+    codes = halves.transpose(1, 2).reshape(whole, K)
+    if whole == N:
         return codes
-    rest = data[whole * columns // 2 :].view(columns, -1)
-    return torch.cat((codes, torch.stack((rest & 15, rest >> 4), dim=-1).view(columns, -1).t()))
+    rest = data[whole * K // 2 :].view(K, -1)
+    return torch.cat((codes, torch.stack((rest & 15, rest >> 4), dim=-1).view(K, -1).t()))
 
 
-class Int8Linear(nn.Module):
+class TorchInt8WeightOnly(nn.Module):
     """``nn.Linear`` for inference with 8-bit weights, a scale a row and no zero points, on ``torch.ops.aten._weight_int8pack_mm``.
 
     codes: int8 [N, K], K a multiple of INT8_COLUMN_MULTIPLE. scale: bfloat16, float16 or float32 [N], the dtype of the layer's inputs.
@@ -173,13 +173,13 @@ class Int8Linear(nn.Module):
         return f"{size}, bits=8, group_size=-1, bias={self.bias is not None}, kernel={self.kernel}"
 
 
-def _tokens(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def _tokens(x: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """``x`` as [M, K], without gaps: torch's kernels take nothing else."""
     if x.dtype != dtype or dtype not in DTYPES:
         raise TypeError(f"x must be {dtype}, as the scales are, and one of {DTYPES}, not {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"x must have {columns} columns, not the shape {list(x.shape)}")
-    return x.reshape(-1, columns).contiguous()
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have {in_features} columns, not the shape {list(x.shape)}")
+    return x.reshape(-1, in_features).contiguous()
 
 
 def _check(codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:

@@ -122,7 +122,7 @@ def _group_words(base, tile_offset, first, G, stride, GROUPS: tl.constexpr, PER_
     """The words with scales or zero points of ``GROUPS`` groups from ``first``, to be broadcast against the fragments' words."""
     group = tl.minimum(first + tl.arange(0, GROUPS), G - 1)
     offsets = group[:, None, None] * stride + tile_offset[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    words = tl.load(base + offsets)  # [GROUPS, row tiles, w g]
+    words = tl.load(base + offsets)  # [GROUPS, TILES_N, w g]
     words = tl.reshape(words, (GROUPS // PER_TILE, PER_TILE, tile_offset.shape[0], 32))
     words = tl.permute(words, (0, 2, 3, 1))
     return tl.reshape(words, (GROUPS // PER_TILE, 1, tile_offset.shape[0], 4, 8, 1, PER_TILE, 1))
@@ -130,7 +130,7 @@ def _group_words(base, tile_offset, first, G, stride, GROUPS: tl.constexpr, PER_
 
 @triton.jit
 def _weights(
-    words,  # [column tiles, row tiles, 512]
+    words,  # [TILES_K, TILES_N, 512]
     zeros,  # words as _group_words gives them, if ZEROS
     scales,  # likewise, if SCALED
     BITS: tl.constexpr,
@@ -141,11 +141,11 @@ def _weights(
     PER_TILE: tl.constexpr,  # of which in a tile
     ASSEMBLY: tl.constexpr,  # empty: by Triton's own operations, for the interpreter
 ):
-    """The weights (code - zero) [* scale] of a block, [64 row tiles, columns] in DTYPE, in the layout of a left operand."""
-    COLUMN_TILES: tl.constexpr = words.shape[0]
-    ROW_TILES: tl.constexpr = words.shape[1]
+    """The weights (code - zero) [* scale] of a block, [64 TILES_N, columns] in DTYPE, in the layout of a left operand."""
+    TILES_K: tl.constexpr = words.shape[0]
+    TILES_N: tl.constexpr = words.shape[1]
     OUTER: tl.constexpr = GROUPS // PER_TILE
-    INNER: tl.constexpr = COLUMN_TILES // OUTER
+    INNER: tl.constexpr = TILES_K // OUTER
     STEPS: tl.constexpr = (BITS == 4) * 2 + 2  # of 16 columns in a tile
     if ZEROS:
         low = zeros & 0xFFFF
@@ -154,10 +154,10 @@ def _weights(
         low = tl.full((1, 1, 1, 1, 1, 1, 1, 1), 2 ** (BITS - 1), tl.int32)
         high = low
     if BITS == 4:
-        first = tl.reshape(words, (OUTER, INNER, ROW_TILES, 4, 8, 4, PER_TILE, STEPS // PER_TILE))
+        first = tl.reshape(words, (OUTER, INNER, TILES_N, 4, 8, 4, PER_TILE, STEPS // PER_TILE))
         second = first
     else:
-        first, second = tl.split(tl.reshape(words, (OUTER, INNER, ROW_TILES, 4, 8, 4, PER_TILE, STEPS // PER_TILE, 2)))
+        first, second = tl.split(tl.reshape(words, (OUTER, INNER, TILES_N, 4, 8, 4, PER_TILE, STEPS // PER_TILE, 2)))
     s0, s1 = 0, 0
     if ASSEMBLY == "":
         v0, v1, v2, v3 = _unpack_portable(first, 0, low, high, BITS, DTYPE)
@@ -181,9 +181,9 @@ def _weights(
         )
     left = tl.join(tl.join(v0, v1), tl.join(v2, v3))  # [..., c0, r]
     right = tl.join(tl.join(v4, v5), tl.join(v6, v7))
-    values = tl.join(left, right).to(DTYPE, bitcast=True)  # [outer, inner, row tiles, w, g, t, per tile, steps, c0, r, c3]
+    values = tl.join(left, right).to(DTYPE, bitcast=True)  # [outer, inner, tiles_n, w, g, t, per tile, steps, c0, r, c3]
     values = tl.permute(values, (2, 3, 9, 4, 0, 1, 6, 7, 10, 5, 8))
-    return tl.reshape(values, (64 * ROW_TILES, COLUMN_TILES * STEPS * 16))
+    return tl.reshape(values, (64 * TILES_N, TILES_K * STEPS * 16))
 
 
 @triton.jit
@@ -193,83 +193,83 @@ def w4a16_kernel(  # noqa: C901  # all but the loop are choices made while compi
     scale,  # int32 words [G, stride]
     zero,  # likewise, if ZEROS
     bias,  # [N], if BIAS
-    out,  # [splits, M, N]
+    out,  # [split_k, M, N]
     M,
     N,
     K,
     G,
-    row_tiles,
-    column_tiles,
+    tiles_n,
+    tiles_k,
     stride_x,
-    splits,
+    split_k,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # 0: a row is one group
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
-    FOLD: tl.constexpr,  # scale the weights, not the sums
+    SCALE_WEIGHTS: tl.constexpr,  # scale the weights, not the sums
     EVEN: tl.constexpr,  # BLOCK_K divides K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,  # of loads under way
-    OVERLAP: tl.constexpr,  # begin while the kernel before ends (programmatic dependent launch)
+    NUM_STAGES: tl.constexpr,  # of loads under way
+    PDL: tl.constexpr,  # begin while the kernel before ends (programmatic dependent launch)
     ASSEMBLY: tl.constexpr,
 ):
     """``out[split] = (W x^T)^T`` over the split's share of K, for one [BLOCK_N, BLOCK_M] block."""
-    ROW_TILES: tl.constexpr = BLOCK_N // 64
+    TILES_N: tl.constexpr = BLOCK_N // 64
     TILE_K: tl.constexpr = 256 // BITS
-    COLUMN_TILES: tl.constexpr = BLOCK_K // TILE_K
+    TILES_K: tl.constexpr = BLOCK_K // TILE_K
     SPANNED: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 else 1
     GROUPS: tl.constexpr = SPANNED if SPANNED > 1 else 1
-    PER_TILE: tl.constexpr = 2 if GROUPS > COLUMN_TILES else 1
+    PER_TILE: tl.constexpr = 2 if GROUPS > TILES_K else 1
     block_n = tl.program_id(0)
     block_m = tl.program_id(1)
     split = tl.program_id(2)
-    if OVERLAP:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
 
     blocks_k = tl.cdiv(K, BLOCK_K)
-    begin = split * blocks_k // splits
-    end = (split + 1) * blocks_k // splits
+    begin = split * blocks_k // split_k
+    end = (split + 1) * blocks_k // split_k
     # Clamped, not masked: what lies beyond the last row tile is not stored, beyond the last column meets zeros of x.
-    row_tile = tl.minimum(block_n * ROW_TILES + tl.arange(0, ROW_TILES), row_tiles - 1)
-    column_tile = tl.arange(0, COLUMN_TILES)
+    tile_n = tl.minimum(block_n * TILES_N + tl.arange(0, TILES_N), tiles_n - 1)
+    tile_k = tl.arange(0, TILES_K)
     word = tl.arange(0, 512)
-    tile_words = row_tile[None, :, None].to(tl.int64) * column_tiles * 512 + word[None, None, :]
+    tile_words = tile_n[None, :, None].to(tl.int64) * tiles_k * 512 + word[None, None, :]
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     x_rows = x + m[:, None].to(tl.int64) * stride_x + k[None, :]
-    stride_g = row_tiles * 32
+    stride_g = tiles_n * 32
 
     row_zeros = 0
     row_scales = 0
     if GROUP == 0:
-        row_scales = _group_words(scale, row_tile, 0, G, stride_g, 1, 1)
+        row_scales = _group_words(scale, tile_n, 0, G, stride_g, 1, 1)
         if ZEROS:
-            row_zeros = _group_words(zero, row_tile, 0, G, stride_g, 1, 1)
+            row_zeros = _group_words(zero, tile_n, 0, G, stride_g, 1, 1)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for i in tl.range(begin, end, num_stages=STAGES):
+    for i in tl.range(begin, end, num_stages=NUM_STAGES):
         if EVEN:
-            words = tl.load(packed + tile_words + (i * COLUMN_TILES + column_tile)[:, None, None] * 512)
+            words = tl.load(packed + tile_words + (i * TILES_K + tile_k)[:, None, None] * 512)
             xs = tl.load(x_rows + i * BLOCK_K, mask=m[:, None] < M, other=0.0)
         else:
-            column = tl.minimum(i * COLUMN_TILES + column_tile, column_tiles - 1)
+            column = tl.minimum(i * TILES_K + tile_k, tiles_k - 1)
             words = tl.load(packed + tile_words + column[:, None, None] * 512)
             xs = tl.load(x_rows + i * BLOCK_K, mask=(m[:, None] < M) & (i * BLOCK_K + k[None, :] < K), other=0.0)
         scales = row_scales
         zeros = row_zeros
         if GROUP > 0:
-            scales = _group_words(scale, row_tile, i * BLOCK_K // GROUP, G, stride_g, GROUPS, PER_TILE)
+            scales = _group_words(scale, tile_n, i * BLOCK_K // GROUP, G, stride_g, GROUPS, PER_TILE)
             if ZEROS:
-                zeros = _group_words(zero, row_tile, i * BLOCK_K // GROUP, G, stride_g, GROUPS, PER_TILE)
-        weights = _weights(words, zeros, scales, BITS, DTYPE, ZEROS, FOLD, GROUPS, PER_TILE, ASSEMBLY)
-        if FOLD or GROUP == 0:
+                zeros = _group_words(zero, tile_n, i * BLOCK_K // GROUP, G, stride_g, GROUPS, PER_TILE)
+        weights = _weights(words, zeros, scales, BITS, DTYPE, ZEROS, SCALE_WEIGHTS, GROUPS, PER_TILE, ASSEMBLY)
+        if SCALE_WEIGHTS or GROUP == 0:
             acc = tl.dot(weights, tl.trans(xs), acc)
         else:
             acc += tl.dot(weights, tl.trans(xs)) * _row_scale(scales, BLOCK_N, DTYPE)
-    if GROUP == 0 and not FOLD:
+    if GROUP == 0 and not SCALE_WEIGHTS:
         acc *= _row_scale(row_scales, BLOCK_N, DTYPE)
 
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -289,25 +289,25 @@ def _row_scale(words, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def reduce_kernel(
-    partial,  # float32 [splits, M, N]
+    partial,  # float32 [split_k, M, N]
     bias,
     out,  # [M, N]
     elements,  # M N
     N,
-    splits,
+    split_k,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """``out = sum of partial over splits + bias``: always in the same order, so that two runs give the same bits."""
-    if OVERLAP:
+    """``out = sum of partial over split_k + bias``: always in the same order, so that two runs give the same bits."""
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     acc = tl.zeros((BLOCK,), tl.float32)
     pointers = partial + at
-    for _ in range(splits):
+    for _ in range(split_k):
         acc += tl.load(pointers, mask=inside, other=0.0)
         pointers += elements
     if BIAS:
@@ -324,8 +324,8 @@ def dequantize_kernel(
     N,
     K,
     G,
-    row_tiles,
-    column_tiles,
+    tiles_n,
+    tiles_k,
     DTYPE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -335,22 +335,22 @@ def dequantize_kernel(
     ASSEMBLY: tl.constexpr,
 ):
     """The weight in 16 bits, for the products that are bound by arithmetic."""
-    ROW_TILES: tl.constexpr = BLOCK_N // 64
-    COLUMN_TILES: tl.constexpr = BLOCK_K // (256 // BITS)
+    TILES_N: tl.constexpr = BLOCK_N // 64
+    TILES_K: tl.constexpr = BLOCK_K // (256 // BITS)
     SPANNED: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 else 1
     GROUPS: tl.constexpr = SPANNED if SPANNED > 1 else 1
-    PER_TILE: tl.constexpr = 2 if GROUPS > COLUMN_TILES else 1
+    PER_TILE: tl.constexpr = 2 if GROUPS > TILES_K else 1
     block_k = tl.program_id(0)
     block_n = tl.program_id(1)
-    row_tile = tl.minimum(block_n * ROW_TILES + tl.arange(0, ROW_TILES), row_tiles - 1)
-    column_tile = tl.minimum(block_k * COLUMN_TILES + tl.arange(0, COLUMN_TILES), column_tiles - 1)
-    offsets = row_tile[None, :, None].to(tl.int64) * column_tiles * 512 + column_tile[:, None, None] * 512
+    tile_n = tl.minimum(block_n * TILES_N + tl.arange(0, TILES_N), tiles_n - 1)
+    tile_k = tl.minimum(block_k * TILES_K + tl.arange(0, TILES_K), tiles_k - 1)
+    offsets = tile_n[None, :, None].to(tl.int64) * tiles_k * 512 + tile_k[:, None, None] * 512
     words = tl.load(packed + offsets + tl.arange(0, 512)[None, None, :])
     group = block_k * BLOCK_K // GROUP if GROUP > 0 else 0
-    s = _group_words(scale, row_tile, group, G, row_tiles * 32, GROUPS, PER_TILE)
+    s = _group_words(scale, tile_n, group, G, tiles_n * 32, GROUPS, PER_TILE)
     z = 0
     if ZEROS:
-        z = _group_words(zero, row_tile, group, G, row_tiles * 32, GROUPS, PER_TILE)
+        z = _group_words(zero, tile_n, group, G, tiles_n * 32, GROUPS, PER_TILE)
     weights = _weights(words, z, s, BITS, DTYPE, ZEROS, True, GROUPS, PER_TILE, ASSEMBLY)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)

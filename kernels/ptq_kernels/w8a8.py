@@ -18,7 +18,7 @@ from torch import Tensor
 from ptq_kernels.reference import check_int8_arguments, int8_linear
 
 if TYPE_CHECKING:
-    from ptq_kernels.int8_product import Tiling
+    from ptq_kernels.tile_config import TileConfig
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,21 +56,20 @@ def launch(
     input_scale: Tensor | None = None,
     per_token: bool = True,
     bias: Tensor | None = None,
-    tiling: Tiling | None = None,
-    parts: int | None = None,
+    config: TileConfig | None = None,
 ) -> Tensor:
-    """The Triton path of ``w8a8``. tiling, parts: how to cut the product, instead of what the table says."""
+    """The Triton path of ``w8a8``. config: how to cut the product, instead of what the table says."""
     from ptq_kernels import int8_product, quantize_rows
 
     check_int8_arguments(x, codes, scale, input_scale, per_token, bias)
     check_layout(x, codes=codes, scale=scale, input_scale=input_scale, bias=bias)
-    tokens = matrix(x)
-    out = tokens.new_empty((len(tokens), len(codes)))
+    tokens, N = matrix(x), len(codes)
+    out = tokens.new_empty((len(tokens), N))
     if out.numel():
-        plan = int8_product.plan_for("w8a8", tokens, codes, tiling, parts)
-        quantized = quantize_rows.quantize(tokens, per_token, input_scale, plan.counters, plan.tiling.early)
+        plan = int8_product.plan("w8a8", tokens, codes, config)
+        quantized = quantize_rows.quantize(tokens, per_token, input_scale, plan.counters, plan.config.pdl)
         int8_product.product(quantized, codes, scale, bias, out, plan)
-    return out.view(*x.shape[:-1], len(codes))
+    return out.view(*x.shape[:-1], N)
 
 
 def check_layout(x: Tensor, **others: Tensor | None) -> None:

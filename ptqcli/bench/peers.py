@@ -114,10 +114,10 @@ def missing_peers(device: str | torch.device) -> dict[str, str]:
 
 
 def _torch_int4(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Multiply | None:
-    rows, columns = weight.codes.shape
-    group, cuda = weight.scheme.columns_per_group(columns), device.type == "cuda"
-    tiles = next((tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0), None)
-    fits = group in INT4_GROUPS and rows % (8 if cuda else 16) == 0 and tiles is not None
+    out_features, in_features = weight.codes.shape
+    group, cuda = weight.scheme.columns_per_group(in_features), device.type == "cuda"
+    tiles = next((tiles for tiles in (8, 4, 2) if in_features % (16 * tiles) == 0), None)
+    fits = group in INT4_GROUPS and out_features % (8 if cuda else 16) == 0 and tiles is not None
     if not _weight_only(weight, 4) or not fits or (cuda and dtype != torch.bfloat16):
         return None
     weight = weight.to(device)
@@ -143,10 +143,10 @@ def _torch_int8(weight: QuantizedWeight, dtype: torch.dtype, device: torch.devic
 
 
 def _torch_int_mm(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Multiply | None:
-    rows, columns = weight.codes.shape
+    out_features, in_features = weight.codes.shape
     activations = weight.scheme.activations
     cuda = device.type == "cuda"
-    if activations is None or weight.scheme.outliers or weight.g_idx is not None or (cuda and (rows % 8 or columns % 8)):
+    if activations is None or weight.scheme.outliers or weight.g_idx is not None or (cuda and (out_features % 8 or in_features % 8)):
         return None
     codes = _signed(weight).to(device).t()
     scale = weight.scale.flatten().to(device)
@@ -179,9 +179,9 @@ def _scaled(sums: Tensor, token_scale: Tensor, scale: Tensor, dtype: torch.dtype
 
 
 def _gemlite(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Multiply | None:
-    rows, columns = weight.codes.shape
+    out_features, in_features = weight.codes.shape
     scheme = weight.scheme
-    if weight.g_idx is not None or scheme.outliers or columns % 32 or dtype == torch.float32 or scheme.bits == 3:
+    if weight.g_idx is not None or scheme.outliers or in_features % 32 or dtype == torch.float32 or scheme.bits == 3:
         return None
     activations = scheme.activations
     if activations is not None and not (activations.per_token and _rows(weight)):
@@ -195,27 +195,29 @@ def _gemlite(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) 
         layer = gemlite.helper.A8W8_INT8_dynamic(device=device, dtype=dtype).from_weights(_signed(weight), scales=weight.scale.flatten())
         return layer.forward
     kind = gemlite.DType.BF16 if dtype == torch.bfloat16 else gemlite.DType.FP16
-    layer = gemlite.GemLiteLinear(scheme.bits, scheme.columns_per_group(columns), columns, rows, input_dtype=kind, output_dtype=kind)
+    layer = gemlite.GemLiteLinear(
+        scheme.bits, scheme.columns_per_group(in_features), in_features, out_features, input_dtype=kind, output_dtype=kind
+    )
     # One number instead of a zero point for each group is exact in 16 bits, and what it does fastest.
     zero = scheme.middle if scheme.symmetric else weight.zero.to(dtype)
     layer.pack(weight.codes, weight.scale.to(dtype), zero)
-    if scheme.columns_per_group(columns) == columns:
+    if scheme.columns_per_group(in_features) == in_features:
         layer.W_group_mode, layer.channel_scale_mode = 3, 0  # as its own loader sets them: (code - zero) * scale before the product
     return layer.forward
 
 
 def _humming(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> Multiply | None:
-    rows, columns = weight.codes.shape
+    out_features, in_features = weight.codes.shape
     scheme, activations = weight.scheme, weight.scheme.activations
-    whole = scheme.columns_per_group(columns) == columns
-    if scheme.outliers or weight.g_idx is not None or scheme.bits == 3 or dtype == torch.float32 or rows % 128 or columns % 128:
+    whole = scheme.columns_per_group(in_features) == in_features
+    if scheme.outliers or weight.g_idx is not None or scheme.bits == 3 or dtype == torch.float32 or out_features % 128 or in_features % 128:
         return None
     if scheme.group_size == WHOLE_MATRIX or (activations is not None and not activations.per_token):
         return None
     weight = weight.to(device)
     config = {"dtype": f"uint{scheme.bits}", "group_size": 0 if whole else scheme.group_size, "has_zero_point": not scheme.symmetric}
     inputs = None if activations is None else {"dtype": "int8"}
-    layer = import_module("humming.layer").HummingLayer(rows, columns, config, inputs, torch_dtype=dtype).to(device)
+    layer = import_module("humming.layer").HummingLayer(out_features, in_features, config, inputs, torch_dtype=dtype).to(device)
     tensors = {"weight": _words(weight.codes, scheme.bits), "weight_scale": weight.scale.to(dtype)}
     if not scheme.symmetric:
         tensors["zero_point"] = _words(weight.zero.t(), scheme.bits).t()  # packed along the rows

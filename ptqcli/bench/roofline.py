@@ -17,7 +17,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ptqcli.bench.kernels import KernelPoint
+from ptqcli.bench.linears import KernelPoint
 from ptqcli.bench.machine import Machine
 from ptqcli.errors import PTQError
 

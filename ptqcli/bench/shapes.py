@@ -72,7 +72,7 @@ def named_shapes(text: str) -> list[Shape]:
         raise UsageError(
             f"--shapes {text}: is no known model and no list of sizes such as 4096x14336 (in x out); known: {', '.join(MODELS)}"
         )
-    return [Shape(f"{rows}x{columns}", rows, columns, pairs.count((rows, columns))) for rows, columns in dict.fromkeys(pairs)]
+    return [Shape(f"{size[0]}x{size[1]}", *size, pairs.count(size)) for size in dict.fromkeys(pairs)]
 
 
 def _block_shapes(sizes: _Sizes) -> list[Shape]:

@@ -1,11 +1,11 @@
-"""Time of short calls, several competitors side by side in one run.
+"""Time of short calls, several contenders side by side in one run.
 
 What makes such a number wrong, and what is done about it:
 
-- The machine is not the same from second to second (other programs, heat, clocks). All competitors run in turn, round by round, so that
+- The machine is not the same from second to second (other programs, heat, clocks). All contenders run in turn, round by round, so that
   a disturbance hits all of them; the median over the rounds is what counts, and the 10th and 90th percentile say how calm it was.
 - A weight that was used a moment ago lies in the cache, one of a real model does not: a model's other layers came in between. Each
-  competitor has several copies of its buffers, together larger than the cache, and goes through them in turn (``copies``).
+  contender has several copies of its buffers, together larger than the cache, and goes through them in turn (``copies``).
 - A clock cannot time one short call. Calls are joined until a sample is long enough (SHORTEST_SAMPLE).
 - The first calls are slow: libraries choose kernels, pages are touched for the first time. Every copy is called once before it counts.
 - On a GPU a short kernel takes less time than its launch. Both are of interest: calls as Python makes them, or replays of a captured CUDA
@@ -55,11 +55,11 @@ class Timing:
 def time_in_turn(
     calls: Mapping[str, Sequence[Call]], device: torch.device | str, graphs: bool = False, seconds: float = 0.2
 ) -> dict[str, Timing]:
-    """Time of one call of each competitor, all measured in alternation.
+    """Time of one call of each contender, all measured in alternation.
 
-    calls: by competitor, one callable for each copy of its buffers; they are gone through in turn. graphs: CUDA graphs of one pass each; a
-    competitor that cannot be captured is missing from the result. seconds: for each competitor, without its warm-up, but no fewer than
-    three samples are taken. What a call raises passes through. Raises UsageError for a competitor without callables, for graphs on
+    calls: by contender, one callable for each copy of its buffers; they are gone through in turn. graphs: CUDA graphs of one pass each; a
+    contender that cannot be captured is missing from the result. seconds: for each contender, without its warm-up, but no fewer than
+    three samples are taken. What a call raises passes through. Raises UsageError for a contender without callables, for graphs on
     the CPU and for a device other than CPU and CUDA.
     """
     device = torch.device(device)
@@ -85,7 +85,7 @@ def time_in_turn(
 
 @dataclass
 class _Runner:
-    """One competitor. run: one call, or all calls of a graph (calls_per_run). estimate: seconds of a run."""
+    """One contender. run: one call, or all calls of a graph (calls_per_run). estimate: seconds of a run."""
 
     name: str
     run: Call
@@ -110,7 +110,7 @@ class _Runner:
 
 
 def _runner(name: str, copied: Sequence[Call], stopwatch: Callable[[Call, int], float], graphs: bool) -> _Runner | None:
-    """The warmed-up competitor, or None if it cannot be captured in a graph."""
+    """The warmed-up contender, or None if it cannot be captured in a graph."""
     in_turn = cycle(copied)
 
     def run() -> object:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ptqcli.bench.generation import GenerationPoint
-    from ptqcli.bench.kernels import KernelPoint
+    from ptqcli.bench.linears import KernelPoint
     from ptqcli.bench.machine import Machine
     from ptqcli.bench.peers import Peer
     from ptqcli.bench.shapes import Shape
@@ -225,7 +225,7 @@ class _Job:
 
     def add_shapes(self, shapes: str, schemes: Sequence[str]) -> None:
         """The matrices that ``shapes`` names in each of ``schemes``."""
-        from ptqcli.bench.kernels import parse_scheme
+        from ptqcli.bench.linears import parse_scheme
         from ptqcli.bench.shapes import named_shapes
 
         formats = list(dict.fromkeys(parse_scheme(text) for text in schemes))
@@ -277,7 +277,7 @@ class _Job:
         """Measure the machine, then the kernels, then the models."""
         import torch
 
-        from ptqcli.bench.kernels import check_kernels
+        from ptqcli.bench.linears import check_kernels
         from ptqcli.bench.machine import measure
         from ptqcli.bench.peers import installed_peers
 
@@ -312,7 +312,7 @@ class _Job:
     def _run_kernels(self, results: _Results, peers: Sequence[Peer], tracker: Tracker) -> None:
         import torch
 
-        from ptqcli.bench.kernels import bench_kernels
+        from ptqcli.bench.linears import bench_kernels
         from ptqcli.bench.peers import missing_peers
 
         def report(done: int, total: int, point: KernelPoint | None) -> None:

@@ -10,10 +10,10 @@ from ptqcli.cli.console import Output, size_text
 
 if TYPE_CHECKING:
     from ptqcli.bench.generation import GenerationPoint
-    from ptqcli.bench.kernels import KernelPoint
+    from ptqcli.bench.linears import KernelPoint
     from ptqcli.bench.shapes import Shape
 
-Rows = dict[tuple["Shape", int], list["KernelPoint"]]  # matrix and number of tokens -> all competitors
+Rows = dict[tuple["Shape", int], list["KernelPoint"]]  # matrix and number of tokens -> all contenders
 
 
 def show_kernels(scheme: str, points: Sequence[KernelPoint], output: Output) -> None:
@@ -41,7 +41,7 @@ ROW_COLUMNS = ("layer, in → out", "M")
 
 @dataclass(frozen=True)
 class _Row:
-    """All competitors on one matrix with one number of tokens. layer: what it is called, "" where the row above says so."""
+    """All contenders on one matrix with one number of tokens. layer: what it is called, "" where the row above says so."""
 
     layer: str
     ours: KernelPoint

@@ -15,14 +15,14 @@ from collections import Counter
 
 import torch
 from ptq_kernels import (
-    Int4Linear,
-    Int8Linear,
     JoinedLinear,
     LinearPart,
     LLMInt8Linear,
-    W4A16Linear,
+    ReferenceWeightOnly,
+    TorchInt4WeightOnly,
+    TorchInt8WeightOnly,
+    TritonWeightOnly,
     W8A8Linear,
-    WeightOnlyLinear,
     signed_codes,
 )
 from ptq_kernels.reference import int_mm_is_fast_and_exact
@@ -101,10 +101,10 @@ def _weight_only_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torc
     zero = None if scheme.symmetric else weight.zero
     scale = weight.scale.to(dtype)
     if kernel == "torch" and scheme.bits == 8:
-        return Int8Linear(signed_codes(weight.codes, 8), scale.flatten(), bias)
+        return TorchInt8WeightOnly(signed_codes(weight.codes, 8), scale.flatten(), bias)
     if kernel == "torch":
-        return Int4Linear(weight.codes, scale, zero, scheme.group_size, bias)
-    layer = W4A16Linear if kernel == "triton" else WeightOnlyLinear
+        return TorchInt4WeightOnly(weight.codes, scale, zero, scheme.group_size, bias)
+    layer = TritonWeightOnly if kernel == "triton" else ReferenceWeightOnly
     return layer(weight.codes, scale, zero, scheme.bits, scheme.group_size, bias, weight.g_idx)
 
 

@@ -1,7 +1,7 @@
-"""Who runs in a kernel benchmark: random inputs and weights, and every competitor with its copies of the weight.
+"""Who runs in a kernel benchmark: random inputs and weights, and every contender with its copies of the weight.
 
 Weights are drawn as codes, since rounding real ones would take longer than timing them. Nothing is zero on purpose, inputs have both signs,
-and in a scheme that splits off outliers some columns of the input hold outliers. All competitors have the same numbers; each has as many
+and in a scheme that splits off outliers some columns of the input hold outliers. All contenders have the same numbers; each has as many
 copies of them as it takes to leave the cache, and memory to hold them all is asked for before the first is made.
 """
 
@@ -30,7 +30,7 @@ BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 OUTLIER_COLUMNS = 8  # models of some billion parameters have about as many in a layer's input
 OUTLIER_SIZE = 20.0
-# Around each weight's code while competitors pack it: the code, its copy, and words or floats of four bytes.
+# Around each weight's code while contenders pack it: the code, its copy, and words or floats of four bytes.
 WORKING_BYTES_PER_WEIGHT = 12
 # Around each number of the inputs and outputs: in 16 bit and in float32, as sums of integers, and scaled.
 WORKING_BYTES_PER_VALUE = 16
@@ -38,8 +38,8 @@ ROWS_AT_ONCE = 1024
 FEW_ROWS = 64  # that show whether a kernel can do it
 
 
-@dataclass(frozen=True)
-class Competitor:
+@dataclass(frozen=True, kw_only=True)
+class Contender:
     """One way to multiply. kind: ``ours``, ``baseline`` or ``peer``. dtype: of its input.
 
     weight_bytes: one copy of the weight as stored. arithmetic: the dtype whose limit counts. copies: functions of x [M, K] that return
@@ -56,13 +56,13 @@ class Competitor:
     graphs: bool = True
 
 
-@dataclass(frozen=True)
-class Contest:
-    """All who compete on one matrix. x: [M, K] for the largest M. failures: a line for each peer that could not be built."""
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """All contenders on one matrix. x: [M, K] for the largest M. failures: a line for each peer that could not be built."""
 
     x: Tensor
     weight: QuantizedWeight
-    competitors: list[Competitor]
+    contenders: list[Contender]
     failures: list[str]
 
 
@@ -73,8 +73,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def prepare(
     shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: Sequence[Peer]
-) -> Contest:
-    """The competitors on one matrix, for up to ``tokens`` rows of input; baselines first, ours, then the peers that do the scheme.
+) -> Lineup:
+    """The contenders on one matrix, for up to ``tokens`` rows of input; baselines first, ours, then the peers that do the scheme.
 
     Raises what ``check`` raises.
     """
@@ -83,8 +83,8 @@ def prepare(
     spare = check(shape, scheme, tokens, device, dtype, kernel, len(peers))
     x = random_inputs(tokens, shape.in_features, dtype, device, scheme)
     weight = random_weight(shape, scheme, x)
-    competitors = [_baseline(weight, each, device, spare) for each in dense]
-    competitors.append(_ours(weight, dtype, device, kernel, spare))
+    contenders = [_baseline(weight, each, device, spare) for each in dense]
+    contenders.append(_ours(weight, dtype, device, kernel, spare))
     failures = []
     for peer in peers:
         try:
@@ -92,12 +92,12 @@ def prepare(
         except kernel_errors() as error:
             failures.append(f"{peer.name}: {scheme.describe()}, {size}: {first_line(error)}")
         else:
-            competitors += [] if built is None else [built]
-    return Contest(x, weight, competitors, failures)
+            contenders += [] if built is None else [built]
+    return Lineup(x=x, weight=weight, contenders=contenders, failures=failures)
 
 
 def check(shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: int) -> int:
-    """Whether the matrix can be timed, before anything large is made: bytes that each competitor may take for copies beside its first.
+    """Whether the matrix can be timed, before anything large is made: bytes that each contender may take for copies beside its first.
 
     Raises UsageError, naming the matrix, if a group does not divide it, if ``kernel`` cannot do the scheme, or if it does not fit into
     memory.
@@ -119,7 +119,7 @@ def _size_text(shape: Shape) -> str:
 
 
 def _spare_memory(size: str, shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, peers: int) -> int:
-    """Bytes that each competitor may take for copies beside its first. Raises UsageError if one copy for each is too much already."""
+    """Bytes that each contender may take for copies beside its first. Raises UsageError if one copy for each is too much already."""
     weights = shape.in_features * shape.out_features
     dense = [weights * each.itemsize for each in BASELINES[device.type]]
     packed = _planned_bytes(scheme, shape.out_features, shape.in_features, dtype)
@@ -137,17 +137,17 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def random_inputs(tokens: int, columns: int, dtype: torch.dtype, device: torch.device, scheme: Scheme) -> Tensor:
-    """Standard normal [tokens, columns]; where the scheme splits off outliers, some columns are OUTLIER_SIZE times as large."""
-    x = torch.randn(tokens, columns, device=device, generator=torch.Generator(device).manual_seed(1))
+def random_inputs(tokens: int, in_features: int, dtype: torch.dtype, device: torch.device, scheme: Scheme) -> Tensor:
+    """Standard normal [tokens, in_features]; where the scheme splits off outliers, some columns are OUTLIER_SIZE times as large."""
+    x = torch.randn(tokens, in_features, device=device, generator=torch.Generator(device).manual_seed(1))
     if scheme.outliers is not None:
-        x[:, _outlier_columns(columns, device)] *= OUTLIER_SIZE
+        x[:, _outlier_columns(in_features, device)] *= OUTLIER_SIZE
     return x.to(dtype)
 
 
-def _outlier_columns(columns: int, device: torch.device) -> Tensor:
+def _outlier_columns(in_features: int, device: torch.device) -> Tensor:
     """OUTLIER_COLUMNS of them, or all if there are fewer, evenly spread."""
-    return torch.arange(0, columns, max(1, columns // OUTLIER_COLUMNS), device=device)[:OUTLIER_COLUMNS]
+    return torch.arange(0, in_features, max(1, in_features // OUTLIER_COLUMNS), device=device)[:OUTLIER_COLUMNS]
 
 
 def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
@@ -155,25 +155,25 @@ def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
 
     Outputs are of the order of 1. A static input scale is the one that fits ``x``.
     """
-    rows, columns = shape.out_features, shape.in_features
+    out_features, in_features = shape.out_features, shape.in_features
     device, source = x.device, torch.Generator(x.device).manual_seed(0)
-    spread = 8 / columns**0.5  # of a row: levels times scale
-    groups = (1, 1) if scheme.group_size == WHOLE_MATRIX else (rows, scheme.group_count(columns))
+    spread = 8 / in_features**0.5  # of a row: levels times scale
+    groups = (1, 1) if scheme.group_size == WHOLE_MATRIX else (out_features, scheme.group_count(in_features))
     scale = (torch.rand(groups, device=device, generator=source) + 0.5) * (spread / scheme.levels)
     zero = torch.full(groups, scheme.middle, dtype=torch.uint8, device=device)
     if not scheme.symmetric:
         zero.random_(scheme.levels // 4, 3 * scheme.levels // 4, generator=source)
-    codes = torch.randint(0, scheme.levels, (rows, columns), dtype=torch.uint8, device=device, generator=source)
+    codes = torch.randint(0, scheme.levels, (out_features, in_features), dtype=torch.uint8, device=device, generator=source)
     outliers = input_scale = None
     if scheme.outliers is not None:
-        index = _outlier_columns(columns, device)
+        index = _outlier_columns(in_features, device)
         values = (codes[:, index].float() - scheme.middle) * scale  # a column counts the same in 8 bits and in 16
         outliers = OutlierColumns(index.int(), values.to(x.dtype))
         if not scheme.outliers.dynamic:
             codes[:, index] = scheme.middle
     if scheme.activations is not None and not scheme.activations.dynamic:
         input_scale = (x.abs().amax() / 127.5).reshape(1).to(x.dtype)
-    everywhere = (rows, groups[1])
+    everywhere = (out_features, groups[1])
     return QuantizedWeight(
         codes, scale.to(x.dtype).expand(everywhere).clone(), zero.expand(everywhere).clone(), scheme, None, input_scale, outliers
     )
@@ -216,24 +216,38 @@ def _arithmetic(scheme: Scheme, dtype: torch.dtype) -> str:
     return dtype_name(dtype) if scheme.activations is None else "int8"
 
 
-def _baseline(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Competitor:
+def _baseline(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Contender:
     first = dense_weight(weight, dtype)
     others = [first.clone() for _ in range(copies(first.nbytes, device, first.nbytes + spare) - 1)]
     name = dtype_name(dtype)
-    return Competitor(name, "baseline", dtype, first.nbytes, name, [partial(functional.linear, weight=each) for each in [first, *others]])
+    return Contender(
+        name=name,
+        kind="baseline",
+        dtype=dtype,
+        weight_bytes=first.nbytes,
+        arithmetic=name,
+        copies=[partial(functional.linear, weight=each) for each in [first, *others]],
+    )
 
 
-def _ours(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, kernel: str, spare: int) -> Competitor:
+def _ours(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, kernel: str, spare: int) -> Contender:
     size, scheme = stored_bytes(weight), weight.scheme
     layers: list[Any] = [
         quantized_linear(_copied(weight), None, dtype, device, kernel).eval() for _ in range(copies(size, device, size + spare))
     ]
     inputs = 16 if scheme.activations is None else scheme.activations.bits
     method = f"W{scheme.bits}A{inputs}" if scheme.outliers is None else "LLM.int8"
-    return Competitor(f"{method} {layers[0].kernel}", "ours", dtype, size, _arithmetic(scheme, dtype), layers)
+    return Contender(
+        name=f"{method} {layers[0].kernel}",
+        kind="ours",
+        dtype=dtype,
+        weight_bytes=size,
+        arithmetic=_arithmetic(scheme, dtype),
+        copies=layers,
+    )
 
 
-def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Competitor | None:
+def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, spare: int) -> Contender | None:
     size = stored_bytes(weight)
     built: list[Multiply] = []
     for _ in range(copies(size, device, size + spare)):
@@ -241,5 +255,13 @@ def _peer(peer: Peer, weight: QuantizedWeight, dtype: torch.dtype, device: torch
         if multiply is None:
             return None
         built.append(multiply)
-    arithmetic = _arithmetic(weight.scheme, dtype)
-    return Competitor(peer.name, "peer", dtype, size, arithmetic, built, peer.same_numbers, peer.graphs)
+    return Contender(
+        name=peer.name,
+        kind="peer",
+        dtype=dtype,
+        weight_bytes=size,
+        arithmetic=_arithmetic(weight.scheme, dtype),
+        copies=built,
+        same_numbers=peer.same_numbers,
+        graphs=peer.graphs,
+    )

@@ -1,6 +1,6 @@
 """Quantized linears beside the plain product of the same matrix, and beside other libraries' kernels.
 
-For each matrix and number of tokens M all competitors run in turn on the same input: ours, the baselines (``functional.linear`` with the
+For each matrix and number of tokens M all contenders run in turn on the same input: ours, the baselines (``functional.linear`` with the
 expanded weight; bfloat16 on CUDA, float32 and bfloat16 on the CPU) and the peers. Codes, scales and inputs are random and signed.
 
     bytes            the weight as a checkpoint stores it, the input and the output, each once
@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ptqcli.bench.competitors import BASELINES, Competitor, Contest, check, prepare, rows_of
+from ptqcli.bench.contenders import BASELINES, Contender, Lineup, check, prepare, rows_of
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.peers import Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
@@ -39,9 +39,9 @@ ERROR_ROWS = 64
 TOKENS_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelPoint:
-    """One competitor on one matrix with one number of tokens.
+    """One contender on one matrix with one number of tokens.
 
     scheme: of the codes, as ``Scheme.describe``. name: such as ``W4A16 triton``, ``bfloat16``, ``torch int4``. kind: ``ours``, ``baseline``
     or ``peer``. microseconds: median of a call, low and high its 10th and 90th percentile. graph_microseconds: in a CUDA graph; None on the
@@ -68,7 +68,7 @@ class KernelPoint:
     error: float | None
 
 
-Report = Callable[[int, int, KernelPoint | None], None]
+OnPoint = Callable[[int, int, KernelPoint | None], None]
 
 
 @torch.no_grad()
@@ -81,11 +81,11 @@ def bench_kernels(
     kernel: str = "auto",
     peers: Sequence[Peer] = (),
     seconds: float = 0.2,
-    on_point: Report | None = None,
+    on_point: OnPoint | None = None,
 ) -> tuple[list[KernelPoint], list[str]]:
     """Every matrix of ``work`` with every number of ``tokens``: the points, and a line for each peer that failed.
 
-    dtype: of inputs, outputs and scales. kernel: ours, as ``quantized_linear`` takes it. seconds: for each competitor. on_point: called as
+    dtype: of inputs, outputs and scales. kernel: ours, as ``quantized_linear`` takes it. seconds: for each contender. on_point: called as
     (done, total, point) with each finished point, and with None when a matrix and number of tokens begins; done and total count these.
     A peer that does not do a scheme is left out of it. Raises UsageError, naming the matrix, when a group does not divide it or it does
     not fit into memory, and when ``kernel`` cannot do the scheme.
@@ -100,17 +100,17 @@ def bench_kernels(
     failures: list[str] = []
     done, total = 0, len(work) * len(tokens)
     for shape, scheme in work:
-        contest = prepare(shape, scheme, max(tokens), device, dtype, kernel, peers)
-        failures += contest.failures
+        lineup = prepare(shape, scheme, max(tokens), device, dtype, kernel, peers)
+        failures += lineup.failures
         for count in tokens:
             report(done, total, None)
-            found, failed = _contend(contest, shape, count, machine, seconds)
+            found, failed = _time_lineup(lineup, shape, count, machine, seconds)
             points += found
             failures += failed
             for point in found:
                 report(done + 1, total, point)
             done += 1
-        del contest  # before the next one takes its memory
+        del lineup  # before the next one takes its memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return points, failures
@@ -128,23 +128,23 @@ def _no_report(_done: int, _total: int, _point: KernelPoint | None) -> None:
     pass
 
 
-def _contend(contest: Contest, shape: Shape, tokens: int, machine: Machine, seconds: float) -> tuple[list[KernelPoint], list[str]]:
-    """All competitors on ``tokens`` rows of input: a point for each, and a line for each peer that could not do it."""
-    device = contest.x.device
-    inputs = {each.dtype: contest.x[:tokens].to(each.dtype) for each in contest.competitors}
-    errors, failures = _errors(contest, inputs, f"{contest.weight.scheme.describe()}, {shape.name}, {tokens} tokens")
-    able = [each for each in contest.competitors if each.name in errors]
+def _time_lineup(lineup: Lineup, shape: Shape, tokens: int, machine: Machine, seconds: float) -> tuple[list[KernelPoint], list[str]]:
+    """All contenders on ``tokens`` rows of input: a point for each, and a line for each peer that could not do it."""
+    device = lineup.x.device
+    inputs = {each.dtype: lineup.x[:tokens].to(each.dtype) for each in lineup.contenders}
+    errors, failures = _errors(lineup, inputs, f"{lineup.weight.scheme.describe()}, {shape.name}, {tokens} tokens")
+    able = [each for each in lineup.contenders if each.name in errors]
     calls = {each.name: [partial(multiply, inputs[each.dtype]) for multiply in each.copies] for each in able}
     eager = time_in_turn(calls, device, seconds=seconds)
     graphs: dict[str, Timing] = {}
     if device.type == "cuda":
         graphs = time_in_turn({each.name: calls[each.name] for each in able if each.graphs}, device, graphs=True, seconds=seconds)
-    return [_point(each, able, shape, contest.weight.scheme, tokens, machine, eager, graphs, errors[each.name]) for each in able], failures
+    return [_point(each, able, shape, lineup.weight.scheme, tokens, machine, eager, graphs, errors[each.name]) for each in able], failures
 
 
 def _point(
-    one: Competitor,
-    all_of_them: Sequence[Competitor],
+    one: Contender,
+    all_of_them: Sequence[Contender],
     shape: Shape,
     scheme: Scheme,
     tokens: int,
@@ -183,15 +183,15 @@ def _ratios(name: str, baselines: Sequence[str], timings: Mapping[str, Timing]) 
     return {each: timings[each].microseconds / timings[name].microseconds for each in both}
 
 
-def _errors(contest: Contest, inputs: Mapping[torch.dtype, Tensor], what: str) -> tuple[dict[str, float | None], list[str]]:
-    """The error of each competitor's output, by name, without the peers that raise; a line for each of those."""
-    weight = contest.weight
+def _errors(lineup: Lineup, inputs: Mapping[torch.dtype, Tensor], what: str) -> tuple[dict[str, float | None], list[str]]:
+    """The error of each contender's output, by name, without the peers that raise; a line for each of those."""
+    weight = lineup.weight
     rows = torch.arange(0, len(weight.codes), max(1, len(weight.codes) // ERROR_ROWS), device=weight.codes.device)[:ERROR_ROWS]
-    x = contest.x[: len(next(iter(inputs.values())))]
+    x = lineup.x[: len(next(iter(inputs.values())))]
     truth = _exact(x, rows_of(weight, rows))
     errors: dict[str, float | None] = {}
     failures = []
-    for each in contest.competitors:
+    for each in lineup.contenders:
         try:
             found = _output(each, inputs[each.dtype], len(weight.codes))
         except kernel_errors() as error:
@@ -203,12 +203,12 @@ def _errors(contest: Contest, inputs: Mapping[torch.dtype, Tensor], what: str) -
     return errors, failures
 
 
-def _output(one: Competitor, x: Tensor, rows: int) -> Tensor:
+def _output(one: Contender, x: Tensor, out_features: int) -> Tensor:
     found = one.copies[0](x)
     if x.is_cuda:
-        torch.cuda.synchronize(x.device)  # what went wrong on the device is raised here and not at the next competitor
-    if found.shape != (len(x), rows):
-        raise ValueError(f"returned {list(found.shape)} instead of {[len(x), rows]}")
+        torch.cuda.synchronize(x.device)  # what went wrong on the device is raised here and not at the next contender
+    if found.shape != (len(x), out_features):
+        raise ValueError(f"returned {list(found.shape)} instead of {[len(x), out_features]}")
     return found
 
 
