@@ -20,8 +20,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import bitstream, compressed_tensors
 from ptqcli.scheme import SUPPORTED_BITS, ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme, encode, fit
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden vectors are not beside this checkout")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def big_integer_stream(codes: Tensor, bits: int) -> Tensor:
@@ -136,8 +135,6 @@ def test_unpack_is_the_inverse_of_pack(weight: QuantizedWeight) -> None:
 
 
 def golden_cases() -> list[Any]:
-    if not GOLDEN.is_dir():
-        return []
     cases = json.loads((GOLDEN / "ct_pack_quantized.json").read_text())["cases"]
     return [pytest.param(case, id=case_id(case)) for case in cases if case["num_bits"] in SUPPORTED_BITS]
 
@@ -146,7 +143,6 @@ def case_id(case: dict[str, Any]) -> str:
     return f"b{case['num_bits']}_{'sym' if case['symmetric'] else 'asym'}_{case['strategy']}"
 
 
-@needs_golden
 @pytest.mark.parametrize("case", golden_cases())
 def test_golden_vectors_both_ways(case: dict[str, Any]) -> None:
     from safetensors.torch import load_file
@@ -165,7 +161,6 @@ def test_golden_vectors_both_ways(case: dict[str, Any]) -> None:
         assert torch.equal(tensor, stored[name]), name
 
 
-@needs_golden
 @pytest.mark.parametrize("field", ["codes", "scale", "zero"])
 def test_golden_comparison_notices_one_change(field: str) -> None:
     """The twin: with one code, scale or zero point moved, neither the values nor the bytes agree."""
@@ -193,7 +188,6 @@ def library_weight(tensors: dict[str, Tensor], name: str, scheme: Scheme) -> Ten
     return weight
 
 
-@needs_golden
 @pytest.mark.parametrize(("case", "group_size"), [("w8_sym_channel", -1), ("w8_sym_tensor", 0)])
 def test_golden_integers_both_ways(case: str, group_size: int) -> None:
     """Scales, codes and values as the library computed them from a float weight, and the bytes back."""
@@ -277,7 +271,6 @@ def require_dense_packing(bits: int) -> None:
         pytest.skip(f"compressed-tensors {version} packs 3 bits in the older layout")
 
 
-@needs_golden
 @pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_written_by_the_library(folder: str) -> None:
     path = GOLDEN / "ckpt" / folder
@@ -518,7 +511,6 @@ def test_schemes_with_activations(scheme: Scheme) -> None:
     assert json.loads(json.dumps(config)) == config
 
 
-@needs_golden
 @pytest.mark.parametrize(("folder", "scheme"), [("ct_w8a8_dyn", W8A8), ("ct_w8a8_static", W8A8_STATIC)])
 def test_the_entry_is_the_one_that_the_library_writes(folder: str, scheme: Scheme) -> None:
     theirs = json.loads((GOLDEN / "ckpt" / folder / "config.json").read_text())["quantization_config"]

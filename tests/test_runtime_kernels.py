@@ -37,7 +37,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.runtime import kernels_in, load_quantized, quantized_linear
 from ptqcli.scheme import OutlierSplit, QuantizedWeight, Scheme
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "ckpt"
+GOLDEN = Path(__file__).parent / "golden" / "ckpt"
 INTEGER = "torch" if int_mm_is_fast_and_exact() else "reference"
 
 SCHEMES = {
@@ -267,7 +267,6 @@ def test_what_transformers_does_not_read_speaks_as_without_a_cache(tmp_path: Pat
         assert relative_error(steps, again) < 2e-2
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden checkpoints are not beside this checkout")
 @pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_of_the_library_speak_as_in_transformers(folder: str) -> None:
     ours, theirs = load_quantized(GOLDEN / folder), by_transformers(GOLDEN / folder)
