@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import random_codes, random_weight
 from torch import Tensor, nn
 
 from ptqcli.checkpoint import CheckpointReader
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import bitstream, compressed_tensors
-from ptqcli.scheme import SUPPORTED_BITS, ActivationScheme, OutlierColumns, OutlierSplit, QuantizedWeight, Scheme, encode, fit
+from ptqcli.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, QuantizedWeight, Scheme, encode, fit
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -28,30 +29,6 @@ def big_integer_stream(codes: Tensor, bits: int) -> Tensor:
     width = -(-codes.shape[1] * bits // 32)
     rows = [sum(int(code) << (bits * e) for e, code in enumerate(row)).to_bytes(4 * width, "little") for row in codes]
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), width)
-
-
-def random_weight(
-    scheme: Scheme, out_features: int, in_features: int, seed: int = 0, dtype: torch.dtype = torch.float32, outliers: int = 3
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    groups = scheme.group_count(in_features)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
-
-    scale = (torch.rand(out_features, groups, generator=generator) + 0.01).to(dtype)
-    if scheme.group_size == 0:
-        scale = scale[:1].expand(out_features, 1).clone()
-    zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)
-    if not scheme.symmetric:
-        zero = integers(out_features, groups)
-    static = scheme.activations is not None and not scheme.activations.dynamic
-    input_scale = torch.rand(1, generator=generator).to(dtype) if static else None
-    columns = None
-    if scheme.outliers is not None:
-        index = torch.randperm(in_features, generator=generator)[:outliers].sort().values.int()
-        columns = OutlierColumns(index, torch.randn(out_features, len(index), generator=generator).to(dtype))
-    return QuantizedWeight(integers(out_features, in_features), scale, zero, scheme, None, input_scale, columns)
 
 
 def assert_same_weight(left: QuantizedWeight, right: QuantizedWeight) -> None:
@@ -70,8 +47,7 @@ def assert_same_weight(left: QuantizedWeight, right: QuantizedWeight) -> None:
 @given(bits=st.integers(1, 8), rows=st.integers(1, 5), elements=st.integers(1, 130), seed=st.integers(0, 2**31))
 @settings(max_examples=200, deadline=None)
 def test_bitstream_is_one_long_integer_a_row(bits: int, rows: int, elements: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (rows, elements), generator=generator, dtype=torch.uint8)
+    codes = random_codes(rows, elements, bits, seed)
     words = bitstream.pack(codes, bits)
     assert words.shape == (rows, bitstream.word_count(elements, bits))
     assert torch.equal(words, big_integer_stream(codes, bits))

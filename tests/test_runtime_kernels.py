@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import random_inputs
 from packed import (
     STATIC,
     TENSOR,
@@ -22,7 +23,6 @@ from packed import (
     logits,
     random_model,
     relative_error,
-    round_to_nearest,
     w8a8,
     write_checkpoint,
 )
@@ -35,7 +35,7 @@ import ptqcli
 from ptqcli import runtime
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.runtime import kernels_in, load_quantized, quantized_linear
-from ptqcli.scheme import OutlierSplit, QuantizedWeight, Scheme
+from ptqcli.scheme import OutlierSplit, QuantizedWeight, Scheme, round_to_nearest
 
 GOLDEN = Path(__file__).parent / "golden" / "ckpt"
 INTEGER = "torch" if int_mm_is_fast_and_exact() else "reference"
@@ -56,7 +56,7 @@ SCHEMES = {
 
 
 def weight(scheme: Scheme, columns: int = 64) -> QuantizedWeight:
-    return round_to_nearest(torch.randn(32, columns, generator=torch.Generator().manual_seed(0)), scheme)
+    return round_to_nearest(random_inputs(32, columns), scheme, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_kernel_that_a_scheme_gets_on_a_cpu(scheme: Scheme, kernel: str) -> 
         layer = quantized_linear(weight(scheme), None, dtype)
         assert layer.kernel == kernel
         assert quantized_linear(weight(scheme), None, dtype, kernel="reference").kernel == "reference"
-        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x = random_inputs(3, 64, dtype=dtype)
         expected = quantized_linear(weight(scheme), None, dtype, kernel="reference")(x)
         assert relative_error(layer(x).float(), expected.float()) < (1e-5 if dtype == torch.float32 else 6e-3)
 
@@ -305,7 +305,7 @@ def test_a_block_compiles_whole(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, random_model(llama()), everything(Scheme(4, 32)))
     model: Any = load_quantized(tmp_path)
     mlp = model.model.layers[0].mlp
-    x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
+    x = random_inputs(1, 5, 128)
     assert isinstance(mlp.down_proj, Int4Linear)
     with torch.no_grad():
         assert torch.allclose(torch.compile(mlp, fullgraph=True)(x), mlp(x), atol=1e-5)

@@ -17,6 +17,8 @@ import torch
 from ptq_kernels.packing import TILE_COLUMNS, pack_groups, pack_tiles, unpack_groups, unpack_tiles
 from torch import Tensor
 
+pytestmark = pytest.mark.triton
+
 w4a16 = import_module("ptq_kernels.w4a16")  # the package may name the operator like its module
 TOLERANCE = 7e-4  # relative Frobenius, float16; what is asked for is 4e-3
 
