@@ -309,7 +309,7 @@ def int8_case(
     """Arguments of ``int8_linear``; signed inputs and biases."""
     layer = random_layer(rows, columns, 8, -1, dtype)
     return {
-        "x": random_inputs(tokens, columns, dtype=dtype),
+        "x": random_inputs(tokens, columns, dtype=dtype, seed=0),
         "codes": layer.codes.view(torch.int8),
         "scale": layer.scale[: rows if per_row else 1, 0],
         "input_scale": torch.tensor([0.01], dtype=dtype) if inputs == "static" else None,
