@@ -41,12 +41,12 @@ def random_layer(
 
 
 def exact_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, index: Tensor | None = None) -> Tensor:
-    """float64 [rows, columns], column by column. index: the group of each column; without it groups are neighbours."""
+    """float64 [rows, columns]. index: the group of each column; without it groups are neighbours."""
     columns, groups = codes.shape[1], scale.shape[1]
     if index is None:
         index = torch.arange(columns) // (columns // groups)
     centre = torch.full(scale.shape, 2.0 ** (bits - 1), dtype=torch.float64) if zero is None else zero.double()
-    return torch.stack([(codes[:, k].double() - centre[:, g]) * scale[:, g].double() for k, g in enumerate(index.tolist())], dim=1)
+    return (codes.double() - centre[:, index]) * scale.double()[:, index]
 
 
 def exact_output(x: Tensor, layer: Layer, bits: int, index: Tensor | None = None) -> Tensor:
