@@ -1,7 +1,8 @@
 # make demo    quantize the demo model, measure it beside the original, let it speak
-# make test    check, then the whole test suite
+# make test    check, then the test suite, all but the tests of the GPU kernels
+# make test-kernels   those: Triton interprets the kernels, and compiles them for GPUs that are not there
 # make check   lint, format and types
-# make test-oldest   the test suite with the oldest transformers that is supported, in an environment of its own
+# make test-oldest   what make test runs, with the oldest transformers that is supported, in an environment of its own
 # make clean   remove what the others made, the virtual environment included
 #
 # Each sets up .venv by itself. Another interpreter: make PYTHON=/path/to/python3
@@ -15,7 +16,7 @@ SOURCES := ptqcli kernels tests scripts
 # Nothing below needs a network once the packages are installed; a look at the hub would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest check clean
+.PHONY: demo test test-kernels test-oldest check clean
 
 demo: $(READY)
 	$(BIN)/ptq quantize --algo gptq --wbits 4 --group-size 128 --output $(DEMO) --overwrite
@@ -23,7 +24,10 @@ demo: $(READY)
 	$(BIN)/ptq generate $(DEMO) "The built-in function" --max-new-tokens 40
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not triton"
+
+test-kernels: $(READY)
+	$(BIN)/pytest -m triton
 
 OLDEST := .venv-oldest
 test-oldest: $(READY)
@@ -31,7 +35,7 @@ test-oldest: $(READY)
 	@grep -viE '^(transformers|tokenizers|huggingface)' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
 	  --editable '.[test]' 'transformers==5.17.*'
-	$(OLDEST)/bin/pytest
+	$(OLDEST)/bin/pytest -m "not triton"
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats import compressed_tensors
-from ptqcli.numerics.grids import encode, fit
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
-from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
+from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 
 TOKENS = torch.arange(1, 17).unsqueeze(0)
 TOKEN, TENSOR, STATIC = ActivationScheme(), ActivationScheme(per_token=False), ActivationScheme(per_token=False, dynamic=False)
@@ -52,17 +51,6 @@ def random_model(config: Any) -> Any:
         if name.endswith(".bias"):
             nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Codes of ``weight`` [out, in], group by group, scales in its dtype."""
-    columns = scheme.columns_per_group(weight.shape[1])
-    parts = weight.float().split(columns, dim=1)
-    grids = [fit(part, scheme, weight.dtype) for part in parts]
-    codes = torch.cat([encode(part, grid, scheme) for part, grid in zip(parts, grids, strict=True)], dim=1)
-    scale = torch.cat([grid.scale for grid in grids], dim=1).to(weight.dtype)
-    zero = torch.cat([grid.zero for grid in grids], dim=1).to(torch.uint8)
-    return QuantizedWeight(codes.to(torch.uint8), scale, zero, scheme)
 
 
 def largest_inputs(model: Any) -> dict[str, Tensor]:
@@ -105,7 +93,7 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
         weight = linears[name].weight.data
         transposed = isinstance(linears[name], Conv1D)
         dense = weight.t() if transposed else weight
-        packed = with_activations(round_to_nearest(dense, scheme), dense, largest[name], split)
+        packed = with_activations(round_to_nearest(dense, scheme, dense.dtype), dense, largest[name], split)
         tensors |= compressed_tensors.pack(name, packed)
         dense = packed.dequantize()
         linears[name].weight.data = dense.t().contiguous() if transposed else dense

@@ -83,11 +83,10 @@ def test_replayed_blocks_give_the_model_bit_for_bit(architecture, tmp_path):
     assert torch.equal(recording.hidden, torch.cat(seen))
 
 
-@pytest.mark.parametrize("algo", ["rtn", "gptq"])
 @torch.no_grad()
-def test_quantizes_loads_and_evaluates(architecture, algo, tmp_path):
+def test_quantizes_loads_and_evaluates(architecture, tmp_path):
     original = make_model(tmp_path / "model", architecture)
-    recipe = Recipe(algo=algo, group_size=32, calib=str(write_text(tmp_path / "text.txt")), nsamples=10, seqlen=64)
+    recipe = Recipe(algo="gptq", group_size=32, calib=str(write_text(tmp_path / "text.txt")), nsamples=10, seqlen=64)
     report = quantize(tmp_path / "model", recipe, tmp_path / "out", resources=Resources(batch_size=4))
     assert len(report.layers) == 2 * EXPECTED[architecture][0]
     assert all(0 < layer.relative_error < 0.2 for layer in report.layers)

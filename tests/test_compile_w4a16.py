@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="compiles with triton")
 kernels = import_module("ptq_kernels.w4a16_kernels")
 w4a16 = import_module("ptq_kernels.w4a16")
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
+pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10}  # to a program: of the smallest GPU that takes the sm_80 table, sm_86

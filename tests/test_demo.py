@@ -14,7 +14,7 @@ from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
-TOKENS = 32768
+TOKENS = 16384
 WINDOW = 256
 
 pytestmark = pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import random_codes, random_weight
 from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import SafetensorsFolder
@@ -20,10 +21,9 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import bitstream, compressed_tensors
 from ptqcli.numerics.grids import encode, fit
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
-from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
+from ptqcli.numerics.weight import QuantizedWeight
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden vectors are not beside this checkout")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def big_integer_stream(codes: Tensor, bits: int) -> Tensor:
@@ -31,30 +31,6 @@ def big_integer_stream(codes: Tensor, bits: int) -> Tensor:
     width = -(-codes.shape[1] * bits // 32)
     rows = [sum(int(code) << (bits * e) for e, code in enumerate(row)).to_bytes(4 * width, "little") for row in codes]
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), width)
-
-
-def random_weight(
-    scheme: Scheme, out_features: int, in_features: int, seed: int = 0, dtype: torch.dtype = torch.float32, outliers: int = 3
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    groups = scheme.group_count(in_features)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
-
-    scale = (torch.rand(out_features, groups, generator=generator) + 0.01).to(dtype)
-    if scheme.group_size == 0:
-        scale = scale[:1].expand(out_features, 1).clone()
-    zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)
-    if not scheme.symmetric:
-        zero = integers(out_features, groups)
-    static = scheme.activations is not None and not scheme.activations.dynamic
-    input_scale = torch.rand(1, generator=generator).to(dtype) if static else None
-    columns = None
-    if scheme.outliers is not None:
-        index = torch.randperm(in_features, generator=generator)[:outliers].sort().values.int()
-        columns = OutlierColumns(index, torch.randn(out_features, len(index), generator=generator).to(dtype))
-    return QuantizedWeight(integers(out_features, in_features), scale, zero, scheme, None, input_scale, columns)
 
 
 def assert_same_weight(left: QuantizedWeight, right: QuantizedWeight) -> None:
@@ -73,8 +49,7 @@ def assert_same_weight(left: QuantizedWeight, right: QuantizedWeight) -> None:
 @given(bits=st.integers(1, 8), rows=st.integers(1, 5), elements=st.integers(1, 130), seed=st.integers(0, 2**31))
 @settings(max_examples=200, deadline=None)
 def test_bitstream_is_one_long_integer_a_row(bits: int, rows: int, elements: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (rows, elements), generator=generator, dtype=torch.uint8)
+    codes = random_codes(rows, elements, bits, seed)
     words = bitstream.pack(codes, bits)
     assert words.shape == (rows, bitstream.word_count(elements, bits))
     assert torch.equal(words, big_integer_stream(codes, bits))
@@ -138,8 +113,6 @@ def test_unpack_is_the_inverse_of_pack(weight: QuantizedWeight) -> None:
 
 
 def golden_cases() -> list[Any]:
-    if not GOLDEN.is_dir():
-        return []
     cases = json.loads((GOLDEN / "ct_pack_quantized.json").read_text())["cases"]
     return [pytest.param(case, id=case_id(case)) for case in cases if case["num_bits"] in SUPPORTED_BITS]
 
@@ -148,7 +121,6 @@ def case_id(case: dict[str, Any]) -> str:
     return f"b{case['num_bits']}_{'sym' if case['symmetric'] else 'asym'}_{case['strategy']}"
 
 
-@needs_golden
 @pytest.mark.parametrize("case", golden_cases())
 def test_golden_vectors_both_ways(case: dict[str, Any]) -> None:
     from safetensors.torch import load_file
@@ -167,7 +139,6 @@ def test_golden_vectors_both_ways(case: dict[str, Any]) -> None:
         assert torch.equal(tensor, stored[name]), name
 
 
-@needs_golden
 @pytest.mark.parametrize("field", ["codes", "scale", "zero"])
 def test_golden_comparison_notices_one_change(field: str) -> None:
     """The twin: with one code, scale or zero point moved, neither the values nor the bytes agree."""
@@ -195,7 +166,6 @@ def library_weight(tensors: dict[str, Tensor], name: str, scheme: Scheme) -> Ten
     return weight
 
 
-@needs_golden
 @pytest.mark.parametrize(("case", "group_size"), [("w8_sym_channel", -1), ("w8_sym_tensor", 0)])
 def test_golden_integers_both_ways(case: str, group_size: int) -> None:
     """Scales, codes and values as the library computed them from a float weight, and the bytes back."""
@@ -279,7 +249,6 @@ def require_dense_packing(bits: int) -> None:
         pytest.skip(f"compressed-tensors {version} packs 3 bits in the older layout")
 
 
-@needs_golden
 @pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_written_by_the_library(folder: str) -> None:
     path = GOLDEN / "ckpt" / folder
@@ -520,7 +489,6 @@ def test_schemes_with_activations(scheme: Scheme) -> None:
     assert json.loads(json.dumps(config)) == config
 
 
-@needs_golden
 @pytest.mark.parametrize(("folder", "scheme"), [("ct_w8a8_dyn", W8A8), ("ct_w8a8_static", W8A8_STATIC)])
 def test_the_entry_is_the_one_that_the_library_writes(folder: str, scheme: Scheme) -> None:
     theirs = json.loads((GOLDEN / "ckpt" / folder / "config.json").read_text())["quantization_config"]

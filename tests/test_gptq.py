@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from textbook import correlated_layer, excess_rounding, textbook_gptq
+from layers import correlated_layer
+from textbook import excess_rounding, textbook_gptq
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import Scheme

@@ -120,12 +120,15 @@ def test_the_rehearsal_of_tuning_prints_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_one_line_and_code_2(tmp_path: Path) -> None:
-    done = run(folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "no CUDA GPU" in done.stderr
+def test_without_a_gpu_it_is_one_line_and_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "no CUDA GPU" in err
     assert list(tmp_path.iterdir()) == []
 
 

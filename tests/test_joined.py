@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from layers import random_inputs, random_layer
 from ptq_kernels import JoinedLinear, ReferenceWeightOnly
 from torch import Tensor, nn
 
@@ -25,14 +26,13 @@ class Counted(ReferenceWeightOnly):
 
 
 def joined() -> tuple[Counted, list[nn.Module]]:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (sum(SIZES), 64), generator=generator, dtype=torch.uint8)
-    layer = Counted(codes, torch.rand(sum(SIZES), 2, generator=generator), None, 4, 32)
+    codes, scale, _, _ = random_layer(sum(SIZES), 64, 4, 32)
+    layer = Counted(codes, scale, None, 4, 32)
     return layer, JoinedLinear(layer, SIZES).parts()
 
 
 def inputs(seed: int = 0) -> Tensor:
-    return torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(seed))
+    return random_inputs(2, 3, 64, seed=seed)
 
 
 def test_parts_return_their_outputs_of_one_run() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import exact_weight, random_codes, random_inputs, random_layer
 from ptq_kernels import (
     LLMInt8Linear,
     ReferenceWeightOnly,
@@ -27,14 +28,9 @@ from ptq_kernels.layout import CODES_PER_BYTE, pack_codes, packed_width, unpack_
 from torch import Tensor
 from torch.nn import functional
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "ct_int_quantized.safetensors"
+GOLDEN = Path(__file__).parent / "golden" / "ct_int_quantized.safetensors"
 WIDTHS = tuple(CODES_PER_BYTE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def random_codes(rows: int, columns: int, bits: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
 
 
 @given(bits=st.sampled_from(WIDTHS), rows=st.integers(1, 9), columns=st.integers(1, 70), seed=st.integers(0, 2**31))
@@ -91,27 +87,19 @@ def test_signed_codes_are_less_the_middle(bits: int) -> None:
         signed_codes(signed, bits)
 
 
-def exact_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, index: Tensor) -> Tensor:
-    """The weight in float64, column by column."""
-    centre = torch.full(scale.shape, 2.0 ** (bits - 1), dtype=torch.float64) if zero is None else zero.double()
-    columns = [(codes[:, k].double() - centre[:, g]) * scale[:, g].double() for k, g in enumerate(index.tolist())]
-    return torch.stack(columns, dim=1)
-
-
 def case(
-    bits: int, dtype: torch.dtype, rows: int, columns: int, group_size: int, symmetric: bool, shape: tuple[int, ...], seed: int = 0
+    bits: int, dtype: torch.dtype, rows: int, columns: int, group_size: int, symmetric: bool, shape: tuple[int, ...]
 ) -> dict[str, Any]:
     """Arguments of ``weight_only_linear``; signed inputs and biases."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = 1 if group_size == -1 else columns // group_size
+    layer = random_layer(rows, columns, bits, group_size, dtype, symmetric)
     return {
-        "x": torch.randn(*shape, columns, generator=generator).to(dtype),
-        "packed": pack_codes(random_codes(rows, columns, bits, seed), bits),
-        "scale": (torch.rand(rows, groups, generator=generator) * 0.1 + 0.01).to(dtype),
-        "zero": None if symmetric else random_codes(rows, groups, bits, seed + 1),
+        "x": random_inputs(*shape, columns, dtype=dtype),
+        "packed": pack_codes(layer.codes, bits),
+        "scale": layer.scale,
+        "zero": layer.zero,
         "bits": bits,
         "group_size": group_size,
-        "bias": torch.randn(rows, generator=generator).to(dtype),
+        "bias": layer.bias,
     }
 
 
@@ -249,10 +237,8 @@ EXTREMES = torch.tensor([-128, -127, -1, 0, 1, 126, 127], dtype=torch.int8)
 
 
 def integers(rows: int, columns: int, seed: int, extreme: bool = False) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if extreme:
-        return EXTREMES[torch.randint(0, len(EXTREMES), (rows, columns), generator=generator)]
-    return torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    drawn = random_codes(rows, columns, 8, seed)
+    return EXTREMES[drawn.long() % len(EXTREMES)] if extreme else drawn.view(torch.int8)
 
 
 def integer_truth(left: Tensor, right: Tensor) -> Tensor:
@@ -303,7 +289,6 @@ def test_a_cpu_without_integer_instructions(isa: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa})
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="the golden vectors are not beside this checkout")
 @pytest.mark.parametrize(("kind", "per_token"), [("act_token_sym", True), ("act_tensor_sym_dyn", False)])
 def test_inputs_are_quantized_as_by_the_library(kind: str, per_token: bool) -> None:
     from safetensors.torch import load_file
@@ -319,17 +304,17 @@ def test_inputs_are_quantized_as_by_the_library(kind: str, per_token: bool) -> N
 
 
 def int8_case(
-    dtype: torch.dtype, tokens: int = 7, columns: int = 64, rows: int = 48, inputs: str = "token", per_row: bool = True, seed: int = 0
+    dtype: torch.dtype, tokens: int = 7, columns: int = 64, rows: int = 48, inputs: str = "token", per_row: bool = True
 ) -> dict[str, Any]:
     """Arguments of ``int8_linear``; signed inputs and biases."""
-    generator = torch.Generator().manual_seed(seed)
+    layer = random_layer(rows, columns, 8, -1, dtype)
     return {
-        "x": torch.randn(tokens, columns, generator=generator).to(dtype),
-        "codes": integers(rows, columns, seed),
-        "scale": (torch.rand(rows if per_row else 1, generator=generator) * 0.1 + 0.01).to(dtype),
+        "x": random_inputs(tokens, columns, dtype=dtype, seed=0),
+        "codes": layer.codes.view(torch.int8),
+        "scale": layer.scale[: rows if per_row else 1, 0],
         "input_scale": torch.tensor([0.01], dtype=dtype) if inputs == "static" else None,
         "per_token": inputs == "token",
-        "bias": torch.randn(rows, generator=generator).to(dtype),
+        "bias": layer.bias,
     }
 
 
@@ -396,13 +381,12 @@ def test_zeros_give_the_bias_and_nan_stays_nan(inputs: str) -> None:
         assert int8_linear(**arguments)[2].isnan().all()
 
 
-def llm_int8_case(dtype: torch.dtype, kept: list[int], bias: bool = True, seed: int = 0) -> dict[str, Any]:
+def llm_int8_case(dtype: torch.dtype, kept: list[int], bias: bool = True) -> dict[str, Any]:
     """Arguments of ``llm_int8_linear`` with 16-bit columns that are not the dequantized ones, and inputs up to about 3."""
-    arguments = int8_case(dtype, seed=seed)
+    arguments = int8_case(dtype)
     del arguments["input_scale"]
-    generator = torch.Generator().manual_seed(seed + 1)
     arguments["outlier_index"] = torch.tensor(kept, dtype=torch.int32)
-    arguments["outlier_weight"] = torch.randn(48, len(kept), generator=generator).to(dtype)
+    arguments["outlier_weight"] = random_inputs(48, len(kept), dtype=dtype, seed=2)
     arguments["bias"] = arguments["bias"] if bias else None
     return arguments
 

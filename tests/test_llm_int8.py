@@ -12,6 +12,8 @@ from ptq_kernels import reference
 from ptq_kernels.llm_int8 import launch, llm_int8, outlier_slots
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.triton
+
 CHILD = Path(__file__).with_name("w8a8_interpreter.py")
 CHECKS = (
     ("llm_int8",),

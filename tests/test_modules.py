@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import Layer, exact_output, random_codes, random_inputs, random_layer
 from ptq_kernels import LLMInt8Linear, TritonWeightOnly, W8A8Linear
 from ptq_kernels.reference import int8_linear, int_mm_is_fast_and_exact, llm_int8_linear
 from torch import Tensor, nn
@@ -13,33 +14,17 @@ from torch import Tensor, nn
 ROWS, COLUMNS = 70, 192
 
 
-def codes(bits: int) -> Tensor:
-    return torch.randint(0, 1 << bits, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+def stored(bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool) -> Layer:
+    return random_layer(ROWS, COLUMNS, bits, group_size, dtype, not asymmetric)
 
 
 def weight_only(bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool = False, g_idx: Tensor | None = None) -> TritonWeightOnly:
-    generator = torch.Generator().manual_seed(0)
-    groups = 1 if group_size == -1 else COLUMNS // group_size
-    scale = torch.rand(ROWS, groups, generator=generator).add(0.5).to(dtype)
-    zero = torch.randint(0, 1 << bits, (ROWS, groups), generator=generator, dtype=torch.uint8) if asymmetric else None
-    return TritonWeightOnly(codes(bits), scale, zero, bits, group_size, torch.randn(ROWS, generator=generator).to(dtype), g_idx)
-
-
-def truth(x: Tensor, bits: int, group_size: int, dtype: torch.dtype, asymmetric: bool, g_idx: Tensor) -> Tensor:
-    """float64 from the same numbers."""
-    generator = torch.Generator().manual_seed(0)
-    groups = 1 if group_size == -1 else COLUMNS // group_size
-    scale = torch.rand(ROWS, groups, generator=generator).add(0.5).to(dtype).double()
-    zero = torch.full((ROWS, groups), 1 << (bits - 1))
-    if asymmetric:
-        zero = torch.randint(0, 1 << bits, (ROWS, groups), generator=generator, dtype=torch.uint8)
-    bias = torch.randn(ROWS, generator=generator).to(dtype).double()
-    weight = (codes(bits).double() - zero.double()[:, g_idx]) * scale[:, g_idx]
-    return x.double() @ weight.T + bias
+    codes, scale, zero, bias = stored(bits, group_size, dtype, asymmetric)
+    return TritonWeightOnly(codes, scale, zero, bits, group_size, bias, g_idx)
 
 
 def inputs(dtype: torch.dtype, tokens: int = 5) -> Tensor:
-    return torch.randn(2, tokens, COLUMNS, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    return random_inputs(2, tokens, COLUMNS, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,8 +33,7 @@ def inputs(dtype: torch.dtype, tokens: int = 5) -> Tensor:
 def test_weight_only(bits: int, group_size: int, asymmetric: bool, dtype: torch.dtype) -> None:
     layer = weight_only(bits, group_size, dtype, asymmetric)
     x = inputs(dtype)
-    per_group = COLUMNS if group_size == -1 else group_size
-    expected = truth(x, bits, group_size, dtype, asymmetric, torch.arange(COLUMNS) // per_group)
+    expected = exact_output(x, stored(bits, group_size, dtype, asymmetric), bits)
     assert (layer(x).double() - expected).norm() < 4e-3 * expected.norm()
     assert layer.kernel == "reference"
     layer.packed[0, 0, :, 0] ^= 8
@@ -61,7 +45,7 @@ def test_columns_of_a_group_need_not_be_neighbours(bits: int) -> None:
     g_idx = (torch.arange(COLUMNS) * 5 % 6).to(torch.int32)
     layer = weight_only(bits, 32, torch.bfloat16, True, g_idx)
     x = inputs(torch.bfloat16)
-    expected = truth(x, bits, 32, torch.bfloat16, True, g_idx.long())
+    expected = exact_output(x, stored(bits, 32, torch.bfloat16, True), bits, g_idx)
     assert (layer(x).double() - expected).norm() < 4e-3 * expected.norm()
     assert (weight_only(bits, 32, torch.bfloat16, True)(x).double() - expected).norm() > 4e-3 * expected.norm()
 
@@ -73,7 +57,7 @@ def test_columns_of_a_group_need_not_be_neighbours(bits: int) -> None:
         ({"group_size": 48}, "group_size must be one of"),
         ({"group_size": 64}, "scale must have shape"),
         ({"scale": torch.ones(ROWS, 6)}, "stored in 16 bits, not as torch.float32"),
-        ({"codes": codes(8)}, r"codes must be below 2\^4"),
+        ({"codes": random_codes(ROWS, COLUMNS, 8)}, r"codes must be below 2\^4"),
         ({"bias": torch.ones(ROWS)}, "bias must be torch.bfloat16"),
         ({"g_idx": torch.zeros(COLUMNS, dtype=torch.int32)}, "g_idx must give each of 6 groups 32 columns"),
         ({"g_idx": torch.arange(COLUMNS)}, "g_idx must be int32"),
@@ -81,17 +65,17 @@ def test_columns_of_a_group_need_not_be_neighbours(bits: int) -> None:
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
 def test_a_weight_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"codes": codes(4), "scale": torch.ones(ROWS, 6).bfloat16(), "zero": None, "bits": 4, "group_size": 32}
+    arguments: dict[str, Any] = {"codes": random_codes(ROWS, COLUMNS, 4), "scale": torch.ones(ROWS, 6).bfloat16(), "zero": None}
+    arguments |= {"bits": 4, "group_size": 32}
     TritonWeightOnly(**arguments)
     with pytest.raises((TypeError, ValueError), match=message):
         TritonWeightOnly(**{**arguments, **change})
 
 
 def int8_layers() -> list[nn.Module]:
-    generator = torch.Generator().manual_seed(0)
-    signed, scale = codes(8).view(torch.int8), torch.rand(ROWS, generator=generator).bfloat16()
-    bias = torch.randn(ROWS, generator=generator).bfloat16()
-    index, kept = torch.tensor([3, 8], dtype=torch.int32), torch.randn(ROWS, 2, generator=generator).bfloat16()
+    codes, scales, _, bias = stored(8, -1, torch.bfloat16, False)
+    signed, scale = codes.view(torch.int8), scales[:, 0]
+    index, kept = torch.tensor([3, 8], dtype=torch.int32), random_inputs(ROWS, 2, dtype=torch.bfloat16)
     static = torch.tensor([0.02]).bfloat16()
     return [
         W8A8Linear(signed, scale, bias=bias),

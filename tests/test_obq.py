@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from textbook import correlated_layer, textbook_codes, textbook_grid
+from layers import correlated_layer
+from textbook import textbook_codes, textbook_grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptqcli

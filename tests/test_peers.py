@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import random_codes, random_inputs
 from torch import Tensor
 
 from ptqcli.bench import peers
@@ -23,14 +24,14 @@ ROWS, COLUMNS = 96, 256
 
 
 def weight(scheme: Scheme, rows: int = ROWS, columns: int = COLUMNS) -> QuantizedWeight:
-    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)) * 0.05
+    values = random_inputs(rows, columns) * 0.05
     made = round_to_nearest(values, scheme, torch.bfloat16)
     static = scheme.activations is not None and not scheme.activations.dynamic
     return made if not static else QuantizedWeight(made.codes, made.scale, made.zero, scheme, input_scale=torch.tensor([0.03]))
 
 
 def tokens(count: int, columns: int = COLUMNS) -> Tensor:
-    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).bfloat16()
+    return random_inputs(count, columns, dtype=torch.bfloat16, seed=2)
 
 
 def error(found: Tensor, quantized: QuantizedWeight, x: Tensor) -> float:
@@ -132,7 +133,7 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_words_hold_the_codes_in_rising_order(bits: int) -> None:
-    codes = torch.randint(0, 1 << bits, (6, 64), dtype=torch.uint8)
+    codes = random_codes(6, 64, bits)
     assert torch.equal(unpacked(peers._words(codes, bits), bits), codes)
     assert torch.equal(unpacked(peers._words(codes.t()[:32].t(), bits), bits), codes[:, :32])
 

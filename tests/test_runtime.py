@@ -38,7 +38,7 @@ from ptqcli.formats import compressed_tensors
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.runtime import kernels_in, load_quantized
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "ckpt"
+GOLDEN = Path(__file__).parent / "golden" / "ckpt"
 
 
 @pytest.fixture(autouse=True)
@@ -271,7 +271,6 @@ def test_names_without_the_base_prefix(tmp_path: Path) -> None:
     assert relative_error(logits(load_quantized(tmp_path)), logits(model)) < 1e-3
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden checkpoints are not beside this checkout")
 @pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w4_asym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_of_the_library(folder: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file

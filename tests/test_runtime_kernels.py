@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import random_inputs
 from packed import (
     STATIC,
     TENSOR,
@@ -22,7 +23,6 @@ from packed import (
     logits,
     random_model,
     relative_error,
-    round_to_nearest,
     w8a8,
     write_checkpoint,
 )
@@ -35,10 +35,10 @@ import ptqcli
 from ptqcli import runtime
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
-from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.runtime import kernels_in, load_quantized, quantized_linear
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "ckpt"
+GOLDEN = Path(__file__).parent / "golden" / "ckpt"
 INTEGER = "torch" if int_mm_is_fast_and_exact() else "reference"
 
 SCHEMES = {
@@ -57,7 +57,7 @@ SCHEMES = {
 
 
 def weight(scheme: Scheme, columns: int = 64) -> QuantizedWeight:
-    return round_to_nearest(torch.randn(32, columns, generator=torch.Generator().manual_seed(0)), scheme)
+    return round_to_nearest(random_inputs(32, columns), scheme, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_kernel_that_a_scheme_gets_on_a_cpu(scheme: Scheme, kernel: str) -> 
         layer = quantized_linear(weight(scheme), None, dtype)
         assert layer.kernel == kernel
         assert quantized_linear(weight(scheme), None, dtype, kernel="reference").kernel == "reference"
-        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x = random_inputs(3, 64, dtype=dtype)
         expected = quantized_linear(weight(scheme), None, dtype, kernel="reference")(x)
         assert relative_error(layer(x).float(), expected.float()) < (1e-5 if dtype == torch.float32 else 6e-3)
 
@@ -268,7 +268,6 @@ def test_what_transformers_does_not_read_speaks_as_without_a_cache(tmp_path: Pat
         assert relative_error(steps, again) < 2e-2
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden checkpoints are not beside this checkout")
 @pytest.mark.parametrize("folder", ["ct_w4_sym_g32", "ct_w3_sym_g32", "ct_w8a8_dyn", "ct_w8a8_static", "ct_mixed"])
 def test_checkpoints_of_the_library_speak_as_in_transformers(folder: str) -> None:
     ours, theirs = load_quantized(GOLDEN / folder), by_transformers(GOLDEN / folder)
@@ -307,7 +306,7 @@ def test_a_block_compiles_whole(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, random_model(llama()), everything(Scheme(4, 32)))
     model: Any = load_quantized(tmp_path)
     mlp = model.model.layers[0].mlp
-    x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
+    x = random_inputs(1, 5, 128)
     assert isinstance(mlp.down_proj, TorchInt4WeightOnly)
     with torch.no_grad():
         assert torch.allclose(torch.compile(mlp, fullgraph=True)(x), mlp(x), atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import exact_output, random_codes, random_inputs, random_layer
 from ptq_kernels import TorchInt4WeightOnly, TorchInt8WeightOnly, torch_cpu
 from torch import Tensor
 
@@ -14,46 +15,23 @@ TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-6}
 SHAPES = ((16, 64, 32), (101, 128, 64), (130, 256, -1), (33, 1024, 512), (257, 2112, 64), (70, 704, 32), (64, 512, 128))
 
 
-def layer(shape: tuple[int, int, int], bits: int, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Codes, scales, zero points, bias."""
-    rows, columns, group_size = shape
-    generator = torch.Generator().manual_seed(rows)
-    groups = 1 if group_size == -1 else columns // group_size
-    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.001).to(dtype)
-    zero = None if symmetric else torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
-    return codes, scale, zero, torch.randn(rows, generator=generator).to(dtype)
-
-
-def product(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, middle: int, bias: Tensor) -> Tensor:
-    """float64 throughout."""
-    rows, groups = scale.shape
-    zeros = torch.full_like(scale, middle) if zero is None else zero
-    signed = codes.double().view(rows, groups, -1) - zeros.double().unsqueeze(-1)
-    return x.double() @ (signed * scale.double().unsqueeze(-1)).view(rows, -1).T + bias.double()
-
-
 def distance(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
-
-
-def signed_input(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_four_bits(shape: tuple[int, int, int], symmetric: bool, dtype: torch.dtype) -> None:
-    codes, scale, zero, bias = layer(shape, 4, dtype, symmetric)
+    codes, scale, zero, bias = layer = random_layer(*shape[:2], 4, shape[2], dtype, symmetric)
     made = TorchInt4WeightOnly(codes, scale, zero, shape[2], bias)
     assert made.block is not None
     flipped = codes.clone()
     flipped[shape[0] // 2] ^= 8  # one code of a row's thousand is lost in the rounding of bfloat16
     other = TorchInt4WeightOnly(flipped, scale, zero, shape[2], bias)
     for tokens in TOKENS:
-        x = signed_input(tokens, shape[1], dtype)
-        truth = product(x, codes, scale, zero, 8, bias)
+        x = random_inputs(2, tokens, shape[1], dtype=dtype)
+        truth = exact_output(x, layer, 4)
         assert made(x).shape == (2, tokens, shape[0])
         assert distance(made(x), truth) < TOLERANCE[dtype]
         assert distance(other(x), truth) > TOLERANCE[dtype]
@@ -62,22 +40,22 @@ def test_four_bits(shape: tuple[int, int, int], symmetric: bool, dtype: torch.dt
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(37, 96, -1), (130, 704, -1), (1, 2112, -1)], ids=str)
 def test_eight_bits(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    codes, scale, _, bias = layer(shape, 8, dtype, True)
+    codes, scale, _, bias = layer = random_layer(*shape[:2], 8, shape[2], dtype)
     signed = (codes.int() - 128).to(torch.int8)
     made = TorchInt8WeightOnly(signed, scale.flatten(), bias)
     other = TorchInt8WeightOnly(signed.roll(1, dims=1), scale.flatten(), bias)
     for tokens in TOKENS:
-        x = signed_input(tokens, shape[1], dtype)
-        truth = product(x, codes, scale, None, 128, bias)
+        x = random_inputs(2, tokens, shape[1], dtype=dtype)
+        truth = exact_output(x, layer, 8)
         assert distance(made(x), truth) < TOLERANCE[dtype]
         assert distance(other(x), truth) > TOLERANCE[dtype]
 
 
 def test_a_flipped_code_is_seen_in_its_output() -> None:
-    codes, scale, _, bias = layer((64, 256, 32), 4, torch.float32, True)
+    codes, scale, _, bias = random_layer(64, 256, 4, 32)
     flipped = codes.clone()
     flipped[63, 255] ^= 1
-    x = signed_input(3, 256, torch.float32)
+    x = random_inputs(2, 3, 256)
     change = TorchInt4WeightOnly(flipped, scale, None, 32, bias)(x) - TorchInt4WeightOnly(codes, scale, None, 32, bias)(x)
     step = (1 if flipped[63, 255] > codes[63, 255] else -1) * scale[63, 7]
     assert torch.allclose(change[..., 63], step * x[..., 255], atol=1e-5)
@@ -86,18 +64,18 @@ def test_a_flipped_code_is_seen_in_its_output() -> None:
 
 @pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 96, 112, 128, 176])
 def test_what_torch_packs_is_unpacked(rows: int) -> None:
-    codes = torch.randint(0, 16, (rows, 34), generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
+    codes = random_codes(rows, 34, 4)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     assert any(torch.equal(torch_cpu._unpack(packed, block), codes) for block in (64, 32))
 
 
 def test_an_unknown_layout_still_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_cpu, "_unpack", lambda packed, block: torch.zeros(1))
-    codes, scale, zero, bias = layer((32, 64, 32), 4, torch.bfloat16, False)
+    codes, scale, zero, bias = layer = random_layer(32, 64, 4, 32, torch.bfloat16, symmetric=False)
     made = TorchInt4WeightOnly(codes, scale, zero, 32, bias)
     assert made.block is None
-    x = signed_input(300, 64, torch.bfloat16)
-    assert distance(made(x), product(x, codes, scale, zero, 8, bias)) < 4e-3
+    x = random_inputs(2, 300, 64, dtype=torch.bfloat16)
+    assert distance(made(x), exact_output(x, layer, 4)) < 4e-3
 
 
 def test_which_group_size_torch_runs() -> None:
@@ -109,7 +87,7 @@ def test_which_group_size_torch_runs() -> None:
 
 
 def test_the_contract_names_the_argument() -> None:
-    codes, scale, _, bias = layer((16, 64, 32), 4, torch.bfloat16, True)
+    codes, scale, _, bias = random_layer(16, 64, 4, 32, torch.bfloat16)
     with pytest.raises(ValueError, match=r"^group_size 16 does not go"):
         TorchInt4WeightOnly(codes, scale, None, 16)
     with pytest.raises(ValueError, match=r"^group_size 32 does not go .* scales \[16, 1\]"):
@@ -139,19 +117,19 @@ def test_the_contract_names_the_argument() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_layer_compiles_whole(bits: int) -> None:
-    codes, scale, zero, bias = layer((48, 128, 64 if bits == 4 else -1), bits, torch.bfloat16, False)
+    codes, scale, zero, bias = random_layer(48, 128, bits, 64 if bits == 4 else -1, torch.bfloat16, symmetric=False)
     made = (
         TorchInt4WeightOnly(codes, scale, zero, 64, bias) if bits == 4 else TorchInt8WeightOnly(codes.view(torch.int8), scale[:, 0], bias)
     )
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for tokens in (1, 300):
-        x = signed_input(tokens, 128, torch.bfloat16)
+        x = random_inputs(2, tokens, 128, dtype=torch.bfloat16)
         assert torch.equal(compiled(x), made(x))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_input_that_does_not_fit_is_named(bits: int) -> None:
-    codes, scale, _, _ = layer((16, 64, 32), 4, torch.bfloat16, True)
+    codes, scale, _, _ = random_layer(16, 64, 4, 32, torch.bfloat16)
     made = TorchInt4WeightOnly(codes, scale, None, 32) if bits == 4 else TorchInt8WeightOnly(codes.view(torch.int8), scale[:, 0])
     for x, error, message in [
         (torch.ones(2, 64, dtype=torch.float64), TypeError, "x must be torch.bfloat16, as the scales are"),
@@ -167,11 +145,11 @@ def test_an_input_that_does_not_fit_is_named(bits: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_an_input_with_gaps(bits: int, dtype: torch.dtype) -> None:
-    codes, scale, _, _ = layer((16, 64, 32), 4, dtype, True)
+    codes, scale, _, _ = random_layer(16, 64, 4, 32, dtype)
     made = (
         TorchInt4WeightOnly(codes, scale, None, 32) if bits == 4 else TorchInt8WeightOnly(codes.view(torch.int8), scale[:, 0].contiguous())
     )
-    wide = torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = random_inputs(5, 1, 128, dtype=dtype)
     for x in (wide.chunk(2, dim=-1)[1], wide[..., ::2], wide[:1, :, ::2]):
         assert torch.equal(made(x), made(x.contiguous()))
     assert made(wide[:0, :, :64]).shape == (0, 1, 16)

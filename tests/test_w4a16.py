@@ -19,6 +19,8 @@ from ptq_kernels.packing import TILE_K, pack_groups, pack_tiles, unpack_groups, 
 from ptq_kernels.tile_config import GPU, config_for, tables_for
 from torch import Tensor
 
+pytestmark = pytest.mark.triton
+
 w4a16 = import_module("ptq_kernels.w4a16")  # the package may name the operator like its module
 TOLERANCE = 7e-4  # relative Frobenius, float16; what is asked for is 4e-3
 

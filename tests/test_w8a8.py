@@ -13,6 +13,8 @@ from ptq_kernels import reference
 from ptq_kernels.w8a8 import launch, w8a8
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.triton
+
 CHILD = Path(__file__).with_name("w8a8_interpreter.py")
 
 

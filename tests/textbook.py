@@ -17,23 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptqcli.calibration.statistics import Hessian
 from ptqcli.numerics.grids import SHRINK_FACTORS
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-
-
-def correlated_layer(out: int, columns: int, tokens: int, dtype: torch.dtype, seed: int, spread: float) -> tuple[Tensor, Hessian]:
-    """A matrix [out, columns] and the Hessian of correlated inputs whose columns differ in size by factors of 10^-spread to 10^spread."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, columns, generator=generator, dtype=torch.float64)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
-    inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ (mix + torch.eye(columns, dtype=torch.float64))
-    inputs *= torch.logspace(-spread, spread, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
-    hessian = Hessian.zeros(columns, torch.device("cpu"), torch.float64)
-    hessian.add(inputs)
-    hessian.sums = hessian.sums.to(dtype)
-    return weight.to(dtype), hessian
 
 
 def textbook_gptq(
