@@ -324,10 +324,10 @@ def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(m
 def test_what_a_killed_run_has_left_is_replaced(model, tmp_path):
     left = tmp_path / "out.partial"
     left.mkdir()
-    (left / "part-00000.safetensors").write_bytes(b"half")
+    (left / "shard-00001.safetensors").write_bytes(b"half")
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
     assert not left.exists()
-    assert not list((tmp_path / "out").glob("part-*"))
+    assert not list((tmp_path / "out").glob("shard-*"))
 
 
 def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
