@@ -224,7 +224,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not stored quantized": (
         lambda folder: change_tensor(folder, lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{Q_PROJ}.weight")]),
-        f"config.json says that {Q_PROJ} is quantized, but no quantized {Q_PROJ} is stored",
+        f"config.json says that {Q_PROJ} is quantized, but {Q_PROJ}.weight_packed is not stored",
     ),
     "no scheme": (
         lambda folder: change_config(folder, lambda config: targets(config).remove(Q_PROJ)),

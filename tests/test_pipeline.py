@@ -116,6 +116,16 @@ def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
     assert most + written <= 1.1 * plan.disk_bytes
 
 
+def test_a_checkpoint_that_stays_in_shards_needs_room_for_itself_and_one_of_them(model, tmp_path, monkeypatch):
+    for module in (ptqcli.estimate, ptqcli.checkpoint.writer, ptqcli.pipeline.pipeline):
+        monkeypatch.setattr(module, "JOIN_BELOW", 0)
+    _, plan = plan_run(model, small(model), Resources())
+    quantize(model, small(model), tmp_path / "out")
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert sum(sizes) + 0.9 * max(sizes) < plan.disk_bytes < sum(sizes) + 1.1 * max(sizes)
+    assert load_quantized(tmp_path / "out")(torch.arange(9)[None]).logits.isfinite().all()
+
+
 def test_activations_beyond_the_budget_lie_in_a_file_that_leaves_no_trace(tmp_path):
     held = Activations((3, 4, 5), torch.float32, 3 * 4 * 5 * 4, tmp_path)
     mapped = Activations((3, 4, 5), torch.float32, 3 * 4 * 5 * 4 - 1, tmp_path)

@@ -335,7 +335,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no codes": (lambda t: t.pop(f"{UP}.weight_packed"), f"holds no tensor {UP}.weight_packed"),
     "nothing": (
         lambda t: [t.pop(name) for name in list(t) if name.startswith(UP)],
-        f"{UP} is quantized, but {UP}.weight_scale is not stored",
+        f"{UP} is quantized, but {UP}.weight_packed is not stored",
     ),
     "codes of the other format": (lambda t: t.update({f"{UP}.weight": torch.zeros(1)}), f"takes the tensor {UP}.weight"),
     "no scale": (lambda t: t.pop(f"{UP}.weight_scale"), f"holds no tensor {UP}.weight_scale"),
@@ -389,7 +389,10 @@ INTEGER_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "stray input scale": (lambda t: t.update({f"{UP}.input_scale": torch.ones(1)}), f"takes the tensor {UP}.input_scale"),
     "stray zero points": (lambda t: t.update({f"{Q}.weight_zero_point": torch.zeros(1)}), f"takes the tensor {Q}.weight_zero_point"),
-    "quantized head": (lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}), r"takes the tensor lm_head\.weight"),
+    "quantized head": (
+        lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}),
+        r"lm_head\.weight is stored quantized, but config\.json gives it no scheme",
+    ),
 }
 
 
