@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
+from ptqcli.formats.compressed_tensors_config import quantization_config
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 
@@ -94,7 +95,7 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
         transposed = isinstance(linears[name], Conv1D)
         dense = weight.t() if transposed else weight
         packed = with_activations(round_to_nearest(dense, scheme, dense.dtype), dense, largest[name], split)
-        tensors |= compressed_tensors.pack(name, packed)
+        tensors |= COMPRESSED_TENSORS.pack(name, packed)
         dense = packed.dequantize()
         linears[name].weight.data = dense.t().contiguous() if transposed else dense
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -107,7 +108,7 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
     ignored = [name for name in linears if name not in schemes]
-    config["quantization_config"] = compressed_tensors.quantization_config(schemes, ignored, conv1d)
+    config["quantization_config"] = quantization_config(schemes, ignored, conv1d)
     write_json(folder / "config.json", config)
     return schemes
 

@@ -24,7 +24,7 @@ from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats.compressed_tensors_config import OUTLIERS_KEY
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.pipeline.pipeline import quantize
@@ -372,7 +372,7 @@ def test_transformers_computes_the_same_with_8_bit_activations(architecture: str
 @pytest.mark.parametrize("name", ["llm-int8", "llm-int8 static"])
 def test_transformers_refuses_an_outlier_split(name: str, runs: Runs) -> None:
     _, out = runs.run("llama", name)
-    with pytest.raises(ValueError, match=compressed_tensors.OUTLIERS_KEY):
+    with pytest.raises(ValueError, match=OUTLIERS_KEY):
         AutoModelForCausalLM.from_pretrained(out)
 
 

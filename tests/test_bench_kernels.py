@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from packed import write_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,10 +22,8 @@ from ptqcli.bench.linears import SCHEMES, KernelPoint, bench_kernels, parse_sche
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.peers import Peer
 from ptqcli.bench.shapes import MODELS, Shape, named_shapes, shapes_of
-from ptqcli.errors import UsageError
-from ptqcli.formats import compressed_tensors
-from ptqcli.model.config import build_on_meta, load_config
-from ptqcli.model.linears import is_linear
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.runtime import quantized_linear
@@ -106,17 +105,13 @@ def test_other_shapes_are_refused_with_the_names_that_there_are(text: str) -> No
         named_shapes(text)
 
 
-def write_config(folder: Path, schemes: Callable[[str], Scheme | None] | None = None) -> Path:
-    """The folder of a tiny model, as far as the shapes need it; its linears in the schemes that are chosen for them."""
-    tiny.make_model(folder)
-    if schemes is not None:
-        names = [name for name, module in build_on_meta(load_config(folder)).named_modules() if is_linear(module)]
-        chosen = {name: scheme for name in names if (scheme := schemes(name)) is not None}
-        config = json.loads((folder / "config.json").read_text())
-        ignored = [name for name in names if name not in chosen]
-        config["quantization_config"] = compressed_tensors.quantization_config(chosen, ignored)
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def write_model(folder: Path, schemes: Callable[[str], Scheme | None] | None = None) -> Path:
+    """A folder with a tiny model, its linears packed in the schemes that are chosen for them."""
+    model = tiny.make_model(folder / "model")
+    if schemes is None:
+        return folder / "model"
+    write_checkpoint(folder / "packed", model, schemes)
+    return folder / "packed"
 
 
 def test_a_checkpoint_lists_the_matrices_that_its_runtime_multiplies_by(tmp_path: Path) -> None:
@@ -125,7 +120,7 @@ def test_a_checkpoint_lists_the_matrices_that_its_runtime_multiplies_by(tmp_path
     def choose(name: str) -> Scheme | None:
         return None if "lm_head" in name or "v_proj" in name else wide if "down" in name or "layers.0.mlp.up" in name else narrow
 
-    assert shapes_of(write_config(tmp_path, choose)) == [
+    assert shapes_of(write_model(tmp_path, choose)) == [
         (Shape("q_proj+k_proj", 64, 96, 2), narrow),
         (Shape("o_proj", 64, 64, 2), narrow),
         (Shape("gate_proj", 64, 128, 1), narrow),
@@ -136,8 +131,8 @@ def test_a_checkpoint_lists_the_matrices_that_its_runtime_multiplies_by(tmp_path
 
 
 def test_a_model_that_is_not_quantized_has_none(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="names no linear of the model as quantized"):
-        shapes_of(write_config(tmp_path))
+    with pytest.raises(PTQError, match="so the model is not quantized"):
+        shapes_of(write_model(tmp_path))
 
 
 def test_names_of_schemes() -> None:
@@ -175,12 +170,11 @@ def test_random_weights_are_as_a_checkpoint_could_hold_them_and_as_large(name: s
     scheme = parse_scheme(name)
     x = random_inputs(5, SMALL.in_features, torch.bfloat16, CPU, scheme)
     weight = random_weight(SMALL, scheme, x)
-    packed = compressed_tensors.pack("m", weight)
-    read = compressed_tensors.unpack("m", packed.__getitem__, scheme)
+    packed = COMPRESSED_TENSORS.pack("m", weight)
+    read = COMPRESSED_TENSORS.unpack("m", packed.__getitem__, scheme)
     assert torch.equal(read.dequantize(), weight.dequantize())
     assert weight.codes.unique().tolist() == list(range(scheme.levels))
-    described = packed.get("m.weight_shape", torch.empty(0)).nbytes + packed.get("m.input_scale", torch.empty(0)).nbytes
-    assert stored_bytes(weight) == sum(tensor.nbytes for tensor in packed.values()) - described
+    assert stored_bytes(weight) == sum(tensor.nbytes for tensor in packed.values())
     assert 0.2 < functional.linear(x, weight.dequantize()).float().std() < 100
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import bitstream, compressed_tensors
+from ptqcli.formats import LinearSpec, bitstream
+from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
+from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, OUTLIERS_KEY, quantization_config, schemes_of
 from ptqcli.numerics.grids import encode, fit
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
@@ -106,10 +108,10 @@ def integer_weights(draw: st.DrawFn) -> QuantizedWeight:
 @given(weight=st.one_of(weights(), integer_weights()))
 @settings(max_examples=400, deadline=None)
 def test_unpack_is_the_inverse_of_pack(weight: QuantizedWeight) -> None:
-    tensors = compressed_tensors.pack("a.b", weight)
-    assert tuple(tensors) == compressed_tensors.tensor_names("a.b", weight.scheme)
+    tensors = COMPRESSED_TENSORS.pack("a.b", weight)
+    assert tuple(tensors) == COMPRESSED_TENSORS.tensor_names("a.b", weight.scheme)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    assert_same_weight(compressed_tensors.unpack("a.b", tensors.__getitem__, weight.scheme), weight)
+    assert_same_weight(COMPRESSED_TENSORS.unpack("a.b", tensors.__getitem__, weight.scheme), weight)
 
 
 def golden_cases() -> list[Any]:
@@ -128,12 +130,12 @@ def test_golden_vectors_both_ways(case: dict[str, Any]) -> None:
     stored = load_file(GOLDEN / "ct_pack_quantized.safetensors")
     prefix = case_id(case)
     scheme = Scheme(case["num_bits"], case["group_size"] or -1, case["symmetric"])
-    weight = compressed_tensors.unpack(prefix, stored.__getitem__, scheme)
+    weight = COMPRESSED_TENSORS.unpack(prefix, stored.__getitem__, scheme)
     assert torch.equal(weight.codes.int() - scheme.middle, stored[f"{prefix}.q_signed"].int())
     if not scheme.symmetric:
         assert torch.equal(weight.zero.int() - scheme.middle, stored[f"{prefix}.zero_point_signed"].int())
     assert torch.equal(weight.dequantize(), stored[f"{prefix}.dequantized"])
-    packed = compressed_tensors.pack(prefix, weight)
+    packed = COMPRESSED_TENSORS.pack(prefix, weight)
     for name, tensor in packed.items():
         assert tensor.dtype == stored[name].dtype
         assert torch.equal(tensor, stored[name]), name
@@ -146,11 +148,11 @@ def test_golden_comparison_notices_one_change(field: str) -> None:
 
     stored = load_file(GOLDEN / "ct_pack_quantized.safetensors")
     prefix = "b3_asym_group"
-    weight = compressed_tensors.unpack(prefix, lambda name: stored[name].clone(), Scheme(3, 32, False))
+    weight = COMPRESSED_TENSORS.unpack(prefix, lambda name: stored[name].clone(), Scheme(3, 32, False))
     changed = getattr(weight, field)
     changed[5, 1] = (changed[5, 1] + 1) % 8
     assert not torch.equal(weight.dequantize(), stored[f"{prefix}.dequantized"])
-    packed = compressed_tensors.pack(prefix, weight)
+    packed = COMPRESSED_TENSORS.pack(prefix, weight)
     assert sum(not torch.equal(tensor, stored[name]) for name, tensor in packed.items()) == 1
 
 
@@ -159,7 +161,7 @@ def library_weight(tensors: dict[str, Tensor], name: str, scheme: Scheme) -> Ten
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    group = compressed_tensors.quantization_config({name: scheme}, [])["config_groups"]["group_0"]
+    group = quantization_config({name: scheme}, [])["config_groups"]["group_0"]
     local = {stored.rpartition(".")[2]: tensor for stored, tensor in tensors.items()}
     compressor = BaseCompressor.get_value_from_registry(group["format"])
     weight: Tensor = compressor.decompress(local, QuantizationScheme.model_validate(group))["weight"]
@@ -173,27 +175,27 @@ def test_golden_integers_both_ways(case: str, group_size: int) -> None:
 
     golden = load_file(GOLDEN / "ct_int_quantized.safetensors")
     scheme = Scheme(8, group_size, activations=TOKEN)
-    weight = compressed_tensors.unpack(case, golden.__getitem__, scheme)
+    weight = COMPRESSED_TENSORS.unpack(case, golden.__getitem__, scheme)
     assert torch.equal(weight.dequantize(), golden[f"{case}.dequantized"])
     grid = fit(golden["input_weight"], scheme, torch.float32)
     assert torch.equal(grid.scale, weight.scale)
     assert torch.equal(encode(golden["input_weight"], grid, scheme), weight.codes.float())
-    packed = compressed_tensors.pack(case, weight)
+    packed = COMPRESSED_TENSORS.pack(case, weight)
     assert list(packed) == [f"{case}.weight", f"{case}.weight_scale"]
     for name, tensor in packed.items():
         assert tensor.dtype == golden[name].dtype
         assert torch.equal(tensor, golden[name]), name
     weight.codes[5, 1] ^= 1
     assert not torch.equal(weight.dequantize(), golden[f"{case}.dequantized"])
-    assert not torch.equal(compressed_tensors.pack(case, weight)[f"{case}.weight"], golden[f"{case}.weight"])
+    assert not torch.equal(COMPRESSED_TENSORS.pack(case, weight)[f"{case}.weight"], golden[f"{case}.weight"])
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), ()])
 def test_one_scale_for_the_matrix_in_any_shape(shape: tuple[int, ...]) -> None:
     weight = random_weight(Scheme(8, 0, activations=TOKEN), 5, 7)
-    tensors = compressed_tensors.pack("m", weight)
+    tensors = COMPRESSED_TENSORS.pack("m", weight)
     tensors["m.weight_scale"] = tensors["m.weight_scale"].reshape(shape)
-    assert_same_weight(compressed_tensors.unpack("m", tensors.__getitem__, weight.scheme), weight)
+    assert_same_weight(COMPRESSED_TENSORS.unpack("m", tensors.__getitem__, weight.scheme), weight)
 
 
 def test_integers_are_signed_bytes_at_every_width() -> None:
@@ -201,7 +203,7 @@ def test_integers_are_signed_bytes_at_every_width() -> None:
     scheme = Scheme(4, -1, activations=STATIC)
     ones = torch.ones(1, 1)
     weight = QuantizedWeight(codes, ones, torch.full((1, 1), 8, dtype=torch.uint8), scheme, input_scale=torch.ones(1))
-    tensors = compressed_tensors.pack("m", weight)
+    tensors = COMPRESSED_TENSORS.pack("m", weight)
     assert tensors["m.weight"].dtype == torch.int8
     assert tensors["m.weight"].tolist() == [[-8, -1, 0, 7]]
     assert list(tensors) == ["m.weight", "m.weight_scale", "m.input_scale"]
@@ -213,9 +215,9 @@ def test_stored_linears_of_both_formats() -> None:
         "a.i": Scheme(8, -1, activations=STATIC),
         "o": Scheme(8, 0, True, TOKEN, OutlierSplit()),
     }
-    names = [name for linear, scheme in schemes.items() for name in compressed_tensors.tensor_names(linear, scheme)]
+    names = [name for linear, scheme in schemes.items() for name in COMPRESSED_TENSORS.tensor_names(linear, scheme)]
     plain = ["a.norm.weight", "a.i.bias", "head.weight"]
-    assert sorted(compressed_tensors.stored_linears(sorted([*names, *plain]))) == sorted(schemes)
+    assert sorted(COMPRESSED_TENSORS.stored_linears(sorted([*names, *plain]))) == sorted(schemes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -225,7 +227,7 @@ def test_stored_linears_of_both_formats() -> None:
 def test_the_library_reads_what_is_packed(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
     require_dense_packing(bits)
     weight = random_weight(Scheme(bits, group_size, symmetric), 24, 96, dtype=dtype)
-    tensors = compressed_tensors.pack("m", weight)
+    tensors = COMPRESSED_TENSORS.pack("m", weight)
     assert torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
     tensors["m.weight_packed"][3, 2] ^= 1
     assert not torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
@@ -237,7 +239,7 @@ def test_the_library_reads_what_is_packed(bits: int, symmetric: bool, group_size
 def test_the_library_reads_integers(bits: int, group_size: int, dtype: torch.dtype) -> None:
     pytest.importorskip("compressed_tensors")
     weight = random_weight(Scheme(bits, group_size, activations=TOKEN), 24, 97, dtype=dtype)
-    tensors = compressed_tensors.pack("m", weight)
+    tensors = COMPRESSED_TENSORS.pack("m", weight)
     assert torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
     tensors["m.weight"][3, 2] ^= 1
     assert not torch.equal(library_weight(tensors, "m", weight.scheme), weight.dequantize())
@@ -254,21 +256,21 @@ def test_checkpoints_written_by_the_library(folder: str) -> None:
     path = GOLDEN / "ckpt" / folder
     reader = SafetensorsFolder(path)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
-    linears = set(compressed_tensors.stored_linears(reader.names))
+    linears = set(COMPRESSED_TENSORS.stored_linears(reader.names))
     assert linears == {name.removesuffix("_scale").removesuffix(".weight") for name in reader.names if name.endswith("weight_scale")}
-    schemes = compressed_tensors.schemes_of(config, [*linears, "lm_head"])
+    schemes = schemes_of(config, [*linears, "lm_head"])
     assert schemes.keys() == linears
     for name, scheme in schemes.items():
         require_dense_packing(scheme.bits)
-        weight = compressed_tensors.unpack(name, reader.read, scheme)
-        tensors = {stored: reader.read(stored) for stored in compressed_tensors.tensor_names(name, scheme)}
+        weight = COMPRESSED_TENSORS.unpack(name, reader.read, scheme)
+        tensors = {stored: reader.read(stored) for stored in COMPRESSED_TENSORS.tensor_names(name, scheme)}
         assert torch.equal(weight.dequantize(), library_weight(tensors, name, scheme))
-        for stored, tensor in compressed_tensors.pack(name, weight).items():
+        for stored, tensor in COMPRESSED_TENSORS.pack(name, weight).items():
             assert torch.equal(tensor, tensors[stored])
 
 
 def broken(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
-    tensors = compressed_tensors.pack("m", random_weight(Scheme(3, 32, symmetric=False), 16, 64))
+    tensors = COMPRESSED_TENSORS.pack("m", random_weight(Scheme(3, 32, symmetric=False), 16, 64))
     change(tensors)
     return tensors
 
@@ -310,7 +312,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 
 def broken_integers(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
-    tensors = compressed_tensors.pack("m", random_weight(Scheme(4, -1, True, TOKEN, OutlierSplit()), 16, 64))
+    tensors = COMPRESSED_TENSORS.pack("m", random_weight(Scheme(4, -1, True, TOKEN, OutlierSplit()), 16, 64))
     change(tensors)
     return tensors
 
@@ -356,41 +358,68 @@ INTEGER_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 def test_damaged_integers_are_named(kind: str) -> None:
     change, message = INTEGER_DAMAGE[kind]
     with pytest.raises(PTQError, match=message):
-        compressed_tensors.unpack("m", broken_integers(change).__getitem__, Scheme(4, -1, True, TOKEN, OutlierSplit()))
+        COMPRESSED_TENSORS.unpack("m", broken_integers(change).__getitem__, Scheme(4, -1, True, TOKEN, OutlierSplit()))
 
 
 def test_a_damaged_input_scale_is_named() -> None:
     scheme = Scheme(8, 0, activations=STATIC)
-    tensors = compressed_tensors.pack("m", random_weight(scheme, 5, 7))
+    tensors = COMPRESSED_TENSORS.pack("m", random_weight(scheme, 5, 7))
     tensors["m.input_scale"] = torch.ones(7)
     with pytest.raises(PTQError, match=r"m\.input_scale: expected floating \[1\], found float32 \[7\]"):
-        compressed_tensors.unpack("m", tensors.__getitem__, scheme)
+        COMPRESSED_TENSORS.unpack("m", tensors.__getitem__, scheme)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_tensors_are_named(kind: str) -> None:
     change, message = DAMAGE[kind]
     with pytest.raises(PTQError, match=message):
-        compressed_tensors.unpack("m", broken(change).__getitem__, Scheme(3, 32, symmetric=False))
+        COMPRESSED_TENSORS.unpack("m", broken(change).__getitem__, Scheme(3, 32, symmetric=False))
+
+
+def spec(
+    scheme: Scheme,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    moving_groups: bool = False,
+    kind: str = "Linear",
+) -> LinearSpec:
+    return LinearSpec(
+        name="m",
+        scheme=scheme,
+        out_features=out_features,
+        in_features=in_features,
+        scale_dtype=dtype,
+        kind=kind,
+        moving_groups=moving_groups,
+    )
+
+
+@given(weight=st.one_of(weights(), integer_weights()))
+@settings(max_examples=300, deadline=None)
+def test_stored_bytes_are_those_of_the_packed_tensors(weight: QuantizedWeight) -> None:
+    tensors = COMPRESSED_TENSORS.pack("m", weight)
+    expected = sum(tensor.nbytes for name, tensor in tensors.items() if ".outlier_" not in name)
+    assert COMPRESSED_TENSORS.stored_bytes(spec(weight.scheme, *weight.codes.shape, weight.scale.dtype)) == expected
 
 
 def test_what_cannot_be_held_is_refused() -> None:
     grouped, row = Scheme(4, 32), Scheme(4, -1)
-    assert compressed_tensors.refusal(grouped, 64, 8) is None
-    assert compressed_tensors.refusal(row, 65, 8, moving_groups=True) is None
-    assert "does not divide its 65" in str(compressed_tensors.refusal(grouped, 65, 8))
-    assert "static groups" in str(compressed_tensors.refusal(grouped, 64, 8, moving_groups=True))
+    assert COMPRESSED_TENSORS.refusal(spec(grouped, 8, 64)) is None
+    assert COMPRESSED_TENSORS.refusal(spec(row, 8, 65, moving_groups=True)) is None
+    assert "does not divide its 65" in str(COMPRESSED_TENSORS.refusal(spec(grouped, 8, 65)))
+    assert "static groups" in str(COMPRESSED_TENSORS.refusal(spec(grouped, 8, 64, moving_groups=True)))
     weight = random_weight(grouped, 8, 64)
     moved = QuantizedWeight(weight.codes, weight.scale, weight.zero, grouped, torch.arange(64).int() % 2)
     with pytest.raises(PTQError, match="layer: act-order"):
-        compressed_tensors.pack("layer", moved)
+        COMPRESSED_TENSORS.pack("layer", moved)
 
 
 def test_a_symmetric_weight_with_other_zero_points_is_refused() -> None:
     weight = random_weight(Scheme(4, 32), 8, 64)
     weight.zero[3, 1] = 7
     with pytest.raises(PTQError, match="layer: a symmetric weight has zero points other than 8"):
-        compressed_tensors.pack("layer", weight)
+        COMPRESSED_TENSORS.pack("layer", weight)
 
 
 def test_parts_that_do_not_go_with_the_scheme_are_refused() -> None:
@@ -405,17 +434,17 @@ def test_parts_that_do_not_go_with_the_scheme_are_refused() -> None:
         replace(static, scheme=Scheme(8, 0, activations=TENSOR)),
     ):
         with pytest.raises(PTQError, match=message):
-            compressed_tensors.pack("layer", wrong)
+            COMPRESSED_TENSORS.pack("layer", wrong)
     static.scale[2] *= 2
     with pytest.raises(PTQError, match="layer: a weight with one scale for the whole matrix has several"):
-        compressed_tensors.pack("layer", static)
+        COMPRESSED_TENSORS.pack("layer", static)
 
 
 def test_sums_that_32_bits_cannot_hold_are_refused() -> None:
     scheme = Scheme(8, -1, activations=TOKEN)
-    assert compressed_tensors.refusal(scheme, (1 << 17) - 1, 8, moving_groups=True) is None
-    assert "can exceed 32 bits" in str(compressed_tensors.refusal(scheme, 1 << 17, 8))
-    assert compressed_tensors.refusal(Scheme(8, -1), 1 << 17, 8) is None
+    assert COMPRESSED_TENSORS.refusal(spec(scheme, 8, (1 << 17) - 1, moving_groups=True)) is None
+    assert "can exceed 32 bits" in str(COMPRESSED_TENSORS.refusal(spec(scheme, 8, 1 << 17)))
+    assert COMPRESSED_TENSORS.refusal(spec(Scheme(8, -1), 8, 1 << 17)) is None
 
 
 # The entry in config.json.
@@ -460,11 +489,11 @@ LLM_INT8 = Scheme(8, -1, True, TOKEN, OutlierSplit())
 def test_one_scheme_targets_the_class() -> None:
     schemes = {name: W4 for name in LINEARS if "down" not in name and name != "lm_head"}
     ignored = [name for name in LINEARS if name not in schemes]
-    config = compressed_tensors.quantization_config(schemes, ignored)
+    config = quantization_config(schemes, ignored)
     assert config["quantization_status"] == "compressed"
     assert config["format"] == "pack-quantized"
     assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
-    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert schemes_of(config, LINEARS) == schemes
     assert library_schemes(config) == schemes
     assert json.loads(json.dumps(config)) == config
 
@@ -472,19 +501,19 @@ def test_one_scheme_targets_the_class() -> None:
 def test_several_schemes_target_names() -> None:
     schemes = {name: {"q": W8, "k": W8, "u": W2, "d": W4}[name[9]] for name in LINEARS[:-1]}
     del schemes["layers.1.up"]
-    config = compressed_tensors.quantization_config(schemes, ["layers.1.up", "lm_head"])
+    config = quantization_config(schemes, ["layers.1.up", "lm_head"])
     targets = [target for group in config["config_groups"].values() for target in group["targets"]]
     assert sorted(targets) == sorted(schemes)
-    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert schemes_of(config, LINEARS) == schemes
     assert library_schemes(config) == schemes
 
 
 @pytest.mark.parametrize("scheme", [W8A8, W4A8, W8A8_TENSOR, W8A8_STATIC, Scheme(8, -1, activations=STATIC)], ids=Scheme.describe)
 def test_schemes_with_activations(scheme: Scheme) -> None:
     schemes = dict.fromkeys(LINEARS[:-1], scheme)
-    config = compressed_tensors.quantization_config(schemes, ["lm_head"])
+    config = quantization_config(schemes, ["lm_head"])
     assert config["format"] == config["config_groups"]["group_0"]["format"] == "int-quantized"
-    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert schemes_of(config, LINEARS) == schemes
     assert library_schemes(config) == schemes
     assert json.loads(json.dumps(config)) == config
 
@@ -492,16 +521,16 @@ def test_schemes_with_activations(scheme: Scheme) -> None:
 @pytest.mark.parametrize(("folder", "scheme"), [("ct_w8a8_dyn", W8A8), ("ct_w8a8_static", W8A8_STATIC)])
 def test_the_entry_is_the_one_that_the_library_writes(folder: str, scheme: Scheme) -> None:
     theirs = json.loads((GOLDEN / "ckpt" / folder / "config.json").read_text())["quantization_config"]
-    ours = compressed_tensors.quantization_config({"a": scheme}, ["lm_head"])
+    ours = quantization_config({"a": scheme}, ["lm_head"])
     assert ours == {key: value for key, value in theirs.items() if key != "moe_sparsity_config"}
 
 
 def test_formats_differ_between_groups() -> None:
     schemes = {name: {"q": W8A8, "k": W8A8, "u": W2, "d": W4}[name[9]] for name in LINEARS[:-1]}
-    config = compressed_tensors.quantization_config(schemes, ["lm_head"])
+    config = quantization_config(schemes, ["lm_head"])
     assert config["format"] == "mixed-precision"
     assert [group["format"] for group in config["config_groups"].values()] == ["int-quantized", "pack-quantized", "pack-quantized"]
-    assert compressed_tensors.schemes_of(config, LINEARS) == schemes
+    assert schemes_of(config, LINEARS) == schemes
     assert library_schemes(config) == schemes
 
 
@@ -510,24 +539,25 @@ def test_an_outlier_split_makes_the_library_stop(split: OutlierSplit) -> None:
     """It would leave the 16-bit columns out of the product."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     scheme = Scheme(8, -1, True, TOKEN, split)
-    config = compressed_tensors.quantization_config({"a": scheme, "b": W8A8}, ["lm_head"])
-    with pytest.raises(ValueError, match=compressed_tensors.OUTLIERS_KEY):
+    config = quantization_config({"a": scheme, "b": W8A8}, ["lm_head"])
+    with pytest.raises(ValueError, match=OUTLIERS_KEY):
         quantization.QuantizationConfig.model_validate(config)
-    assert compressed_tensors.schemes_of(json.loads(json.dumps(config)), ["a", "b", "lm_head"]) == {"a": scheme, "b": W8A8}
+    assert schemes_of(json.loads(json.dumps(config)), ["a", "b", "lm_head"]) == {"a": scheme, "b": W8A8}
 
 
 def test_nothing_quantized_is_refused() -> None:
     with pytest.raises(UsageError, match="no linear layer"):
-        compressed_tensors.quantization_config({}, LINEARS)
+        COMPRESSED_TENSORS.describe([], LINEARS)
 
 
 def test_conv1d_makes_the_library_stop() -> None:
     """Without the extra key compressed-tensors passes over Conv1D, and transformers leaves it with random weights."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    config = compressed_tensors.quantization_config({"h.0.c_attn": W4}, ["lm_head"], conv1d=True)
-    with pytest.raises(ValueError, match=compressed_tensors.CONV1D_KEY):
+    linear = spec(W4, 96, 32, kind="Conv1D", name="h.0.c_attn")
+    config = COMPRESSED_TENSORS.describe([linear], ["lm_head"])["config.json"]["quantization_config"]
+    with pytest.raises(ValueError, match=CONV1D_KEY):
         quantization.QuantizationConfig.model_validate(config)
-    assert compressed_tensors.schemes_of(config, ["h.0.c_attn", "lm_head"]) == {"h.0.c_attn": W4}
+    assert schemes_of(config, ["h.0.c_attn", "lm_head"]) == {"h.0.c_attn": W4}
 
 
 def written(groups: dict[str, tuple[list[str], Scheme]], ignore: list[str] | None) -> dict[str, Any]:
@@ -588,12 +618,12 @@ MATCHING: dict[str, tuple[dict[str, tuple[list[str], Scheme]], list[str] | None]
 def test_targets_match_as_in_the_library(kind: str) -> None:
     config = written(*MATCHING[kind])
     if kind == "regex is matched from the start":
-        assert compressed_tensors.schemes_of(config, LINEARS) == {"layers.0.up": W8}
-    assert compressed_tensors.schemes_of(config, LINEARS) == library_schemes(config)
+        assert schemes_of(config, LINEARS) == {"layers.0.up": W8}
+    assert schemes_of(config, LINEARS) == library_schemes(config)
 
 
 def changed(path: str, value: Any, scheme: Scheme = W4) -> dict[str, Any]:
-    config = copy.deepcopy(compressed_tensors.quantization_config({"a": scheme}, []))
+    config = copy.deepcopy(quantization_config({"a": scheme}, []))
     *parents, leaf = path.split("/")
     place = config
     for parent in parents:
@@ -605,8 +635,6 @@ def changed(path: str, value: Any, scheme: Scheme = W4) -> dict[str, Any]:
 INPUTS = "config_groups/group_0/input_activations"
 WEIGHTS = "config_groups/group_0/weights"
 REFUSED: dict[str, tuple[str, Any, str]] = {
-    "another method": ("quant_method", "gptq", "quant_method gptq is not read"),
-    "no method": ("quant_method", None, "quant_method None is not read"),
     "not compressed": ("quantization_status", "frozen", "quantization_status is frozen"),
     "status missing": ("quantization_status", None, "quantization_status is None"),
     "kv cache": ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is not supported"),
@@ -646,9 +674,9 @@ REFUSED_INTEGERS: dict[str, tuple[str, Any, str]] = {
     "grouped weights": (f"{WEIGHTS}/strategy", "group", "weights with strategy group, group_size None are not read"),
     "packed": ("config_groups/group_0/format", "pack-quantized", "input_activations are read in format int-quantized"),
     "no inputs": (INPUTS, None, "format int-quantized without input_activations is not read; expected pack-quantized"),
-    "no threshold": (f"config_groups/group_0/{compressed_tensors.OUTLIERS_KEY}", {"dynamic": True}, "malformed"),
+    "no threshold": (f"config_groups/group_0/{OUTLIERS_KEY}", {"dynamic": True}, "malformed"),
     "negative threshold": (
-        f"config_groups/group_0/{compressed_tensors.OUTLIERS_KEY}",
+        f"config_groups/group_0/{OUTLIERS_KEY}",
         {"threshold": -1.0, "dynamic": True},
         "group_0: outlier threshold -1.0 is not valid",
     ),
@@ -659,7 +687,7 @@ REFUSED_INTEGERS: dict[str, tuple[str, Any, str]] = {
 def test_activations_that_are_not_read_are_refused_by_name(kind: str) -> None:
     path, value, message = REFUSED_INTEGERS[kind]
     with pytest.raises(PTQError, match=message) as caught:
-        compressed_tensors.schemes_of(changed(path, value, W8A8), ["a"])
+        schemes_of(changed(path, value, W8A8), ["a"])
     assert "\n" not in str(caught.value)
 
 
@@ -667,7 +695,7 @@ def test_activations_that_are_not_read_are_refused_by_name(kind: str) -> None:
 def test_what_is_not_read_is_refused_by_name(kind: str) -> None:
     path, value, message = REFUSED[kind]
     with pytest.raises(PTQError, match=message) as caught:
-        compressed_tensors.schemes_of(changed(path, value), ["a"])
+        schemes_of(changed(path, value), ["a"])
     assert "\n" not in str(caught.value)
 
 
@@ -675,4 +703,40 @@ def test_a_missing_strategy_is_told_by_the_group_size() -> None:
     for size, expected in ((-1, -1), (32, 32)):
         config = changed("config_groups/group_0/weights/group_size", size)
         del config["config_groups"]["group_0"]["weights"]["strategy"]
-        assert compressed_tensors.schemes_of(config, ["a"]) == {"a": Scheme(4, expected)}
+        assert schemes_of(config, ["a"]) == {"a": Scheme(4, expected)}
+
+
+# What its readers cannot do.
+
+
+def test_linears_run_as_one_matrix_need_one_scheme() -> None:
+    alike = {"a.q": W4, "a.k": W4, "a.v": W4}
+    assert COMPRESSED_TENSORS.fused_refusal(alike) is None
+    assert COMPRESSED_TENSORS.fused_refusal(dict.fromkeys(alike)) is None
+    assert COMPRESSED_TENSORS.fused_refusal({**alike, "a.v": W8}) == (
+        f"a.q ({W4.describe()}) and a.v ({W8.describe()}) read the same input and are run as one matrix by vLLM; "
+        "give them the same scheme, or leave all of them as they are"
+    )
+    assert "a.k (left as it is)" in str(COMPRESSED_TENSORS.fused_refusal({**alike, "a.k": None}))
+
+
+NOTED: dict[str, tuple[list[tuple[Scheme, str]], list[str]]] = {
+    "symmetric weights": ([(W4, "Linear"), (W8, "Linear")], []),
+    "asymmetric": ([(W4, "Linear"), (W2, "Linear")], ["asymmetric: vLLM reads it"]),
+    "per token": ([(W8A8, "Linear")], []),
+    "per tensor": ([(W8A8_TENSOR, "Linear")], ["activations scaled per tensor at run time"]),
+    "4 bits per token": ([(W4A8, "Linear")], ["4-bit codes beside 8-bit activations take a byte each"]),
+    "2 bits per token": ([(replace(W4A8, bits=2), "Linear")], ["2-bit codes", "vLLM reads only 4 bits"]),
+    "outliers": ([(LLM_INT8, "Linear")], ["outlier columns: only ptqcli reads them"]),
+    "Conv1D": ([(W4, "Conv1D")], ["Conv1D layers: ptqcli and vLLM read them"]),
+    "own class": ([(W4, "Linear"), (W4, "OwnLinear")], ["OwnLinear layers: transformers may need"]),
+    "own class with activations": ([(W8A8, "OwnLinear")], ["OwnLinear layers: transformers cannot run them"]),
+}
+
+
+@pytest.mark.parametrize("kind", NOTED)
+def test_a_user_hears_what_a_reader_cannot_do(kind: str) -> None:
+    linears, beginnings = NOTED[kind]
+    found = COMPRESSED_TENSORS.notes([spec(scheme, 64, 64, kind=of) for scheme, of in linears])
+    assert len(found) == len(beginnings)
+    assert all(beginning in note for beginning, note in zip(beginnings, found, strict=True))

@@ -117,6 +117,16 @@ def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
     assert most + written <= 1.1 * plan.disk_bytes
 
 
+def test_a_checkpoint_that_stays_in_shards_needs_room_for_itself_and_one_of_them(model, tmp_path, monkeypatch):
+    for module in (ptqcli.estimate, ptqcli.checkpoint.writer, ptqcli.pipeline.pipeline):
+        monkeypatch.setattr(module, "JOIN_BELOW", 0)
+    _, plan = plan_run(model, small(model), Resources())
+    quantize(model, small(model), tmp_path / "out")
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert sum(sizes) + 0.9 * max(sizes) < plan.disk_bytes < sum(sizes) + 1.1 * max(sizes)
+    assert load_quantized(tmp_path / "out")(torch.arange(9)[None]).logits.isfinite().all()
+
+
 def test_activations_beyond_the_budget_lie_in_a_file_that_leaves_no_trace(tmp_path):
     two_buffers = 2 * 3 * 4 * 5 * 4
     assert not beyond_budget(two_buffers // 2, two_buffers)
@@ -328,10 +338,10 @@ def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(m
 def test_what_a_killed_run_has_left_is_replaced(model, tmp_path):
     left = tmp_path / "out.partial"
     left.mkdir()
-    (left / "part-00000.safetensors").write_bytes(b"half")
+    (left / "shard-00001.safetensors").write_bytes(b"half")
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
     assert not left.exists()
-    assert not list((tmp_path / "out").glob("part-*"))
+    assert not list((tmp_path / "out").glob("shard-*"))
 
 
 def test_two_runs_do_not_write_into_one_folder(model, tmp_path):

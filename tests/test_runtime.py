@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import write_json
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import compressed_tensors
+from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, OUTLIERS_KEY
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.runtime import kernels_in, load_quantized
 
@@ -186,7 +186,7 @@ SPLITS = [OutlierSplit(), OutlierSplit(0.5, dynamic=False)]
 @pytest.mark.parametrize("split", SPLITS, ids=OutlierSplit.describe)
 def test_an_outlier_split_stops_transformers(tmp_path: Path, split: OutlierSplit) -> None:
     write_checkpoint(tmp_path, random_model(llama()), everything(w8a8(TOKEN, -1, split)), [3, 5])
-    with pytest.raises(ValueError, match=compressed_tensors.OUTLIERS_KEY):
+    with pytest.raises(ValueError, match=OUTLIERS_KEY):
         by_transformers(tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_conv1d_with_activations(tmp_path: Path, split: OutlierSplit | None) -> 
     ours = load_quantized(tmp_path)
     assert {name.split()[0]: count for name, count in kernels_in(ours).items()} == {"LLM.int8" if split else "W8A8": 4}
     assert relative_error(logits(ours), before) < 0.1
-    with pytest.raises(ValueError, match=compressed_tensors.CONV1D_KEY):
+    with pytest.raises(ValueError, match=CONV1D_KEY):
         by_transformers(tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_conv1d_runs_here_and_stops_transformers(tmp_path: Path) -> None:
     schemes = write_checkpoint(tmp_path, model, everything(Scheme(4, 32)))
     assert len(schemes) == 4
     assert relative_error(logits(load_quantized(tmp_path)), logits(model)) < 1e-3
-    with pytest.raises(ValueError, match=compressed_tensors.CONV1D_KEY):
+    with pytest.raises(ValueError, match=CONV1D_KEY):
         by_transformers(tmp_path)
 
 
@@ -334,7 +334,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no codes": (lambda t: t.pop(f"{UP}.weight_packed"), f"holds no tensor {UP}.weight_packed"),
     "nothing": (
         lambda t: [t.pop(name) for name in list(t) if name.startswith(UP)],
-        f"{UP} is quantized, but {UP}.weight_scale is not stored",
+        f"{UP} is quantized, but {UP}.weight_packed is not stored",
     ),
     "codes of the other format": (lambda t: t.update({f"{UP}.weight": torch.zeros(1)}), f"takes the tensor {UP}.weight"),
     "no scale": (lambda t: t.pop(f"{UP}.weight_scale"), f"holds no tensor {UP}.weight_scale"),
@@ -388,7 +388,10 @@ INTEGER_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "stray input scale": (lambda t: t.update({f"{UP}.input_scale": torch.ones(1)}), f"takes the tensor {UP}.input_scale"),
     "stray zero points": (lambda t: t.update({f"{Q}.weight_zero_point": torch.zeros(1)}), f"takes the tensor {Q}.weight_zero_point"),
-    "quantized head": (lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}), r"takes the tensor lm_head\.weight"),
+    "quantized head": (
+        lambda t: t.update({"lm_head.weight_scale": torch.ones(1)}),
+        r"lm_head\.weight is stored quantized, but config\.json gives it no scheme",
+    ),
 }
 
 

@@ -32,11 +32,11 @@ from tiny import ARCHITECTURES, make_model, token_ids
 from transformers import AutoModelForCausalLM
 
 import ptqcli
-from ptqcli import runtime
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
-from ptqcli.runtime import kernels_in, load_quantized, quantized_linear
+from ptqcli.runtime import joined as joining
+from ptqcli.runtime import kernels_in, layers, load_quantized, quantized_linear
 
 GOLDEN = Path(__file__).parent / "golden" / "ckpt"
 INTEGER = "torch" if int_mm_is_fast_and_exact() else "reference"
@@ -130,14 +130,14 @@ def test_the_layer_is_named(tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_triton_takes(monkeypatch: pytest.MonkeyPatch, scheme: Scheme, dtype: torch.dtype, reason: str | None) -> None:
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: object())
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert runtime._not_on_triton(weight(scheme), dtype, torch.device("cuda")) == reason
+    assert layers._not_on_triton(weight(scheme), dtype, torch.device("cuda")) == reason
     capability = (7, 5)
-    assert "8.0 or later" in str(runtime._not_on_triton(weight(scheme), dtype, torch.device("cuda")))
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
-    assert runtime._not_on_triton(weight(scheme), dtype, torch.device("cuda")) == "triton is not installed"
+    assert "8.0 or later" in str(layers._not_on_triton(weight(scheme), dtype, torch.device("cuda")))
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: None)
+    assert layers._not_on_triton(weight(scheme), dtype, torch.device("cuda")) == "triton is not installed"
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -200,11 +200,11 @@ def test_every_architecture_is_joined_where_it_can_be(tmp_path: Path, architectu
 
 def test_a_model_that_cannot_be_probed_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise runtime.PTQError("the model does not run on empty tensors")
+        raise PTQError("the model does not run on empty tensors")
 
     write_checkpoint(tmp_path, random_model(llama()), everything(Scheme(4, 32)))
     expected = logits(load_quantized(tmp_path))
-    monkeypatch.setattr(runtime, "probe_model", refuse)
+    monkeypatch.setattr(joining, "probe_model", refuse)
     model = load_quantized(tmp_path)
     assert not any(isinstance(module, LinearPart) for module in model.modules())
     assert relative_error(logits(model), expected) < 1e-5

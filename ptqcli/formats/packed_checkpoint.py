@@ -86,7 +86,9 @@ class PackedCheckpoint:
         """The stored name of the quantized linear ``name``."""
         linear = (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
         if linear not in self._quantized:
-            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but no quantized {linear} is stored")
+            wanted = self.format.tensor_names(linear, self.schemes[name])
+            missing = next((tensor for tensor in wanted if tensor not in self.tensors.names), linear)
+            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but {missing} is not stored")
         return linear
 
     def _belongs(self, tensor: str) -> bool:
