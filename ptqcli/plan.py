@@ -65,7 +65,7 @@ class Plan:
     def summary_rows(self) -> list[tuple[str, str]]:
         """(what, value) pairs that tell a person what is about to happen."""
         recipe = self.recipe
-        schemes = ", ".join(f"{scheme.describe()} x {count}" for scheme, count in self.schemes().items())
+        schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
         rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
         if self.skipped:
             rows.append(("left as they are", _list_names([f"{name} ({reason})" for name, reason in self.skipped])))
@@ -190,7 +190,7 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
 
 def _check_fused(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     """Servers run the linears of one module that read one tensor (q, k, v; gate, up) as a single matrix in a single scheme."""
-    described = {(linear.site.block, linear.site.local): linear.scheme.describe() for linear in linears}
+    described = {(linear.site.block, linear.site.local): str(linear.scheme) for linear in linears}
     for index, shape in enumerate(skeleton.shapes):
         for stage in shape.stages:
             together: dict[str, str] = {}  # module -> its first linear in this stage

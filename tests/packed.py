@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ptqcli.checkpoint.tensors import CheckpointReader
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats import compressed_tensors
-from ptqcli.numerics.grids import encode, fit
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
@@ -58,8 +58,8 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Codes of ``weight`` [out, in], group by group, scales in its dtype."""
     columns = scheme.columns_per_group(weight.shape[1])
     parts = weight.float().split(columns, dim=1)
-    grids = [fit(part, scheme, weight.dtype) for part in parts]
-    codes = torch.cat([encode(part, grid, scheme) for part, grid in zip(parts, grids, strict=True)], dim=1)
+    grids = [MinMax().fit(part, scheme, weight.dtype) for part in parts]
+    codes = torch.cat([grid.nearest(part) for part, grid in zip(parts, grids, strict=True)], dim=1)
     scale = torch.cat([grid.scale for grid in grids], dim=1).to(weight.dtype)
     zero = torch.cat([grid.zero for grid in grids], dim=1).to(torch.uint8)
     return QuantizedWeight(codes.to(torch.uint8), scale, zero, scheme)

@@ -74,7 +74,7 @@ def _layers(config: Any, reader: CheckpointReader, report: Mapping[str, Any]) ->
         stored = (names.disk(f"{name}.weight") or name).removesuffix(".weight")
         size = sum(reader.nbytes(tensor) for tensor in tensor_names(stored, scheme))
         shape = list(linear_weight(linears[name]).shape)  # [out, in]
-        facts = {"name": name, "scheme": scheme.describe(), "shape": shape, "bytes": size, "bits_per_weight": size * 8 / prod(shape)}
+        facts = {"name": name, "scheme": str(scheme), "shape": shape, "bytes": size, "bits_per_weight": size * 8 / prod(shape)}
         layers.append({**reported.get(name, {}), **facts})
     return layers
 

@@ -332,8 +332,8 @@ class _BlockWork:
             weight = (stored.t() if linear.site.transposed else stored).float()
         if not torch.isfinite(weight).all():
             raise PTQError(f"{linear.name}: the weight holds NaN or infinity; the model file is broken")
-        limit = None if self.folded is None else self.folded.limits.get(local)
-        return Target(linear.name, weight, linear.scheme, linear.scale_dtype, limit)
+        ranges = None if self.folded is None else self.folded.ranges.get(local)
+        return Target(linear.name, weight, linear.scheme, linear.scale_dtype, ranges)
 
     def rewritten(self) -> dict[str, Tensor]:
         """The parameters that transforms have changed and that are not quantized, by the names under which they are stored."""
@@ -366,7 +366,7 @@ class _BlockWork:
         self.run.layers.append(
             LayerReport(
                 name=linear.name,
-                scheme=linear.scheme.describe(),
+                scheme=str(linear.scheme),
                 bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
                 relative_error=error,
                 outlier_share=None if outliers is None else outliers / linear.site.in_features,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
 from ptqcli.numerics.activations import activation_scale
-from ptqcli.numerics.grids import SMALLEST_SCALE
+from ptqcli.numerics.grids import SMALLEST_SCALE, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
@@ -80,12 +80,12 @@ class MatrixSolver(Protocol):
         prepared: Any,
         scheme: Scheme,
         scale_dtype: torch.dtype,
-        limit: Tensor | None = None,
+        ranges: RangeSearch | None = None,
         progress: Progress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 [out, in]; ``prepared`` is what ``prepare`` returned.
 
-        limit: [out, groups], the largest magnitude that each group's grid may reach, see ``scheme.fit``.
+        ranges: fits the grids; None for the search of the solver's own options.
         """
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
@@ -94,13 +94,13 @@ class MatrixSolver(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A linear that waits for its codes: its matrix as float32 [out, in] and its scheme. limit: as in ``MatrixSolver.solve``."""
+    """A linear that waits for its codes: its matrix as float32 [out, in] and its scheme. ranges: as in ``MatrixSolver.solve``."""
 
     name: str
     weight: Tensor
     scheme: Scheme
     scale_dtype: torch.dtype
-    limit: Tensor | None = None
+    ranges: RangeSearch | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _StageWork:
         if weight.shape[1] == 0:
             return Solution(_no_codes(target), SolveNotes())
         prepared = self._prepare(threshold)
-        return self.solver.solve(weight, prepared, target.scheme, target.scale_dtype, target.limit, progress)
+        return self.solver.solve(weight, prepared, target.scheme, target.scale_dtype, target.ranges, progress)
 
     def _prepare(self, threshold: float | None) -> Any:
         if threshold not in self._prepared:

@@ -19,6 +19,7 @@ from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.errors import PTQError
 from ptqcli.model.linears import linear_weight, rows_first
 from ptqcli.numerics.activations import activation_scale
+from ptqcli.numerics.grids import RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.transforms.folds import Fold, divide
@@ -51,7 +52,7 @@ class FoldedBlock:
 
     block: with all its weights; its values are changed in place. order: local names of its linears in running order. treatments: of the
     linears that will be quantized. inputs: statistics of their inputs. stored: a parameter by its local name, as the file has it.
-    run: the output of a block in float32 on the excerpt. scale_search: how grids are fitted on trial, see ``scheme.fit``. tell: called
+    run: the output of a block in float32 on the excerpt. scale_search: how grids are fitted on trial, see ``numerics.grids``. tell: called
     with what a transform is doing.
     """
 
@@ -68,7 +69,7 @@ class FoldedBlock:
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.block, self.folds, self.order, self.treatments = block, tuple(folds), tuple(order), treatments
-        self.limits: dict[str, Tensor] = {}
+        self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not the run's scale search
         self.scale_search, self.tell = scale_search, tell
         self._inputs, self._stored = dict(inputs), stored
         self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
@@ -132,7 +133,8 @@ class FoldedBlock:
     def _trial(self, local: str, weight: Tensor, columns: Tensor) -> Trial:
         treatment = self.treatments[local]
         activations = treatment.scheme.activations
-        rounded = round_to_nearest(weight, treatment.scheme, treatment.scale_dtype, self.scale_search).dequantize(torch.float32)
+        ranges = range_search(self.scale_search)
+        rounded = round_to_nearest(weight, treatment.scheme, treatment.scale_dtype, ranges).dequantize(torch.float32)
         if activations is None:
             return Trial(rounded / columns)
         static = None
@@ -159,9 +161,9 @@ class FoldedBlock:
     def scale(self, fold: Fold, scales: Tensor) -> None:
         """Divide the producer of ``fold`` by ``scales`` [fold.width], float32, and multiply the columns of its readers by them.
 
-        Channels that no reader sees are left alone. Not to be called once limits are set, which hold for the weights as they are.
+        Channels that no reader sees are left alone. Not to be called once ranges are set, which hold for the weights as they are.
         """
-        assert not self.limits
+        assert not self.ranges
         scales = torch.where(fold.folded().to(scales.device), scales, torch.ones_like(scales))
         if fold.producer in self.order:
             self._rows[fold.producer] = self._rows.get(fold.producer, torch.ones_like(scales)) * scales
@@ -178,10 +180,6 @@ class FoldedBlock:
         behind = {key: statistics.divided(columns) for key, statistics in seen.items()}
         self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
         self._refresh([fold.producer, *fold.readers])
-
-    def limit(self, local: str, limit: Tensor) -> None:
-        """Let the grids of a quantized linear reach no further than ``limit`` [out, groups]."""
-        self.limits[local] = limit
 
     # What the pipeline takes over
 
