@@ -97,7 +97,7 @@ class Codebook:
     def nearest(self, units: Tensor, zero: Tensor) -> Tensor:
         """The place of the nearest level."""
         middles = tuple((low + high) / 2 for low, high in pairwise(self.levels))
-        return torch.bucketize(units, _tensor(middles, units.dtype, units.device)).to(units.dtype)
+        return torch.bucketize(units.contiguous(), _tensor(middles, units.dtype, units.device)).to(units.dtype)
 
     def decode(self, codes: Tensor, zero: Tensor) -> Tensor:
         """``levels[codes]`` in the dtype of the codes."""

@@ -177,11 +177,11 @@ class Scheme:
         """The scheme that ``text`` names, see the module; in capitals as well. Raises UsageError for anything else."""
         found = _NAME.fullmatch(re.sub(r"^llm-int8(?=-|$)", "w8a8-outliers", text.strip().lower()))
         if found is None:
-            raise UsageError(f"scheme '{text}' is no number format; write one such as {', '.join(EXAMPLES)}")
+            raise UsageError(f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}")
         try:
             return _scheme_of(found)
         except UsageError as error:
-            raise UsageError(f"scheme '{text}': {error}") from error
+            raise UsageError(f"scheme {text!r}: {error}") from error
 
 
 def _scheme_of(name: re.Match[str]) -> Scheme:
