@@ -64,7 +64,7 @@ class Inverse:
 
 @dataclass(frozen=True)
 class OBQ:
-    """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: minmax or mse, see ``numerics.grids``."""
+    """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: minmax or mse, see ``grids``."""
 
     needs_hessian: ClassVar[bool] = True
     damp: float = 0.01
@@ -138,8 +138,8 @@ def _rows_at_once(in_features: int, itemsize: int) -> int:
 class _Rows:
     """Some rows of one matrix while their weights are quantized; of each row the columns that are left, side by side.
 
-    weight, grid (scale and zero), column (its number in the matrix): [rows, left]. inverse: [rows, left, left], first the shared one, then views
-    into ``inverses``.
+    weight, grid (scale and zero), column (its number in the matrix): [rows, left]. inverse: [rows, left, left], first the shared one,
+    then views into ``inverses``.
     """
 
     def __init__(
