@@ -69,7 +69,7 @@ class Plan:
     def summary_rows(self) -> list[tuple[str, str]]:
         """(what, value) pairs that tell a person what is about to happen."""
         recipe = self.recipe
-        schemes = ", ".join(f"{scheme.describe()} x {count}" for scheme, count in self.schemes().items())
+        schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
         rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
         if self.skipped:
             rows.append(("left as they are", _list_names([f"{name} ({reason})" for name, reason in self.skipped])))

@@ -364,7 +364,7 @@ def show(outcome: Outcome, options: argparse.Namespace) -> None:
 
     from ptqcli.numerics.scheme import Scheme
 
-    scheme = Scheme(options.bits, options.group_size, not options.asym).describe()
+    scheme = Scheme(options.bits, options.group_size, not options.asym)
     windows = f"{options.nsamples} windows of {options.seqlen} tokens"
     table = Table(title=f"GPTQ {scheme}, {windows}, {options.threads} threads")
     table.add_column("")

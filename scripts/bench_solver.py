@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import GroupGrid, encode, fit
+from ptqcli.numerics.grids import Grid, MinMax
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.gptq import GPTQ
@@ -163,7 +163,7 @@ def compare(problem: Problem, repeats: int) -> Comparison:
 
 
 def our_solve(problem: Problem) -> QuantizedWeight:
-    solver = GPTQ(damp=problem.damp, act_order=problem.act_order)
+    solver = GPTQ(damp=problem.damp, act_order=problem.act_order, scale_search="minmax")
     prepared = solver.prepare(Hessian(problem.hessian), "benchmark")
     return solver.solve(problem.weight, prepared, problem.scheme, SCALE_DTYPE).weight
 
@@ -198,9 +198,9 @@ def textbook_solve(problem: Problem, watch: Stopwatch) -> QuantizedWeight:
     hessian = problem.hessian.clone()
     hessian.diagonal().add_(problem.damp * hessian.diagonal().mean())
     order = processing_order(problem)
-    grids: list[GroupGrid] = []
+    grids: list[Grid] = []
     if problem.act_order:
-        grids = [fit(group, scheme, SCALE_DTYPE) for group in weight.split(width, dim=1)]
+        grids = [MinMax().fit(group, scheme, SCALE_DTYPE) for group in weight.split(width, dim=1)]
         weight, hessian = weight[:, order], hessian[order][:, order]
     group_of = (order // width).tolist()
 
@@ -221,10 +221,10 @@ def textbook_solve(problem: Problem, watch: Stopwatch) -> QuantizedWeight:
             for i, column in enumerate(range(low, high)):
                 if not problem.act_order and column % width == 0:
                     ahead = torch.cat([block[:, i:], weight[:, high : column + width]], dim=1)[:, :width]
-                    grids.append(fit(ahead, scheme, SCALE_DTYPE))
+                    grids.append(MinMax().fit(ahead, scheme, SCALE_DTYPE))
                 grid = grids[group_of[column]]
-                code = encode(block[:, i : i + 1], grid, scheme)  # [out, 1]
-                error = (block[:, i : i + 1] - (code - grid.zero) * grid.scale) / triangle[i, i]
+                code = grid.nearest(block[:, i : i + 1])  # [out, 1]
+                error = (block[:, i : i + 1] - grid.decode(code)) / triangle[i, i]
                 block[:, i:] -= error @ triangle[i : i + 1, i:]
                 errors[:, i : i + 1] = error
                 codes[:, column : column + 1] = code
@@ -303,7 +303,7 @@ def as_shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def show(comparison: Comparison, options: argparse.Namespace) -> None:
-    scheme = Scheme(options.bits, options.group_size, not options.asym).describe()
+    scheme = Scheme(options.bits, options.group_size, not options.asym)
     table = Table(title=f"GPTQ solve, {options.rows} x {options.size}, {scheme}, {options.threads} threads")
     for heading in ("form", "seconds", "share of its steps"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")

@@ -105,7 +105,7 @@ def measure(changes: dict[str, Any], options: argparse.Namespace, original: Any,
         report = quantize(options.model, recipe, output)
         result = compare(load_quantized(output), original, ids, options.seqlen)
     return {
-        "scheme": recipe.scheme.describe(),
+        "scheme": str(recipe.scheme),
         "bits_per_weight": report.bits_per_weight,
         "original": result.baseline.perplexity,
         "perplexity": result.model.perplexity,

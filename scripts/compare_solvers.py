@@ -1,6 +1,6 @@
 """The solvers alone: the squared output error that each leaves in the linears of a model, summed, relative to rounding to nearest.
 
-    python scripts/compare_solvers.py [--model FOLDER] [--schemes 4:128 3:128 2:64] [--nsamples 128] [--seqlen 256]
+    python scripts/compare_solvers.py [--model FOLDER] [--schemes w4a16-g128 w3a16-g128 w2a16-g64] [--nsamples 128] [--seqlen 256]
 
 Every solver gets the same matrices and the same Hessians, which one pass of calibration text through the unquantized model gives.
 "of rtn" is the sum of ``tr((W - W') H (W - W')^T)`` over all linears of the blocks relative to that of rounding with the same search of
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--schemes", nargs="+", default=["4:128", "3:128", "2:64"], metavar="BITS:GROUP")
+    parser.add_argument("--schemes", nargs="+", default=["w4a16-g128", "w3a16-g128", "w2a16-g64"], metavar="SCHEME")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
     return parser.parse_args()
@@ -52,9 +52,9 @@ def main() -> None:
     options = arguments()
     layers = hessians(options)
     for text in options.schemes:
-        scheme = Scheme(*map(int, text.split(":")))
+        scheme = Scheme.parse(text)
         rounded = {search: errors(RTN(search), scheme, layers) for search in SEARCHES}
-        table = Table(scheme.describe(), "scales", "of rtn", "of min-max rtn", "best", "worst", "seconds", box=None, header_style="")
+        table = Table(str(scheme), "scales", "of rtn", "of min-max rtn", "best", "worst", "seconds", box=None, header_style="")
         for search in SEARCHES:
             solvers = {"rtn": RTN(search), "obq": OBQ(0.01, search), "gptq, plain order": GPTQ(0.01, False, True, search)}
             for name, solver in {**solvers, "gptq": GPTQ(0.01, True, True, search)}.items():

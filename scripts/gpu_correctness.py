@@ -45,15 +45,15 @@ def correctness_cases(run: GpuRun) -> Iterator[tuple[str, Case]]:
         shapes = ODD_SHAPES[group][:1] if run.rehearse else ODD_SHAPES[group]
         # The order of columns is a step of its own before the kernel, so every third case shows it with all numbers of bits and groups.
         order = turn % 3 == 2
-        name = f"W{bits}A16 {scheme.describe()}{' order' if order else ''} {short(dtype)}"
+        name = f"{scheme}{' order' if order else ''} {short(dtype)}"
         # Some with all in a rehearsal, too: among few tokens a flipped code is easily seen.
         tokens = TOKENS if (bits, group) == (4, 128) else run.tokens
         yield name, functools.partial(against_float64, run, scheme, shapes, dtype, tokens, order)
     for scheme, dtype in int8_formats():
         shapes = INT8_SHAPES[:1] if run.rehearse else INT8_SHAPES
-        yield f"{scheme.describe()} {short(dtype)}", functools.partial(against_float64, run, scheme, shapes, dtype, run.tokens)
+        yield f"{scheme} {short(dtype)}", functools.partial(against_float64, run, scheme, shapes, dtype, run.tokens)
     for scheme in (*SCHEMES.values(), Scheme(8, -1)):
-        yield f"compiled and captured: {scheme.describe()}", functools.partial(compiled_and_captured, run, scheme)
+        yield f"compiled and captured: {scheme}", functools.partial(compiled_and_captured, run, scheme)
     yield from configuration_cases(run)
 
 
@@ -190,7 +190,7 @@ def launch_w4a16(run: GpuRun, bits: int, config: Any) -> Values:
             if config in [entry.config for table in tile_config.tables_for("w4a16", gpu.name, gpu.capability) for entry in table]:
                 raise RuntimeError(f"this GPU's own table: {first_line(problem)}") from problem
             return {"note": f"for GPUs with more shared memory: {first_line(problem)}"}
-        worst = check(error(found, truth(layer, x)), f"{scheme.describe()}, {tokens} tokens", worst)
+        worst = check(error(found, truth(layer, x)), f"{scheme}, {tokens} tokens", worst)
     return {"error": worst}
 
 

@@ -200,7 +200,7 @@ def test_a_checkpoint_has_tables_of_kernels_and_of_the_whole_model(ptq: Ptq, at_
     assert "Traceback" not in answer.err
     for line in ("machine      a processor (cpu, 1 threads)", "bfloat16 400 Gop/s", "subject      done", "original     "):
         assert line in answer.out
-    kernels = table(answer.out, "W4 g32 sym")
+    kernels = table(answer.out, "w4a16-g32")
     assert kernels[0][:3] == ["layer, in → out", "M", "kernel"]
     shapes = [shape for shape, _ in shapes_of(at_work / "done")]
     layers = [f"{shape.name} {shape.in_features} → {shape.out_features}" for shape in shapes]
@@ -230,7 +230,7 @@ def test_json_is_one_object_with_everything(ptq: Ptq, at_work: Path) -> None:
     assert [(point["model"], point["peak_memory"]) for point in found["generation"]] == [("original", 1002), ("checkpoint", 1001)]
     assert (found["failures"], found["in_turn"]) == ([], True)
     assert sum(found["layers"].values()) == 14
-    assert "W4 g32 sym" in answer.err
+    assert "w4a16-g32" in answer.err
 
 
 @pytest.mark.usefixtures("_no_waiting")
@@ -269,7 +269,7 @@ def test_shapes_need_no_checkpoint(ptq: Ptq, tmp_path: Path, monkeypatch: pytest
     schemes = ("--scheme", "w4a16-g32-asym", "--scheme", "w8a8", "--scheme", "llm-int8")
     answer = ptq("bench", "--shapes", "64x96,128x64", *schemes, "--tokens", "1,5", *QUICK)
     assert answer.code == 0
-    for title in ("W4 g32 asym: ", "W8A8 per row, token: ", "W8A8 per row, token, outliers>6: "):
+    for title in ("w4a16-g32-asym: ", "w8a8: ", "w8a8-outliers6: "):
         rows = table(answer.out, title)
         assert [row[0] for row in rows[1:]] == ["64 → 96", "5", "128 → 64", "5"]
 
@@ -347,7 +347,7 @@ def point(name: str, kind: str, microseconds: float, graph: float | None, error:
     graph_ratio = {"bfloat16": 12.0 / graph} if graph else {}
     return KernelPoint(
         shape=shape,
-        scheme="W4 g128 sym",
+        scheme="w4a16-g128",
         tokens=16,
         name=name,
         kind=kind,
@@ -375,18 +375,18 @@ GPU_POINTS = [
 
 
 def test_a_gpu_has_columns_for_calls_and_graphs(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_tables.show_kernels("W4 g128 sym", GPU_POINTS, Output())
+    bench_tables.show_kernels("w4a16-g128", GPU_POINTS, Output())
     out = capsys.readouterr().out
-    assert table(out, "W4 g128 sym: a call with its launch (us), all else replayed in CUDA graphs") == [
+    assert table(out, "w4a16-g128: a call with its launch (us), all else replayed in CUDA graphs") == [
         ["layer, in → out", "M", "kernel", "us", "us in a graph", "bfloat16 us", "vs bfloat16", "of bandwidth", "of arithmetic", "error"],
         ["qkv 4096 → 6144", "16", "W4A16 triton", "20.0", "4.0", "12.0", "3.00x", "50.0%", "25.0%", "1.0e-03"],
     ]
 
 
 def test_peers_have_a_table_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_tables.show_kernels("W4 g128 sym", GPU_POINTS, Output())
+    bench_tables.show_kernels("w4a16-g128", GPU_POINTS, Output())
     out = capsys.readouterr().out
-    rows = table(out, "W4 g128 sym: microseconds beside other libraries")
+    rows = table(out, "w4a16-g128: microseconds beside other libraries")
     assert rows[:2] == [
         ["layer, in → out", "M", "ours", "torch int4", "a library", "nf4"],
         ["qkv 4096 → 6144", "16", "4.0", "6.0 (1.50x)", "40.0 (2.00x no graph)", "10.0 (2.50x)"],

@@ -29,7 +29,7 @@ from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.cli.quantize import parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
 from ptqcli.pipeline import report
-from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe import ACTIVATION_SCALES, Override, Recipe
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
 
@@ -179,14 +179,14 @@ def test_refusals_are_one_clear_line(ptq: Ptq, at_work: Path, line: str, code: i
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ("--group-size 32", "model-gptq-w4g32"),
-        ("--algo awq+gptq --wbits 3 --group-size -1", "model-awq+gptq-w3"),
+        ("--group-size 32", "model-gptq-w4a16-g32"),
+        ("--algo awq+gptq --wbits 3 --group-size -1", "model-awq+gptq-w3a16-row"),
         ("--algo smoothquant", "model-smoothquant-w8a8"),
         ("--algo smoothquant --act-scales static", "model-smoothquant-w8a8-static"),
-        ("--algo smoothquant --smooth-level O2", "model-smoothquant-w8a8-O2"),
-        ("--algo rtn --wbits 8 --abits 8 --group-size 0", "model-rtn-w8a8-per-tensor"),
-        ("--algo llm-int8", "model-llm-int8-w8a8"),
-        ("--algo llm-int8 --outliers static", "model-llm-int8-w8a8-outliers-static"),
+        ("--algo smoothquant --smooth-level O2", "model-smoothquant-w8a8-tensor-act-tensor"),
+        ("--algo rtn --wbits 8 --abits 8 --group-size 0", "model-rtn-w8a8-tensor"),
+        ("--algo llm-int8", "model-llm-int8-w8a8-outliers6"),
+        ("--algo llm-int8 --outliers static", "model-llm-int8-w8a8-outliers6-static"),
     ],
 )
 def test_runs_that_differ_write_to_folders_that_differ(ptq: Ptq, at_work: Path, flags: str, name: str) -> None:
@@ -414,7 +414,7 @@ def test_shown_defaults_that_follow_from_others_do() -> None:
     assert shown["wbits"] == f"{plain.bits}; smoothquant, llm-int8: {eight_bits.bits}"
     assert shown["group_size"] == f"{plain.group_size}; with 8-bit activations: {eight_bits.group_size}"
     assert shown["abits"] == f"16; smoothquant, llm-int8: {eight_bits.activations.bits}"
-    assert shown["act_scales"] == eight_bits.activations.describe()
+    assert ACTIVATION_SCALES[shown["act_scales"]] == eight_bits.activations
     split = Recipe(algo="llm-int8").scheme.outliers
     assert split is not None
     assert shown["outliers"] == f"none; llm-int8: {'dynamic' if split.dynamic else 'static'}"
@@ -436,7 +436,7 @@ def test_quantize_to_json(ptq: Ptq, at_work: Path, tmp_path: Path) -> None:
     assert answer.code == 0
     assert report["recipe"]["wbits"] == 4  # the flag wins over the file
     assert report["recipe"]["group_size"] == 32
-    assert {layer["scheme"] for layer in report["layers"]} == {"W4 g32 sym"}
+    assert {layer["scheme"] for layer in report["layers"]} == {"w4a16-g32"}
     assert "Worst layers" in answer.err
     assert "block 2/2" in answer.err
 
@@ -445,7 +445,7 @@ def test_quantize_tells_what_it_did(ptq: Ptq, at_work: Path, tmp_path: Path) -> 
     command = ("quantize", "model", "--group-size", "64", "--nsamples", "4", "--calib", "text.txt", "--output", tmp_path / "out")
     answer = ptq(*command, "--override", r"down_proj:bits=8,group=32,asym", "--override", r"\.0\.self_attn:skip")
     assert answer.code == 0
-    assert re.search(r"linears +W4 g64 sym x 8, W8 g32 asym x 2", answer.out)
+    assert re.search(r"linears +w4a16-g64 x 8, w8a16-g32-asym x 2", answer.out)
     assert re.search(r"left as they are +model\.layers\.0\.self_attn\.q_proj \(skipped\)", answer.out)
     assert re.search(r"calibration +4 windows of 128 tokens from text\.txt", answer.out)
     assert "Worst layers by relative output error" in answer.out
@@ -479,10 +479,10 @@ def test_default_output_and_newest_checkpoint(ptq: Ptq, workshop: Path, tmp_path
     monkeypatch.chdir(tmp_path)
     assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32").code == 0
     assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "-1", "--wbits", "8").code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-rtn-w4g32", "model-rtn-w8"]
-    assert ptq("inspect").out.startswith("checkpoint    model-rtn-w8\n")
-    os.utime(tmp_path / "model-rtn-w4g32" / locate.REPORT_NAME, (2e9, 2e9))
-    assert ptq("inspect").out.startswith("checkpoint    model-rtn-w4g32\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-rtn-w4a16-g32", "model-rtn-w8a16-row"]
+    assert ptq("inspect").out.startswith("checkpoint    model-rtn-w8a16-row\n")
+    os.utime(tmp_path / "model-rtn-w4a16-g32" / locate.REPORT_NAME, (2e9, 2e9))
+    assert ptq("inspect").out.startswith("checkpoint    model-rtn-w4a16-g32\n")
     again = ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32")
     assert "--output" in one_line(again)
     assert "--overwrite" in one_line(again)
@@ -506,10 +506,10 @@ def test_inspect(ptq: Ptq, at_work: Path) -> None:
     shown = ptq("inspect", "done")
     facts = json.loads(ptq("inspect", "done", "--json").out)
     assert shown.code == 0
-    assert re.search(r"W8 g32 sym +14 ", shown.out)
+    assert re.search(r"w8a16-g32 +14 ", shown.out)
     assert facts["source"] == str(at_work / "model")
     layer = facts["layers"][0]
-    assert (layer["name"], layer["scheme"], layer["shape"]) == ("model.layers.0.self_attn.q_proj", "W8 g32 sym", [64, 64])
+    assert (layer["name"], layer["scheme"], layer["shape"]) == ("model.layers.0.self_attn.q_proj", "w8a16-g32", [64, 64])
     assert layer["bytes"] == 64 * 64 + 64 * 2 * 2 + 16  # codes, bfloat16 scales, the shape
     assert 0 < layer["relative_error"] < 0.02
 

@@ -1,11 +1,14 @@
 """GPTQ against the textbook: the same codes as the paper's column-by-column form in float64 with the inverse."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from layers import correlated_layer
-from textbook import excess_rounding, textbook_gptq
+from textbook import excess_rounding, textbook_gptq, textbook_values
 
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.numerics.elements import Codebook
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.solvers.gptq import GPTQ, LEAF
 from ptqcli.solvers.rtn import RTN
@@ -42,6 +45,37 @@ def test_codes_equal_the_textbook(bits, group, symmetric, order, static, search)
         assert ours.g_idx is None
     else:
         assert torch.equal(ours.g_idx, truth.g_idx)
+
+
+# Dettmers et al. 2023, "QLoRA", appendix E
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NormalFloat(Scheme):
+    """Codes that count the levels of NF4."""
+
+    element = Codebook(NF4)
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("order, static", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("group", [16, 64, -1])
+def test_codes_of_a_codebook_equal_the_textbook(group, order, static, search):
+    weight, hessian = layer()
+    scheme = NormalFloat(4, group)
+    ours = solve(GPTQ(0.01, order, static, search), weight, hessian, scheme).weight
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, order, static, search, levels=NF4)
+    assert torch.equal(ours.codes, truth.codes)
+    assert torch.equal(ours.scale, truth.scale)
+    index = torch.arange(192) // (192 // truth.scale.shape[1]) if truth.g_idx is None else truth.g_idx.long()
+    values = textbook_values(truth.codes, truth.scale.double()[:, index], truth.zero, NF4)
+    torch.testing.assert_close(ours.dequantize(torch.float64), values, rtol=1e-6, atol=0)
+    assert not torch.equal(ours.codes, solve(GPTQ(0.01, order, static, search), weight, hessian, Scheme(4, group)).weight.codes)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])

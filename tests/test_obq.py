@@ -1,11 +1,13 @@
 """OBQ against a brute-force greedy search in float64 that inverts what is left of the Hessian at every step."""
 
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from layers import correlated_layer
-from textbook import textbook_codes, textbook_grid
+from textbook import textbook_codes, textbook_grid, textbook_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptqcli
@@ -13,6 +15,8 @@ import ptqcli.solvers.obq as obq
 from ptqcli.calibration.builtin import documents
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.numerics.elements import Codebook
+from ptqcli.numerics.grids import Clipped
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.solvers.obq import OBQ
 from ptqcli.solvers.rtn import RTN
@@ -28,30 +32,31 @@ def solve(solver, weight, hessian, scheme, **arguments):
     return solver.solve(weight, solver.prepare(hessian, "layer"), scheme, torch.float32, **arguments)
 
 
-def brute_force(weight, hessian, scheme, damp=0.01, search="minmax"):
+def brute_force(weight, hessian, scheme, damp=0.01, search="mse", levels=None):
     """Codes [out, in] of the paper's greedy search, weights beyond their grid first; every inverse is taken anew."""
     hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     width = scheme.columns_per_group(weight.shape[1])
     scale, zero = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], width):
         if scheme.group_size == 0:
-            grid = textbook_grid(weight.reshape(1, -1), scheme, torch.float32, search)
+            grid = textbook_grid(weight.reshape(1, -1), scheme, torch.float32, search, levels)
         else:
-            grid = textbook_grid(weight[:, start : start + width], scheme, torch.float32, search)
+            grid = textbook_grid(weight[:, start : start + width], scheme, torch.float32, search, levels)
         scale[:, start : start + width], zero[:, start : start + width] = grid[0][:, None], grid[1][:, None]
-    return torch.stack([_greedy(*row, hessian, scheme) for row in zip(weight, scale, zero, strict=True)]).to(torch.uint8)
+    return torch.stack([_greedy(*row, hessian, scheme, levels) for row in zip(weight, scale, zero, strict=True)]).to(torch.uint8)
 
 
-def _greedy(weight, scale, zero, hessian, scheme):
+def _greedy(weight, scale, zero, hessian, scheme, levels):
+    half_step = 0.5 if levels is None else max(b - a for a, b in pairwise(levels)) / 2
     weight, codes = weight.clone(), torch.zeros_like(weight)
     left = list(range(len(weight)))
     while left:
         inverse = torch.linalg.inv(hessian[left][:, left])
-        nearest = textbook_codes(weight, scale, zero, scheme)
-        error = (nearest - zero) * scale - weight
+        nearest = textbook_codes(weight, scale, zero, scheme, levels)
+        error = textbook_values(nearest, scale, zero, levels) - weight
         beyond = {column: abs(float(error[column] / scale[column])) for column in left}
         chosen = max(left, key=beyond.__getitem__)
-        if beyond[chosen] <= 0.5 + 1e-12:
+        if beyond[chosen] <= half_step + 1e-12:
             chosen = min(left, key=lambda column: float(error[column] ** 2 / inverse[left.index(column), left.index(column)]))
         place = left.index(chosen)
         codes[chosen] = nearest[chosen]
@@ -64,7 +69,7 @@ CASES = [Scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (4
 CASES += [Scheme(8, 0, activations=ActivationScheme())]
 
 
-@pytest.mark.parametrize("scheme", CASES, ids=lambda scheme: scheme.describe().replace(" ", "-"))
+@pytest.mark.parametrize("scheme", CASES, ids=str)
 @pytest.mark.parametrize("block", [1, 5, 64])
 def test_codes_equal_the_brute_force_search(scheme, block, monkeypatch):
     monkeypatch.setattr(obq, "BLOCK", block)
@@ -76,6 +81,24 @@ def test_codes_equal_the_brute_force_search(scheme, block, monkeypatch):
             assert torch.equal(ours.codes, truth)
             truth[1, 3] ^= 1
             assert not torch.equal(ours.codes, truth)
+
+
+FP4 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Float4(Scheme):
+    element = Codebook(FP4)
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("group", [4, -1])
+def test_codes_of_a_codebook_equal_the_brute_force_search(group, search):
+    for seed in range(4):
+        weight, hessian = layer(out=4, seed=seed)
+        scheme = Float4(4, group)
+        ours = solve(OBQ(scale_search=search), weight, hessian, scheme).weight
+        assert torch.equal(ours.codes, brute_force(weight, hessian.matrix, scheme, search=search, levels=FP4))
 
 
 def test_the_greedy_order_is_not_plain_rounding():
@@ -149,8 +172,8 @@ def test_no_grid_reaches_beyond_its_limit():
     weight, hessian = layer()
     scheme = Scheme(4, 8)
     limit = weight.abs().reshape(6, 2, 8).amax(dim=2) * torch.tensor([0.7, 2.0], dtype=torch.float64)
-    scale = solve(OBQ(scale_search="mse"), weight, hessian, scheme, limit=limit).weight.scale.double()
-    unlimited = solve(OBQ(), weight, hessian, scheme).weight.scale.double()
+    scale = solve(OBQ(), weight, hessian, scheme, ranges=Clipped(limit)).weight.scale.double()
+    unlimited = solve(OBQ(scale_search="minmax"), weight, hessian, scheme).weight.scale.double()
     assert torch.allclose(scale[:, 0], 0.7 * unlimited[:, 0], rtol=1e-6)
     assert torch.equal(scale[:, 1], unlimited[:, 1])
 
@@ -181,8 +204,8 @@ def test_on_the_demo_model_the_error_is_far_below_rounding_and_float32_agrees_wi
     single = Hessian(hessian.matrix.float())
     errors = {
         "rtn": solve(RTN("mse"), weight, None, scheme),
-        "float64": solve(OBQ(scale_search="mse"), weight, hessian, scheme),
-        "float32": solve(OBQ(scale_search="mse"), weight.float(), single, scheme),
+        "float64": solve(OBQ(), weight, hessian, scheme),
+        "float32": solve(OBQ(), weight.float(), single, scheme),
     }
     errors = {name: hessian.output_energy(weight - solution.weight.dequantize(torch.float64)) for name, solution in errors.items()}
     assert errors["float64"] < 0.4 * errors["rtn"]

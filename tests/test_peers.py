@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptqcli.bench import peers
 from ptqcli.bench.peers import Peer, first_line, installed_peers, kernel_errors, missing_peers
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 
@@ -25,7 +26,7 @@ ROWS, COLUMNS = 96, 256
 
 def weight(scheme: Scheme, rows: int = ROWS, columns: int = COLUMNS) -> QuantizedWeight:
     values = random_inputs(rows, columns) * 0.05
-    made = round_to_nearest(values, scheme, torch.bfloat16)
+    made = round_to_nearest(values, scheme, torch.bfloat16, MinMax())
     static = scheme.activations is not None and not scheme.activations.dynamic
     return made if not static else QuantizedWeight(made.codes, made.scale, made.zero, scheme, input_scale=torch.tensor([0.03]))
 
@@ -155,7 +156,7 @@ class FakeHumming:
         self.transformed = True
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 64, symmetric=False), Scheme(4, -1), Scheme(8, -1, activations=TOKEN)], ids=Scheme.describe)
+@pytest.mark.parametrize("scheme", [Scheme(4, 64, symmetric=False), Scheme(4, -1), Scheme(8, -1, activations=TOKEN)], ids=str)
 def test_humming_is_given_the_codes_scales_and_zero_points(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "humming", ModuleType("humming"))
     module: Any = ModuleType("humming.layer")
@@ -213,9 +214,7 @@ def test_an_error_is_told_in_one_line() -> None:
     assert len(first_line(ValueError("x" * 1000))) < 300
 
 
-@pytest.mark.parametrize(
-    "scheme", [Scheme(8, -1, activations=TOKEN), Scheme(8, -1, activations=TOKEN, outliers=OutlierSplit())], ids=Scheme.describe
-)
+@pytest.mark.parametrize("scheme", [Scheme(8, -1, activations=TOKEN), Scheme(8, -1, activations=TOKEN, outliers=OutlierSplit())], ids=str)
 def test_bitsandbytes_multiplies_with_the_same_codes(scheme: Scheme) -> None:
     pytest.importorskip("bitsandbytes", reason="a peer, installed where it is compared with")
     quantized, x = weight(scheme), tokens(5)

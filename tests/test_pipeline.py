@@ -227,8 +227,8 @@ def test_overrides_skip_and_change_schemes(model, tmp_path):
     overrides = (Override("down_proj", bits=8, group_size=-1), Override(r"layers\.1\.self_attn", skip=True))
     report = quantize(model, small(model, overrides=overrides, ignore=("layers.0.self_attn.o_proj",)), tmp_path / "out")
     schemes = {layer.name: layer.scheme for layer in report.layers}
-    assert schemes["model.layers.0.mlp.down_proj"] == "W8 per row sym"
-    assert schemes["model.layers.0.mlp.up_proj"] == "W4 g32 sym"
+    assert schemes["model.layers.0.mlp.down_proj"] == "w8a16-row"
+    assert schemes["model.layers.0.mlp.up_proj"] == "w4a16-g32"
     assert "model.layers.0.self_attn.o_proj" not in schemes
     assert not [name for name in schemes if "layers.1.self_attn" in name]
     assert torch.isfinite(load_quantized(tmp_path / "out")(torch.arange(9)[None]).logits).all()
@@ -240,7 +240,7 @@ REFUSALS = [
     ({"ignore": ("no_such_layer",)}, "matches no linear"),
     ({"ignore": ("proj",)}, "nothing is left to quantize"),
     ({"overrides": (Override("q_proj", bits=8),)}, "run as one matrix by vLLM"),
-    ({"ignore": ("gate_proj",)}, "mlp.gate_proj (left as it is) and model.layers.0.mlp.up_proj (W4 g32 sym) read the same input"),
+    ({"ignore": ("gate_proj",)}, "mlp.gate_proj (left as it is) and model.layers.0.mlp.up_proj (w4a16-g32) read the same input"),
     ({"static_groups": False}, "static groups"),
     ({"seqlen": POSITIONS + 1}, f"longer than the model's {POSITIONS} positions"),
     ({"blocks": "model.nothing"}, "no such list of blocks"),

@@ -33,7 +33,7 @@ def point(name: str = "W4A16 torch", kind: str = "ours", shape: Shape = SHAPES[0
     microseconds = 1.5e6 * max(size / MACHINE.bandwidth, operations / 4e11)
     values = {
         "shape": shape,
-        "scheme": "W4 g128 sym",
+        "scheme": "w4a16-g128",
         "tokens": tokens,
         "name": name,
         "kind": kind,
@@ -106,10 +106,7 @@ def test_every_lone_point_has_its_label() -> None:
 def test_everything_stands_inside_the_picture(count: int) -> None:
     """Long names too: they are broken over lines."""
     long = "q_proj/k_proj/v_proj/o_proj/gate_proj/up_proj"
-    points = [
-        point("LLM.int8 reference", shape=Shape(long, 4096, 4096 + i, 1), scheme="W8A8 per row, token, outliers>6 static")
-        for i in range(count)
-    ]
+    points = [point("LLM.int8 reference", shape=Shape(long, 4096, 4096 + i, 1), scheme="w8a8-outliers6-static") for i in range(count)]
     figure = roofline.build(points, MACHINE)
     width, height = figure.canvas.get_width_height()
     boxes = [legend.get_window_extent().extents for legend in legends(figure)]
@@ -152,7 +149,7 @@ def test_a_kernel_has_one_colour_and_a_shape_one_sign() -> None:
 
 
 def test_a_baseline_beside_two_formats_is_two_lines_and_no_zigzag() -> None:
-    points = [point("bfloat16", "baseline", scheme=scheme, tokens=tokens) for scheme in ("W4 g128 sym", "W8A8") for tokens in TOKENS]
+    points = [point("bfloat16", "baseline", scheme=scheme, tokens=tokens) for scheme in ("w4a16-g128", "W8A8") for tokens in TOKENS]
     lines = [line for line in roofline.build(points, MACHINE).axes[0].lines if len(line.get_xdata()) > 2]
     assert all(list(line.get_xdata()) == sorted(set(line.get_xdata())) for line in lines)
     assert len({line.get_color() for line in lines}) == 1
@@ -160,13 +157,13 @@ def test_a_baseline_beside_two_formats_is_two_lines_and_no_zigzag() -> None:
 
 def test_ours_keep_their_colour_whoever_else_is_there() -> None:
     baselines_first = [point("bfloat16", "baseline"), point("a library", "peer"), point()]
-    assert roofline._colours(baselines_first)["W4A16 torch, W4 g128 sym"] == roofline._colours([point()])["W4A16 torch, W4 g128 sym"]
+    assert roofline._colours(baselines_first)["W4A16 torch, w4a16-g128"] == roofline._colours([point()])["W4A16 torch, w4a16-g128"]
 
 
 def test_the_legend_names_kernels_shapes_and_limits() -> None:
     texts = [text.get_text() for legend in legends(roofline.build(MANY, MACHINE)) for text in legend.get_texts()]
     assert texts == [
-        *("W4A16 torch, W4 g128 sym", "bfloat16", "float32", "torch int4"),
+        *("W4A16 torch, w4a16-g128", "bfloat16", "float32", "torch int4"),
         *("qkv 4096 → 6144", "down 14336 → 4096", "256 → 512"),
         *("memory 20 GB/s (the slope)", "int8 600 Gop/s", "bfloat16 400 Gop/s", "float32 100 Gop/s"),
     ]

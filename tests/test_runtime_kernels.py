@@ -73,7 +73,7 @@ def weight(scheme: Scheme, columns: int = 64) -> QuantizedWeight:
         (Scheme(8, -1, symmetric=False), "reference"),
         (w8a8(TOKEN), INTEGER),
     ],
-    ids=lambda value: value.describe() if isinstance(value, Scheme) else value,
+    ids=lambda value: str(value) if isinstance(value, Scheme) else value,
 )
 def test_the_kernel_that_a_scheme_gets_on_a_cpu(scheme: Scheme, kernel: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):

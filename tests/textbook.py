@@ -14,6 +14,8 @@ of the middle between two codes the other way, and the columns after it then fol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ def textbook_gptq(
     damp: float = 0.0,
     act_order: bool = False,
     static_groups: bool = True,
-    search: str = "minmax",
+    search: str = "mse",
+    levels: Sequence[float] | None = None,
 ) -> QuantizedWeight:
     """Codes of ``weight``, [out, in], for the layer's Hessian, [in, in], any positive multiple of X^T X.
 
@@ -39,7 +42,8 @@ def textbook_gptq(
     error feedback has left them. ``act_order`` takes the columns by falling diagonal (stable): with
     ``static_groups`` on grids fitted beforehand to the original weights of neighbouring columns; without,
     groups are neighbours in the new order, fitted when reached, and ``g_idx`` names the group of each
-    original column (one group for the whole row needs none).
+    original column (one group for the whole row needs none). ``levels``: codes count these values instead of
+    integers, see ``textbook_codes``.
     Raises torch.linalg.LinAlgError if the damped Hessian is not positive definite.
     """
     weight = weight.double().clone()  # [out, in]
@@ -55,7 +59,7 @@ def textbook_gptq(
     if fitted_beforehand:
         for group in range(groups):
             neighbours = weight[:, group * width : (group + 1) * width]
-            scale[:, group], zero[:, group] = textbook_grid(neighbours, scheme, scale_dtype, search)
+            scale[:, group], zero[:, group] = textbook_grid(neighbours, scheme, scale_dtype, search, levels)
 
     weight = weight[:, order]
     inverse = torch.linalg.inv(damped(hessian, damp)[order][:, order])
@@ -64,9 +68,9 @@ def textbook_gptq(
     for j in range(columns):
         group = int(group_of[j])
         if not fitted_beforehand and j % width == 0:
-            scale[:, group], zero[:, group] = textbook_grid(weight[:, j : j + width], scheme, scale_dtype, search)
-        codes[:, j] = textbook_codes(weight[:, j], scale[:, group], zero[:, group], scheme)
-        quantized = (codes[:, j] - zero[:, group]) * scale[:, group]
+            scale[:, group], zero[:, group] = textbook_grid(weight[:, j : j + width], scheme, scale_dtype, search, levels)
+        codes[:, j] = textbook_codes(weight[:, j], scale[:, group], zero[:, group], scheme, levels)
+        quantized = textbook_values(codes[:, j], scale[:, group], zero[:, group], levels)
         error = (weight[:, j] - quantized) / factor[j, j]
         weight[:, j + 1 :] -= torch.outer(error, factor[j, j + 1 :])
 
@@ -125,7 +129,9 @@ def importance_order(hessian: Tensor) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def textbook_grid(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax") -> tuple[Tensor, Tensor]:
+def textbook_grid(
+    weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "mse", levels: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale, rounded to ``scale_dtype``, and zero point of one group [rows, columns]; float64 [rows] each."""
     low = weights.min(dim=1).values.clamp(max=0.0)
     high = weights.max(dim=1).values.clamp(min=0.0)
@@ -134,18 +140,19 @@ def textbook_grid(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, sea
         low = -high
     scales, zeros, errors = [], [], []
     for factor in SHRINK_FACTORS if search == "mse" else (1.0,):
-        scale, zero = _grid_of_range(low * factor, high * factor, scheme, scale_dtype)
-        codes = textbook_codes(weights, scale[:, None], zero[:, None], scheme)
+        steps = 2**scheme.bits - 1 if levels is None else max(levels) - min(levels)
+        scale, zero = _grid_of_range(low * factor, high * factor, scheme, scale_dtype, steps)
+        codes = textbook_codes(weights, scale[:, None], zero[:, None], scheme, levels)
         scales.append(scale)
         zeros.append(zero)
-        errors.append(((codes - zero[:, None]) * scale[:, None] - weights).square().sum(dim=1))
+        errors.append((textbook_values(codes, scale[:, None], zero[:, None], levels) - weights).square().sum(dim=1))
     best = torch.stack(errors).argmin(dim=0, keepdim=True)
     return torch.stack(scales).gather(0, best)[0], torch.stack(zeros).gather(0, best)[0]
 
 
-def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype, steps: float) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(scale_dtype)
-    scale = (high - low) / (2**scheme.bits - 1)
+    scale = (high - low) / steps
     smallest = 1 / 1048576 if scale_dtype == torch.float16 else limits.tiny
     scale = torch.where(scale > 0, scale.clamp(smallest, limits.max), 1.0).to(scale_dtype).double()
     if scheme.symmetric:
@@ -153,6 +160,19 @@ def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch
     return scale, (-low / scale).round().clamp(0, 2**scheme.bits - 1)
 
 
-def textbook_codes(weights: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Nearest codes as float64 integers, ties to even; ``scale`` and ``zero`` broadcast to ``weights``."""
+def textbook_codes(weights: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, levels: Sequence[float] | None = None) -> Tensor:
+    """Nearest codes as float64 integers, ties to even; ``scale`` and ``zero`` broadcast to ``weights``.
+
+    With ``levels`` every one of them is tried.
+    """
+    if levels is not None:
+        values = torch.tensor(levels, dtype=torch.float64) * scale.unsqueeze(-1)
+        return (values - weights.unsqueeze(-1)).abs().argmin(dim=-1).double()
     return (weights / scale + zero).round().clamp(0, 2**scheme.bits - 1)
+
+
+def textbook_values(codes: Tensor, scale: Tensor, zero: Tensor, levels: Sequence[float] | None = None) -> Tensor:
+    """What codes stand for, float64."""
+    if levels is not None:
+        return torch.tensor(levels, dtype=torch.float64)[codes.long()] * scale
+    return (codes - zero) * scale

@@ -22,6 +22,7 @@ from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import copies
 from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, LinearSpec, find_format
+from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.runtime import quantized_linear
@@ -90,7 +91,7 @@ def prepare(
         try:
             built = _peer(peer, weight, dtype, device, spare)
         except kernel_errors() as error:
-            failures.append(f"{peer.name}: {scheme.describe()}, {size}: {first_line(error)}")
+            failures.append(f"{peer.name}: {scheme}, {size}: {first_line(error)}")
         else:
             contenders += [] if built is None else [built]
     return Lineup(x=x, weight=weight, contenders=contenders, failures=failures)
@@ -167,7 +168,7 @@ def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
     outliers = input_scale = None
     if scheme.outliers is not None:
         index = _outlier_columns(in_features, device)
-        values = (codes[:, index].float() - scheme.middle) * scale  # a column counts the same in 8 bits and in 16
+        values = Grid(scheme.element, scale, zero.float()).decode(codes[:, index].float())  # a column counts the same in 8 bits and in 16
         outliers = OutlierColumns(index.int(), values.to(x.dtype))
         if not scheme.outliers.dynamic:
             codes[:, index] = scheme.middle

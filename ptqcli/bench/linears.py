@@ -14,7 +14,6 @@ expanded weight; bfloat16 on CUDA, float32 and bfloat16 on the CPU) and the peer
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +27,8 @@ from ptqcli.bench.peers import Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import Timing, time_in_turn
 from ptqcli.errors import UsageError
-from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-
-# One of each kind, to show how the names are made; parse_scheme reads the rest.
-SCHEMES = ("w4a16", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
-DEFAULT_GROUP = 128
 
 ERROR_ROWS = 64
 TOKENS_AT_ONCE = 256
@@ -43,7 +38,7 @@ TOKENS_AT_ONCE = 256
 class KernelPoint:
     """One contender on one matrix with one number of tokens.
 
-    scheme: of the codes, as ``Scheme.describe``. name: such as ``W4A16 triton``, ``bfloat16``, ``torch int4``. kind: ``ours``, ``baseline``
+    scheme: of the codes, by name. name: such as ``W4A16 triton``, ``bfloat16``, ``torch int4``. kind: ``ours``, ``baseline``
     or ``peer``. microseconds: median of a call, low and high its 10th and 90th percentile. graph_microseconds: in a CUDA graph; None on the
     CPU and for what cannot be captured. ratio: by baseline, its time over this one's, so 2.0 is twice as fast; graph_ratio: the same of the
     graphs' times, empty without them. bytes, operations, bandwidth_share, arithmetic_share, error: see the module; error is None for a peer
@@ -132,7 +127,7 @@ def _time_lineup(lineup: Lineup, shape: Shape, tokens: int, machine: Machine, se
     """All contenders on ``tokens`` rows of input: a point for each, and a line for each peer that could not do it."""
     device = lineup.x.device
     inputs = {each.dtype: lineup.x[:tokens].to(each.dtype) for each in lineup.contenders}
-    errors, failures = _errors(lineup, inputs, f"{lineup.weight.scheme.describe()}, {shape.name}, {tokens} tokens")
+    errors, failures = _errors(lineup, inputs, f"{lineup.weight.scheme}, {shape.name}, {tokens} tokens")
     able = [each for each in lineup.contenders if each.name in errors]
     calls = {each.name: [partial(multiply, inputs[each.dtype]) for multiply in each.copies] for each in able}
     eager = time_in_turn(calls, device, seconds=seconds)
@@ -160,7 +155,7 @@ def _point(
     limit = machine.arithmetic.get(one.arithmetic, machine.arithmetic["float32"])
     return KernelPoint(
         shape=shape,
-        scheme=scheme.describe(),
+        scheme=str(scheme),
         tokens=tokens,
         name=one.name,
         kind=one.kind,
@@ -216,23 +211,3 @@ def _exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """``x`` [M, K] times ``weight`` [n, K] as float64 [M, n], some tokens at a time."""
     dense = weight.dequantize(torch.float64)
     return torch.cat([part.double() @ dense.t() for part in x.split(TOKENS_AT_ONCE)])
-
-
-def parse_scheme(text: str) -> Scheme:
-    """The number format that ``text`` names: ``llm-int8[-static]``, or
-
-        w<bits>a16[-g<columns>|-row][-asym]         weights only; groups of 128 columns where it does not say
-        w<bits>a8[-row|-tensor][-static]            8-bit activations, one scale a token, or one for all fixed beforehand
-
-    Raises UsageError for anything else.
-    """
-    name = text.strip().lower()
-    if split := re.fullmatch(r"llm-int8(-static)?", name):
-        return Scheme(8, WHOLE_ROW, True, ActivationScheme(), OutlierSplit(dynamic=split[1] is None))
-    if weights := re.fullmatch(r"w(\d+)a16(?:-g([1-9]\d*)|(-row))?(-asym)?", name):
-        group = WHOLE_ROW if weights[3] else int(weights[2] or DEFAULT_GROUP)
-        return Scheme(int(weights[1]), group, symmetric=weights[4] is None)
-    if integers := re.fullmatch(r"w(\d+)a8(?:-row|(-tensor))?(-static)?", name):
-        activations = ActivationScheme(per_token=False, dynamic=False) if integers[3] else ActivationScheme()
-        return Scheme(int(integers[1]), WHOLE_MATRIX if integers[2] else WHOLE_ROW, True, activations)
-    raise UsageError(f"--scheme {text}: no such number format; write one such as {', '.join(SCHEMES)}")

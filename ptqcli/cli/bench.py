@@ -225,10 +225,10 @@ class _Job:
 
     def add_shapes(self, shapes: str, schemes: Sequence[str]) -> None:
         """The matrices that ``shapes`` names in each of ``schemes``."""
-        from ptqcli.bench.linears import parse_scheme
         from ptqcli.bench.shapes import named_shapes
+        from ptqcli.numerics.scheme import Scheme
 
-        formats = list(dict.fromkeys(parse_scheme(text) for text in schemes))
+        formats = list(dict.fromkeys(Scheme.parse(text) for text in schemes))
         self.work = [(shape, scheme) for scheme in formats for shape in named_shapes(shapes)]
         self.subject = shapes
 
@@ -303,7 +303,7 @@ class _Job:
         if self.models:
             yield "original", path_text(self.models["original"]) if "original" in self.models else "none"
         if self.work:
-            schemes = dict.fromkeys(scheme.describe() for _, scheme in self.work)
+            schemes = dict.fromkeys(str(scheme) for _, scheme in self.work)
             yield "kernels", f"{len(self.work)} matrices ({'; '.join(schemes)}) with {_listed(self.tokens)} tokens"
         if self.models:
             settings = f"batch {_listed(self.batches)}, prompt {_listed(self.prompts or ())}, {self.new_tokens} new tokens"

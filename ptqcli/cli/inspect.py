@@ -66,7 +66,7 @@ def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[st
         weights = spec.out_features * spec.in_features
         facts = {
             "name": name,
-            "scheme": scheme.describe(),
+            "scheme": str(scheme),
             "shape": [spec.out_features, spec.in_features],
             "bytes": size,
             "bits_per_weight": size * 8 / weights,

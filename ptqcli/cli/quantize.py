@@ -152,7 +152,7 @@ def _parse_alpha(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are.")
 @click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of the above; flags win over it.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", show_default="./MODEL-ALGO-w4g128", help="Where to write.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", show_default="./MODEL-ALGO-w4a16-g128", help="Where to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder.")
 @data_dir_option
 @device_option
@@ -250,21 +250,7 @@ def _default_name(model: str | None, recipe: Recipe) -> str:
         name = Path(model).resolve().name
     else:
         name = model.rpartition("/")[2]
-    return f"{name}-{recipe.algo}-{_scheme_name(recipe)}"
-
-
-def _scheme_name(recipe: Recipe) -> str:
-    """``w4g128``, ``w8a8``, ``w8a8-O2``, ``w8a8-static``, ``w8a8-outliers-static``: what two runs may differ in by a flag or two."""
-    scheme = recipe.scheme
-    group = f"g{scheme.group_size}" if scheme.group_size > 0 else ""
-    if scheme.activations is None:
-        return f"w{scheme.bits}{group}"
-    words = [f"w{scheme.bits}a{scheme.activations.bits}", recipe.smooth_level or ("" if scheme.group_size else "per-tensor")]
-    if not recipe.smooth_level and scheme.activations.describe() != "token":
-        words.append(scheme.activations.describe())
-    if scheme.outliers is not None and not scheme.outliers.dynamic:
-        words.append("outliers-static")
-    return "-".join(filter(None, words))
+    return f"{name}-{recipe.algo}-{recipe.scheme}"
 
 
 # What is shown
@@ -319,7 +305,7 @@ def _show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
 def _plan_as_json(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": asdict(plan.recipe),
-        "linears": [{"name": linear.name, "scheme": linear.scheme.describe()} for linear in plan.linears],
+        "linears": [{"name": linear.name, "scheme": str(linear.scheme)} for linear in plan.linears],
         "skipped": plan.skipped,
         "outside": plan.outside,
         "seqlen": plan.seqlen,

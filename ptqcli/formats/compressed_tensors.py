@@ -190,7 +190,7 @@ def _integer_tensors(name: str, weight: QuantizedWeight) -> list[Tensor]:
     parts += [None, None] if weight.outliers is None else [weight.outliers.index, weight.outliers.weight.contiguous()]
     present = [part for part in parts if part is not None]
     if len(present) != len(_leaves(scheme)) - 2 or (weight.outliers is None) != (scheme.outliers is None):
-        raise PTQError(f"{name}: the input scale or the outlier columns do not go with its scheme, {scheme.describe()}")
+        raise PTQError(f"{name}: the input scale or the outlier columns do not go with its scheme, {scheme}")
     # An unsigned byte wraps around; read as signed it is the difference.
     return [(weight.codes - scheme.middle).view(torch.int8), scale, *present]
 

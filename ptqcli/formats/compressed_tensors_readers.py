@@ -34,7 +34,7 @@ def fused_refusal(group: Mapping[str, Scheme | None]) -> str | None:
     first = next(iter(group))
     for name, scheme in group.items():
         if scheme != group[first]:
-            one, other = ("left as it is" if each is None else each.describe() for each in (group[first], scheme))
+            one, other = ("left as it is" if each is None else str(each) for each in (group[first], scheme))
             return (
                 f"{first} ({one}) and {name} ({other}) read the same input and are run as one matrix by vLLM; "
                 "give them the same scheme, or leave all of them as they are"

@@ -1,13 +1,19 @@
-"""Grids: scale and zero point of a group, and the searches that fit them."""
+"""Grids: an element with scale and zero point of a group, and the searches that fit them.
+
+A grid's range is what its element reaches. How far that should be is a search: ``MinMax`` takes all weights in, ``SquaredError`` clips
+where that lowers the rounding error, ``Clipped`` takes limits that were found elsewhere.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ptqcli.errors import UsageError
+from ptqcli.numerics.elements import Element
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 
 # Candidate shrink factors of the squared-error search. Below 0.35 no group of a trained model won at 2 bits, the width
@@ -18,33 +24,130 @@ SHRINK_FACTORS = tuple(1.0 - 0.05 * step for step in range(14))
 # chosen for the rounded scale anyway. The other dtypes have no scale to lose: their normal numbers end at 1e-38.
 SMALLEST_SCALE = {torch.float16: 2.0**-20}
 
+EVERY_GROUP = slice(None)
+
 
 @dataclass(frozen=True)
-class GroupGrid:
-    """Scale and zero point of one group for each row.
+class Grid:
+    """The values that the codes of one or more groups stand for.
 
-    scale: [rows, 1] with values that the stored dtype holds exactly; zero: [rows, 1] with integer values; both in the dtype of the weights.
+    element: what a code means in units of the scale. scale: values that the stored dtype holds exactly. zero: whole numbers. Both are in
+    the dtype of the weights and broadcast to them; as a search fits them, [rows, 1].
     """
 
+    element: Element
     scale: Tensor
     zero: Tensor
 
+    def nearest(self, weights: Tensor) -> Tensor:
+        """Nearest codes of ``weights``, as whole numbers in their dtype."""
+        return self.element.nearest(weights / self.scale, self.zero)
 
-def fit(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax", limit: Tensor | None = None) -> GroupGrid:
-    """Scale and zero point for each row of ``weights``, float32 or float64 [rows, columns of one group].
+    def nearest_with_miss(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes, and their values less the weights in units of the scale."""
+        units = weights / self.scale
+        codes = self.element.nearest(units, self.zero)
+        return codes, self.element.miss(codes, units, self.zero)
 
-    ``minmax``: symmetric ``2 * absmax / (2^b - 1)``; asymmetric ``(max - min) / (2^b - 1)`` over a range that includes zero, so that
-    zero stays exact. ``mse``: the range is shrunk by each of SHRINK_FACTORS and the one with the least summed squared error is kept.
-    A row of zeros gets scale 1. The scale is rounded to ``scale_dtype``; one too small or too large for it is held at the smallest or
-    largest that it can hold (see SMALLEST_SCALE). limit, [rows, 1]: the largest magnitude that the range may reach, found by a search of
-    its own (AWQ's clipping); then nothing more is searched here. With one scale for the whole matrix all rows get the same.
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values of ``codes``, which are in the dtype of the scale."""
+        return self.element.decode(codes, self.zero) * self.scale
+
+    def round(self, weights: Tensor) -> Tensor:
+        """``weights`` quantized and read back."""
+        return self.decode(self.nearest(weights))
+
+    def subtract(self, codes: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Write ``weights - decode(codes)`` to ``out``, in one step."""
+        torch.addcmul(weights, self.element.decode(codes, self.zero), self.scale, value=-1, out=out)
+
+
+class RangeSearch(Protocol):
+    """Fits grids to weights. Groups are rows here: a matrix [out, in] comes as [out * groups, columns of a group] or group by group."""
+
+    def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
+        """The grid of each row of ``weights``, float32 or float64; scale and zero point are [rows, 1].
+
+        groups: which groups of each row of the matrix these are. A row of zeros gets scale 1. The scale is rounded to ``scale_dtype``; one
+        too small or too large for it is held at the smallest or largest that it can hold (see SMALLEST_SCALE). With one scale for the
+        whole matrix all rows get the same.
+        """
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """All weights are in range.
+
+    Symmetric: scale ``2 * absmax / (2^b - 1)``. Asymmetric: ``(max - min) / (2^b - 1)`` over a range that includes zero, so that zero
+    stays exact.
     """
-    if scheme.group_size == WHOLE_MATRIX and len(weights) > 1:
-        whole = None if limit is None else limit.amax().reshape(1, 1)
-        grid = fit(weights.reshape(1, -1), scheme, scale_dtype, search, whole)
-        return GroupGrid(grid.scale.expand(len(weights), 1).clone(), grid.zero.expand(len(weights), 1).clone())
-    if search not in ("minmax", "mse"):
-        raise UsageError(f"scale search '{search}' is unknown; use minmax or mse")
+
+    def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
+        """See ``RangeSearch``."""
+        low, high = _range(_sharing(weights, scheme), scheme)
+        return _for_all(_grid(low, high, scheme, scale_dtype), weights)
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """The range of ``MinMax``, shrunk by that of SHRINK_FACTORS which leaves the least summed squared error."""
+
+    def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
+        """See ``RangeSearch``."""
+        rows = _sharing(weights, scheme)
+        low, high = _range(rows, scheme)
+        best = _grid(low, high, scheme, scale_dtype)
+        best_error = _squared_error(rows, best)
+        for factor in SHRINK_FACTORS[1:]:
+            candidate = _grid(low * factor, high * factor, scheme, scale_dtype)
+            error = _squared_error(rows, candidate)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            scale = torch.where(better, candidate.scale, best.scale)
+            best = Grid(best.element, scale, torch.where(better, candidate.zero, best.zero))
+        return _for_all(best, weights)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The range of ``MinMax``, but no magnitude beyond ``limits`` [out, groups], which a search of its own has found (AWQ's clipping)."""
+
+    limits: Tensor
+
+    def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
+        """See ``RangeSearch``."""
+        limit = self.limits[:, groups].reshape(-1, 1)
+        if scheme.group_size == WHOLE_MATRIX:
+            limit = limit.amax().reshape(1, 1)
+        low, high = _range(_sharing(weights, scheme), scheme, limit)
+        return _for_all(_grid(low, high, scheme, scale_dtype), weights)
+
+
+SEARCHES: dict[str, RangeSearch] = {"minmax": MinMax(), "mse": SquaredError()}
+
+
+def range_search(name: str) -> RangeSearch:
+    """The search called ``name``, as the option scale_search of the solvers has it. Raises UsageError for an unknown one."""
+    if name not in SEARCHES:
+        raise UsageError(f"scale search '{name}' is unknown; use {' or '.join(SEARCHES)}")
+    return SEARCHES[name]
+
+
+def _sharing(weights: Tensor, scheme: Scheme) -> Tensor:
+    """``weights`` with what shares a scale in one row."""
+    return weights.reshape(1, -1) if scheme.group_size == WHOLE_MATRIX else weights
+
+
+def _for_all(grid: Grid, weights: Tensor) -> Grid:
+    """``grid`` with a row for each of ``weights``."""
+    rows = len(weights)
+    if len(grid.scale) == rows:
+        return grid
+    return Grid(grid.element, grid.scale.expand(rows, 1).clone(), grid.zero.expand(rows, 1).clone())
+
+
+def _range(weights: Tensor, scheme: Scheme, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value that the grid of each row has to reach, [rows, 1]; limit, [rows, 1]: the most."""
     low = weights.amin(dim=1, keepdim=True).clamp(max=0)
     high = weights.amax(dim=1, keepdim=True).clamp(min=0)
     if limit is not None:
@@ -52,38 +155,21 @@ def fit(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str =
     if scheme.symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    best = _grid(low, high, scheme, scale_dtype)
-    if search == "minmax" or limit is not None:
-        return best
-    best_error = _squared_error(weights, best, scheme)
-    scale, zero = best.scale, best.zero
-    for factor in SHRINK_FACTORS[1:]:
-        candidate = _grid(low * factor, high * factor, scheme, scale_dtype)
-        error = _squared_error(weights, candidate, scheme)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        scale = torch.where(better, candidate.scale, scale)
-        zero = torch.where(better, candidate.zero, zero)
-    return GroupGrid(scale, zero)
+    return low, high
 
 
-def _grid(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupGrid:
-    steps = scheme.levels - 1
-    scale = (high - low) / steps
+def _grid(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+    """The grid that reaches from ``low`` to ``high``."""
+    element = scheme.element
+    scale = (high - low) / element.span
     limits = torch.finfo(scale_dtype)
     smallest = SMALLEST_SCALE.get(scale_dtype, limits.tiny)
     scale = torch.where(scale > 0, scale.clamp(smallest, limits.max), torch.ones_like(scale))
     scale = scale.to(scale_dtype).to(low.dtype)
     if scheme.symmetric:
-        return GroupGrid(scale, torch.full_like(scale, scheme.middle))
-    return GroupGrid(scale, torch.round(-low / scale).clamp(0, steps))
+        return Grid(element, scale, torch.full_like(scale, scheme.middle))
+    return Grid(element, scale, torch.round(-low / scale).clamp(0, element.span))
 
 
-def _squared_error(weights: Tensor, grid: GroupGrid, scheme: Scheme) -> Tensor:
-    codes = encode(weights, grid, scheme)
-    return ((codes - grid.zero) * grid.scale - weights).square().sum(dim=1, keepdim=True)
-
-
-def encode(weights: Tensor, grid: GroupGrid, scheme: Scheme) -> Tensor:
-    """Nearest codes of ``weights`` [rows, columns] on the grid, as integers in [0, 2^bits) in the dtype of the weights."""
-    return torch.round(weights / grid.scale + grid.zero).clamp_(0, scheme.levels - 1)
+def _squared_error(weights: Tensor, grid: Grid) -> Tensor:
+    return (grid.round(weights) - weights).square().sum(dim=1, keepdim=True)

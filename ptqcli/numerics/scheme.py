@@ -17,19 +17,47 @@ either computed when the layer runs (dynamic) or fixed by calibration (static; p
 ``y = s_x s_w (q_x q_w^T) + b`` with a product of integers. Columns with outliers leave that product and are multiplied in 16 bit
 (Dettmers et al. 2022, LLM.int8): those in which an input exceeds a threshold when the layer runs (dynamic), or those in which one did
 during calibration (static).
+
+Notation: ``str(scheme)`` and ``Scheme.parse`` are an inverse pair over one name for each scheme,
+
+    w4a16-g128, w4a16-g64-asym, w3a16-row-asym      weights only: groups of columns, or whole rows; with zero points
+    w8a8, w8a8-tensor                               8-bit activations, too: a weight scale a row, or one for the whole matrix
+    w8a8-act-tensor, w8a8-static                    activation scales: one for the tensor instead of one a token; from calibration
+    w8a8-outliers6, w8a8-outliers4.5-static         inputs beyond the number in 16 bit: found when the layer runs, or by calibration
+
+Parsing takes short forms as well: ``w4a16`` for groups of 128, ``llm-int8`` and ``llm-int8-static`` for w8a8 with outliers6, and
+``-sym`` or ``-row`` where that is what it would be anyway.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ptqcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ptqcli.numerics.elements import Element
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 
 WHOLE_ROW = -1  # group sizes that are no number of columns
 
 WHOLE_MATRIX = 0
+
+DEFAULT_GROUP = 128  # of a name that does not say
+
+# One of each kind, to show how names are made.
+EXAMPLES = ("w4a16-g128", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
+
+_NAME = re.compile(
+    r"w(?P<bits>[0-9]{1,3})a(?P<abits>[0-9]{1,3})"
+    r"(?:-(?:g(?P<columns>[1-9][0-9]{0,17})|(?P<whole>row|tensor)))?"
+    r"(?:-(?P<zero>a?sym))?"
+    r"(?:-(?P<scales>act-tensor|static))?"
+    r"(?P<split>-outliers(?P<threshold>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)?(?P<fixed>-static)?)?"
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +78,6 @@ class ActivationScheme:
         if self.per_token and not self.dynamic:
             raise UsageError("activation scales fixed by calibration are per tensor, not per token")
 
-    def describe(self) -> str:
-        """Short name: ``token``, ``tensor`` (dynamic both), or ``static``."""
-        if not self.dynamic:
-            return "static"
-        return "token" if self.per_token else "tensor"
-
 
 @dataclass(frozen=True)
 class OutlierSplit:
@@ -71,10 +93,6 @@ class OutlierSplit:
     def __post_init__(self) -> None:
         if not 0 < self.threshold < float("inf"):
             raise UsageError(f"outlier threshold {self.threshold} is not valid; give a positive number (the paper's is 6.0)")
-
-    def describe(self) -> str:
-        """Short name, such as ``outliers>6 static``."""
-        return f"outliers>{self.threshold:g}{'' if self.dynamic else ' static'}"
 
 
 @dataclass(frozen=True)
@@ -132,10 +150,54 @@ class Scheme:
             raise UsageError(f"group size {columns} does not divide {in_features} input features")
         return in_features // columns
 
-    def describe(self) -> str:
-        """Short name for tables, such as ``W4 g128 sym`` or ``W8A8 per row, token``."""
-        group = {WHOLE_ROW: "per row", WHOLE_MATRIX: "per tensor"}.get(self.group_size, f"g{self.group_size}")
+    @property
+    def element(self) -> Element:
+        """What a code stands for."""
+        from ptqcli.numerics.elements import Int  # brings torch along, which a name or a request does without
+
+        return Int(self.bits)
+
+    def __str__(self) -> str:
+        """The one name of the scheme, see the module."""
         if self.activations is None:
-            return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
-        split = f", {self.outliers.describe()}" if self.outliers else ""
-        return f"W{self.bits}A{self.activations.bits} {group}, {self.activations.describe()}{split}"
+            group = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
+            return f"w{self.bits}a16-{group}{'' if self.symmetric else '-asym'}"
+        name = f"w{self.bits}a{self.activations.bits}{'-tensor' if self.group_size == WHOLE_MATRIX else ''}"
+        if not self.activations.dynamic:
+            name += "-static"
+        elif not self.activations.per_token:
+            name += "-act-tensor"
+        if self.outliers is not None:
+            threshold = repr(float(self.outliers.threshold)).removesuffix(".0")
+            name += f"-outliers{threshold}{'' if self.outliers.dynamic else '-static'}"
+        return name
+
+    @staticmethod
+    def parse(text: str) -> Scheme:
+        """The scheme that ``text`` names, see the module; in capitals as well. Raises UsageError for anything else."""
+        found = _NAME.fullmatch(re.sub(r"^llm-int8(?=-|$)", "w8a8-outliers", text.strip().lower()))
+        if found is None:
+            raise UsageError(f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}")
+        try:
+            return _scheme_of(found)
+        except UsageError as error:
+            raise UsageError(f"scheme {text!r}: {error}") from error
+
+
+def _scheme_of(name: re.Match[str]) -> Scheme:
+    activations = None
+    if name["abits"] != "16":
+        activations = ActivationScheme(int(name["abits"]), per_token=name["scales"] is None, dynamic=name["scales"] != "static")
+    elif name["scales"]:
+        raise UsageError(f"activations in 16 bit have no scales; write a8, or leave -{name['scales']} out")
+    whole = {"row": WHOLE_ROW, "tensor": WHOLE_MATRIX, None: DEFAULT_GROUP if activations is None else WHOLE_ROW}
+    outliers = None
+    if name["split"]:
+        outliers = OutlierSplit(float(name["threshold"] or OutlierSplit.threshold), dynamic=name["fixed"] is None)
+    return Scheme(
+        bits=int(name["bits"]),
+        group_size=int(name["columns"]) if name["columns"] else whole[name["whole"]],
+        symmetric=name["zero"] != "asym",
+        activations=activations,
+        outliers=outliers,
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptqcli.numerics.grids import encode, fit
+from ptqcli.numerics.grids import Grid, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 
 
@@ -43,14 +43,14 @@ class QuantizedWeight:
     outliers: OutlierColumns | None = None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """``(codes - zero) * scale`` as [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's).
+        """The values of the codes, [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's).
 
         Columns that are kept in 16 bit have their 16-bit values.
         """
         _out, columns = self.codes.shape
         index = self.g_idx.long() if self.g_idx is not None else _neighbour_groups(columns, self.scale.shape[1], self.codes.device)
-        centred = self.codes.float() - self.zero.float()[:, index]
-        values = (centred * self.scale.float()[:, index]).to(dtype or self.scale.dtype)
+        grid = Grid(self.scheme.element, self.scale.float()[:, index], self.zero.float()[:, index])
+        values = grid.decode(self.codes.float()).to(dtype or self.scale.dtype)
         if self.outliers is not None:
             values[:, self.outliers.index.long()] = self.outliers.weight.to(values.dtype)
         return values
@@ -72,19 +72,17 @@ def _neighbour_groups(columns: int, groups: int, device: torch.device) -> Tensor
     return torch.arange(columns, device=device) // (columns // groups)
 
 
-def round_to_nearest(
-    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax", limit: Tensor | None = None
-) -> QuantizedWeight:
-    """Every weight of a floating [out, in] as the nearest code of its group's grid. limit: [out, groups], as in ``fit``.
+def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> QuantizedWeight:
+    """Every weight of a floating [out, in] as the nearest code of its group's grid, which ``ranges`` fits.
 
     Raises UsageError if the group size does not divide ``in``.
     """
     out_features, in_features = weight.shape
     groups = scheme.group_count(in_features)
     rows = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
-    grid = fit(rows, scheme, scale_dtype, search, None if limit is None else limit.reshape(-1, 1))
+    grid = ranges.fit(rows, scheme, scale_dtype)
     return QuantizedWeight(
-        codes=encode(rows, grid, scheme).to(torch.uint8).reshape(out_features, in_features),
+        codes=grid.nearest(rows).to(torch.uint8).reshape(out_features, in_features),
         scale=grid.scale.to(scale_dtype).reshape(out_features, groups),
         zero=grid.zero.to(torch.uint8).reshape(out_features, groups),
         scheme=scheme,

@@ -92,8 +92,8 @@ class LoadedBlock:
             weight = (stored.t() if linear.site.transposed else stored).float()
         if not torch.isfinite(weight).all():
             raise PTQError(f"{name}: the weight holds NaN or infinity; the model file is broken")
-        limit = None if self.folded is None else self.folded.limits.get(local)
-        return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, limit=limit)
+        ranges = None if self.folded is None else self.folded.ranges.get(local)
+        return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, ranges=ranges)
 
     def place(self, task: LinearTask, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block."""
@@ -116,7 +116,7 @@ class LoadedBlock:
         self.run.layers.append(
             LayerReport(
                 name=linear.name,
-                scheme=linear.scheme.describe(),
+                scheme=str(linear.scheme),
                 bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
                 relative_error=error,
                 outlier_share=None if outliers is None else outliers / linear.site.in_features,

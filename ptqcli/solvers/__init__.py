@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
+from ptqcli.numerics.grids import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
@@ -77,12 +78,12 @@ class MatrixSolver(Protocol):
         prepared: Any,
         scheme: Scheme,
         scale_dtype: torch.dtype,
-        limit: Tensor | None = None,
+        ranges: RangeSearch | None = None,
         progress: Progress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 [out, in]; ``prepared`` is what ``prepare`` returned.
 
-        limit: [out, groups], the largest magnitude that each group's grid may reach, see ``scheme.fit``.
+        ranges: fits the grids; None for the search of the solver's own options.
         """
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
@@ -93,14 +94,14 @@ class MatrixSolver(Protocol):
 class LinearTask:
     """A linear that waits for its codes.
 
-    name: its path in the model. weight: float32 [out, in], not to be written into. limit: as in ``MatrixSolver.solve``.
+    name: its path in the model. weight: float32 [out, in], not to be written into. ranges: as in ``MatrixSolver.solve``.
     """
 
     name: str
     weight: Tensor
     scheme: Scheme
     scale_dtype: torch.dtype
-    limit: Tensor | None = None
+    ranges: RangeSearch | None = None
 
 
 @dataclass(frozen=True)

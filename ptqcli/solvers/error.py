@@ -41,7 +41,7 @@ def error_in_scheme(
     scheme: Scheme,
     statistics: InputStatistics | None,
     scale_dtype: torch.dtype,
-    scale_search: str = "minmax",
+    scale_search: str = "mse",
 ) -> float:
     """``relative_error`` of ``weight``, float32 [out, in], rounded to nearest in ``scheme``.
 

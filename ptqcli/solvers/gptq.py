@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import GroupGrid, encode, fit
+from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
@@ -65,15 +65,15 @@ class Factor:
 class GPTQ:
     """GPTQ with its options.
 
-    damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search: as in ``scheme.fit``.
-    The command line's defaults are those of ``SolverOptions``.
+    damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search: minmax or mse,
+    see ``ptqcli.numerics.grids``.
     """
 
     needs_hessian: ClassVar[bool] = True
     damp: float = 0.01
     act_order: bool = True
     static_groups: bool = True
-    scale_search: str = "minmax"
+    scale_search: str = "mse"
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
@@ -96,14 +96,14 @@ class GPTQ:
         prepared: Factor,
         scheme: Scheme,
         scale_dtype: torch.dtype,
-        limit: Tensor | None = None,
+        ranges: RangeSearch | None = None,
         progress: Progress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
         groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
         fixed = self.act_order and (self.static_groups or groups == 1)
-        work = _Columns(weight, prepared, scheme, scale_dtype, self.scale_search, limit)
+        work = _Columns(weight, prepared, scheme, scale_dtype, ranges or range_search(self.scale_search))
         if fixed:
             work.fit_beforehand()
         work.run(0, weight.shape[1])
@@ -124,10 +124,10 @@ class GPTQ:
 class _Columns:
     """One matrix while its columns are rounded; everything is [in, out] in processing order, so that a column is contiguous."""
 
-    def __init__(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, search: str, limit: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> None:
         out_features, in_features = weight.shape
-        self.limit = limit  # [out, groups]
-        self.scheme, self.scale_dtype, self.search = scheme, scale_dtype, search
+        self.scheme, self.scale_dtype, self.ranges = scheme, scale_dtype, ranges
+        self.element = scheme.element
         self.group = scheme.columns_per_group(in_features)
         self.order = factor.order
         self.feedback = factor.feedback.to(weight.dtype)
@@ -177,8 +177,7 @@ class _Columns:
         return torch.addmm(self.weight[low:high], inverse.t(), self.target[low:high] - self.weight[low:high])
 
     def _fit(self, index: int, columns: Tensor) -> None:
-        limit = None if self.limit is None else self.limit[:, index : index + 1]
-        grid: GroupGrid = fit(columns.t(), self.scheme, self.scale_dtype, self.search, limit)
+        grid = self.ranges.fit(columns.t(), self.scheme, self.scale_dtype, slice(index, index + 1))
         self.scale[index] = grid.scale.squeeze(1)
         self.zero[index] = grid.zero.squeeze(1)
 
@@ -189,10 +188,10 @@ class _Columns:
             target, done = self.target[position], position - low
             if done:
                 target.addmv_(earlier[:, :done], feedback[done, :done])
-            grid = GroupGrid(self.scale[self.group_of[position]], self.zero[self.group_of[position]])
-            code = encode(target, grid, self.scheme)
-            self.codes[position] = code
-            torch.addcmul(self.weight[position], code.sub_(grid.zero), grid.scale, value=-1, out=self.error[position])
+            grid = Grid(self.element, self.scale[self.group_of[position]], self.zero[self.group_of[position]])
+            codes = grid.nearest(target)
+            self.codes[position] = codes
+            grid.subtract(codes, self.weight[position], out=self.error[position])
 
     def zero_groups(self) -> int:
         """Groups of a row whose original weights are all zero."""

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import fit
+from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
@@ -64,11 +64,11 @@ class Inverse:
 
 @dataclass(frozen=True)
 class OBQ:
-    """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: as in ``scheme.fit``."""
+    """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: minmax or mse, see ``grids``."""
 
     needs_hessian: ClassVar[bool] = True
     damp: float = 0.01
-    scale_search: str = "minmax"
+    scale_search: str = "mse"
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
@@ -87,7 +87,7 @@ class OBQ:
         prepared: Inverse,
         scheme: Scheme,
         scale_dtype: torch.dtype,
-        limit: Tensor | None = None,
+        ranges: RangeSearch | None = None,
         progress: Progress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``.
@@ -97,9 +97,8 @@ class OBQ:
         out_features, in_features = weight.shape
         groups = scheme.group_count(in_features)
         grouped = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
-        grid = fit(grouped, scheme, scale_dtype, self.scale_search, None if limit is None else limit.reshape(-1, 1))
-        scale = grid.scale.reshape(out_features, groups)
-        zero = grid.zero.reshape(out_features, groups)
+        grid = (ranges or range_search(self.scale_search)).fit(grouped, scheme, scale_dtype)
+        scale, zero = grid.scale.reshape(out_features, groups), grid.zero.reshape(out_features, groups)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 
         columns = scheme.columns_per_group(in_features)
@@ -107,7 +106,7 @@ class OBQ:
         inverses = weight.new_empty(batch, max(0, in_features - BLOCK) ** 2)
         for start in range(0, out_features, batch):
             rows = slice(start, start + batch)
-            work = _Rows(weight[rows], scale[rows], zero[rows], columns, scheme, prepared, inverses, codes[rows])
+            work = _Rows(weight[rows], Grid(grid.element, scale[rows], zero[rows]), columns, prepared, inverses, codes[rows])
             while work.left:
                 work.quantize_block(lambda done, start=start: progress(start * in_features + done, out_features * in_features))  # type: ignore[misc]
         quantized = QuantizedWeight(codes, scale.to(scale_dtype), zero.to(torch.uint8), scheme)
@@ -139,17 +138,15 @@ def _rows_at_once(in_features: int, itemsize: int) -> int:
 class _Rows:
     """Some rows of one matrix while their weights are quantized; of each row the columns that are left, side by side.
 
-    weight, scale, zero, column (its number in the matrix): [rows, left]. inverse: [rows, left, left], first the shared one, then views
-    into ``inverses``.
+    weight, grid (scale and zero), column (its number in the matrix): [rows, left]. inverse: [rows, left, left], first the shared one,
+    then views into ``inverses``.
     """
 
     def __init__(
         self,
         weight: Tensor,
-        scale: Tensor,
-        zero: Tensor,
+        grid: Grid,
         columns: int,
-        scheme: Scheme,
         prepared: Inverse,
         inverses: Tensor,
         codes: Tensor,
@@ -157,11 +154,10 @@ class _Rows:
         rows, self.left = weight.shape
         self.columns = self.left
         self.weight = weight.clone()
-        self.scale = scale.repeat_interleave(columns, dim=1)
-        self.zero = zero.repeat_interleave(columns, dim=1)
+        self.grid = Grid(grid.element, *(each.repeat_interleave(columns, dim=1) for each in (grid.scale, grid.zero)))
         self.column = torch.arange(self.left, device=weight.device).repeat(rows, 1)
         self.inverse = prepared.matrix.to(weight.dtype).expand(rows, -1, -1)
-        self.floor, self.largest_code = prepared.floor, scheme.levels - 1
+        self.floor = prepared.floor
         self.inverses, self.codes = inverses, codes
         self.row = torch.arange(rows, device=weight.device)
 
@@ -191,15 +187,13 @@ class _Rows:
 
     def _quantize_one(self, diagonal: Tensor, barred: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Choose a weight of each row and write down its code. Returns q(w_p) - w_p, [rows, 1], and where the weights stand."""
-        wanted = self.weight / self.scale + self.zero
-        code = torch.round(wanted).clamp_(0, self.largest_code)
-        miss = code - wanted  # in steps of the grid
+        codes, miss = self.grid.nearest_with_miss(self.weight)
         farthest = miss.abs().max(dim=1)
-        error = miss.mul_(self.scale)
+        error = miss.mul_(self.grid.scale)
         cheapest = (error.square() / diagonal).add_(barred).argmin(dim=1)
-        place = torch.where(farthest.values > 0.5, farthest.indices, cheapest)
+        place = torch.where(farthest.values > self.grid.element.slack, farthest.indices, cheapest)
         at = self.row, place
-        self.codes[self.row, self.column[at]] = code[at].to(torch.uint8)
+        self.codes[self.row, self.column[at]] = codes[at].to(torch.uint8)
         barred[at] = torch.inf
         return error[at].unsqueeze(1), at
 
@@ -212,6 +206,5 @@ class _Rows:
             chosen = self.inverse[row].index_select(0, index).index_select(1, index)
             torch.addmm(chosen, columns.t(), columns, alpha=-1, out=smaller[row])
         self.inverse = smaller
-        self.weight, self.scale, self.zero, self.column = (
-            values.gather(1, kept) for values in (self.weight, self.scale, self.zero, self.column)
-        )
+        self.weight, self.column = self.weight.gather(1, kept), self.column.gather(1, kept)
+        self.grid = Grid(self.grid.element, self.grid.scale.gather(1, kept), self.grid.zero.gather(1, kept))

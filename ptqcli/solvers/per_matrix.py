@@ -84,7 +84,7 @@ class StageWork:
         if weight.shape[1] == 0:
             return Solution(_no_codes(task), SolveNotes())
         prepared = self._prepare(threshold)
-        return self.solver.solve(weight, prepared, task.scheme, task.scale_dtype, task.limit, progress)
+        return self.solver.solve(weight, prepared, task.scheme, task.scale_dtype, task.ranges, progress)
 
     def _prepare(self, threshold: float | None) -> Any:
         if threshold not in self._prepared:

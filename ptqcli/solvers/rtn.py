@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.numerics.grids import RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
@@ -20,10 +21,10 @@ from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
 
 @dataclass(frozen=True)
 class RTN:
-    """Round to nearest with the scale search of ``ptqcli.numerics.grids.fit``."""
+    """Round to nearest. scale_search: minmax or mse, see ``ptqcli.numerics.grids``."""
 
     needs_hessian: ClassVar[bool] = False
-    scale_search: str = "minmax"
+    scale_search: str = "mse"
 
     def prepare(self, hessian: Hessian | None, where: str) -> None:
         """Nothing to share."""
@@ -34,11 +35,11 @@ class RTN:
         prepared: None,
         scheme: Scheme,
         scale_dtype: torch.dtype,
-        limit: Tensor | None = None,
+        ranges: RangeSearch | None = None,
         progress: Progress = ignore_progress,
     ) -> Solution:
         """Nearest codes for ``weight``, float [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        quantized = round_to_nearest(weight, scheme, scale_dtype, self.scale_search, limit)
+        quantized = round_to_nearest(weight, scheme, scale_dtype, ranges or range_search(self.scale_search))
         groups = weight.reshape(*quantized.scale.shape, -1)  # [out, groups, columns of a group]
         return Solution(quantized, SolveNotes(zero_groups=int((groups == 0).all(dim=2).sum())))
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Needs
-from ptqcli.numerics.grids import SHRINK_FACTORS, GroupGrid, encode, fit
+from ptqcli.numerics.grids import SHRINK_FACTORS, Clipped
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec
 from ptqcli.transforms.folds import Fold
@@ -60,7 +60,7 @@ class AWQ:
             if split is not None and outliers is not None and not split.dynamic:
                 weight, samples = weight[:, ~outliers], samples[:, ~outliers]
             if weight.shape[1]:
-                block.limit(local, clip_limits(weight, samples, spec))
+                block.ranges[local] = Clipped(clip_limits(weight, samples, spec))
 
 
 def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
@@ -116,8 +116,7 @@ def _group_limit(weight: Tensor, gram: Tensor, scheme: Scheme, scale_dtype: torc
         largest = largest.amax().expand_as(largest)
     best, limit = torch.full_like(largest, torch.inf), largest
     for factor in SHRINK_FACTORS:
-        grid: GroupGrid = fit(weight, scheme, scale_dtype, limit=largest * factor)
-        difference = (encode(weight, grid, scheme) - grid.zero) * grid.scale - weight
+        difference = Clipped(largest * factor).fit(weight, scheme, scale_dtype).round(weight) - weight
         error = ((difference @ gram) * difference).sum(dim=1, keepdim=True)
         if scheme.group_size == WHOLE_MATRIX:
             error = error.sum().expand_as(error)

@@ -22,6 +22,7 @@ from ptqcli.errors import PTQError
 from ptqcli.model.linears import is_linear, linear_weight, rows_first
 from ptqcli.numerics.activations import activation_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
+from ptqcli.numerics.grids import RangeSearch, range_search
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.transforms.folds import Fold, FoldSearch, Run, divide
@@ -60,7 +61,7 @@ class FoldedBlock:
     inputs: statistics of their inputs.
     stored: a parameter by its local name, as the file has it.
     run: the output of a block in float32 on the excerpt.
-    scale_search: how grids are fitted on trial, see ``grids.fit``.
+    scale_search: how grids are fitted on trial, see ``numerics.grids``.
     tell: called with what a transform is doing.
     """
 
@@ -76,7 +77,7 @@ class FoldedBlock:
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.block, self.folds, self.specs = block, tuple(folds), specs
-        self.limits: dict[str, Tensor] = {}
+        self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not the run's scale search
         self.scale_search, self.tell = scale_search, tell
         self._given, self._inputs, self._stored = inputs, dict(inputs), stored
         self._changed: set[str] = set()  # parameters that a scale has changed
@@ -148,7 +149,7 @@ class FoldedBlock:
         spec, bias = self.specs[local], self._replay.block.get_submodule(local).bias
         assert bias is None or isinstance(bias, Tensor)
         activations = spec.scheme.activations
-        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, self.scale_search).dequantize(torch.float32)
+        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, range_search(self.scale_search)).dequantize(torch.float32)
         if activations is None:
             return FakeQuantLinear(rounded / columns, bias)
         outliers = self._outliers(local, columns)
@@ -180,9 +181,9 @@ class FoldedBlock:
     def scale(self, fold: Fold, scales: Tensor) -> None:
         """Divide the producer of ``fold`` by ``scales`` [fold.width], float32, and multiply the columns of its readers by them.
 
-        Channels that no reader sees are left alone. Not to be called once limits are set, which hold for the weights as they are.
+        Channels that no reader sees are left alone. Not to be called once ranges are set, which hold for the weights as they are.
         """
-        assert not self.limits
+        assert not self.ranges
         scales = torch.where(fold.folded().to(scales.device), scales, torch.ones_like(scales))
         if is_linear(self.block.get_submodule(fold.producer)):
             self._rows[fold.producer] = self._rows.get(fold.producer, torch.ones_like(scales)) * scales
@@ -221,10 +222,6 @@ class FoldedBlock:
         for name in names:
             self._replay.block.get_parameter(name).copy_(self._scaled(name))
         self._replay.forget()
-
-    def limit(self, local: str, limit: Tensor) -> None:
-        """Let the grids of a quantized linear reach no further than ``limit`` [out, groups]."""
-        self.limits[local] = limit
 
     # What the pipeline takes over
 
