@@ -130,7 +130,7 @@ def _choose(recipe: Recipe, skeleton: Skeleton) -> tuple[list[PlannedLinear], li
 
 
 def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
-    scheme = recipe.scheme
+    scheme = recipe.default_scheme
     reason = "ignored" if any(re.search(pattern, name) for pattern in recipe.ignore) else None
     for override in recipe.overrides:
         if re.search(override.pattern, name):
@@ -172,8 +172,8 @@ def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> No
 
 
 def _check_format(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    moving = recipe.solver().needs_hessian and recipe.act_order and not recipe.static_groups
     for linear in linears:
+        moving = recipe.solver().moves_groups(linear.scheme)
         reason = compressed_tensors.refusal(linear.scheme, linear.site.in_features, linear.site.out_features, moving)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")

@@ -27,7 +27,7 @@ def solve(solver, weight, hessian, scheme, **arguments):
     return solver.solve(weight, solver.prepare(hessian, "layer"), scheme, torch.float32, **arguments)
 
 
-def brute_force(weight, hessian, scheme, damp=0.01, search="minmax"):
+def brute_force(weight, hessian, scheme, damp=0.01, search="mse"):
     """Codes [out, in] of the paper's greedy search, weights beyond their grid first; every inverse is taken anew."""
     hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     width = scheme.columns_per_group(weight.shape[1])

@@ -44,7 +44,7 @@ def textbook_gptq(
     damp: float = 0.0,
     act_order: bool = False,
     static_groups: bool = True,
-    search: str = "minmax",
+    search: str = "mse",
 ) -> QuantizedWeight:
     """Codes of ``weight``, [out, in], for the layer's Hessian, [in, in], any positive multiple of X^T X.
 
@@ -139,7 +139,7 @@ def importance_order(hessian: Tensor) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def textbook_grid(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "minmax") -> tuple[Tensor, Tensor]:
+def textbook_grid(weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "mse") -> tuple[Tensor, Tensor]:
     """Scale, rounded to ``scale_dtype``, and zero point of one group [rows, columns]; float64 [rows] each."""
     low = weights.min(dim=1).values.clamp(max=0.0)
     high = weights.max(dim=1).values.clamp(min=0.0)

@@ -21,6 +21,7 @@ during calibration (static).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ptqcli.errors import UsageError
@@ -139,3 +140,23 @@ class Scheme:
             return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
         split = f", {self.outliers.describe()}" if self.outliers else ""
         return f"W{self.bits}A{self.activations.bits} {group}, {self.activations.describe()}{split}"
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The number format that ``text`` names: ``llm-int8[-static]``, or
+
+        w<bits>a16[-g<columns>|-row][-asym]         weights only; groups of 128 columns where it does not say
+        w<bits>a8[-row|-tensor][-static]            8-bit activations, one scale a token, or one for all fixed beforehand
+
+    Raises UsageError for anything else.
+    """
+    name = text.strip().lower()
+    if split := re.fullmatch(r"llm-int8(-static)?", name):
+        return Scheme(8, WHOLE_ROW, True, ActivationScheme(), OutlierSplit(dynamic=split[1] is None))
+    if weights := re.fullmatch(r"w(\d+)a16(?:-g([1-9]\d*)|(-row))?(-asym)?", name):
+        group = WHOLE_ROW if weights[3] else int(weights[2] or 128)
+        return Scheme(int(weights[1]), group, symmetric=weights[4] is None)
+    if integers := re.fullmatch(r"w(\d+)a8(?:-row|(-tensor))?(-static)?", name):
+        activations = ActivationScheme(per_token=False, dynamic=False) if integers[3] else ActivationScheme()
+        return Scheme(int(integers[1]), WHOLE_MATRIX if integers[2] else WHOLE_ROW, True, activations)
+    raise UsageError(f"scheme '{text}' is unknown; write one such as w4a16, w4a16-g64-asym, w8a8 or llm-int8")

@@ -211,7 +211,7 @@ class _Run:
         bits = sum(layer.bits_per_weight * sizes[layer.name] for layer in self.layers)
         return Report(
             source=str(source.resolve()),
-            recipe=asdict(self.plan.recipe),
+            recipe=self.plan.recipe.stored(),
             layers=self.layers,
             skipped=list(self.plan.skipped),
             bytes_before=self.plan.bytes_before,

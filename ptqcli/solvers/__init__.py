@@ -33,16 +33,6 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class SolverOptions:
-    """The options of all solvers; each takes those that it knows. They are explained in the solvers' modules."""
-
-    damp: float = 0.01
-    act_order: bool = True
-    static_groups: bool = True
-    scale_search: str = "mse"
-
-
-@dataclass(frozen=True)
 class SolveNotes:
     """What a solver had to handle, for the report.
 
@@ -69,7 +59,12 @@ class Solution:
 class MatrixSolver(Protocol):
     """Chooses codes for one matrix at a time."""
 
+    name: ClassVar[str]
+    summary: ClassVar[str]
     needs_hessian: ClassVar[bool]
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """Whether the groups of its codes are not neighbouring columns, so that a file needs an index."""
 
     def prepare(self, hessian: Hessian | None, where: str) -> Any:
         """Work shared by all linears with this input. ``where`` names them for errors."""

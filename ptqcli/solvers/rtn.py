@@ -15,15 +15,26 @@ from torch import Tensor
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
+from ptqcli.options import check_choices
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.scale_search import scale_search_option
 
 
 @dataclass(frozen=True)
 class RTN:
     """Round to nearest with the scale search of ``ptqcli.numerics.grids.fit``."""
 
+    name: ClassVar[str] = "rtn"
+    summary: ClassVar[str] = "round to nearest"
     needs_hessian: ClassVar[bool] = False
-    scale_search: str = "minmax"
+    scale_search: str = scale_search_option()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """Its groups are neighbouring columns."""
+        return False
 
     def prepare(self, hessian: Hessian | None, where: str) -> None:
         """Nothing to share."""
