@@ -48,7 +48,7 @@ def command(as_json: bool) -> None:
 
 def _described(part: Part) -> dict[str, Any]:
     """A part for the table and the JSON object; error says why it cannot be used."""
-    from ptqcli.algorithms import SchemeDefaults
+    from ptqcli.options import SchemeDefaults
 
     facts: dict[str, Any] = {
         "name": part.name,

@@ -233,5 +233,5 @@ def _flag(declared: Declaration) -> click.Option:
     def convert(ctx: click.Context, param: click.Parameter, value: str | None) -> object:
         return None if value is None else from_text(option, value)
 
-    shown = None if option.default is None else str(option.default)
-    return click.Option([f"--{option.flag}", option.key], metavar=option.metavar, show_default=shown or False, callback=convert, help=text)
+    default = False if option.default is None else str(option.default)
+    return click.Option([f"--{option.flag}", option.key], metavar=option.metavar, show_default=default, callback=convert, help=text)
