@@ -54,6 +54,7 @@ def test_every_module_and_nothing_else(wheel: Path) -> None:
 def test_the_demo_model_and_the_licence_come_along(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ptqcli/demo/{name}" for name in DEMO_FILES} <= names
+    assert {f"ptqcli/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")} <= names
     assert "ptqcli/py.typed" in names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
 
@@ -82,6 +83,13 @@ def test_every_module_imports_on_its_own(installed: Path) -> None:
 def test_the_demo_model_is_found_without_a_checkout(installed: Path) -> None:
     code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--dry-run', '--json']))"
     assert json.loads(run_installed(installed, code))["linears"]
+
+
+def test_recipes_are_taken_by_name_without_a_checkout(installed: Path) -> None:
+    code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--recipe', 'w3a16-gptq', '--dry-run', '--json']))"
+    assert {linear["scheme"] for linear in json.loads(run_installed(installed, code))["linears"]} == {"W3 g128 sym"}
+    files = run_installed(installed, "from ptqcli.shipped import shipped_recipes as s; print(*s().values(), sep='\\n')").splitlines()
+    assert {Path(file) for file in files} == set((installed / "ptqcli" / "configs").glob("*.yaml")) != set()
 
 
 def test_the_readme_is_complete() -> None:
