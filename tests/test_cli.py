@@ -82,7 +82,7 @@ REFUSED = [
     ("quantize model --algo smoothquant --smooth-alpha much", 2, "smooth alpha 'much' is not valid; give a number from 0 to 1, or auto"),
     ("quantize model --algo smoothquant --smooth-level O4", 2, "smooth level 'O4' is unknown"),
     ("quantize model --algo smoothquant --smooth-level O1 --act-scales token", 2, "leave those out"),
-    ("quantize model --smooth-level O1", 2, "smooth level O1 belongs to smoothquant"),
+    ("quantize model --smooth-level O1", 2, "smooth level belongs to smoothquant, not to gptq"),
     ("quantize model --outliers static", 2, "outlier columns are split off from 8-bit activations"),
     ("quantize model --algo llm-int8 --outliers some", 2, "outliers 'some' is unknown; use none, dynamic, static"),
     ("quantize model --algo llm-int8 --act-scales static", 2, "an outlier split needs activation scales computed at run time"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -328,3 +329,9 @@ def test_what_is_broken_in_another_package_hurts_only_when_it_is_used(ptq: Ptq) 
         with pytest.raises(PTQError, match=f"{name} of the package stretching"):
             Recipe(algo=name)
         assert ptq("quantize", "--algo", name).code == 1
+
+
+def test_a_request_imports_no_torch_until_it_is_made() -> None:
+    code = "import sys; import ptqcli.recipe, ptqcli.shipped; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.strip() == "[]"

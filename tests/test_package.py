@@ -59,6 +59,13 @@ def test_the_demo_model_and_the_licence_come_along(wheel: Path) -> None:
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
 
 
+def test_an_editable_install_brings_no_folder_that_hides_the_package(tmp_path: Path) -> None:
+    code = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    names = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
+    assert not any(name.startswith(("ptqcli/", "ptq_kernels/")) for name in names)
+
+
 def test_it_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < 13_000_000
 
