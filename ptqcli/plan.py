@@ -126,7 +126,7 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
     if unknown:
         raise UsageError(f"a scheme is assigned to {unknown[0]}, which is no linear of the model's blocks")
     linears, skipped = [], []
-    moving = as_block_solver(recipe.solver()).needs.hessian and recipe.act_order and not recipe.static_groups
+    solver = as_block_solver(recipe.solver())
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name)
         scheme = assigned.get(site.name, scheme)
@@ -145,14 +145,14 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
             in_features=site.in_features,
             scale_dtype=dtype,
             kind=site.kind,
-            moving_groups=moving,
+            moving_groups=solver.moves_groups(scheme),
         )
         linears.append(PlannedLinear(site, spec))
     return linears, skipped
 
 
 def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
-    scheme = recipe.scheme
+    scheme = recipe.default_scheme
     reason = "ignored" if any(re.search(pattern, name) for pattern in recipe.ignore) else None
     for override in recipe.overrides:
         if re.search(override.pattern, name):

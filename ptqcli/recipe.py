@@ -1,31 +1,33 @@
-"""The request."""
+"""The request. Importing this imports no torch; parts are imported when a request is made."""
 
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from ptqcli.algorithms import Algorithm, find_algorithm
+from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
-from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
-from ptqcli.solvers import MatrixSolver, SolverOptions
-from ptqcli.transforms import BlockTransform, TransformOptions
+from ptqcli.numerics.scheme import WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.options import SchemeDefaults, fits, kind_text
+
+if TYPE_CHECKING:
+    from ptqcli.solvers import MatrixSolver
+    from ptqcli.transforms import BlockTransform
+
+DEFAULT_BITS = 4
 
 DEFAULT_GROUP = 128
 
 DEFAULT_THRESHOLD = 6.0
 
-DEFAULT_ALPHA = 0.5
-
-# Settings of the SmoothQuant paper (table 2): weights have one scale in all, activations these.
-SMOOTH_LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
+DEFAULT_SEARCH = "mse"
 
 ACTIVATION_SCALES = {
     "token": ActivationScheme(),
@@ -34,6 +36,11 @@ ACTIVATION_SCALES = {
 }
 
 OUTLIER_KINDS = ("none", "dynamic", "static")
+
+# What a scheme written as one word says, so that it cannot be said beside it.
+SCHEME_FIELDS = ("wbits", "group_size", "symmetric", "abits", "act_scales", "outliers", "outlier_threshold")
+
+PartOptions = Mapping[str, Mapping[str, object]]  # part -> option -> value
 
 
 @dataclass(frozen=True)
@@ -78,33 +85,29 @@ class Override:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A request, complete with its options; the fields are the keys of a recipe file.
+    """A request; the fields are the keys of a recipe file.
 
-    algo: parts named in ``ptqcli.algorithms``, joined by ``+``. wbits, group_size, symmetric: the weights, see ``scheme.Scheme``. abits: 8,
-    or 16 to leave activations alone. act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none,
-    dynamic or static, columns with inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
-    act_order, static_groups, damp: see ``solvers.gptq``. scale_search: minmax or mse, see ``scheme.fit``. awq_clip: see ``transforms.awq``.
-    smooth_alpha: a number from 0 to 1 or "auto", see ``transforms.smoothquant``. smooth_level: O1, O2 or O3 of that paper, which stand for
-    one weight scale in all and an act_scales. sequential: later linears of a block are calibrated behind the quantized earlier ones.
+    algo: parts named in ``ptqcli.algorithms``, joined by ``+``. options: of the parts, part -> option -> value; a recipe file may also have
+    a section for a part, or an option's own key. scheme: what the numbers are as one word, such as w4a16-g64-asym, in place of the next
+    seven. wbits, group_size, symmetric: the weights, see ``numerics.scheme.Scheme``. abits: 8, or 16 to leave activations alone.
+    act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none, dynamic or static, columns with
+    inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
+    sequential: later linears of a block are calibrated behind the quantized earlier ones.
     calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
     with seed. ignore: patterns of linears to leave alone. blocks: name of the list of blocks, where it is not evident.
+    Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
     """
 
     algo: str = "gptq"
+    options: PartOptions = field(default_factory=dict)
+    scheme: str | None = None
     wbits: int | None = None
     group_size: int | None = None
-    symmetric: bool = True
+    symmetric: bool | None = None
     abits: int | None = None
     act_scales: str | None = None
     outliers: str | None = None
-    outlier_threshold: float = DEFAULT_THRESHOLD
-    act_order: bool = True
-    static_groups: bool = True
-    damp: float = 0.01
-    scale_search: str = "mse"
-    awq_clip: bool = True
-    smooth_alpha: float | str = DEFAULT_ALPHA
-    smooth_level: str | None = None
+    outlier_threshold: float | None = None
     sequential: bool = True
     calib: str = "builtin"
     nsamples: int = 128
@@ -116,12 +119,12 @@ class Recipe:
     blocks: str | None = None
 
     def __post_init__(self) -> None:
-        self.solver()
-        self.transforms()
-        self._check_level()
-        self._check_unused()
-        if self.scale_search not in ("minmax", "mse"):
-            raise UsageError(f"scale search '{self.scale_search}' is unknown; use minmax or mse")
+        _check_options(self.options, self.algorithm)
+        scheme = self.default_scheme
+        if scheme.outliers is None and self.outlier_threshold is not None:
+            raise UsageError(
+                "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
+            )
         find_format(self.format)
         if self.nsamples < 1:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
@@ -132,78 +135,102 @@ class Recipe:
         for pattern in (*self.ignore, *(override.pattern for override in self.overrides)):
             _check_pattern(pattern)
 
-    def _check_level(self) -> None:
-        if self.smooth_level is None:
-            return
-        if self.smooth_level not in SMOOTH_LEVELS:
-            raise UsageError(f"smooth level '{self.smooth_level}' is unknown; use {', '.join(SMOOTH_LEVELS)}")
-        if all(part.name != "smoothquant" for part in self.algorithm.transforms):
-            raise UsageError(
-                f"smooth level {self.smooth_level} belongs to smoothquant, not to {self.algo}; use group size 0 and act_scales"
-            )
-        if self.group_size is not None or self.act_scales is not None:
-            raise UsageError(f"smooth level {self.smooth_level} sets the group size and act_scales; leave those out")
-
-    def _check_unused(self) -> None:
-        parts = {part.name for part in self.algorithm.transforms}
-        if self.scheme.outliers is None and self.outlier_threshold != DEFAULT_THRESHOLD:
-            raise UsageError(
-                "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
-            )
-        if not self.awq_clip and "awq" not in parts:
-            raise UsageError(f"awq clip belongs to awq, not to {self.algo}; leave it out")
-        if self.smooth_alpha != DEFAULT_ALPHA and "smoothquant" not in parts:
-            raise UsageError(f"smooth alpha belongs to smoothquant, not to {self.algo}; leave it out")
-
     @property
     def algorithm(self) -> Algorithm:
         """The parts that ``algo`` names."""
         return find_algorithm(self.algo)
 
+    @cached_property
+    def _built(self) -> dict[str, Any]:
+        """The parts with their options, by name, in the order in which they work."""
+        return {part.name: part.load()(**self.options.get(part.name, {})) for part in self.algorithm.parts}
+
+    def solver(self) -> MatrixSolver:
+        """The solver that the algorithm ends with, with its options."""
+        solver: MatrixSolver = self._built[self.algorithm.solver.name]
+        return solver
+
+    def transforms(self) -> list[BlockTransform]:
+        """The transforms that come before the solver, in order, with their options."""
+        return [self._built[part.name] for part in self.algorithm.transforms]
+
     @property
-    def scheme(self) -> Scheme:
+    def scale_search(self) -> str:
+        """How transforms fit grids on trial: as the solver will, where it has a choice."""
+        return getattr(self.solver(), "scale_search", DEFAULT_SEARCH)
+
+    def stored(self) -> dict[str, Any]:
+        """The fields as a report keeps them: with every option of every part, those that were not given, too."""
+        given = asdict(self)
+        return {**given, "options": {name: asdict(part) for name, part in self._built.items()}}
+
+    @cached_property
+    def default_scheme(self) -> Scheme:
         """The scheme of every linear that no override changes. Raises UsageError for one that does not exist."""
-        defaults = self.algorithm.defaults
-        activations = self._activations(defaults.abits if self.abits is None else self.abits)
-        group_size = self.group_size
+        defaults = joined_defaults(self._built.values())
+        if self.scheme is not None:
+            return self._written_scheme(self.scheme, defaults)
+        if defaults.fixed_by is not None and (self.group_size is not None or self.act_scales is not None):
+            raise UsageError(f"{defaults.fixed_by} sets the group size and act_scales; leave those out")
+        activations = self._activations(defaults)
+        group_size = defaults.group_size if self.group_size is None else self.group_size
         if group_size is None:
-            group_size = DEFAULT_GROUP if activations is None else (WHOLE_ROW if self.smooth_level is None else WHOLE_MATRIX)
+            group_size = DEFAULT_GROUP if activations is None else WHOLE_ROW
         return Scheme(
-            bits=defaults.wbits if self.wbits is None else self.wbits,
+            bits=self.wbits if self.wbits is not None else defaults.bits or DEFAULT_BITS,
             group_size=group_size,
-            symmetric=self.symmetric,
+            symmetric=self.symmetric is not False,
             activations=activations,
-            outliers=self._outlier_split(activations),
+            outliers=self._outlier_split(activations, defaults),
         )
 
-    def _activations(self, abits: int) -> ActivationScheme | None:
+    def _written_scheme(self, text: str, defaults: SchemeDefaults) -> Scheme:
+        for name in SCHEME_FIELDS:
+            if getattr(self, name) is not None:
+                raise UsageError(f"scheme {text} says what the numbers are, so leave {name} out")
+        if defaults.fixed_by is not None:
+            raise UsageError(f"{defaults.fixed_by} sets the group size and act_scales, and so does scheme {text}; leave one of them out")
+        scheme = Scheme.parse(text)
+        if scheme.outliers is None and (defaults.outliers or "none") != "none":
+            raise UsageError(f"{self.algo} splits off outliers, and scheme {text} has none; leave one of them out")
+        return scheme
+
+    def _activations(self, defaults: SchemeDefaults) -> ActivationScheme | None:
+        abits = self.abits if self.abits is not None else defaults.abits or 16
         if abits == 16:
-            if self.act_scales is not None or self.smooth_level is not None:
+            if self.act_scales is not None or defaults.fixed_by is not None:
                 raise UsageError("activations stay in 16 bit, so they have no scales; give --abits 8, or leave the scales out")
             return None
-        scales = SMOOTH_LEVELS[self.smooth_level] if self.smooth_level else self.act_scales or "token"
+        scales = self.act_scales or defaults.act_scales or "token"
         if scales not in ACTIVATION_SCALES:
             raise UsageError(f"activation scales '{scales}' are unknown; use {', '.join(ACTIVATION_SCALES)}")
         return replace(ACTIVATION_SCALES[scales], bits=abits)
 
-    def _outlier_split(self, activations: ActivationScheme | None) -> OutlierSplit | None:
-        kind = self.algorithm.defaults.outliers if self.outliers is None else self.outliers
+    def _outlier_split(self, activations: ActivationScheme | None, defaults: SchemeDefaults) -> OutlierSplit | None:
+        kind = self.outliers or defaults.outliers or "none"
         if kind not in OUTLIER_KINDS:
             raise UsageError(f"outliers '{kind}' is unknown; use {', '.join(OUTLIER_KINDS)}")
         if kind != "none" and activations is None and self.outliers is None:
             raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
-        return None if kind == "none" else OutlierSplit(self.outlier_threshold, dynamic=kind == "dynamic")
+        threshold = DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold
+        return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
 
-    def solver(self) -> MatrixSolver:
-        """The solver that the algorithm ends with. Raises UsageError for an unknown algorithm or option."""
-        make = self.algorithm.solver.solver
-        assert make is not None
-        return make(SolverOptions(self.damp, self.act_order, self.static_groups, self.scale_search))
 
-    def transforms(self) -> list[BlockTransform]:
-        """The transforms that come before the solver, in order."""
-        options = TransformOptions(self.awq_clip, self.smooth_alpha)
-        return [part.transform(options) for part in self.algorithm.transforms if part.transform is not None]
+def _check_options(options: PartOptions, algorithm: Algorithm, where: str = "") -> None:
+    """Refuse what names no part of the algorithm, no option of its part, or has another type than the option."""
+    mine = {part.name: part for part in algorithm.parts}
+    for name, values in options.items():
+        if name not in parts():
+            raise UsageError(f"{where}there is no part '{name}'; the parts are {', '.join(parts())}")
+        for key, value in values.items():
+            if name not in mine:
+                raise UsageError(f"{where}{name}.{key} belongs to {name}, not to {algorithm.name}; leave it out")
+            known = {option.name: option for option in mine[name].options}
+            if key not in known:
+                listed = f"its options are {', '.join(known)}" if known else "it has none"
+                raise UsageError(f"{where}{name} has no option '{key}'; {listed}")
+            if not fits(value, known[key].hint):
+                raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {value!r}")
 
 
 def _check_pattern(pattern: str) -> None:
@@ -216,19 +243,69 @@ def _check_pattern(pattern: str) -> None:
 def load_recipe(file: Path | None = None, flags: Mapping[str, object] | None = None) -> Recipe:
     """A recipe from a YAML file, from flags that were given explicitly, or from both: a flag wins over the file.
 
+    Either may have, beside the fields of ``Recipe``, a section for a part (``gptq: {damp: 0.1}``) and the key of an option (``damp: 0.1``),
+    which goes to every part of ``algo`` that has it.
     Raises UsageError for a file that cannot be read, an unknown key, or a value of the wrong type.
     """
-    values = _read_yaml(file) if file is not None else {}
+    written, given = _read_yaml(file) if file is not None else {}, dict(flags or {})
+    if "scheme" in given:
+        written = {key: value for key, value in written.items() if key not in SCHEME_FIELDS}
     where = str(file) if file is not None else "recipe"
-    values = {**values, **(flags or {})}
-    known = {entry.name for entry in fields(Recipe)}
-    for key in values:
-        if key not in known:
-            raise UsageError(f"{where}: unknown key '{key}'; the keys are {', '.join(sorted(known))}")
+    values = {key: value for key, value in {**written, **given}.items() if key in _fields()}
     values["overrides"] = tuple(_override(entry, where) for entry in _as_list(values.get("overrides", ()), "overrides", where))
     values["ignore"] = tuple(_as_list(values.get("ignore", ()), "ignore", where))
+    values.pop("options", None)
     _check_types(Recipe, values, where)
-    return Recipe(**values)  # type: ignore[arg-type]
+    algorithm = find_algorithm(str(values.get("algo", Recipe.algo)))
+    options = _options(written, algorithm, f"{where}: ")
+    for part, changes in _options(given, algorithm, "").items():
+        options[part] = {**options.get(part, {}), **changes}
+    return Recipe(options=options, **values)  # type: ignore[arg-type]
+
+
+def _fields() -> list[str]:
+    return [entry.name for entry in fields(Recipe)]
+
+
+def _options(values: Mapping[str, object], algorithm: Algorithm, where: str) -> dict[str, dict[str, object]]:
+    """The options among ``values``, by part: sections, and keys that go to all parts of the algorithm that have the option."""
+    found: dict[str, dict[str, object]] = {}
+    keys = {declared.option.key: declared for declared in declarations() if declared.shared}
+    sections = _section(values.get("options", {}), "options", where)
+    for key, value in values.items():
+        if key in _fields():
+            continue
+        if key in parts():
+            sections = {**sections, key: value}
+        elif key in keys:
+            _spread(keys[key], value, algorithm, found, where)
+        else:
+            known = sorted([*_fields(), *keys, *parts()])
+            raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}")
+    for part, section in sections.items():
+        for name, value in _section(section, part, where).items():
+            if name in found.get(part, {}):
+                raise UsageError(f"{where}{part}.{name} is given twice; give it once")
+            found.setdefault(part, {})[name] = value
+    _check_options(found, algorithm, where)
+    return found
+
+
+def _spread(declared: Declaration, value: object, algorithm: Algorithm, found: dict[str, dict[str, object]], where: str) -> None:
+    readers = [part.name for part in algorithm.parts if part.name in declared.parts]
+    if not readers:
+        owners = " and ".join(filter(None, [", ".join(declared.parts[:-1]), declared.parts[-1]]))
+        own = [part.name for part in algorithm.parts if any(option.key == declared.option.key for option in part.options)]
+        advice = f"{own[0]} has another of that name, {own[0]}.{declared.option.name}" if own else "leave it out"
+        raise UsageError(f"{where}{declared.option.words} belongs to {owners}, not to {algorithm.name}; {advice}")
+    for part in readers:
+        found.setdefault(part, {})[declared.option.name] = value
+
+
+def _section(value: object, key: str, where: str) -> dict[str, object]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}'{key}' must be a section of options such as {key}: {{option: value}}, not {value!r}")
+    return {str(name): entry for name, entry in value.items()}
 
 
 def _read_yaml(file: Path) -> dict[str, object]:
@@ -264,16 +341,5 @@ def _override(entry: object, where: str) -> Override:
 
 def _check_types(kind: type, values: Mapping[str, object], where: str) -> None:
     for key, hint in get_type_hints(kind).items():
-        if key in values and not _fits(values[key], hint):
-            expected = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise UsageError(f"{where}: '{key}' must be {expected}, not {values[key]!r}")
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_args(hint):
-        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+        if key in values and not fits(values[key], hint):
+            raise UsageError(f"{where}: '{key}' must be {kind_text(hint)}, not {values[key]!r}")

@@ -25,7 +25,7 @@ from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.evaluate.divergence import compare
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import Recipe
+from ptqcli.recipe import load_recipe
 from ptqcli.runtime import load_quantized
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
@@ -96,7 +96,7 @@ def main() -> None:
 
 def measure(changes: dict[str, Any], options: argparse.Namespace, original: Any, ids: Any) -> dict[str, Any]:
     """Quantize, load, evaluate."""
-    recipe = Recipe(nsamples=options.nsamples, seqlen=options.seqlen, **changes)
+    recipe = load_recipe(flags={"nsamples": options.nsamples, "seqlen": options.seqlen, **changes})
     peak = Path("/proc/self/clear_refs")
     if peak.exists():
         peak.write_text("5")  # Linux: the peak of this row, not of all rows so far
@@ -105,7 +105,7 @@ def measure(changes: dict[str, Any], options: argparse.Namespace, original: Any,
         report = quantize(options.model, recipe, output)
         result = compare(load_quantized(output), original, ids, options.seqlen)
     return {
-        "scheme": str(recipe.scheme),
+        "scheme": str(recipe.default_scheme),
         "bits_per_weight": report.bits_per_weight,
         "original": result.baseline.perplexity,
         "perplexity": result.model.perplexity,

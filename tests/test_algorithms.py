@@ -17,7 +17,7 @@ from tiny import make_model, token_ids, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptqcli.algorithms import PARTS, find_algorithm
+from ptqcli.algorithms import find_algorithm, parts
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.calibration.walk import CalibratedBlock
@@ -29,7 +29,7 @@ from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
-from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe import Override, Recipe, load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import kernels_in, load_quantized
 from ptqcli.solvers import Solution, Stage, Target, lift
@@ -93,17 +93,19 @@ def test_what_is_no_algorithm_is_refused_by_name(name: str, word: str) -> None:
 
 
 def test_every_part_has_a_name_and_a_summary_and_works_alone() -> None:
-    for name, part in PARTS.items():
-        assert (part.name, find_algorithm(name).name) == (name, name)
-        assert part.summary
+    assert set(parts()) >= {"awq", "smoothquant", "llm-int8", "rtn", "gptq", "obq"}
+    for name, part in parts().items():
+        assert (part.name, part.load().name, find_algorithm(name).name) == (name, name, name)
+        assert part.load().summary
         assert Recipe(algo=name).algorithm == find_algorithm(name)
 
 
 def test_options_reach_the_parts() -> None:
-    recipe = Recipe(algo="awq+smoothquant+gptq", awq_clip=False, smooth_alpha="auto", damp=0.1, act_order=False, scale_search="minmax")
+    given = {"awq": {"clip": False}, "smoothquant": {"alpha": "auto"}, "gptq": {"damp": 0.1, "act_order": False, "scale_search": "minmax"}}
+    recipe = Recipe(algo="awq+smoothquant+gptq", options=given)
     assert recipe.transforms() == [AWQ(clip=False), SmoothQuant("auto")]
     assert recipe.solver() == GPTQ(0.1, act_order=False, static_groups=True, scale_search="minmax")
-    assert Recipe(algo="obq", damp=0.2).solver() == OBQ(0.2, "mse")
+    assert Recipe(algo="obq", options={"obq": {"damp": 0.2}}).solver() == OBQ(0.2, "mse")
     assert Recipe(algo="awq").solver() == RTN("mse")
 
 
@@ -136,7 +138,7 @@ SCHEMES = [
 
 @pytest.mark.parametrize("request_, scheme", SCHEMES, ids=[str(request) for request, _ in SCHEMES])
 def test_a_request_means_one_scheme(request_: dict[str, Any], scheme: Scheme) -> None:
-    assert Recipe(**request_).scheme == scheme
+    assert load_recipe(flags=request_).default_scheme == scheme
 
 
 REFUSED = [
@@ -168,7 +170,7 @@ REFUSED = [
 @pytest.mark.parametrize("request_, message", REFUSED, ids=[str(request) for request, _ in REFUSED])
 def test_what_contradicts_itself_is_refused_by_name(request_: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Recipe(**request_)
+        load_recipe(flags=request_)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -236,7 +238,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 def recipe_for(name: str, folder: Path, **changes: Any) -> Recipe:
     algo = name.removesuffix(" static")
-    return Recipe(**{"algo": algo, "calib": str(folder / "text.txt"), "nsamples": 6, "seqlen": 48, **ALGORITHMS.get(name, {}), **changes})
+    given = {"algo": algo, "calib": str(folder / "text.txt"), "nsamples": 6, "seqlen": 48, **ALGORITHMS.get(name, {}), **changes}
+    return load_recipe(flags=given)
 
 
 @dataclass(eq=False)

@@ -21,23 +21,25 @@ PLAN = ROOMS | {"plan", "estimate"}
 ALLOWED = {
     "__init__": {"runtime"},  # handed on when asked for
     "errors": set(),
+    "options": {"errors"},
+    "shipped": {"errors"},
     "numerics": {"errors"},
     "resources": set(),
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
     "model": BASE | {"checkpoint"},
     "calibration": BASE | {"model"},  # it records and replays the model's blocks
-    "solvers": BASE | {"calibration.statistics"},
-    "transforms": BASE | {"calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
-    "algorithms": BASE | {"solvers", "transforms", "formats"},
-    "recipe": BASE | {"algorithms", "formats", "solvers", "transforms"},
+    "solvers": BASE | {"options", "calibration.statistics"},
+    "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
+    "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model"},
     "evaluate": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN,
-    "cli": PLAN | {"runtime", "evaluate", "bench", "pipeline"},
+    "cli": PLAN | {"options", "shipped", "runtime", "evaluate", "bench", "pipeline"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.

@@ -62,6 +62,9 @@ class LearnScales:
     def workspace_bytes(self, out_features, in_features):
         return 8 * out_features * in_features
 
+    def moves_groups(self, scheme):
+        return False
+
     def solve(self, work):
         student, layers = copy.deepcopy(work.module), {}
         for name, task in work.linears.items():

@@ -22,11 +22,12 @@ from commandline import Answer, Ptq, one_line
 from rich.console import Console
 from tiny import make_model, write_text
 
+from ptqcli.algorithms import declarations, parts
 from ptqcli.cli import COMMANDS, app, doctor, locate, run
 from ptqcli.cli.console import size_text, time_text
 from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
-from ptqcli.cli.quantize import parse_override
+from ptqcli.cli.quantize_flags import parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
 from ptqcli.pipeline import report
 from ptqcli.recipe import ACTIVATION_SCALES, Override, Recipe
@@ -79,10 +80,10 @@ REFUSED = [
     ("quantize model --act-scales token", 2, "activations stay in 16 bit"),
     ("quantize model --algo smoothquant --act-scales row", 2, "activation scales 'row' are unknown; use token, tensor, static"),
     ("quantize model --algo smoothquant --smooth-alpha 1.5", 2, "smooth alpha 1.5 is not valid"),
-    ("quantize model --algo smoothquant --smooth-alpha much", 2, "'much' is neither a number nor auto"),
+    ("quantize model --algo smoothquant --smooth-alpha much", 2, "smooth alpha 'much' is not valid; give a number from 0 to 1, or auto"),
     ("quantize model --algo smoothquant --smooth-level O4", 2, "smooth level 'O4' is unknown"),
     ("quantize model --algo smoothquant --smooth-level O1 --act-scales token", 2, "leave those out"),
-    ("quantize model --smooth-level O1", 2, "smooth level O1 belongs to smoothquant"),
+    ("quantize model --smooth-level O1", 2, "smooth level belongs to smoothquant, not to gptq"),
     ("quantize model --outliers static", 2, "outlier columns are split off from 8-bit activations"),
     ("quantize model --algo llm-int8 --outliers some", 2, "outliers 'some' is unknown; use none, dynamic, static"),
     ("quantize model --algo llm-int8 --act-scales static", 2, "an outlier split needs activation scales computed at run time"),
@@ -117,6 +118,10 @@ REFUSED = [
     ("quantize model --group-size 32 --ignore .", 2, "nothing is left to quantize"),
     ("quantize model --no-static-groups --group-size 32 --calib text.txt", 2, "use static groups"),
     ("quantize model --blocks nowhere", 2, "nowhere"),
+    ("quantize model --scheme w4", 2, "w4"),
+    ("quantize model --scheme w4a16 --wbits 4", 2, "scheme w4a16 says what the numbers are, so leave wbits out"),
+    ("quantize model --recipe w4a16-aqw", 2, "did you mean w4a16-awq"),
+    ("quantize model --recipe nowhere", 2, "recipe 'nowhere' is neither a file nor one of those that come along; `ptq recipes` lists them"),
     ("quantize model --recipe nowhere.yaml", 2, "nowhere.yaml: cannot read the recipe: No such file"),
     ("quantize model --recipe empty", 2, "empty: cannot read the recipe: Is a directory"),
     ("quantize model --recipe binary.txt", 2, "binary.txt: cannot read the recipe"),
@@ -187,6 +192,8 @@ def test_refusals_are_one_clear_line(ptq: Ptq, at_work: Path, line: str, code: i
         ("--algo rtn --wbits 8 --abits 8 --group-size 0", "model-rtn-w8a8-tensor"),
         ("--algo llm-int8", "model-llm-int8-w8a8-outliers6"),
         ("--algo llm-int8 --outliers static", "model-llm-int8-w8a8-outliers6-static"),
+        ("--recipe w8a8-llm-int8", "model-llm-int8-w8a8-outliers6-static"),
+        ("--recipe w8a8-llm-int8 --scheme llm-int8", "model-llm-int8-w8a8-outliers6"),
     ],
 )
 def test_runs_that_differ_write_to_folders_that_differ(ptq: Ptq, at_work: Path, flags: str, name: str) -> None:
@@ -315,7 +322,7 @@ def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Pa
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptqcli.cli.quantize._Progress.block_done", interrupt)
+    monkeypatch.setattr("ptqcli.cli.quantize_report.Progress.block_done", interrupt)
     answer = ptq("quantize", "model", "--recipe", "recipe.yaml", "--output", tmp_path / "out")
     assert answer.code == 130
     assert list(tmp_path.iterdir()) == []
@@ -326,7 +333,7 @@ def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Pa
 def test_a_run_that_is_told_to_end_leaves_nothing(at_work: Path, tmp_path: Path, name: str) -> None:
     code = (
         "import os, signal, sys, ptqcli.cli, ptqcli.cli.quantize as q; "
-        f"q._Progress.block_done = lambda *_: os.kill(os.getpid(), signal.{name}); ptqcli.cli.main()"
+        f"q.Progress.block_done = lambda *_: os.kill(os.getpid(), signal.{name}); ptqcli.cli.main()"
     )
     line = ["quantize", "model", "--recipe", "recipe.yaml", "--output", str(tmp_path / "out"), "--quiet"]
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300, check=False)
@@ -357,7 +364,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
         assert any(name in line and summary in line for line in help_lines)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", set(COMMANDS) - {"quantize"})  # whose flags come from the parts
 def test_help_of_a_command_needs_nothing_heavy(name: str) -> None:
     code = f"import sys; from ptqcli.cli import run; run([{name!r}, '--help']); print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
@@ -395,7 +402,7 @@ def test_the_kernel_is_a_choice(ptq: Ptq, at_work: Path) -> None:
 def test_shown_defaults_are_the_recipes() -> None:
     options = {option.name: option for option in quantize_command.params if isinstance(option, click.Option)}
     for entry in fields(Recipe):
-        if entry.name not in options or entry.name in ("seqlen", "overrides", "ignore", "blocks"):
+        if entry.name not in options or entry.name in ("seqlen", "overrides", "ignore", "blocks", "options"):
             continue
         option, default = options[entry.name], entry.default
         if default is None:
@@ -409,22 +416,59 @@ def test_shown_defaults_are_the_recipes() -> None:
 
 def test_shown_defaults_that_follow_from_others_do() -> None:
     shown = {option.name: str(option.show_default) for option in quantize_command.params if isinstance(option, click.Option)}
-    plain, eight_bits = Recipe().scheme, Recipe(algo="smoothquant").scheme
+    plain, eight_bits = Recipe().default_scheme, Recipe(algo="smoothquant").default_scheme
     assert eight_bits.activations is not None
     assert shown["wbits"] == f"{plain.bits}; smoothquant, llm-int8: {eight_bits.bits}"
     assert shown["group_size"] == f"{plain.group_size}; with 8-bit activations: {eight_bits.group_size}"
     assert shown["abits"] == f"16; smoothquant, llm-int8: {eight_bits.activations.bits}"
     assert ACTIVATION_SCALES[shown["act_scales"]] == eight_bits.activations
-    split = Recipe(algo="llm-int8").scheme.outliers
+    split = Recipe(algo="llm-int8").default_scheme.outliers
     assert split is not None
+    assert shown["symmetric"] == ("sym" if plain.symmetric else "asym")
+    assert shown["outlier_threshold"] == str(split.threshold)
     assert shown["outliers"] == f"none; llm-int8: {'dynamic' if split.dynamic else 'static'}"
 
 
 def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
-    run_flags = {"model", "recipe_file", "output", "overwrite", "data_dir", "device", "dtype", "batch_size", "activation_budget"}
+    run_flags = {"model", "recipe", "output", "overwrite", "data_dir", "device", "dtype", "batch_size", "activation_budget"}
     run_flags |= {"dtype", "dry_run", "as_json", "quiet"}
     names = {param.name for param in quantize_command.params} - run_flags
     assert names == {entry.name for entry in fields(Recipe)} - {"format"}
+
+
+def test_every_option_of_a_part_has_a_flag_that_names_its_parts(ptq: Ptq) -> None:
+    shown = " ".join(ptq("quantize", "--help").out.split())
+    assert "--damp X gptq, obq: damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
+    assert "--act-order / --no-act-order gptq: most active columns first. [default: (act-order)]" in shown
+    assert "--smooth-level O1|O2|O3 smoothquant: " in shown
+    for declared in declarations():
+        assert f"--{declared.option.flag} " in shown
+
+
+def test_algorithms(ptq: Ptq) -> None:
+    shown = ptq("algorithms")
+    listed = {part["name"]: part for part in json.loads(ptq("algorithms", "--json").out)["parts"]}
+    assert shown.code == 0
+    assert list(listed) == list(parts())
+    assert re.search(r"gptq +solver +GPTQ: error feedback .* ptqcli\n", shown.out)
+    assert re.search(r"gptq\.act_order +--act-order/--no-act-order +true\|false +true +most active columns first", shown.out)
+    assert "Broken" not in shown.out
+    assert listed["llm-int8"]["scheme"] == {"bits": 8, "abits": 8, "outliers": "dynamic"}
+    (clip,) = listed["awq"]["options"]
+    assert (clip["name"], clip["flag"], clip["type"], clip["default"]) == ("clip", "--awq-clip/--no-awq-clip", "bool", True)
+    assert {part["from"] for part in listed.values()} == {"ptqcli"}
+
+
+def test_recipes(ptq: Ptq, at_work: Path) -> None:
+    shown = ptq("recipes")
+    listed = {row["name"]: row for row in json.loads(ptq("recipes", "--json").out)["recipes"]}
+    assert shown.code == 0
+    for name, row in listed.items():
+        assert re.search(rf"^{name} +{re.escape(row['algo'])} ", shown.out, flags=re.MULTILINE)
+        plan = json.loads(ptq("quantize", "--recipe", name, "--dry-run", "--json").out)
+        assert plan["recipe"]["algo"] == row["algo"]
+        assert row["scheme"] in {linear["scheme"] for linear in plan["linears"]}
+    assert listed["w4a16-gptq"]["summary"].startswith("4-bit weights, 16-bit activations: the usual choice.")
 
 
 # What works

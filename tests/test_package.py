@@ -54,8 +54,16 @@ def test_every_module_and_nothing_else(wheel: Path) -> None:
 def test_the_demo_model_and_the_licence_come_along(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ptqcli/demo/{name}" for name in DEMO_FILES} <= names
+    assert {f"ptqcli/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")} <= names
     assert "ptqcli/py.typed" in names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+def test_an_editable_install_brings_no_folder_that_hides_the_package(tmp_path: Path) -> None:
+    code = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    names = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
+    assert not any(name.startswith(("ptqcli/", "ptq_kernels/")) for name in names)
 
 
 def test_it_is_small(wheel: Path) -> None:
@@ -82,6 +90,13 @@ def test_every_module_imports_on_its_own(installed: Path) -> None:
 def test_the_demo_model_is_found_without_a_checkout(installed: Path) -> None:
     code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--dry-run', '--json']))"
     assert json.loads(run_installed(installed, code))["linears"]
+
+
+def test_recipes_are_taken_by_name_without_a_checkout(installed: Path) -> None:
+    code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--recipe', 'w3a16-gptq', '--dry-run', '--json']))"
+    assert {linear["scheme"] for linear in json.loads(run_installed(installed, code))["linears"]} == {"W3 g128 sym"}
+    files = run_installed(installed, "from ptqcli.shipped import shipped_recipes as s; print(*s().values(), sep='\\n')").splitlines()
+    assert {Path(file) for file in files} == set((installed / "ptqcli" / "configs").glob("*.yaml")) != set()
 
 
 def test_the_readme_is_complete() -> None:

@@ -37,7 +37,8 @@ def model(tmp_path):
 
 
 def small(model, **changes):
-    return Recipe(**{"group_size": 32, "calib": str(model.parent / "text.txt"), "nsamples": 7, "seqlen": 48, **changes})
+    given = {"group_size": 32, "calib": str(model.parent / "text.txt"), "nsamples": 7, "seqlen": 48, **changes}
+    return load_recipe(flags=given)
 
 
 def same_files(one, other):
@@ -271,14 +272,14 @@ def test_what_cannot_work_is_refused_by_name_before_work_starts(model, tmp_path,
 )
 def test_a_recipe_refuses_values_that_do_not_exist(changes, message):
     with pytest.raises(UsageError, match=message):
-        Recipe(**changes)
+        load_recipe(flags=changes)
 
 
 def test_flags_win_over_the_recipe_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("algo: rtn\nwbits: 3\noverrides:\n  - pattern: down_proj\n    bits: 8\nignore: [gate]\n")
     recipe = load_recipe(file, {"wbits": 8})
-    assert (recipe.algo, recipe.scheme) == ("rtn", Scheme(8, 128))
+    assert (recipe.algo, recipe.default_scheme) == ("rtn", Scheme(8, 128))
     assert recipe.overrides == (Override("down_proj", bits=8),)
     assert recipe.ignore == ("gate",)
 

@@ -30,7 +30,7 @@ from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
-from ptqcli.recipe import Recipe
+from ptqcli.recipe import load_recipe
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.awq import AWQ, clip_limits
 from ptqcli.transforms.folded import BOUND, FoldedBlock, WeightSpec
@@ -144,10 +144,12 @@ def cases_of(folder: Path, **recipe: Any) -> list[Case]:
             super().__init__(block, folds, **arguments)
 
     text = write_text(folder.parent / "text.txt")
-    given = {"algo": "awq+smoothquant", "awq_clip": False, "wbits": 4, "abits": 16, "group_size": 32, "nsamples": 4, "seqlen": 48}
+    given = {"algo": "awq+smoothquant", "wbits": 4, "abits": 16, "group_size": 32, "nsamples": 4, "seqlen": 48}
+    if "awq" in {**given, **recipe}["algo"]:
+        given["awq_clip"] = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ptqcli.pipeline.loaded.FoldedBlock", Intercepted)
-        report = quantize(folder, Recipe(**{**given, "calib": str(text), **recipe}), folder.parent / "out", overwrite=True)
+        report = quantize(folder, load_recipe(flags={**given, "calib": str(text), **recipe}), folder.parent / "out", overwrite=True)
     skeleton, fresh = Skeleton(ModelFolder(folder)), token_ids(40, 3, seed=5)
     with torch.no_grad():
         recording = record_calls(skeleton, fresh, 3, CPU, next(made[0][0].parameters()).dtype, in_memory)
@@ -407,7 +409,17 @@ def test_channels_without_weights_or_inputs_keep_the_scale_1(algo: str, tmp_path
         scale(self, fold, scales)
 
     monkeypatch.setattr(FoldedBlock, "scale", noting)
-    recipe = Recipe(algo=algo, wbits=4, abits=16, group_size=32, calib=str(write_text(tmp_path / "text.txt")), nsamples=6, seqlen=48)
+    recipe = load_recipe(
+        flags={
+            "algo": algo,
+            "wbits": 4,
+            "abits": 16,
+            "group_size": 32,
+            "calib": str(write_text(tmp_path / "text.txt")),
+            "nsamples": 6,
+            "seqlen": 48,
+        }
+    )
     report = quantize(tmp_path / "model", recipe, tmp_path / "out")
     assert len({fold.producer for fold, _ in applied}) >= 3
     for fold, scales in applied:
@@ -526,7 +538,7 @@ def test_the_reported_error_includes_the_rounding_of_the_inputs(tmp_path: Path) 
     recipe = {"algo": "gptq", "wbits": 8, "group_size": -1, "calib": str(write_text(tmp_path / "text.txt")), "nsamples": 4, "seqlen": 48}
     errors = []
     for abits in (16, 8):
-        report = quantize(tmp_path / "model", Recipe(**recipe, abits=abits), tmp_path / str(abits))
+        report = quantize(tmp_path / "model", load_recipe(flags={**recipe, "abits": abits}), tmp_path / str(abits))
         errors.append({layer.name: layer.relative_error for layer in report.layers})
     first = load_file(tmp_path / "16" / "model.safetensors"), load_file(tmp_path / "8" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
@@ -563,7 +575,9 @@ def test_readers_that_are_left_alone_fit_their_producers(algo: str, name: str, i
     model.save_pretrained(tmp_path / "model")
     text = str(write_text(tmp_path / "text.txt"))
     scheme = {"wbits": 8, "abits": 16, "group_size": 32, "ignore": (ignored,)}
-    report = quantize(tmp_path / "model", Recipe(algo=algo, calib=text, nsamples=6, seqlen=48, **scheme), tmp_path / "out")
+    report = quantize(
+        tmp_path / "model", load_recipe(flags={"algo": algo, "calib": text, "nsamples": 6, "seqlen": 48, **scheme}), tmp_path / "out"
+    )
     expected = model(token_ids()).logits
     assert relative(load_quantized(tmp_path / "out")(token_ids()).logits, expected) < 5e-2
     names = [layer.name for layer in report.layers]
@@ -585,7 +599,9 @@ def test_producers_that_are_left_alone_are_stored_divided(name: str, ignored: st
     spread_norms(model)
     model.save_pretrained(tmp_path / "model")
     scheme = {"wbits": 8, "abits": 16, "group_size": 32, "ignore": (ignored,)}
-    recipe = Recipe(algo="smoothquant", calib=str(write_text(tmp_path / "text.txt")), nsamples=6, seqlen=48, **scheme)
+    recipe = load_recipe(
+        flags={"algo": "smoothquant", "calib": str(write_text(tmp_path / "text.txt")), "nsamples": 6, "seqlen": 48, **scheme}
+    )
     quantize(tmp_path / "model", recipe, tmp_path / "out")
     expected = model(token_ids()).logits
     assert relative(load_quantized(tmp_path / "out")(token_ids()).logits, expected) < 5e-2
@@ -622,7 +638,7 @@ def test_folds_left_alone_have_reasons(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_folds_with_nothing_to_quantize_are_left_alone_for_a_reason(tmp_path: Path) -> None:
-    report = make_cases(tmp_path, "llama", algo="smoothquant", awq_clip=True, ignore=("o_proj",))[0].report
+    report = make_cases(tmp_path, "llama", algo="smoothquant", ignore=("o_proj",))[0].report
     used = [fold for fold in report.folds if fold.left_alone is None]
     assert [fold.producer.rpartition(".")[2] for fold in used] == ["input_layernorm", "post_attention_layernorm", "up_proj"] * 2
     left = [fold for fold in report.folds if fold.left_alone is not None]
@@ -661,7 +677,7 @@ class Quantized:
         key = repr(sorted(recipe.items()))
         if key not in self.measured:
             out = self.folder / str(len(self.measured))
-            self.reports[key] = quantize(self.model, Recipe(**{"nsamples": 32, "seqlen": WINDOW, **recipe}), out)
+            self.reports[key] = quantize(self.model, load_recipe(flags={"nsamples": 32, "seqlen": WINDOW, **recipe}), out)
             self.measured[key] = perplexity(load_quantized(out), self.held_out, WINDOW).perplexity
         return self.measured[key]
 

@@ -34,6 +34,8 @@ COMMANDS = {
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
     "generate": ("generate", "Let CHECKPOINT continue TEXT."),
+    "algorithms": ("algorithms", "List the parts of --algo with their options."),
+    "recipes": ("recipes", "List the recipes that come along."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
 }
 

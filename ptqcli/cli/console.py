@@ -43,11 +43,11 @@ class Output:
         """One plain line."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table of numbers under a title; every column but the first is right-aligned."""
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> None:
+        """A table of numbers under a title; every column but the first is right-aligned. words: no numbers, so that none is."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for index, name in enumerate(columns):
-            table.add_column(name, justify="right" if index else "left", overflow="fold")
+            table.add_column(name, justify="right" if index and not words else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.say()

@@ -77,7 +77,7 @@ def make_report(plan: Plan, source: str | None, layers: list[LayerReport], folds
     bits = sum(layer.bits_per_weight * sizes[layer.name] for layer in layers)
     return Report(
         source=source,
-        recipe=asdict(plan.recipe),
+        recipe=plan.recipe.stored(),
         layers=layers,
         skipped=list(plan.skipped),
         bytes_before=plan.bytes_before,

@@ -31,16 +31,6 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class SolverOptions:
-    """The options of all solvers; each takes those that it knows. They are explained in the solvers' modules."""
-
-    damp: float = 0.01
-    act_order: bool = True
-    static_groups: bool = True
-    scale_search: str = "mse"
-
-
-@dataclass(frozen=True, kw_only=True)
 class SolveNotes:
     """What a solver had to handle, for the report.
 
@@ -67,7 +57,12 @@ class Solution:
 class MatrixSolver(Protocol):
     """Chooses codes for one matrix at a time."""
 
+    name: ClassVar[str]
+    summary: ClassVar[str]
     needs_hessian: ClassVar[bool]
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """Whether the groups of its codes are not neighbouring columns, so that a file needs an index."""
 
     def prepare(self, hessian: Hessian | None, where: str) -> Any:
         """Work shared by all linears with this input. ``where`` names them for errors."""
@@ -179,6 +174,9 @@ class BlockSolver(Protocol):
     window: blocks worked on together.
     """
 
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
     @property
     def needs(self) -> Needs: ...
 
@@ -187,6 +185,9 @@ class BlockSolver(Protocol):
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear of the window."""
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """As in ``MatrixSolver``."""
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """As in ``MatrixSolver``."""

@@ -8,11 +8,13 @@ it is tied to no other column. Where the factorisation fails, the damping is mul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.options import option
 
 SMALLEST_DAMP = 1e-4
 LARGEST_DAMP = 10.0
@@ -25,6 +27,11 @@ class Damped:
     lower: Tensor
     damp: float
     never_activated: int
+
+
+def damp_option() -> Any:
+    """The field of a solver that damps."""
+    return option(0.01, "damping, as a share of the Hessian's mean diagonal")
 
 
 def check_damp(damp: float) -> None:

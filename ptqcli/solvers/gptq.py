@@ -39,8 +39,10 @@ from ptqcli.calibration.statistics import Hessian
 from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.options import check_choices, option
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
-from ptqcli.solvers.damping import check_damp, factorise
+from ptqcli.solvers.damping import check_damp, damp_option, factorise
+from ptqcli.solvers.scale_search import scale_search_option
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
 # time within noise; larger leaves move work from products into the loop.
@@ -69,14 +71,21 @@ class GPTQ:
     see ``ptqcli.numerics.grids``.
     """
 
+    name: ClassVar[str] = "gptq"
+    summary: ClassVar[str] = "GPTQ: error feedback through the Hessian of the calibration inputs"
     needs_hessian: ClassVar[bool] = True
-    damp: float = 0.01
-    act_order: bool = True
-    static_groups: bool = True
-    scale_search: str = "mse"
+    damp: float = damp_option()
+    act_order: bool = option(True, "most active columns first")
+    static_groups: bool = option(True, "with act-order, groups stay neighbours, so the file needs no index")
+    scale_search: str = scale_search_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
+        check_choices(self)
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """With act-order and without static groups, groups are neighbours in the new order only."""
+        return self.act_order and not self.static_groups and scheme.group_size > 0
 
     def prepare(self, hessian: Hessian | None, where: str) -> Factor:
         """Order the columns and factor the Hessian. Raises PTQError if no damping makes it positive definite."""

@@ -42,8 +42,10 @@ from ptqcli.calibration.statistics import Hessian
 from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.options import check_choices
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
-from ptqcli.solvers.damping import check_damp, factorise
+from ptqcli.solvers.damping import check_damp, damp_option, factorise
+from ptqcli.solvers.scale_search import scale_search_option
 
 # Steps between two rewrites of the inverses. At 4096 columns on one core a row took 2.3 s with 128 and 3.2 s with 64.
 BLOCK = 128
@@ -66,12 +68,19 @@ class Inverse:
 class OBQ:
     """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: minmax or mse, see ``grids``."""
 
+    name: ClassVar[str] = "obq"
+    summary: ClassVar[str] = "OBQ: the least harmful weight first, row by row"
     needs_hessian: ClassVar[bool] = True
-    damp: float = 0.01
-    scale_search: str = "mse"
+    damp: float = damp_option()
+    scale_search: str = scale_search_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
+        check_choices(self)
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """Its groups are neighbouring columns."""
+        return False
 
     def prepare(self, hessian: Hessian | None, where: str) -> Inverse:
         """Damp and invert the Hessian. Raises PTQError if no damping makes it positive definite."""

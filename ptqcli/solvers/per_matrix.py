@@ -23,6 +23,8 @@ from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, Pro
 class PerMatrix:
     """Each matrix by itself. solver: what chooses its codes."""
 
+    name = "per-matrix"
+    summary = "a matrix solver on each matrix by itself"
     window = 1
 
     def __init__(self, solver: MatrixSolver) -> None:
@@ -36,6 +38,10 @@ class PerMatrix:
             for task in stage.linears:
                 name = task.name
                 work.place(name, stage_work.solve(task, lambda done, total, name=name: work.progress(name, done, total)))  # type: ignore[misc]
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """What the matrix solver says."""
+        return self.solver.moves_groups(scheme)
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """Those of the matrix solver."""

@@ -16,15 +16,26 @@ from ptqcli.calibration.statistics import Hessian
 from ptqcli.numerics.grids import RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
+from ptqcli.options import check_choices
 from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.scale_search import scale_search_option
 
 
 @dataclass(frozen=True)
 class RTN:
     """Round to nearest. scale_search: minmax or mse, see ``ptqcli.numerics.grids``."""
 
+    name: ClassVar[str] = "rtn"
+    summary: ClassVar[str] = "round to nearest"
     needs_hessian: ClassVar[bool] = False
-    scale_search: str = "mse"
+    scale_search: str = scale_search_option()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def moves_groups(self, scheme: Scheme) -> bool:
+        """Its groups are neighbouring columns."""
+        return False
 
     def prepare(self, hessian: Hessian | None, where: str) -> None:
         """Nothing to share."""

@@ -7,25 +7,17 @@ finds the folds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from ptqcli.calibration.statistics import Needs
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 
 
-@dataclass(frozen=True)
-class TransformOptions:
-    """The options of all transforms; each takes those that it knows. They are explained in the transforms' modules."""
-
-    awq_clip: bool = True
-    smooth_alpha: float | str = 0.5
-
-
 class BlockTransform(Protocol):
     """Rewrites one block."""
 
     name: ClassVar[str]
+    summary: ClassVar[str]
     needs: ClassVar[Needs]
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from ptqcli.calibration.statistics import Needs
 from ptqcli.numerics.grids import SHRINK_FACTORS, Clipped
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
+from ptqcli.options import option
 from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec
 from ptqcli.transforms.folds import Fold
 
@@ -42,8 +43,9 @@ class AWQ:
     """AWQ with its one option. clip: search the ranges of the groups after the scales."""
 
     name: ClassVar[str] = "awq"
+    summary: ClassVar[str] = "AWQ: channels scaled by what the inputs weigh, then ranges clipped"
     needs: ClassVar[Needs] = Needs(magnitudes=True, samples=True)
-    clip: bool = True
+    clip: bool = option(True, "search the range of every group, too", flag="awq-clip")
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Scale every fold that has a linear to quantize."""

@@ -15,7 +15,7 @@ A channel that calibration never reached, or whose weights are all zero, keeps t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Needs
 from ptqcli.errors import UsageError
+from ptqcli.numerics.scheme import WHOLE_MATRIX
+from ptqcli.options import SchemeDefaults, check_choices, option
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 from ptqcli.transforms.folds import Fold
 
@@ -30,19 +32,41 @@ AUTO = "auto"
 ALPHAS = tuple(step / 20 for step in range(21))
 SMALLEST_SCALE = 1e-5
 
+# Settings of the paper (table 2): weights have one scale in all, activations these.
+LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
+
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """SmoothQuant with its one option. alpha: from 0 (all difficulty stays in the activations) to 1 (all in the weights), or "auto"."""
+    """SmoothQuant with its options.
+
+    alpha: from 0 (all difficulty stays in the activations) to 1 (all in the weights), or "auto". level: O1, O2 or O3 of the paper.
+    """
 
     name: ClassVar[str] = "smoothquant"
+    summary: ClassVar[str] = "SmoothQuant: outliers moved from the activations into the weights"
     needs: ClassVar[Needs] = Needs(magnitudes=True)
-    alpha: float | str = 0.5
+    alpha: float | str = option(0.5, "share moved to the weights", flag="smooth-alpha", metavar=f"X|{AUTO}")
+    level: str | None = option(
+        None,
+        "settings of the paper: one scale for a weight matrix, and --act-scales token, tensor or static",
+        flag="smooth-level",
+        choices=tuple(LEVELS),
+    )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if self.alpha != AUTO and not (number and 0 <= float(self.alpha) <= 1):
             raise UsageError(f"smooth alpha {self.alpha!r} is not valid; give a number from 0 to 1, or {AUTO}")
+
+    @property
+    def scheme_defaults(self) -> SchemeDefaults:
+        """8 bits for both sides, and what the level says."""
+        plain = SchemeDefaults(bits=8, abits=8)
+        if self.level is None:
+            return plain
+        return replace(plain, group_size=WHOLE_MATRIX, act_scales=LEVELS[self.level], fixed_by=f"smooth level {self.level}")
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Smooth every fold that has a linear to quantize."""

@@ -1,0 +1,237 @@
+"""The flags of ``ptq quantize``: those of the request, which stand here as data, and those that the parts of ``--algo`` declare.
+
+Every flag of the request is None unless it was given, so that a value in a recipe file is not overridden by a default of ours. The
+defaults shown for the fields of ``ptqcli.recipe.Recipe`` are compared with them by a test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
+
+if TYPE_CHECKING:
+    from ptqcli.algorithms import Declaration
+    from ptqcli.options import Option
+    from ptqcli.recipe import Override
+
+OVERRIDE_EXAMPLES = "REGEX:skip or REGEX:bits=8,group=64,asym or REGEX:abits=16"
+SET_EXAMPLE = "gptq.damp=0.1"
+
+
+# Values
+
+
+def parse_override(text: str) -> Override:
+    """``REGEX:skip`` or ``REGEX:bits=8,group=64,sym|asym,abits=8|16``; what stands after the last colon is not part of the pattern."""
+    from ptqcli.recipe import Override
+
+    pattern, colon, changes = text.rpartition(":")
+    if not (pattern and colon and changes):
+        raise click.BadParameter(f"{text!r} has {_missing_part(pattern, colon)}; write {OVERRIDE_EXAMPLES}")
+    values: dict[str, Any] = {}
+    for change in changes.split(","):
+        key, _, value = change.strip().partition("=")
+        values |= _override_value(key, value, text)
+    return Override(pattern, **values)
+
+
+def _parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Override, ...]:
+    return tuple(parse_override(value) for value in values)
+
+
+def _missing_part(pattern: str, colon: str) -> str:
+    if not colon:
+        return "no colon"
+    return "nothing after the colon" if pattern else "no pattern"
+
+
+def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
+    words = {"skip": {"skip": True}, "sym": {"symmetric": True}, "asym": {"symmetric": False}}
+    numbers = {"bits": "bits", "group": "group_size", "abits": "abits"}
+    if key in words and not value:
+        return words[key]
+    if key in numbers and re.fullmatch(r"-?[0-9]+", value):
+        return {numbers[key]: int(value)}
+    raise click.BadParameter(f"{key}{'=' if value else ''}{value} in {text!r} is not understood; write {OVERRIDE_EXAMPLES}")
+
+
+def parse_settings(texts: tuple[str, ...]) -> dict[str, dict[str, object]]:
+    """``PART.OPTION=VALUE`` texts as part -> option -> value. What is not known of a part is left to the recipe to refuse."""
+    from ptqcli.algorithms import parts
+    from ptqcli.options import from_text
+
+    found: dict[str, dict[str, object]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        part, dot, option = name.rpartition(".")
+        if not (equals and dot and part and option):
+            raise click.BadParameter(f"{text!r} is not understood; write PART.OPTION=VALUE such as {SET_EXAMPLE}")
+        if option in found.get(part, {}):
+            raise click.BadParameter(f"{name} is given twice; give it once")
+        declared = {entry.name: entry for entry in parts()[part].options} if part in parts() else {}
+        found.setdefault(part, {})[option] = from_text(declared[option], value) if option in declared else value
+    return found
+
+
+def _parse_settings(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, dict[str, object]]:
+    return parse_settings(values)
+
+
+# Flags of the request and of the run
+
+REQUEST = [
+    click.option(
+        "--algo",
+        metavar="NAME[+NAME]",
+        show_default="gptq",
+        help="rtn, gptq, obq, awq, smoothquant, llm-int8, or several joined: transforms, then a solver, such as awq+gptq. "
+        "`ptq algorithms` lists them.",
+    ),
+    click.option("--recipe", metavar="NAME|FILE", help="Where to begin: a recipe of `ptq recipes`, or a YAML file. Flags win over it."),
+    click.option(
+        "--scheme", metavar="TEXT", help="What the numbers are as one word, such as w4a16-g64-asym or w8a8, in place of the next seven."
+    ),
+    click.option("--wbits", type=int, metavar="2|3|4|8", show_default="4; smoothquant, llm-int8: 8", help="Bits per weight."),
+    click.option(
+        "--group-size",
+        type=int,
+        metavar="N",
+        show_default="128; with 8-bit activations: -1",
+        help="Neighbouring columns that share a scale; -1: whole rows; 0: the whole matrix.",
+    ),
+    click.option("--sym/--asym", "symmetric", default=None, show_default="sym", help="Fixed zero point, or one per group."),
+    click.option(
+        "--abits",
+        type=int,
+        metavar="8|16",
+        show_default="16; smoothquant, llm-int8: 8",
+        help="Bits per activation; 16 leaves them as they are.",
+    ),
+    click.option(
+        "--act-scales",
+        metavar="token|tensor|static",
+        show_default="token",
+        help="Scales of 8-bit activations: for each token or for the whole tensor when the model runs, or for the tensor from calibration.",
+    ),
+    click.option(
+        "--outliers",
+        metavar="none|dynamic|static",
+        show_default="none; llm-int8: dynamic",
+        help="Columns with outliers in 16 bit: found when the model runs (the paper's), or fixed by calibration.",
+    ),
+    click.option("--outlier-threshold", type=float, metavar="X", show_default="6.0", help="Magnitude above which an input is an outlier."),
+]
+SETTINGS = [
+    click.option(
+        "--set",
+        "options",
+        multiple=True,
+        callback=_parse_settings,
+        metavar="PART.OPTION=VALUE",
+        help=f"Any option of any part, such as {SET_EXAMPLE}; `ptq algorithms` lists them.",
+    ),
+]
+REST = [
+    click.option(
+        "--sequential/--no-sequential",
+        default=None,
+        show_default="sequential",
+        help="Calibrate later linears of a block behind the quantized earlier ones, or all on the block as it was (less memory).",
+    ),
+    click.option("--calib", metavar="builtin|wikitext2|c4|pile|PATH", show_default="builtin", help="Calibration text."),
+    click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
+    click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
+    click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
+    click.option(
+        "--override",
+        "overrides",
+        multiple=True,
+        callback=_parse_overrides,
+        metavar="REGEX:WHAT",
+        help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
+    ),
+    click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
+    click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
+]
+RUN = [
+    click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", show_default="./MODEL-ALGO-w4g128", help="Where to write."),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder."),
+    data_dir_option,
+    device_option,
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="Of the calibration passes; the checkpoint keeps the model's own. float32 is quicker on a CPU without bfloat16 arithmetic.",
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), metavar="N", show_default="by window length", help="Windows in one forward pass."
+    ),
+    click.option(
+        "--activation-budget",
+        type=click.FloatRange(min=0),
+        metavar="GIB",
+        show_default="4",
+        help="Activations beyond this go to a file in the output folder.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
+    json_option,
+    quiet_option,
+]
+
+
+def all_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the command with the flags that stand here, in their order."""
+    for add in reversed([*REQUEST, *SETTINGS, *REST, *RUN]):
+        function = add(function)
+    return function
+
+
+# Flags of the parts
+
+
+class QuantizeCommand(click.Command):
+    """A command whose flags are also those that the parts declare; they are imported when the flags are first asked for."""
+
+    @cached_property
+    def part_options(self) -> list[Option]:
+        """The options that have a flag: all but those whose name is taken, which are left to ``--set``."""
+        return [declared.option for declared, _ in self._part_flags]
+
+    @cached_property
+    def _part_flags(self) -> list[tuple[Declaration, click.Option]]:
+        from ptqcli.algorithms import declarations
+
+        taken = {text for param in self.params for text in (param.name, *param.opts, *param.secondary_opts)} | {"--help", "-h"}
+        made = [(declared, _flag(declared)) for declared in declarations() if declared.shared]
+        return [(declared, flag) for declared, flag in made if taken.isdisjoint((flag.name, *flag.opts, *flag.secondary_opts))]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those of the parts stand before ``--set``."""
+        found = super().get_params(ctx)
+        place = next(index for index, param in enumerate(found) if "--set" in param.opts)
+        return [*found[:place], *(flag for _, flag in self._part_flags), *found[place:]]
+
+
+def _flag(declared: Declaration) -> click.Option:
+    from ptqcli.options import from_text, kinds
+
+    option = declared.option
+    text = f"{', '.join(declared.parts)}: {option.help}."
+    if kinds(option.hint) == (bool,):
+        shown = option.flag if option.default else f"no-{option.flag}"
+        return click.Option([f"--{option.flag}/--no-{option.flag}", option.key], default=None, show_default=shown, help=text)
+
+    def convert(ctx: click.Context, param: click.Parameter, value: str | None) -> object:
+        return None if value is None else from_text(option, value)
+
+    default = False if option.default is None else str(option.default)
+    return click.Option([f"--{option.flag}", option.key], metavar=option.metavar, show_default=default, callback=convert, help=text)

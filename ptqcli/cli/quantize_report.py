@@ -1,0 +1,153 @@
+"""What ``ptq quantize`` shows: the plan, how far it is, and what came out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptqcli.cli.console import Output, path_text, size_text, time_text
+from ptqcli.cli.locate import REPORT_NAME
+from ptqcli.cli.progress import Tracker
+from ptqcli.cli.report import LAYER_COLUMNS, layer_row
+
+if TYPE_CHECKING:
+    from ptqcli.pipeline.report import Report
+    from ptqcli.plan import Plan
+
+WORST_LAYERS = 5
+MOST_CHOICES = 4
+
+
+class Progress:
+    """Listens to the pipeline and tells a tracker."""
+
+    def __init__(self, model: Path, target: Path, words: Output, tracker: Tracker) -> None:
+        self._model, self._target, self._words, self._tracker = model, target, words, tracker
+        self._errors: list[float] = []
+
+    def planned(self, plan: Plan) -> None:
+        show_plan(plan, self._model, self._target, self._words)
+
+    def stage(self, text: str) -> None:
+        self._tracker.say(text)
+
+    def block_started(self, index: int, count: int) -> None:
+        self._errors.clear()
+        if index == 0:
+            self._tracker.say(f"quantizing {count} blocks")
+
+    def detail(self, text: str) -> None:
+        self._tracker.note(text)
+
+    def layer_progress(self, name: str, done: int, total: int) -> None:
+        self._tracker.part(name, done, total)
+
+    def layer_done(self, name: str, error: float) -> None:
+        self._errors.append(error)
+        self._tracker.note(f"{name}  error {error:.4f}")
+
+    def block_done(self, index: int, count: int) -> None:
+        worst = f", largest error {max(self._errors):.4f}" if self._errors else ""
+        self._tracker.step(index + 1, count, f"{len(self._errors)} linears{worst}")
+
+
+def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
+    """What is about to happen, and what it needs."""
+    words.facts(
+        [
+            ("model", path_text(model)),
+            ("output", path_text(target)),
+            *plan.summary_rows(),
+            ("size", f"{size_text(plan.bytes_before)} now, {size_text(plan.bytes_after)} afterwards"),
+            ("disk needed", f"{size_text(plan.disk_bytes)} while it is written"),
+            ("memory needed", f"about {size_text(plan.memory_bytes)} on top of Python and torch"),
+        ]
+    )
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for ``--dry-run --json``."""
+    return {
+        "recipe": plan.recipe.stored(),
+        "linears": [{"name": linear.name, "scheme": str(linear.scheme)} for linear in plan.linears],
+        "skipped": plan.skipped,
+        "outside": plan.outside,
+        "seqlen": plan.seqlen,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "notes": plan.notes,
+    }
+
+
+def _transformed(report: Report) -> list[tuple[str, str]]:
+    """What transforms did, one row each, and what they had to leave alone."""
+    used = [fold for fold in report.folds if fold.left_alone is None]
+    left = [fold for fold in report.folds if fold.left_alone is not None]
+    if not report.folds:
+        return []
+    linears = {layer.name for layer in report.layers}
+    reached = linears & {reader for fold in used for reader in fold.readers}
+    rows = [("folds", f"{len(used)} found and proved; they reach {len(reached)} of {len(linears)} linears")]
+    for name in dict.fromkeys(name for fold in used for name, *_ in fold.choices):
+        choices = Counter(choice for fold in used for part, choice, _ in fold.choices if part == name)
+        more = ", ..." if len(choices) > MOST_CHOICES else ""
+        rows.append((name, ", ".join(f"{choice} x {count}" for choice, count in choices.most_common(MOST_CHOICES)) + more))
+    if left:
+        more = f", and {len(left) - 1} more in {REPORT_NAME}" if len(left) > 1 else ""
+        rows.append(("left alone", f"{left[0].producer or ', '.join(left[0].readers)}: {left[0].left_alone}{more}"))
+    return rows
+
+
+def _handled(report: Report) -> list[tuple[str, str]]:
+    """What the solver had to handle anywhere, one row for all layers; nothing if there was nothing."""
+    raised = sum(layer.damp_raised for layer in report.layers)
+    inputs = sum(layer.never_activated for layer in report.layers)
+    groups = sum(layer.zero_groups for layer in report.layers)
+    found = [
+        f"damping raised in {raised} linears" if raised else "",
+        f"{inputs} input columns never activated" if inputs else "",
+        f"{groups} groups of zeros" if groups else "",
+    ]
+    told = ", ".join(text for text in found if text)
+    return [("handled", told)] if told else []
+
+
+def _outliers(report: Report) -> list[tuple[str, str]]:
+    shares = {layer.name: layer.outlier_share for layer in report.layers if layer.outlier_share is not None}
+    if not shares:
+        return []
+    most = max(shares, key=lambda name: shares[name])
+    return [
+        (
+            "outlier columns",
+            f"{sum(shares.values()) / len(shares):.2%} of a linear's columns on average, at most {shares[most]:.2%} ({most})",
+        )
+    ]
+
+
+def show_report(report: Report, words: Output) -> None:
+    """What was written, and how each kind of thing fared."""
+    worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
+    words.table(
+        f"Worst layers by relative {report.error_kind} error",
+        LAYER_COLUMNS,
+        (layer_row(asdict(layer)) for layer in worst),
+    )
+    share = report.bytes_after / report.bytes_before
+    words.say()
+    words.facts(
+        [
+            ("written", path_text(Path(report.output))),
+            ("size", f"{size_text(report.bytes_before)} before, {size_text(report.bytes_after)} after ({share:.0%})"),
+            ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, everything stored for them counted"),
+            *_transformed(report),
+            *_outliers(report),
+            *_handled(report),
+            ("time", time_text(report.seconds)),
+            ("peak memory", size_text(report.peak_memory_bytes)),
+        ]
+    )
