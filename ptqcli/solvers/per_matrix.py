@@ -7,7 +7,7 @@ of the matrix before the solver sees it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, Pro
 class PerMatrix:
     """Each matrix by itself. solver: what chooses its codes."""
 
-    name = "per-matrix"
-    summary = "a matrix solver on each matrix by itself"
+    name: ClassVar[str] = "per-matrix"
+    summary: ClassVar[str] = "a matrix solver on each matrix by itself"
     window = 1
 
     def __init__(self, solver: MatrixSolver) -> None:
