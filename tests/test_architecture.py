@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from ptqcli.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
@@ -19,7 +22,7 @@ PLAN = ROOMS | {"plan", "estimate"}
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
-    "__init__": {"runtime"},  # handed on when asked for
+    "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
     "options": {"errors"},
     "shipped": {"errors"},
@@ -35,14 +38,16 @@ ALLOWED = {
     "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
-    "runtime": BASE | {"formats", "checkpoint", "model"},
+    "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
     "evaluate": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN,
+    "api": PLAN | {"runtime", "evaluate", "pipeline", "shipped"},
     "cli": PLAN | {"options", "shipped", "runtime", "evaluate", "bench", "pipeline"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
+QUICK_MODULES = ("ptqcli.cli", "ptqcli.errors", "ptqcli.__version__", "ptqcli.model.locate", "ptqcli.pipeline.report")
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 
 
@@ -122,9 +127,7 @@ def test_kernels_are_a_library_of_their_own(file: Path) -> None:
 def test_commands_import_nothing_heavy_before_they_are_called(file: Path) -> None:
     names = imported(parse(file).body)
     assert libraries(names) <= QUICK_LIBRARIES | {"ptqcli"}
-    assert {name for name in names if name.startswith("ptqcli.")} <= {
-        name for name in names if name.startswith(("ptqcli.cli", "ptqcli.errors", "ptqcli.__version__", "ptqcli.model.locate"))
-    }
+    assert all(name.startswith(QUICK_MODULES) for name in names if name.startswith("ptqcli."))
 
 
 @pytest.mark.parametrize("file", LIBRARY_FILES, ids=short_name)
@@ -141,3 +144,29 @@ def test_no_file_is_named_for_what_it_is_not() -> None:
 def test_kernels_folder_is_no_package() -> None:
     """A top-level ``kernels`` would shadow the Hugging Face package of that name, which transformers looks for."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+FORMAT_NAME = re.compile("|".join(name.replace("-", ".?") for name in FORMATS), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("file", [file for file in PACKAGE_FILES if "formats" not in file.parts], ids=short_name)
+def test_no_format_is_named_outside_its_room(file: Path) -> None:
+    assert FORMAT_NAME.search(file.read_text(encoding="utf-8")) is None
+
+
+LONGEST_MODULE = 400
+LONGEST_FUNCTION = 60
+
+
+@pytest.mark.parametrize("file", [*PACKAGE_FILES, *KERNEL_FILES], ids=short_name)
+def test_modules_and_functions_can_be_seen_whole(file: Path) -> None:
+    tree = parse(file)
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION and not is_kernel(node)}
+    assert long == set()
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Triton compiles it: such a function cannot be cut where a reader would like it."""
+    return any("triton" in ast.unparse(decorator) for decorator in function.decorator_list)

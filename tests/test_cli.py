@@ -23,13 +23,13 @@ from rich.console import Console
 from tiny import make_model, write_text
 
 from ptqcli.algorithms import declarations, parts
-from ptqcli.cli import COMMANDS, app, doctor, locate, run
+from ptqcli.cli import COMMANDS, app, doctor, run
 from ptqcli.cli.console import size_text, time_text
 from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.cli.quantize_flags import parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
-from ptqcli.pipeline import report
+from ptqcli.pipeline.report import REPORT_NAME
 from ptqcli.recipe import ACTIVATION_SCALES, Override, Recipe
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
@@ -224,13 +224,13 @@ def test_no_checkpoint_here(ptq: Ptq, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_damaged_report(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop / "done", tmp_path / "done")
-    (tmp_path / "done" / locate.REPORT_NAME).write_text("{")
-    assert f"{locate.REPORT_NAME}: not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
+    (tmp_path / "done" / REPORT_NAME).write_text("{")
+    assert f"{REPORT_NAME}: not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
 
 
 def test_a_report_of_another_program(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop / "done", tmp_path / "done")
-    (tmp_path / "done" / locate.REPORT_NAME).write_text('{"layers": []}')
+    (tmp_path / "done" / REPORT_NAME).write_text('{"layers": []}')
     assert "not a report of ptq quantize" in one_line(ptq("inspect", tmp_path / "done"))
 
 
@@ -525,7 +525,7 @@ def test_default_output_and_newest_checkpoint(ptq: Ptq, workshop: Path, tmp_path
     assert ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "-1", "--wbits", "8").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model-rtn-w4a16-g32", "model-rtn-w8a16-row"]
     assert ptq("inspect").out.startswith("checkpoint    model-rtn-w8a16-row\n")
-    os.utime(tmp_path / "model-rtn-w4a16-g32" / locate.REPORT_NAME, (2e9, 2e9))
+    os.utime(tmp_path / "model-rtn-w4a16-g32" / REPORT_NAME, (2e9, 2e9))
     assert ptq("inspect").out.startswith("checkpoint    model-rtn-w4a16-g32\n")
     again = ptq("quantize", workshop / "model", "--algo", "rtn", "--group-size", "32")
     assert "--output" in one_line(again)
@@ -656,10 +656,6 @@ def test_only_weights_and_text_are_fetched() -> None:
         and not any(fnmatch.fnmatch(name, pattern) for pattern in UNWANTED_FILES)
     ]
     assert fetched == ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
-
-
-def test_the_report_is_where_the_pipeline_writes_it() -> None:
-    assert locate.REPORT_NAME == report.REPORT_NAME
 
 
 def test_sizes_and_times() -> None:

@@ -76,7 +76,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY + INTEGER + SPLIT, ids=Scheme.describe)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY + INTEGER + SPLIT, ids=str)
 def test_it_computes_what_the_runtime_computes(scheme: Scheme) -> None:
     quantized, inputs, bias = quantized_weight(scheme), some_inputs(), random(OUT, seed=2)
     expected = by_the_runtime(quantized, inputs, bias)
@@ -205,7 +205,7 @@ def error_by_hand(weight: Tensor, scheme: Scheme, inputs: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY + INTEGER + SPLIT, ids=Scheme.describe)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY + INTEGER + SPLIT, ids=str)
 @pytest.mark.parametrize("hessian", [False, True], ids=["samples", "hessian"])
 def test_the_error_in_a_scheme_is_that_of_its_formula(scheme: Scheme, hessian: bool) -> None:
     weight, inputs = random(OUT, IN), some_inputs()

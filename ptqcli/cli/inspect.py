@@ -12,7 +12,8 @@ import click
 from ptqcli.cli.console import Output, path_text, size_text
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import json_option
-from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row, read_report
+from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row
+from ptqcli.pipeline.report import read_report
 
 if TYPE_CHECKING:
     from ptqcli.formats.packed_checkpoint import PackedCheckpoint

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ptqcli.errors import UsageError
 from ptqcli.model.locate import find_model
-
-REPORT_NAME = "ptq_report.json"
+from ptqcli.pipeline.report import REPORT_NAME
 
 
 def find_checkpoint(name: str | None) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
-from ptqcli.cli.locate import REPORT_NAME
 from ptqcli.cli.progress import Tracker
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
+from ptqcli.pipeline.report import REPORT_NAME
 
 if TYPE_CHECKING:
     from ptqcli.pipeline.report import Report

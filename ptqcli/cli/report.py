@@ -1,46 +1,23 @@
-"""``ptq_report.json``, which `ptq quantize` leaves in a checkpoint: where it came from and how each linear fared."""
+"""What the commands show of ``ptq_report.json``."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ptqcli.cli.console import Output
-from ptqcli.cli.locate import REPORT_NAME
-from ptqcli.errors import PTQError
 from ptqcli.model.locate import find_model
+from ptqcli.pipeline.report import read_source
 
-REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 LAYER_COLUMNS = ("layer", "scheme", "bits/weight", "error", "remarks")
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report in ``folder``, or None for a folder that `ptq quantize` did not write. Raises PTQError for a damaged one."""
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PTQError(f"{path}: not valid JSON; delete it, or quantize again") from error
-    if not isinstance(report, dict) or not report.keys() >= REPORT_KEYS:
-        raise PTQError(f"{path}: not a report of ptq quantize; delete it, or quantize again")
-    return report
-
-
-def original_of(folder: Path) -> Path | None:
-    """The model folder that a checkpoint was made from, as its report says; it may be gone by now."""
-    source = (read_report(folder) or {}).get("source")
-    return Path(source) if isinstance(source, str) else None
 
 
 def baseline_of(folder: Path, wanted: str | None, output: Output) -> Path | None:
     """The model to compare a checkpoint with: ``wanted``, a folder or hub id, or else where it came from; None, told, if that is gone."""
     if wanted is not None:
         return find_model(wanted)
-    original = original_of(folder)
+    original = read_source(folder)
     if original is not None and not original.is_dir():
         output.say(f"{original}, which the checkpoint came from, is gone; name it with --baseline to compare")
         return None

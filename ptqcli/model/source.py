@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from ptqcli.checkpoint.auxiliary import copy_auxiliary_files, load_tokenizer
-from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
+from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, TensorSource
+from ptqcli.errors import PTQError
 from ptqcli.model.config import load_config
 
 
 class ModelSource(Protocol):
-    """A model to quantize, wherever it is. where: what messages and the report call it."""
+    """A model to quantize, wherever it is. where: what messages call it. folder: where it is on disk, None if it is not."""
 
     @property
     def where(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
 
     @property
     def config(self) -> Any:
@@ -40,24 +48,66 @@ class ModelFolder:
     """A local folder with config.json and safetensors. Raises PTQError or UsageError for one that holds no model."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder: Path | None = folder
+        self._folder = folder
         self.where = str(folder)
         self.config = load_config(folder)
 
     @cached_property
     def tensors(self) -> TensorSource:
         """The tensors of its safetensors files. Raises PTQError for missing or damaged ones."""
-        return SafetensorsFolder(self.folder)
+        return SafetensorsFolder(self._folder)
 
     def tokenizer(self) -> Any:
         """The tokenizer in the folder. Raises PTQError when there is none."""
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self._folder)
 
     def config_json(self) -> dict[str, Any]:
         """What stands in config.json."""
-        values: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         return values
 
     def write_auxiliary(self, folder: Path) -> None:
         """Copy the files beside the weights."""
-        copy_auxiliary_files(self.folder, folder)
+        copy_auxiliary_files(self._folder, folder)
+
+
+class ModelInMemory:
+    """A loaded transformers model; nothing of it is changed. tokenizer: its own, needed where there is calibration text."""
+
+    where = "the model in memory"
+    folder: Path | None = None
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.config = copy.deepcopy(model.config)
+        self._model, self._tokenizer = model, tokenizer
+
+    @cached_property
+    def tensors(self) -> TensorSource:
+        """Its parameters and buffers, each that several modules share once. Raises PTQError for parameters without values."""
+        named: dict[str, Tensor] = {}
+        seen: set[tuple[int, torch.Size]] = set()
+        for name, tensor in self._model.state_dict().items():
+            if tensor.is_meta:
+                raise PTQError(f"{self.where}: {name} holds no values; load the model whole, without offloading")
+            if (tensor.data_ptr(), tensor.shape) not in seen:
+                seen.add((tensor.data_ptr(), tensor.shape))
+                named[name] = tensor
+        return MemoryTensors(named)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was given. Raises PTQError when none was."""
+        if self._tokenizer is None:
+            raise PTQError(f"{self.where} needs its tokenizer for the calibration text; give tokenizer=")
+        return self._tokenizer
+
+    def config_json(self) -> dict[str, Any]:
+        """What transformers would write into config.json."""
+        values: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=True))
+        return {"architectures": [type(self._model).__name__], **values, "dtype": str(self._model.dtype).removeprefix("torch.")}
+
+    def write_auxiliary(self, folder: Path) -> None:
+        """Save tokenizer and generation config."""
+        for part in (self._tokenizer, getattr(self._model, "generation_config", None)):
+            if part is not None:
+                part.save_pretrained(folder)

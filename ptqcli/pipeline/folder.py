@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline.report import REPORT_NAME
 
 
-def check_output(output: Path, model: Path, overwrite: bool) -> None:
-    """Raise UsageError when ``output`` must not be written."""
-    if output.resolve() == model.resolve():
+def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
+    """Raise UsageError when ``output`` must not be written. model: the folder of the model, None for one in memory."""
+    if model is not None and output.resolve() == model.resolve():
         raise UsageError(f"{output}: is the model itself; choose another --output")
     if not output.exists():
         return
@@ -52,7 +52,7 @@ def growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
             folder.rename(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        _unlock(lock)
 
 
 def _replace(output: Path, folder: Path) -> None:
@@ -63,22 +63,40 @@ def _replace(output: Path, folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _claim(folder: Path) -> int:
-    """Make ``folder`` and lock it; return the open descriptor, which holds the lock. What a killed run has left in it goes.
+def _claim(folder: Path) -> int | None:
+    """Make ``folder`` and lock it; return what holds the lock. What a killed run has left in it goes.
 
-    The lock ends with the process, however it ends. Raises PTQError if another run holds it, or if it holds something else.
+    Raises PTQError if another run holds it, or if it holds something else.
     """
     folder.mkdir(exist_ok=True)
+    lock = _lock(folder)
+    leftovers = sorted(folder.iterdir())
+    if leftovers and not any(left.match("*.safetensors*") for left in leftovers):  # a run's first file is one of weights
+        _unlock(lock)
+        raise PTQError(f"{folder}: is in the way and holds {leftovers[0].name}; move it, or choose another --output")
+    for left in leftovers:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return lock
+
+
+def _lock(folder: Path) -> int | None:
+    """An open descriptor that holds a lock on ``folder``, which ends with the process, however it ends.
+
+    None on Windows, which opens no folder: there a second run into the same folder is not noticed.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
         raise PTQError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
-    leftovers = sorted(folder.iterdir())
-    if leftovers and not any(left.match("*.safetensors*") for left in leftovers):  # a run's first file is one of weights
-        os.close(lock)
-        raise PTQError(f"{folder}: is in the way and holds {leftovers[0].name}; move it, or choose another --output")
-    for left in leftovers:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
     return lock
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

@@ -20,7 +20,7 @@ from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats import find_format
 from ptqcli.model.skeleton import Skeleton, Unit
-from ptqcli.model.source import ModelFolder
+from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_output, growing
@@ -38,14 +38,14 @@ from ptqcli.solvers.per_matrix import as_block_solver
 CARRIED_BYTES = 1 << 30
 
 
-def plan_run(model: Path, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
+def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
     """Open the model and decide everything that can be decided without its weights."""
-    skeleton = Skeleton(ModelFolder(model), recipe.blocks)
+    skeleton = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
     return skeleton, make_plan(recipe, skeleton, resources)
 
 
 def quantize(
-    model: Path,
+    model: Path | ModelSource,
     recipe: Recipe,
     output: Path,
     *,
@@ -54,20 +54,21 @@ def quantize(
     data_dir: Path | None = None,
     listener: Listener | None = None,
 ) -> Report:
-    """Quantize the model folder ``model`` into the new checkpoint folder ``output``.
+    """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``.
 
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     resources, listener, clock = resources or Resources(), listener or Silent(), Clock()
-    check_output(output, model, overwrite)
+    folder = model if isinstance(model, Path) else model.folder
+    check_output(output, folder, overwrite)
     with clock.measure("plan"):
         skeleton, plan = plan_run(model, recipe, resources)
     listener.planned(plan)
-    with growing(output, overwrite, plan.disk_bytes) as folder, torch.no_grad():
-        work = _Quantization(skeleton, plan, resources, folder, listener, clock)
+    with growing(output, overwrite, plan.disk_bytes) as growing_folder, torch.no_grad():
+        work = _Quantization(skeleton, plan, resources, growing_folder, listener, clock)
         work.run(data_dir)
-        report = make_report(plan, str(model.resolve()), work.state.layers, work.state.folds, work.bytes_after)
-        write_json(folder / REPORT_NAME, report.stored())
+        report = make_report(plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.bytes_after)
+        write_json(growing_folder / REPORT_NAME, report.stored())
     return replace(
         report,
         output=str(output),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ptqcli
-from ptqcli.plan import Plan
+from ptqcli.errors import PTQError
+
+if TYPE_CHECKING:  # the commands that show a report must not wait for torch
+    from ptqcli.plan import Plan
 
 REPORT_NAME = "ptq_report.json"
+REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 
 
 @dataclass(frozen=True)
@@ -86,3 +92,23 @@ def make_report(plan: Plan, source: str | None, layers: list[LayerReport], folds
         error_kind="output" if plan.needs_calibration else "weight",
         folds=folds,
     )
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report in ``folder``, or None for a folder that `ptq quantize` did not write. Raises PTQError for a damaged one."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PTQError(f"{path}: not valid JSON; delete it, or quantize again") from error
+    if not isinstance(report, dict) or not report.keys() >= REPORT_KEYS:
+        raise PTQError(f"{path}: not a report of ptq quantize; delete it, or quantize again")
+    return report
+
+
+def read_source(folder: Path) -> Path | None:
+    """The model folder that a checkpoint was made from, as its report says; it may be gone by now."""
+    source = (read_report(folder) or {}).get("source")
+    return Path(source) if isinstance(source, str) else None

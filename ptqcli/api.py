@@ -1,0 +1,164 @@
+"""What a program imports from ``ptqcli``: the whole tool in a few functions. Arguments that are not the subject are given by keyword."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ptqcli.algorithms import find_algorithm
+from ptqcli.calibration.statistics import InputStatistics
+from ptqcli.errors import UsageError
+from ptqcli.evaluate.evaluation import Evaluation, measure
+from ptqcli.model.locate import find_model
+from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.pipeline import pipeline
+from ptqcli.pipeline.progress import Listener
+from ptqcli.pipeline.report import Report, read_source
+from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
+from ptqcli.runtime.models import load_model, load_tokenizer
+from ptqcli.shipped import find_recipe
+from ptqcli.solvers import LinearTask, Stage, ignore_progress
+from ptqcli.solvers.per_matrix import PerMatrix, StageWork, as_block_solver, needs_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    output: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    activation_budget: int = DEFAULT_ACTIVATION_BUDGET,
+    data_dir: str | Path | None = None,
+    listener: Listener | None = None,
+    **changes: Any,
+) -> Report:
+    """Quantize ``model`` into the new checkpoint folder ``output``, as `ptq quantize` does.
+
+    model: a local folder, a hub id, or a transformers model in memory, which stays as it is; its tokenizer is then given by ``tokenizer``.
+    recipe: a ``Recipe``, the name of a shipped one (`ptq recipes`), or a YAML file; None for the defaults.
+    changes: keys of a recipe, which win over it: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``, ``damp=0.1``.
+    device, dtype, batch_size, activation_budget: see ``Resources``.
+    data_dir: where files of known corpora are looked for first.
+    listener: is told how far the work is.
+
+    Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
+    """
+    return pipeline.quantize(
+        _source(model, tokenizer),
+        _recipe(recipe, changes),
+        Path(output).expanduser(),
+        overwrite=overwrite,
+        resources=Resources(device=torch.device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
+        data_dir=None if data_dir is None else Path(data_dir),
+        listener=listener,
+    )
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    texts: str | Sequence[str] = "builtin",
+    *,
+    baseline: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    device: str | torch.device = "cpu",
+    kernel: str = "auto",
+    data_dir: str | Path | None = None,
+) -> list[Evaluation]:
+    """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token.
+
+    model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
+    texts: builtin, wikitext2, c4 or a path; one or several.
+    baseline: what it is compared with; None for the model that the checkpoint was made from, if that is still there.
+    seqlen, stride: tokens in a window and from one to the next, see ``evaluate.windows``.
+    kernel: what packed weights are multiplied by, see ``load_quantized``.
+
+    Raises UsageError and PTQError for what cannot be loaded, read or measured.
+    """
+    folder = find_model(str(model)) if isinstance(model, (str, Path)) else None
+    if baseline is None and folder is not None:
+        origin = read_source(folder)
+        baseline = origin if origin is not None and origin.is_dir() else None
+    if tokenizer is None:
+        if folder is None:
+            raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
+        tokenizer = load_tokenizer(folder)
+    measured = measure(
+        model if folder is None else load_model(folder, device, kernel),
+        tokenizer,
+        [texts] if isinstance(texts, str) else list(texts),
+        load_model(find_model(str(baseline)), device) if isinstance(baseline, (str, Path)) else baseline,
+        seqlen,
+        stride,
+        None if data_dir is None else Path(data_dir),
+    )
+    return list(measured)
+
+
+def solve(
+    weight: Tensor,
+    scheme: Scheme | str = "w4a16-g128",
+    solver: str = "gptq",
+    *,
+    inputs: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    options: Mapping[str, object] | None = None,
+) -> QuantizedWeight:
+    """Codes for one matrix, for research: what the pipeline does with each linear, without a model around it.
+
+    weight: floating [out, in]. inputs: what the linear receives, floating [..., in]; needed by solvers that look at it (gptq, obq) and by
+    schemes with static activations or outliers. scale_dtype: of the scales. options: of the solver, such as ``{"damp": 0.1}``.
+
+    Raises UsageError for an unknown solver, option or scheme, a group size that does not divide ``in``, and missing inputs; PTQError for a
+    Hessian that no damping makes positive definite.
+    """
+    part = find_algorithm(solver)
+    if part.transforms:
+        raise UsageError(f"solver '{solver}': transforms work on blocks; name a solver alone")
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    chosen = as_block_solver(Recipe(algo=solver, options={part.solver.name: dict(options or {})}).solver())
+    if not isinstance(chosen, PerMatrix):
+        raise UsageError(f"solver '{solver}' works on whole blocks, not on one matrix")
+    needs = chosen.needs | needs_of(scheme)
+    if needs and inputs is None:
+        raise UsageError(f"solver '{solver}' in {scheme} looks at the inputs of the linear; give inputs=")
+    scheme.group_count(weight.shape[1])
+    statistics = None
+    if needs and inputs is not None:
+        statistics = InputStatistics.empty(weight.shape[1], needs, inputs.numel() // inputs.shape[-1], weight.device)
+        statistics.add(inputs.to(weight.device))
+        statistics.check_finite("inputs")
+    task = LinearTask(name="weight", weight=weight.detach().float(), scheme=scheme, scale_dtype=scale_dtype)
+    return StageWork(chosen.solver, Stage((task,), statistics)).solve(task, ignore_progress).weight
+
+
+def _source(model: Any, tokenizer: Any) -> ModelSource:
+    if not isinstance(model, (str, Path)):
+        return ModelInMemory(model, tokenizer)
+    if tokenizer is not None:
+        raise UsageError("tokenizer belongs to a model in memory; a folder has its own")
+    return ModelFolder(find_model(str(model)))
+
+
+def _recipe(recipe: Recipe | str | Path | None, changes: Mapping[str, Any]) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(None if recipe is None else find_recipe(str(recipe)), changes)
+    if not changes:
+        return recipe
+    return replace(recipe, **changes)
