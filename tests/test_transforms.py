@@ -131,7 +131,7 @@ def cases_of(folder: Path, **recipe: Any) -> list[Case]:
     text = write_text(folder.parent / "text.txt")
     given = {"algo": "awq+smoothquant", "awq_clip": False, "wbits": 4, "abits": 16, "group_size": 32, "nsamples": 4, "seqlen": 48}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptqcli.pipeline, "FoldedBlock", Intercepted)
+        patch.setattr(ptqcli.pipeline.pipeline, "FoldedBlock", Intercepted)
         report = quantize(folder, Recipe(**{**given, "calib": str(text), **recipe}), folder.parent / "out", overwrite=True)
     skeleton, fresh = Skeleton(folder), token_ids(40, 3, seed=5)
     with torch.no_grad():
