@@ -32,9 +32,10 @@ from ptqcli.pipeline.report import Report
 from ptqcli.recipe import Override, Recipe, load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import kernels_in, load_quantized
-from ptqcli.solvers import Solution, Stage, Target, lift
+from ptqcli.solvers import LinearTask, Solution, Stage
 from ptqcli.solvers.gptq import GPTQ
 from ptqcli.solvers.obq import OBQ
+from ptqcli.solvers.per_matrix import PerMatrix
 from ptqcli.solvers.rtn import RTN
 from ptqcli.transforms.awq import AWQ
 from ptqcli.transforms.smoothquant import SmoothQuant
@@ -486,25 +487,25 @@ def test_statistics_behind_transforms_are_those_of_the_transformed_block(
         assert not torch.allclose(before.largest, fresh.largest, rtol=1e-2)
 
 
-# What lift adds to a solver
+# What PerMatrix adds to a solver
 
 
 @dataclass
 class Placed:
     """A run of one stage, of some linears that read ``inputs``; keeps what is placed."""
 
-    targets: tuple[Target, ...]
+    linears: tuple[LinearTask, ...]
     inputs: Tensor
 
     def stages(self) -> Iterator[Stage]:
         statistics = InputStatistics.empty(self.inputs.shape[1], Needs(True, True, True), len(self.inputs), torch.device("cpu"))
         statistics.add(self.inputs)
-        yield Stage(self.targets, statistics)
+        yield Stage(self.linears, statistics)
 
-    def place(self, target: Target, solution: Solution) -> None:
-        self.found: dict[str, Solution] = {**getattr(self, "found", {}), target.name: solution}
+    def place(self, name: str, solution: Solution) -> None:
+        self.found: dict[str, Solution] = {**getattr(self, "found", {}), name: solution}
 
-    def progress(self, target: Target, done: int, total: int) -> None:
+    def progress(self, name: str, done: int, total: int) -> None:
         pass
 
 
@@ -521,9 +522,13 @@ def calibration_inputs() -> Tensor:
 
 
 def lifted(solver: Any, scheme: Scheme, inputs: Tensor, dtype: torch.dtype = torch.float32, names: str = "q") -> dict[str, Solution]:
-    run = Placed(tuple(Target(name, matrix(name, dtype), scheme, dtype) for name in names), inputs)
-    lift(solver)(run)
+    run = Placed(tuple(task(name, scheme, dtype) for name in names), inputs)
+    PerMatrix(solver).solve(run)
     return run.found
+
+
+def task(name: str, scheme: Scheme, dtype: torch.dtype = torch.float32) -> LinearTask:
+    return LinearTask(name=name, weight=matrix(name, dtype), scheme=scheme, scale_dtype=dtype)
 
 
 def matrix(name: str, dtype: torch.dtype) -> Tensor:
@@ -647,8 +652,8 @@ def test_stored_static_scales_are_those_of_the_calibration_text(llama: Path, tmp
 def test_thresholds_of_one_stage_may_differ() -> None:
     inputs = calibration_inputs()
     schemes = {"q": split_scheme(False, 6.0), "k": split_scheme(False, 5.0), "v": W8A8}
-    run = Placed(tuple(Target(name, matrix(name, torch.float32), scheme, torch.float32) for name, scheme in schemes.items()), inputs)
-    lift(GPTQ())(run)
+    run = Placed(tuple(task(name, scheme) for name, scheme in schemes.items()), inputs)
+    PerMatrix(GPTQ()).solve(run)
     for name, scheme in schemes.items():
         alone = lifted(GPTQ(), scheme, inputs, names=name)[name].weight
         assert torch.equal(run.found[name].weight.codes, alone.codes)

@@ -103,9 +103,8 @@ def test_codes_of_a_codebook_equal_the_brute_force_search(group, search):
 
 def test_the_greedy_order_is_not_plain_rounding():
     weight, hessian = layer(out=64)
-    errors = [
-        hessian.output_energy(weight - solve(s, weight, hessian, Scheme(3, 8)).weight.dequantize(torch.float64)) for s in (OBQ(), RTN())
-    ]
+    solved = [solve(solver, weight, hessian, Scheme(3, 8)).weight for solver in (OBQ(scale_search="minmax"), RTN("minmax"))]
+    errors = [hessian.output_energy(weight - codes.dequantize(torch.float64)) for codes in solved]
     assert errors[0] < 0.6 * errors[1]
 
 
