@@ -376,23 +376,9 @@ def test_damaged_tensors_are_named(kind: str) -> None:
         COMPRESSED_TENSORS.unpack("m", broken(change).__getitem__, Scheme(3, 32, symmetric=False))
 
 
-def spec(
-    scheme: Scheme,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype = torch.float32,
-    moving_groups: bool = False,
-    kind: str = "Linear",
-) -> LinearSpec:
-    return LinearSpec(
-        name="m",
-        scheme=scheme,
-        out_features=out_features,
-        in_features=in_features,
-        scale_dtype=dtype,
-        kind=kind,
-        moving_groups=moving_groups,
-    )
+def spec(scheme: Scheme, out_features: int, in_features: int, dtype: torch.dtype = torch.float32, **more: Any) -> LinearSpec:
+    sizes = {"out_features": out_features, "in_features": in_features}
+    return LinearSpec(**{"name": "m", "scheme": scheme, "scale_dtype": dtype, **sizes, **more})
 
 
 @given(weight=st.one_of(weights(), integer_weights()))
