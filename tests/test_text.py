@@ -42,7 +42,7 @@ JOINED = "\n\n = Title = \n\n\n\n\n First line . \n\n\n Second line\u2028still s
 TRICKY = ['one, "two"', "2020-01-01 00:00:00", "NA", "null", "", "12", "a\u2028b\x85c\x0bd", "😀 \\ é", "tail\n\n", " x\ty "]
 PACKINGS = {
     "": bytes,
-    ".gz": lambda data: gzip.compress(data[:20]) + gzip.compress(data[20:]),
+    ".gz": lambda data: gzip.compress(data[:20], mtime=0) + gzip.compress(data[20:], mtime=0),
     ".bz2": lambda data: bz2.compress(data[:20]) + bz2.compress(data[20:]),
     ".xz": lambda data: lzma.compress(data[:20]) + lzma.compress(data[20:]),
     ".zst": lambda data: pa.compress(data[:20], codec="zstd", asbytes=True) + pa.compress(data[20:], codec="zstd", asbytes=True),
@@ -184,7 +184,7 @@ def damaged_after_the_front(kind: str, path: Path) -> None:
         path.write_text("text\n" + "".join(f"{text}\n" for text in texts))
     else:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        path.write_bytes({"": str.encode, ".gz": lambda data: gzip.compress(data.encode(), 1)}[kind.removeprefix(".jsonl")](lines))
+        path.write_bytes({"": str.encode, ".gz": lambda data: gzip.compress(data.encode(), 1, mtime=0)}[kind.removeprefix(".jsonl")](lines))
     with path.open("r+b") as file:
         size = path.stat().st_size
         file.seek(size // 2)
@@ -252,10 +252,10 @@ def test_raw_wikitext_has_the_rows_of_the_datasets_library(tmp_path: Path) -> No
         ),
         ("a.csv", b"text\nx, y\n", PTQError, "a.csv: rows have more cells than there are column names; put texts with commas into"),
         ("a.csv", b"a,b\nx,y\n", PTQError, "a.csv: which column holds the text is not clear (columns: a, b)"),
-        ("a.csv.gz", gzip.compress(b"text\n" + b"x\n" * 100)[:-12], PTQError, "a.csv.gz cannot be read ("),
+        ("a.csv.gz", gzip.compress(b"text\n" + b"x\n" * 100, mtime=0)[:-12], PTQError, "a.csv.gz cannot be read ("),
         ("a.txt.xz", lzma.compress(b"x" * 100)[:-12], PTQError, "a.txt.xz cannot be read ("),
         ("a.txt.xz", lzma.compress(b"x" * 100)[:6] + bytes(50), PTQError, "a.txt.xz cannot be read ("),
-        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 50, PTQError, "a.jsonl.gz cannot be read ("),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 50, PTQError, "a.jsonl.gz cannot be read ("),
         ("a.jsonl.zst", b"no zstd", PTQError, "a.jsonl.zst cannot be read ("),
         ("a.md", b"x", UsageError, "a.md is of a kind that is not read; give one of .txt "),
         ("a::b.txt", b"x", UsageError, "a::b.txt cannot be opened, as datasets takes '::' for a file inside another one; rename it"),
@@ -272,7 +272,7 @@ def test_truncated_files(tmp_path: Path) -> None:
     whole = write_parquet(tmp_path / "a.parquet", ROWS).read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[:-20])
     assert "a.parquet cannot be read (" in fails(PTQError, tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 100)[:-12])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-12])
     assert "a.jsonl.gz cannot be read (" in fails(PTQError, tmp_path / "a.jsonl.gz")
 
 
@@ -292,7 +292,7 @@ def test_nothing_is_written_and_nobody_is_asked_for_a_local_file(tmp_path: Path)
     table = pa.table({"text": TRICKY})
     data.mkdir()
     (data / "a.txt").write_text("x")
-    (data / "a.csv.gz").write_bytes(gzip.compress(b"text\nx\n"))
+    (data / "a.csv.gz").write_bytes(gzip.compress(b"text\nx\n", mtime=0))
     write_jsonl(data / "a.jsonl", [{"text": "x"}])
     pq.write_table(table, data / "a.parquet")
     with pa.ipc.new_stream(str(data / "a.arrow"), table.schema) as stream:
