@@ -23,14 +23,16 @@ from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "ptqcli" / "demo"
+# Runs the command lines that stand on its input, a JSON list of lists, and prints a line with the exit code of each.
 RUN = """
-import os, sys
+import json, os, sys
 from importlib.machinery import PathFinder
 sys.meta_path.insert(0, PathFinder)  # before the finder of an editable installation
 import ptqcli
 from ptqcli.cli import run
 assert ptqcli.__file__.startswith(os.environ["PYTHONPATH"]), ptqcli.__file__
-sys.exit(run(sys.argv[1:]))
+for arguments in json.load(sys.stdin):
+    print(run(arguments), flush=True)
 """
 WIDTHS = ("--wbits 2 --group-size 64", "--wbits 3 --group-size 128", "--wbits 4 --group-size 32", "--wbits 8 --group-size -1")
 
@@ -74,11 +76,12 @@ CASES = [
 def main() -> None:
     """Every case of both commits; one line each."""
     options = arguments()
+    cases = [case for case in CASES if re.search(options.only, case)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trees = {"other": check_out(options.commit, folder / "other"), "here": linked(ROOT, folder / "here")}
-        cases = [case for case in CASES if re.search(options.only, case)]
-        changed = sum(not compare(case, trees, folder, options) for case in cases)
+        outputs = {name: quantize_all(cases, tree, folder / f"{name}-output", options) for name, tree in trees.items()}
+        changed = sum(not compare(*parts) for parts in zip(cases, outputs["other"], outputs["here"], strict=True))
     print(f"{len(cases) - changed} of {len(cases)} cases equal")
     sys.exit(int(changed > 0))
 
@@ -110,21 +113,29 @@ def linked(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def compare(case: str, trees: dict[str, Path], folder: Path, options: argparse.Namespace) -> bool:
-    """Run ``case`` in both trees and print how they compare."""
-    outputs = {name: folder / f"out-{name}" for name in trees}
-    for name, tree in trees.items():
-        command = [*case.split(), "--nsamples", str(options.nsamples), "--seqlen", str(options.seqlen), "--quiet", "--overwrite"]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        arguments = ["quantize", str(options.model.resolve()), *command, "--output", str(outputs[name])]
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, *arguments], env=environment, cwd=folder, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            print(f"{case}: {name} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-            return False
-    differences = [*different_tensors(outputs["other"], outputs["here"]), *different_config(outputs["other"], outputs["here"])]
-    print(f"{case}: {'equal' if not differences else ', '.join(differences[:5])}", flush=True)
+def quantize_all(cases: list[str], tree: Path, folder: Path, options: argparse.Namespace) -> list[Path | None]:
+    """The checkpoint of each case, made by the package in ``tree``, None where it failed; all in one process, with one thread."""
+    folder.mkdir()
+    outputs = [folder / str(number) for number in range(len(cases))]
+    shared = ["--nsamples", str(options.nsamples), "--seqlen", str(options.seqlen), "--quiet"]
+    lines = [
+        ["quantize", str(options.model.resolve()), *case.split(), *shared, "--output", str(output)]
+        for case, output in zip(cases, outputs, strict=True)
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = [sys.executable, "-c", RUN]
+    done = subprocess.run(started, input=json.dumps(lines), env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    codes = done.stdout.split()
+    return [output if code == "0" else None for output, code in zip(outputs, codes, strict=True)]
+
+
+def compare(case: str, other: Path | None, here: Path | None) -> bool:
+    """Print how two checkpoints compare; both refused is equal, too."""
+    if other is None or here is None:
+        print(f"{case}: {'refused by both' if other is here else 'refused by one only'}")
+        return other is here
+    differences = [*different_tensors(other, here), *different_config(other, here)]
+    print(f"{case}: {'equal' if not differences else ', '.join(differences[:5])}")
     return not differences
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+TRANSPOSED = "Conv1D"  # GPT-2's own class, which stores its matrix as [in, out]
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class LinearSite:
 
     @property
     def transposed(self) -> bool:
-        """Whether it stores its matrix as [in, out], as GPT-2's Conv1D does."""
-        return self.kind == Conv1D.__name__
+        """Whether it stores its matrix as [in, out], as GPT-2's ``Conv1D`` does."""
+        return self.kind == TRANSPOSED
 
 
 def is_linear(module: nn.Module) -> bool:
     """True for the modules that hold a quantizable matrix: ``nn.Linear`` and GPT-2's transposed twin ``Conv1D``."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, nn.Linear) or _is_transposed(module)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -39,4 +40,10 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 def rows_first(linear: nn.Module, weight: Tensor) -> Tensor:
     """``weight`` of ``linear`` turned from the way the module stores it to [out, in], or back."""
-    return weight.t() if isinstance(linear, Conv1D) else weight
+    return weight.t() if _is_transposed(linear) else weight
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Told by its name: the class itself would bring all of transformers along, for which `ptq quantize --help` would have to wait."""
+    kind = type(module)
+    return kind.__name__ == TRANSPOSED and kind.__module__ == "transformers.pytorch_utils"

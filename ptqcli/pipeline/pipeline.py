@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats import find_format
+from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.skeleton import Skeleton, Unit
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.block import WindowWork
@@ -111,6 +112,7 @@ class _Quantization:
             self.skeleton.source.write_auxiliary(self.folder)
             for file, entries in self._described().items():
                 write_json(self.folder / file, entries)
+            open_checkpoint(self.folder)  # as a reader would, before the folder gets its name
 
     def _calibrate(self, data_dir: Path | None) -> None:
         """Read the calibration text and record how the model calls its blocks on it."""
