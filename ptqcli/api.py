@@ -13,7 +13,7 @@ from torch import Tensor
 from ptqcli.algorithms import find_algorithm
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.errors import UsageError
-from ptqcli.evaluate.evaluation import Evaluation, measure
+from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
@@ -86,7 +86,7 @@ def evaluate(
     model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
     texts: builtin, wikitext2, c4 or a path; one or several.
     baseline: what it is compared with; None for the model that the checkpoint was made from, if that is still there.
-    seqlen, stride: tokens in a window and from one to the next, see ``evaluate.windows``.
+    seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
     kernel: what packed weights are multiplied by, see ``load_quantized``.
 
     Raises UsageError and PTQError for what cannot be loaded, read or measured.

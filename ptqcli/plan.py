@@ -1,9 +1,8 @@
 """What is to be done, before anything is done.
 
-A ``Recipe`` is the request: it comes from a YAML file, from flags, or from both (flags win), and both meet in ``load_recipe``.
-``make_plan`` confronts it with a model's skeleton and decides for every linear whether it is quantized and in which scheme. Whatever
-cannot work is refused there, by name, before a weight is read: a group that does not divide, a pattern that matches nothing, parts of
-one fused matrix in different schemes, something that the format cannot hold.
+``make_plan`` confronts the request, a ``Recipe``, with a model's skeleton and decides for every linear whether it is quantized and in
+which scheme. Whatever cannot work is refused there, by name, before a weight is read: a group that does not divide, a pattern that
+matches nothing, parts of one fused matrix in different schemes, something that the format cannot hold.
 """
 
 from __future__ import annotations

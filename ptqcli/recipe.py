@@ -1,4 +1,7 @@
-"""The request. Importing this imports no torch; parts are imported when a request is made."""
+"""The request: from a YAML file, from flags, or from both (flags win); they meet in ``load_recipe``.
+
+Importing this imports no torch; parts are imported when a request is made.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
-from ptqcli.evaluate.perplexity import perplexity
+from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import ptqcli
+
 ROOT = Path(__file__).parent.parent
 DEMO_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 SOURCES = {"ptqcli": ROOT / "ptqcli", "ptq_kernels": ROOT / "kernels" / "ptq_kernels"}
@@ -94,9 +96,15 @@ def test_the_demo_model_is_found_without_a_checkout(installed: Path) -> None:
 
 def test_recipes_are_taken_by_name_without_a_checkout(installed: Path) -> None:
     code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--recipe', 'w3a16-gptq', '--dry-run', '--json']))"
-    assert {linear["scheme"] for linear in json.loads(run_installed(installed, code))["linears"]} == {"W3 g128 sym"}
+    assert {linear["scheme"] for linear in json.loads(run_installed(installed, code))["linears"]} == {"w3a16-g128"}
     files = run_installed(installed, "from ptqcli.shipped import shipped_recipes as s; print(*s().values(), sep='\\n')").splitlines()
     assert {Path(file) for file in files} == set((installed / "ptqcli" / "configs").glob("*.yaml")) != set()
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing ``ptqcli.NAME`` puts the module where the function of that name was."""
+    modules = {path.stem for path in (ROOT / "ptqcli").iterdir()}
+    assert not modules & set(ptqcli.__all__)
 
 
 def test_the_readme_is_complete() -> None:

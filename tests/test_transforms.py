@@ -20,7 +20,7 @@ from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
-from ptqcli.evaluate.perplexity import perplexity
+from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder

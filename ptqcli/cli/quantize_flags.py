@@ -161,7 +161,7 @@ REST = [
     click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
 ]
 RUN = [
-    click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", show_default="./MODEL-ALGO-w4g128", help="Where to write."),
+    click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", show_default="./MODEL-ALGO-SCHEME", help="Where to write."),
     click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder."),
     data_dir_option,
     device_option,

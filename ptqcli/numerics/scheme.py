@@ -1,4 +1,4 @@
-"""What the numbers are: bits, groups and zero points, and the arithmetic between weights and codes.
+"""What the numbers are: bits, groups and zero points of weights, and the format of activations.
 
 A weight matrix ``W[out, in]`` is cut along ``in`` into groups of ``group_size`` neighbouring columns (``-1``: the whole row is one
 group). Each group of each row has a scale ``s`` and an integer zero point ``z``; with ``b`` bits a weight is stored as an unsigned code

@@ -1,4 +1,4 @@
-"""The option that all solvers here share: how the range of a group is found, see ``ptqcli.numerics.grids.fit``."""
+"""The option that all solvers here share: how the range of a group is found, see ``ptqcli.numerics.grids``."""
 
 from __future__ import annotations
 

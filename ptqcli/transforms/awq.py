@@ -13,7 +13,7 @@ attention or the MLP; here it is the whole block's.
 
 Clipping: when all transforms are done, the range of every group of every row is shrunk by each of SHRINK_FACTORS, and the one with the
 least squared error of that group's share of the output, ``d G d^T`` with ``d`` the group's rounding errors and ``G`` the Gram matrix of
-its sampled inputs, becomes the limit of its grid. Solvers other than rounding take that limit over.
+its sampled inputs, bounds that group's grid (``numerics.grids.Clipped``), whichever solver then chooses the codes.
 
 A channel that calibration never reached, or whose weights are all zero, keeps the scale 1.
 """

@@ -3,4 +3,5 @@
 windows.py      how a text is cut into windows, and which of their tokens are scored
 perplexity.py   one pass over the windows; the mean loss and its exponential
 divergence.py   the same pass with two models: KL divergence and agreement of the most likely token
+measure.py      both of them on any number of texts
 """
