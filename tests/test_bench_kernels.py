@@ -206,7 +206,7 @@ def test_numbers_of_a_point_follow_from_its_times() -> None:
     assert [plain32.bytes, plain16.bytes, ours.bytes] == [
         4 * (weights + moved),
         2 * (weights + moved),
-        weights // 2 + 64 * 2 * 2 + 2 * moved,
+        weights // 2 + 64 * 2 * 2 + 2 * 8 + 2 * moved,  # codes, scales, the shape as two int64
     ]
     assert {point.operations for point in points.values()} == {2 * 7 * weights}
     assert ours.bandwidth_share == pytest.approx(ours.bytes / (ours.microseconds * 1e-6) / 1e10)

@@ -25,9 +25,9 @@ from gpu_timing import point_name
 from ptq_kernels import tile_config
 from ptq_kernels.tile_config import TileConfig
 
-from ptqcli.bench import machine
 from ptqcli.bench.timing import Timing
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.resources import free_bytes
 
 SCRIPT = Path(gpu_check.__file__)
 NEEDED_NOWHERE_ELSE = {"transformers", "click", "rich", "psutil", "safetensors", "yaml", "accelerate", "datasets", "pyarrow"}
@@ -109,7 +109,7 @@ def test_a_compiler_or_headers_that_are_missing_are_said_at_once(tmp_path: Path,
 def test_limits_of_a_gpu_need_no_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5, 7))
-    assert machine.free_bytes("cuda") == 5
+    assert free_bytes("cuda") == 5
     assert "psutil" in gpu_timing.limits(GpuRun(rehearse=True))["note"]
 
 

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.runtime import joined as joining
@@ -57,7 +58,7 @@ SCHEMES = {
 
 
 def weight(scheme: Scheme, columns: int = 64) -> QuantizedWeight:
-    return round_to_nearest(random_inputs(32, columns), scheme, torch.float32)
+    return round_to_nearest(random_inputs(32, columns), scheme, torch.float32, MinMax())
 
 
 @pytest.mark.parametrize(
