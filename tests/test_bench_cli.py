@@ -27,7 +27,14 @@ from ptqcli.cli.console import PLAIN_WIDTH, Output
 from ptqcli.errors import PTQError
 from ptqcli.runtime import models
 
-MACHINE = Machine("a processor", "cpu", 1, 1 << 20, 2e10, {"float32": 1e11, "bfloat16": 4e11, "int8": 6e11})
+MACHINE = Machine(
+    name="a processor",
+    device="cpu",
+    threads=1,
+    cache_bytes=1 << 20,
+    bandwidth=2e10,
+    arithmetic={"float32": 1e11, "bfloat16": 4e11, "int8": 6e11},
+)
 QUICK = ("--seconds", "0.0001")
 SMALL = ("--prompt", "8", "--new-tokens", "3")
 
@@ -400,7 +407,7 @@ def test_a_peer_that_fails_is_told_and_the_others_are_measured(ptq: Ptq, at_work
     def broken(*_: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr("ptqcli.bench.peers.installed_peers", lambda device: [Peer("broken", "1.0", broken)])
+    monkeypatch.setattr("ptqcli.bench.peers.installed_peers", lambda device: [Peer(name="broken", version="1.0", build=broken)])
     monkeypatch.setattr("ptqcli.bench.peers.missing_peers", lambda device: {"gemlite": "pip install gemlite"})
     line = ("bench", "done", "--only", "kernels", "--tokens", "1", *QUICK, "--peers")
     answer = ptq(*line)

@@ -56,7 +56,7 @@ class Plain:
 
     def unpack(self, name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
         codes, scale = (read(stored) for stored in self.tensor_names(name, scheme))
-        return QuantizedWeight(codes, scale, torch.full(scale.shape, 128, dtype=torch.uint8), scheme)
+        return QuantizedWeight(codes=codes, scale=scale, zero=torch.full(scale.shape, 128, dtype=torch.uint8), scheme=scheme)
 
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,7 @@ def test_the_kernel_that_a_scheme_gets_on_a_cpu(scheme: Scheme, kernel: str) -> 
 
 
 def test_a_column_order_takes_the_reference() -> None:
-    moved = weight(Scheme(4, 32))
-    moved = QuantizedWeight(moved.codes, moved.scale, moved.zero, moved.scheme, (torch.arange(64) % 2).int())
+    moved = replace(weight(Scheme(4, 32)), g_idx=(torch.arange(64) % 2).int())
     layer = quantized_linear(moved, None, torch.float32)
     assert layer.kernel == "reference"
     assert torch.allclose(layer(torch.eye(64)), moved.dequantize().T)

@@ -380,7 +380,7 @@ def test_a_module_that_runs_twice_is_run_again() -> None:
     block, inputs = Shared(), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     specs = {local: WeightSpec(Scheme(3, -1), torch.float32) for local in ("up", "down")}
     for producer, reader in (("norm", "up"), ("up", "down")):
-        fold = Fold(producer, (reader,), torch.arange(8), 8)
+        fold = Fold(producer=producer, readers=(reader,), channel=torch.arange(8), width=8)
         folded = FoldedBlock(block, [fold], specs, {}, block.get_parameter, lambda twin: twin(inputs))
         assert folded.fold_error(fold, None) == pytest.approx(brute_force_error(folded, fold, None), rel=1e-4)
 

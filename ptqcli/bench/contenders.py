@@ -176,7 +176,12 @@ def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
         input_scale = (x.abs().amax() / 127.5).reshape(1).to(x.dtype)
     everywhere = (out_features, groups[1])
     return QuantizedWeight(
-        codes, scale.to(x.dtype).expand(everywhere).clone(), zero.expand(everywhere).clone(), scheme, None, input_scale, outliers
+        codes=codes,
+        scale=scale.to(x.dtype).expand(everywhere).clone(),
+        zero=zero.expand(everywhere).clone(),
+        scheme=scheme,
+        input_scale=input_scale,
+        outliers=outliers,
     )
 
 

@@ -29,7 +29,7 @@ TIMES_THE_CACHE = 8
 PROCESSOR_FACTS = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """Limits of one device. threads: of torch, on the CPU. cache_bytes: the last-level cache.
 

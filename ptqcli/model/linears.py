@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearSite:
     """Where one linear stands. ``name`` is its path in the whole model, ``local`` its path inside the block."""
 
