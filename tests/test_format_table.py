@@ -135,7 +135,7 @@ def test_a_format_of_another_package_holds_a_model(monkeypatch: pytest.MonkeyPat
     """Planned, written and read back, and run, by code that knows nothing of it."""
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
     original = tiny.make_model(tmp_path / "model")
-    recipe = Recipe(algo="rtn", wbits=8, group_size=-1, scale_search="minmax", format="plain-bytes")
+    recipe = Recipe(algo="rtn", wbits=8, group_size=-1, options={"rtn": {"scale_search": "minmax"}}, format="plain-bytes")
     _, plan = plan_run(tmp_path / "model", recipe, Resources())
     assert plan.notes == ("plain-bytes: nothing else reads it",)
     with pytest.raises(UsageError, match="q_proj: plain-bytes holds 8 bits with a scale a row"):
