@@ -86,7 +86,7 @@ class Override:
             raise UsageError(f"override '{self.pattern}': {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A request; the fields are the keys of a recipe file.
 

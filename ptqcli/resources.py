@@ -11,7 +11,7 @@ DEFAULT_ACTIVATION_BUDGET = 4 << 30
 TOKENS_PER_BATCH = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """How a run uses the machine; none of it changes what is asked for.
 

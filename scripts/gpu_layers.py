@@ -125,7 +125,11 @@ def make_layer(scheme: Scheme, out_features: int, in_features: int, dtype: torch
         index = torch.tensor([1, in_features - 1], dtype=torch.int32, device=device)
         outliers = OutlierColumns(index, (uniform(out_features, 2) - 0.5).to(dtype))
     perm = torch.randperm(in_features, generator=generator, device=device).to(torch.int32) if order else None
-    return Layer(QuantizedWeight(codes, scale, zero, scheme, None, given, outliers), (uniform(out_features) - 0.5).to(dtype), perm)
+    return Layer(
+        QuantizedWeight(codes=codes, scale=scale, zero=zero, scheme=scheme, input_scale=given, outliers=outliers),
+        (uniform(out_features) - 0.5).to(dtype),
+        perm,
+    )
 
 
 def make_input(tokens: int, in_features: int, dtype: torch.dtype, device: torch.device, outliers: int = 0) -> Tensor:

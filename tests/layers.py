@@ -76,7 +76,14 @@ def random_weight(
     if scheme.outliers is not None:
         index = torch.randperm(in_features, generator=generator)[:outliers].sort().values.int()
         columns = OutlierColumns(index, torch.randn(out_features, len(index), generator=generator).to(dtype))
-    return QuantizedWeight(integers(out_features, in_features), scale, zero, scheme, None, input_scale, columns)
+    return QuantizedWeight(
+        codes=integers(out_features, in_features),
+        scale=scale,
+        zero=zero,
+        scheme=scheme,
+        input_scale=input_scale,
+        outliers=columns,
+    )
 
 
 def correlated_layer(out: int, columns: int, tokens: int, dtype: torch.dtype, seed: int, spread: float) -> tuple[Tensor, Hessian]:

@@ -18,6 +18,7 @@ from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.compressed_tensors_config import quantization_config
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 
@@ -94,7 +95,7 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
         weight = linears[name].weight.data
         transposed = isinstance(linears[name], Conv1D)
         dense = weight.t() if transposed else weight
-        packed = with_activations(round_to_nearest(dense, scheme, dense.dtype), dense, largest[name], split)
+        packed = with_activations(round_to_nearest(dense, scheme, dense.dtype, MinMax()), dense, largest[name], split)
         tensors |= COMPRESSED_TENSORS.pack(name, packed)
         dense = packed.dequantize()
         linears[name].weight.data = dense.t().contiguous() if transposed else dense

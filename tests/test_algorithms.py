@@ -498,7 +498,9 @@ class Placed:
     inputs: Tensor
 
     def stages(self) -> Iterator[Stage]:
-        statistics = InputStatistics.empty(self.inputs.shape[1], Needs(True, True, True), len(self.inputs), torch.device("cpu"))
+        statistics = InputStatistics.empty(
+            self.inputs.shape[1], Needs(hessian=True, magnitudes=True, samples=True), len(self.inputs), torch.device("cpu")
+        )
         statistics.add(self.inputs)
         yield Stage(self.linears, statistics)
 

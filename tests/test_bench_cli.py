@@ -22,11 +22,19 @@ from ptqcli.bench.linears import KernelPoint
 from ptqcli.bench.machine import Machine
 from ptqcli.bench.peers import Peer
 from ptqcli.bench.shapes import Shape, shapes_of
-from ptqcli.cli import bench, bench_tables, run
+from ptqcli.cli import bench_tables, run
 from ptqcli.cli.console import PLAIN_WIDTH, Output
 from ptqcli.errors import PTQError
+from ptqcli.runtime import models
 
-MACHINE = Machine("a processor", "cpu", 1, 1 << 20, 2e10, {"float32": 1e11, "bfloat16": 4e11, "int8": 6e11})
+MACHINE = Machine(
+    name="a processor",
+    device="cpu",
+    threads=1,
+    cache_bytes=1 << 20,
+    bandwidth=2e10,
+    arithmetic={"float32": 1e11, "bfloat16": 4e11, "int8": 6e11},
+)
 QUICK = ("--seconds", "0.0001")
 SMALL = ("--prompt", "8", "--new-tokens", "3")
 
@@ -92,7 +100,7 @@ REFUSED = [
     ("bench --shapes llama9-9b", 2, "llama3-8b"),
     ("bench --shapes 0x16", 2, "llama3-8b"),
     ("bench --shapes 64x64 --scheme w5a16", 2, "5 bits per weight is not supported"),
-    ("bench --shapes 64x64 --scheme nonsense", 2, "--scheme nonsense: no such number format"),
+    ("bench --shapes 64x64 --scheme nonsense", 2, "scheme 'nonsense' is no number format; write one such as w4a16-g128"),
     ("bench --shapes 65x64 --scheme w4a16-g32", 2, "65"),
     ("bench done --shapes llama3-8b", 2, "CHECKPOINT and --shapes exclude each other"),
     ("bench done --scheme w8a8", 2, "--scheme has no effect without --shapes"),
@@ -242,7 +250,7 @@ def test_a_prompt_that_nobody_asked_for_fits_the_model(ptq: Ptq, at_work: Path) 
 
 @pytest.mark.usefixtures("_no_waiting")
 def test_only_kernels_runs_no_model(ptq: Ptq, at_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "load_model", None)
+    monkeypatch.setattr(models, "load_model", None)
     answer = ptq("bench", "done", "--only", "kernels", "--tokens", "1", *QUICK, "--json")
     found = json.loads(answer.out)
     assert found["kernels"]
@@ -399,7 +407,7 @@ def test_a_peer_that_fails_is_told_and_the_others_are_measured(ptq: Ptq, at_work
     def broken(*_: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr("ptqcli.bench.peers.installed_peers", lambda device: [Peer("broken", "1.0", broken)])
+    monkeypatch.setattr("ptqcli.bench.peers.installed_peers", lambda device: [Peer(name="broken", version="1.0", build=broken)])
     monkeypatch.setattr("ptqcli.bench.peers.missing_peers", lambda device: {"gemlite": "pip install gemlite"})
     line = ("bench", "done", "--only", "kernels", "--tokens", "1", *QUICK, "--peers")
     answer = ptq(*line)

@@ -30,7 +30,14 @@ from ptqcli.runtime import quantized_linear
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 256, 64, 3)
-MACHINE = Machine("a machine", "cpu", 1, 1 << 20, 1e10, {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11})
+MACHINE = Machine(
+    name="a machine",
+    device="cpu",
+    threads=1,
+    cache_bytes=1 << 20,
+    bandwidth=1e10,
+    arithmetic={"float32": 1e11, "bfloat16": 2e11, "int8": 4e11},
+)
 NEAR = 4e-3  # of 16-bit products
 ROUNDED_INPUTS = 2e-2  # 8-bit activations
 
@@ -50,7 +57,7 @@ def by_name(points: list[KernelPoint]) -> dict[str, KernelPoint]:
 
 
 def peer(build: Callable, name: str = "peer", same_numbers: bool = True, graphs: bool = True) -> Peer:
-    return Peer(name, "1", build, same_numbers, graphs)
+    return Peer(name=name, version="1", build=build, same_numbers=same_numbers, graphs=graphs)
 
 
 def plain(weight: QuantizedWeight, dtype: torch.dtype, _device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -206,7 +213,7 @@ def test_numbers_of_a_point_follow_from_its_times() -> None:
     assert [plain32.bytes, plain16.bytes, ours.bytes] == [
         4 * (weights + moved),
         2 * (weights + moved),
-        weights // 2 + 64 * 2 * 2 + 2 * moved,
+        weights // 2 + 64 * 2 * 2 + 2 * 8 + 2 * moved,  # codes, scales, the shape as two int64
     ]
     assert {point.operations for point in points.values()} == {2 * 7 * weights}
     assert ours.bandwidth_share == pytest.approx(ours.bytes / (ours.microseconds * 1e-6) / 1e10)
@@ -322,7 +329,7 @@ def test_what_waits_for_the_device_is_never_captured(monkeypatch: pytest.MonkeyP
 
     def record(calls: dict[str, list], _device: object, graphs: bool = False, seconds: float = 0.2) -> dict[str, timing.Timing]:
         timed[graphs] = list(calls)
-        return {name: timing.Timing(2.0 - graphs, 1.0, 3.0, 1) for name in calls}
+        return {name: timing.Timing(microseconds=2.0 - graphs, low=1.0, high=3.0, calls=1) for name in calls}
 
     monkeypatch.setattr(linears, "time_in_turn", record)
     monkeypatch.setattr(linears, "_errors", lambda *_: ({each.name: 0.0 for each in lineup.contenders}, []))

@@ -101,7 +101,7 @@ def test_copies_are_gone_through_in_turn_and_each_is_called_before_it_counts(clo
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_call_of_seconds_is_made_three_times_after_the_warm_up(clock: Clock, count: int) -> None:
     found = time_in_turn({"a": clock.several("a", 6.0, count)}, "cpu")["a"]
-    assert found == Timing(pytest.approx(6e6), pytest.approx(6e6), pytest.approx(6e6), calls=3)
+    assert found == Timing(microseconds=pytest.approx(6e6), low=pytest.approx(6e6), high=pytest.approx(6e6), calls=3)
     assert len(clock.log) == max(2, count) + 3
 
 
@@ -293,7 +293,8 @@ def test_a_machine_that_does_not_tell_has_an_assumed_cache(tmp_path: Path, monke
 
 def test_limits_count_bytes_and_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes a second, so that a limit is what one call moves or does."""
-    monkeypatch.setattr(machine, "time_in_turn", lambda calls, *_args, **_more: {name: Timing(1e6, 1e6, 1e6, 1) for name in calls})
+    second = Timing(microseconds=1e6, low=1e6, high=1e6, calls=1)
+    monkeypatch.setattr(machine, "time_in_turn", lambda calls, *_args, **_more: dict.fromkeys(calls, second))
     monkeypatch.setattr(machine, "SMALLEST_BUFFER", 1 << 20)
     monkeypatch.setattr(machine, "cache_bytes", lambda _device: 1 << 10)
     monkeypatch.setattr(machine, "SIZES", {"cpu": (64, 128)})

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ptqcli.calibration.statistics import Needs
 from ptqcli.errors import PTQError
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline import pipeline
 from ptqcli.recipe import Recipe
@@ -69,7 +70,7 @@ class LearnScales:
         student, layers = copy.deepcopy(work.module), {}
         for name, task in work.linears.items():
             place, local = next((place, name[len(path) + 1 :]) for place, path in enumerate(work.paths) if name.startswith(path + "."))
-            rounded = round_to_nearest(task.weight, task.scheme, task.scale_dtype)
+            rounded = round_to_nearest(task.weight, task.scheme, task.scale_dtype, MinMax())
             layers[name] = Learned(rounded, student[place].get_submodule(local).bias)
             student[place].set_submodule(local, layers[name])
         norms = {

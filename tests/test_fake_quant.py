@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import InputStatistics, Needs
 from ptqcli.numerics.fake_quant import FakeQuantLinear
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 from ptqcli.solvers.error import error_in_scheme, relative_error
@@ -42,7 +43,7 @@ def some_inputs(seed: int = 1) -> Tensor:
 def quantized_weight(scheme: Scheme, listed: tuple[int, ...] = (3, 20)) -> QuantizedWeight:
     """A random matrix in ``scheme``, scales in bfloat16. listed: the columns that are kept in 16 bit, if the scheme splits some off."""
     weight = random(OUT, IN)
-    quantized = round_to_nearest(weight, scheme, torch.bfloat16)
+    quantized = round_to_nearest(weight, scheme, torch.bfloat16, MinMax())
     if scheme.activations is not None and not scheme.activations.dynamic:
         quantized = replace(quantized, input_scale=torch.tensor([0.02], dtype=torch.bfloat16))
     if scheme.outliers is not None:

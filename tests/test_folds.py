@@ -292,7 +292,7 @@ def test_divide_follows_the_first_parameter_that_is_not_zero():
 
 
 def test_largest_and_spread_go_between_columns_and_channels():
-    fold = Fold("v", ("o",), torch.tensor([2, 2, -1, 0]), 4)
+    fold = Fold(producer="v", readers=("o",), channel=torch.tensor([2, 2, -1, 0]), width=4)
     assert fold.spread(torch.tensor([5.0, 6.0, 7.0, 8.0])).tolist() == [7, 7, 1, 5]
     assert fold.largest(torch.tensor([1.0, 3.0, 9.0, 4.0])).tolist() == [4, 0, 3, 0]
     assert fold.folded().tolist() == [True, False, True, False]

@@ -56,7 +56,7 @@ class Plain:
 
     def unpack(self, name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
         codes, scale = (read(stored) for stored in self.tensor_names(name, scheme))
-        return QuantizedWeight(codes, scale, torch.full(scale.shape, 128, dtype=torch.uint8), scheme)
+        return QuantizedWeight(codes=codes, scale=scale, zero=torch.full(scale.shape, 128, dtype=torch.uint8), scheme=scheme)
 
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
         return {
@@ -135,7 +135,7 @@ def test_a_format_of_another_package_holds_a_model(monkeypatch: pytest.MonkeyPat
     """Planned, written and read back, and run, by code that knows nothing of it."""
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
     original = tiny.make_model(tmp_path / "model")
-    recipe = Recipe(algo="rtn", wbits=8, group_size=-1, scale_search="minmax", format="plain-bytes")
+    recipe = Recipe(algo="rtn", wbits=8, group_size=-1, options={"rtn": {"scale_search": "minmax"}}, format="plain-bytes")
     _, plan = plan_run(tmp_path / "model", recipe, Resources())
     assert plan.notes == ("plain-bytes: nothing else reads it",)
     with pytest.raises(UsageError, match="q_proj: plain-bytes holds 8 bits with a scale a row"):

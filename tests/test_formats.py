@@ -202,7 +202,9 @@ def test_integers_are_signed_bytes_at_every_width() -> None:
     codes = torch.tensor([[0, 7, 8, 15]], dtype=torch.uint8)
     scheme = Scheme(4, -1, activations=STATIC)
     ones = torch.ones(1, 1)
-    weight = QuantizedWeight(codes, ones, torch.full((1, 1), 8, dtype=torch.uint8), scheme, input_scale=torch.ones(1))
+    weight = QuantizedWeight(
+        codes=codes, scale=ones, zero=torch.full((1, 1), 8, dtype=torch.uint8), scheme=scheme, input_scale=torch.ones(1)
+    )
     tensors = COMPRESSED_TENSORS.pack("m", weight)
     assert tensors["m.weight"].dtype == torch.int8
     assert tensors["m.weight"].tolist() == [[-8, -1, 0, 7]]
@@ -396,7 +398,7 @@ def test_what_cannot_be_held_is_refused() -> None:
     assert "does not divide its 65" in str(COMPRESSED_TENSORS.refusal(spec(grouped, 8, 65)))
     assert "static groups" in str(COMPRESSED_TENSORS.refusal(spec(grouped, 8, 64, moving_groups=True)))
     weight = random_weight(grouped, 8, 64)
-    moved = QuantizedWeight(weight.codes, weight.scale, weight.zero, grouped, torch.arange(64).int() % 2)
+    moved = replace(weight, g_idx=torch.arange(64).int() % 2)
     with pytest.raises(PTQError, match="layer: act-order"):
         COMPRESSED_TENSORS.pack("layer", moved)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
@@ -27,7 +28,9 @@ from ptqcli.model.config import load_config
 
 CPU = torch.device("cpu")
 LIMIT = 1e12
-MACHINE = Machine("test", "cpu", 1, 1 << 20, 1e10, {"float32": LIMIT, "int8": 2 * LIMIT})
+MACHINE = Machine(
+    name="test", device="cpu", threads=1, cache_bytes=1 << 20, bandwidth=1e10, arithmetic={"float32": LIMIT, "int8": 2 * LIMIT}
+)
 
 # A model small enough for paper: 2 layers, 4 heads of 16, 2 of them for keys and values, 64 channels, 128 inside, 257 tokens.
 LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, gate and up and down
@@ -148,7 +151,8 @@ def test_rates_are_tokens_over_median_times(model: PreTrainedModel, monkeypatch:
 
 
 def test_a_dtype_without_a_limit_has_no_utilization(model: PreTrainedModel) -> None:
-    [point] = bench_generation({"one": model}, 1, 4, 2, CPU, Machine("", "cpu", 1, 1, 1.0, {"int8": 1.0}), seconds=1e-9)
+    unmeasured = replace(MACHINE, arithmetic={"int8": 1.0})
+    [point] = bench_generation({"one": model}, 1, 4, 2, CPU, unmeasured, seconds=1e-9)
     assert (point.prefill_mfu, point.prefill_hfu, point.decode_mfu, point.decode_hfu) == (None, None, None, None)
 
 

@@ -25,9 +25,9 @@ from gpu_timing import point_name
 from ptq_kernels import tile_config
 from ptq_kernels.tile_config import TileConfig
 
-from ptqcli.bench import machine
 from ptqcli.bench.timing import Timing
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.resources import free_bytes
 
 SCRIPT = Path(gpu_check.__file__)
 NEEDED_NOWHERE_ELSE = {"transformers", "click", "rich", "psutil", "safetensors", "yaml", "accelerate", "datasets", "pyarrow"}
@@ -109,7 +109,7 @@ def test_a_compiler_or_headers_that_are_missing_are_said_at_once(tmp_path: Path,
 def test_limits_of_a_gpu_need_no_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5, 7))
-    assert machine.free_bytes("cuda") == 5
+    assert free_bytes("cuda") == 5
     assert "psutil" in gpu_timing.limits(GpuRun(rehearse=True))["note"]
 
 
@@ -199,11 +199,11 @@ def time_on_gpu(monkeypatch: pytest.MonkeyPatch, cannot: set[str], eager: set[st
 
     def in_turn(calls: dict[str, Any], _device: object, graphs: bool, _seconds: float) -> dict[str, Timing]:
         timed.append((graphs, list(calls)))
-        return {name: Timing(1.0, 1.0, 1.0, 1) for name in calls if not (graphs and name in cannot)}
+        return {name: Timing(microseconds=1.0, low=1.0, high=1.0, calls=1) for name in calls if not (graphs and name in cannot)}
 
     monkeypatch.setattr(gpu_timing.timing, "time_in_turn", in_turn)
     monkeypatch.setattr(gpu_timing, "callable_now", lambda *_: ({name: [] for name in names}, {}))
-    peers = [gpu_timing.Peer(name, "1", lambda *_: None, graphs=name != "bitsandbytes") for name in names[2:]]
+    peers = [gpu_timing.Peer(name=name, version="1", build=lambda *_: None, graphs=name != "bitsandbytes") for name in names[2:]]
     monkeypatch.setattr(gpu_timing, "installed_peers", lambda _device: peers)
     return gpu_timing.time_point(OnGpu(rehearse=True, eager=frozenset(eager)), "W4A16", "up", 1), timed
 
@@ -372,7 +372,8 @@ def test_a_candidate_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.M
     def took(call: Any) -> float | None:
         return gpu_tune.time_candidate(GpuRun(rehearse=True), [call], x, expected)
 
-    monkeypatch.setattr(gpu_tune.timing, "time_in_turn", lambda calls, *_: {name: Timing(7.0, 7.0, 7.0, 1) for name in calls})
+    taken = Timing(microseconds=7.0, low=7.0, high=7.0, calls=1)
+    monkeypatch.setattr(gpu_tune.timing, "time_in_turn", lambda calls, *_: dict.fromkeys(calls, taken))
     assert took(lambda x: x @ torch.ones(3, 5)) == 7.0
     assert took(lambda x: (x @ torch.ones(3, 5)) * 1.01) is None
     assert took(lambda x: (x @ torch.ones(3, 5)) * float("nan")) is None
@@ -410,7 +411,7 @@ def test_tuning_takes_the_fastest_of_what_computes_the_same(monkeypatch: pytest.
 
     def clock(calls: dict[str, list[Any]], *_: object) -> dict[str, Timing]:
         config = seen[-1]
-        return {name: Timing(10.0 * config.num_stages + config.num_warps, 0, 0, 1) for name in calls}
+        return {name: Timing(microseconds=10.0 * config.num_stages + config.num_warps, low=0, high=0, calls=1) for name in calls}
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: H200)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 1 << 20))

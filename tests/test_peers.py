@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import metadata
 from subprocess import CalledProcessError
 from types import ModuleType
@@ -28,7 +29,7 @@ def weight(scheme: Scheme, rows: int = ROWS, columns: int = COLUMNS) -> Quantize
     values = random_inputs(rows, columns) * 0.05
     made = round_to_nearest(values, scheme, torch.bfloat16, MinMax())
     static = scheme.activations is not None and not scheme.activations.dynamic
-    return made if not static else QuantizedWeight(made.codes, made.scale, made.zero, scheme, input_scale=torch.tensor([0.03]))
+    return replace(made, input_scale=torch.tensor([0.03])) if static else made
 
 
 def tokens(count: int, columns: int = COLUMNS) -> Tensor:
@@ -68,7 +69,7 @@ def test_what_runs_here_multiplies_with_the_same_codes(name: str, scheme: Scheme
     assert error(found, quantized, x) < limit
     codes = quantized.codes.clone()
     codes[:, 5] ^= quantized.scheme.middle
-    changed = QuantizedWeight(codes, quantized.scale, quantized.zero, scheme, input_scale=quantized.input_scale)
+    changed = QuantizedWeight(codes=codes, scale=quantized.scale, zero=quantized.zero, scheme=scheme, input_scale=quantized.input_scale)
     again = peer(name).build(changed, torch.bfloat16, CPU)
     assert again is not None
     assert error(again(x), quantized, x) > limit
@@ -115,7 +116,7 @@ def test_what_a_peer_does_not_do_is_none(name: str, scheme: Scheme) -> None:
 def test_a_column_order_is_for_no_peer() -> None:
     plain = weight(Scheme(4, 128))
     order = torch.arange(COLUMNS, dtype=torch.int32) % 2
-    ordered = QuantizedWeight(plain.codes, plain.scale, plain.zero, plain.scheme, g_idx=order)
+    ordered = replace(plain, g_idx=order)
     for build in (peers._torch_int4, peers._gemlite, peers._humming, peers._bitsandbytes_nf4):
         assert build(ordered, torch.bfloat16, CPU) is None
 

@@ -20,7 +20,14 @@ from ptqcli.bench.machine import Machine
 from ptqcli.bench.shapes import Shape
 from ptqcli.errors import PTQError
 
-MACHINE = Machine("a processor", "cpu", 2, 32 << 20, 2e10, {"float32": 1e11, "bfloat16": 4e11, "int8": 6e11})
+MACHINE = Machine(
+    name="a processor",
+    device="cpu",
+    threads=2,
+    cache_bytes=32 << 20,
+    bandwidth=2e10,
+    arithmetic={"float32": 1e11, "bfloat16": 4e11, "int8": 6e11},
+)
 SHAPES = [Shape("qkv", 4096, 6144, 32), Shape("down", 14336, 4096, 32), Shape("256x512", 256, 512, 1)]
 TOKENS = (1, 4, 16, 64, 256, 1024)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.runtime import joined as joining
@@ -57,7 +59,7 @@ SCHEMES = {
 
 
 def weight(scheme: Scheme, columns: int = 64) -> QuantizedWeight:
-    return round_to_nearest(random_inputs(32, columns), scheme, torch.float32)
+    return round_to_nearest(random_inputs(32, columns), scheme, torch.float32, MinMax())
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,7 @@ def test_the_kernel_that_a_scheme_gets_on_a_cpu(scheme: Scheme, kernel: str) -> 
 
 
 def test_a_column_order_takes_the_reference() -> None:
-    moved = weight(Scheme(4, 32))
-    moved = QuantizedWeight(moved.codes, moved.scale, moved.zero, moved.scheme, (torch.arange(64) % 2).int())
+    moved = replace(weight(Scheme(4, 32)), g_idx=(torch.arange(64) % 2).int())
     layer = quantized_linear(moved, None, torch.float32)
     assert layer.kernel == "reference"
     assert torch.allclose(layer(torch.eye(64)), moved.dequantize().T)

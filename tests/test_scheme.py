@@ -66,8 +66,8 @@ def test_dequantize_follows_the_column_index():
     scheme = Scheme(4, 2)
     codes = torch.tensor([[1, 9, 15, 0]], dtype=torch.uint8)
     scale, zero = torch.tensor([[1.0, 10.0]]), torch.full((1, 2), 8, dtype=torch.uint8)
-    neighbours = QuantizedWeight(codes, scale, zero, scheme)
-    moved = QuantizedWeight(codes, scale, zero, scheme, torch.tensor([1, 0, 1, 0], dtype=torch.int32))
+    neighbours = QuantizedWeight(codes=codes, scale=scale, zero=zero, scheme=scheme)
+    moved = QuantizedWeight(codes=codes, scale=scale, zero=zero, scheme=scheme, g_idx=torch.tensor([1, 0, 1, 0], dtype=torch.int32))
     assert neighbours.dequantize().tolist() == [[-7, 1, 70, -80]]
     assert moved.dequantize().tolist() == [[-70, 1, 70, -8]]
 

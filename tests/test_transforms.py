@@ -380,7 +380,7 @@ def test_a_module_that_runs_twice_is_run_again() -> None:
     block, inputs = Shared(), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     specs = {local: WeightSpec(Scheme(3, -1), torch.float32) for local in ("up", "down")}
     for producer, reader in (("norm", "up"), ("up", "down")):
-        fold = Fold(producer, (reader,), torch.arange(8), 8)
+        fold = Fold(producer=producer, readers=(reader,), channel=torch.arange(8), width=8)
         folded = FoldedBlock(block, [fold], specs, {}, block.get_parameter, lambda twin: twin(inputs))
         assert folded.fold_error(fold, None) == pytest.approx(brute_force_error(folded, fold, None), rel=1e-4)
 
@@ -490,8 +490,11 @@ def test_limits_hold_for_the_weights_as_they_are_stored(llama: list[Case]) -> No
     """Smoothing after AWQ changes the weights that its limits were found for."""
     for case in llama:
         folded = case.folded()
-        for transform in (AWQ(), SmoothQuant(0.5)):
+        transforms = (AWQ(), SmoothQuant(0.5))
+        for transform in transforms:
             transform.apply(folded)
+        for transform in transforms:
+            transform.finish(folded)
         for local, spec in folded.specs.items():
             weight = folded.weight(local)
             clipped = round_to_nearest(weight, spec.scheme, spec.scale_dtype, folded.ranges[local]).dequantize()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptqcli.bench.machine import free_bytes
 from ptqcli.bench.peers import Multiply, Peer, first_line, kernel_errors
 from ptqcli.bench.shapes import Shape
 from ptqcli.bench.timing import copies
@@ -25,6 +24,7 @@ from ptqcli.formats import DEFAULT_FORMAT, LinearSpec, find_format
 from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
+from ptqcli.resources import free_bytes
 from ptqcli.runtime import quantized_linear
 
 BASELINES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
@@ -176,7 +176,12 @@ def random_weight(shape: Shape, scheme: Scheme, x: Tensor) -> QuantizedWeight:
         input_scale = (x.abs().amax() / 127.5).reshape(1).to(x.dtype)
     everywhere = (out_features, groups[1])
     return QuantizedWeight(
-        codes, scale.to(x.dtype).expand(everywhere).clone(), zero.expand(everywhere).clone(), scheme, None, input_scale, outliers
+        codes=codes,
+        scale=scale.to(x.dtype).expand(everywhere).clone(),
+        zero=zero.expand(everywhere).clone(),
+        scheme=scheme,
+        input_scale=input_scale,
+        outliers=outliers,
     )
 
 

@@ -57,7 +57,7 @@ MOST_ROUNDS = 25
 LEAST_NEW_TOKENS = 2  # the first comes from prefill, so with one alone nothing is decoded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationPoint:
     """One model at one setting; times are medians of ``rounds`` rounds.
 

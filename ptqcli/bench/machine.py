@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.bench.timing import Call, cache_bytes, time_in_turn
-from ptqcli.resources import free_bytes as free_bytes
+from ptqcli.resources import free_bytes
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 DTYPES = {
@@ -29,7 +29,7 @@ TIMES_THE_CACHE = 8
 PROCESSOR_FACTS = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """Limits of one device. threads: of torch, on the CPU. cache_bytes: the last-level cache.
 

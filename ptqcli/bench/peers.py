@@ -47,7 +47,7 @@ _ERRORS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Peer:
     """A kernel to compare with.
 
@@ -84,18 +84,18 @@ def installed_peers(device: str | torch.device) -> list[Peer]:
     """Those whose package is there and that have a kernel for ``device``; none of them is imported yet."""
     kind = torch.device(device).type
     peers = [
-        Peer("torch int4", torch.__version__, _torch_int4),
-        Peer("torch int8", torch.__version__, _torch_int8),
-        Peer("torch int_mm", torch.__version__, _torch_int_mm),
+        Peer(name="torch int4", version=torch.__version__, build=_torch_int4),
+        Peer(name="torch int8", version=torch.__version__, build=_torch_int8),
+        Peer(name="torch int_mm", version=torch.__version__, build=_torch_int_mm),
     ]
     if kind == "cuda" and find_spec("gemlite"):
-        peers.append(Peer("gemlite", metadata.version("gemlite"), _gemlite))
+        peers.append(Peer(name="gemlite", version=metadata.version("gemlite"), build=_gemlite))
     if kind == "cuda" and find_spec("humming"):
-        peers.append(Peer("humming", metadata.version("humming-kernels"), _humming))
+        peers.append(Peer(name="humming", version=metadata.version("humming-kernels"), build=_humming))
     if find_spec("bitsandbytes"):
         version = metadata.version("bitsandbytes")
-        peers.append(Peer("bitsandbytes", version, _bitsandbytes_int8, graphs=False))
-        peers.append(Peer("bitsandbytes nf4", version, _bitsandbytes_nf4, same_numbers=False, graphs=False))
+        peers.append(Peer(name="bitsandbytes", version=version, build=_bitsandbytes_int8, graphs=False))
+        peers.append(Peer(name="bitsandbytes nf4", version=version, build=_bitsandbytes_nf4, same_numbers=False, graphs=False))
     return peers
 
 

@@ -42,7 +42,7 @@ PROCESSORS = Path("/sys/devices/system/cpu")
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """Time of one call. microseconds: the median over all samples. low, high: 10th and 90th percentile. calls: how many were timed."""
 
@@ -83,7 +83,7 @@ def time_in_turn(
     return {runner.name: runner.timing() for runner in runners}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Runner:
     """One contender. run: one call, or all calls of a graph (calls_per_run). estimate: seconds of a run."""
 
@@ -106,7 +106,7 @@ class _Runner:
     def timing(self) -> Timing:
         ordered = sorted(1e6 * sample for sample in self.samples)
         low, middle, high = (_percentile(ordered, share) for share in (0.1, 0.5, 0.9))
-        return Timing(middle, low, high, len(ordered) * self.runs_per_sample * self.calls_per_run)
+        return Timing(microseconds=middle, low=low, high=high, calls=len(ordered) * self.runs_per_sample * self.calls_per_run)
 
 
 def _runner(name: str, copied: Sequence[Call], stopwatch: Callable[[Call, int], float], graphs: bool) -> _Runner | None:
@@ -119,9 +119,11 @@ def _runner(name: str, copied: Sequence[Call], stopwatch: Callable[[Call, int], 
     for _ in range(max(1, len(copied) - 1)):  # the last copy's first call is the one that is timed below
         run()
     if not graphs:
-        return _Runner(name, run, 1, stopwatch, stopwatch(run, 1))
+        return _Runner(name=name, run=run, calls_per_run=1, stopwatch=stopwatch, estimate=stopwatch(run, 1))
     graph = _capture(copied)
-    return None if graph is None else _Runner(name, graph.replay, len(copied), stopwatch, stopwatch(graph.replay, 1))
+    if graph is None:
+        return None
+    return _Runner(name=name, run=graph.replay, calls_per_run=len(copied), stopwatch=stopwatch, estimate=stopwatch(graph.replay, 1))
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -27,7 +27,7 @@ C4_EVALUATION_DOCUMENTS = 1_100
 HUB_ANSWER_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusFile:
     """One part of a known corpus.
 
@@ -59,10 +59,12 @@ def _wikitext2(split: str) -> CorpusFile:
 def _c4(split: str, shards: str, limit: int) -> CorpusFile:
     shard = f"c4-{split}.00000-of-{shards}"
     local = (f"{shard}.json.gz", f"{shard}.jsonl", f"en/{shard}.json.gz", f"en/{shard}.jsonl")
-    return CorpusFile("allenai/c4", f"en/{shard}.json.gz", local, limit=limit)
+    return CorpusFile(repo="allenai/c4", file=f"en/{shard}.json.gz", local=local, limit=limit)
 
 
-_PILE = CorpusFile("mit-han-lab/pile-val-backup", "val.jsonl.zst", ("val.jsonl.zst", "val.jsonl"), limit=CALIBRATION_DOCUMENTS)
+_PILE = CorpusFile(
+    repo="mit-han-lab/pile-val-backup", file="val.jsonl.zst", local=("val.jsonl.zst", "val.jsonl"), limit=CALIBRATION_DOCUMENTS
+)
 
 CORPORA: dict[str, dict[Part, CorpusFile]] = {
     "wikitext2": {"calibration": _wikitext2("train"), "evaluation": _wikitext2("test")},

@@ -61,7 +61,7 @@ class Excerpt:
         return states[list(self.windows), : self.tokens]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recording:
     """Hidden states before the first block, [windows, tokens, features], and the calls of every block: calls[block][batch].
 
@@ -104,7 +104,7 @@ def record_calls(
             _, excerpt_calls = _record_batch(skeleton, model, windows[list(numbers), :tokens].to(device))
             recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls)
     assert states is not None
-    return Recording(states, calls, batches, recorded)
+    return Recording(hidden=states, calls=calls, batches=batches, excerpts=recorded)
 
 
 def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:

@@ -81,7 +81,7 @@ class Hessian:
         return float(((weight @ self.matrix) * weight).sum().clamp(min=0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a part wants to know of the inputs; ``|`` joins the wants of several parts.
 
@@ -106,7 +106,7 @@ class Needs:
         return self.hessian or self.magnitudes or self.samples or self.original
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InputStatistics:
     """What is known of one input tensor, float32 throughout; what was not asked for is None (samples: empty).
 

@@ -24,7 +24,7 @@ from ptqcli.evaluation.perplexity import PerplexityResult, Progress, result, sum
 from ptqcli.evaluation.windows import plan_windows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A model beside its baseline on the same windows.
 
@@ -63,7 +63,7 @@ def compare(
     loss, baseline_loss, divergence, agreeing = sums
     of_model = result(loss, windows, seqlen, stride)
     of_baseline = result(baseline_loss, windows, seqlen, stride)
-    return Comparison(of_model, of_baseline, divergence / of_model.tokens, agreeing / of_model.tokens)
+    return Comparison(model=of_model, baseline=of_baseline, mean_kl=divergence / of_model.tokens, top1_agreement=agreeing / of_model.tokens)
 
 
 def _measure(targets: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:

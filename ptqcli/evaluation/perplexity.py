@@ -31,7 +31,7 @@ TOKENS_PER_BATCH = 4096
 LOGITS_PER_CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PerplexityResult:
     """perplexity = exp(mean_nll); mean_nll: nats per token, over ``tokens`` scored tokens in ``windows`` windows.
 
@@ -120,7 +120,7 @@ def result(loss: float, windows: list[Window], seqlen: int, stride: int | None) 
         value = math.exp(mean)
     except OverflowError as error:
         raise PTQError(f"perplexity is not finite: the mean loss is {mean:.4g} nats; quantize with more bits") from error
-    return PerplexityResult(value, mean, tokens, len(windows), seqlen, stride or seqlen)
+    return PerplexityResult(perplexity=value, mean_nll=mean, tokens=tokens, windows=len(windows), seqlen=seqlen, stride=stride or seqlen)
 
 
 def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:

@@ -173,11 +173,11 @@ def _read_packed(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> Qu
     _expect_floats(f"{name}.weight_scale", scale, (out_features, groups))
     codes = bitstream.unpack(packed, scheme.bits, in_features)
     if scheme.symmetric:
-        return QuantizedWeight(codes, scale, _middle(scale, scheme), scheme)
+        return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme)
     words = read(f"{name}.weight_zero_point")
     _expect_words(f"{name}.weight_zero_point", words, (bitstream.word_count(out_features, scheme.bits), groups))
     zero = bitstream.unpack(words.t(), scheme.bits, out_features).t().contiguous()
-    return QuantizedWeight(codes, scale, zero, scheme)
+    return QuantizedWeight(codes=codes, scale=scale, zero=zero, scheme=scheme)
 
 
 def _integer_tensors(name: str, weight: QuantizedWeight) -> list[Tensor]:
@@ -213,7 +213,7 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
         input_scale = read(f"{name}.input_scale")
         _expect_floats(f"{name}.input_scale", input_scale, (1,))
     outliers = None if scheme.outliers is None else _read_outliers(name, read, out_features, in_features)
-    return QuantizedWeight(codes, scale, _middle(scale, scheme), scheme, None, input_scale, outliers)
+    return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme, input_scale=input_scale, outliers=outliers)
 
 
 def _read_outliers(name: str, read: Callable[[str], Tensor], out_features: int, in_features: int) -> OutlierColumns:

@@ -20,7 +20,7 @@ from ptqcli.model.linears import is_linear
 PROBE_TOKENS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockShape:
     """What the pass of empty tensors told of one block.
 

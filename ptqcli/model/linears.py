@@ -9,7 +9,7 @@ from torch import Tensor, nn
 TRANSPOSED = "Conv1D"  # GPT-2's own class, which stores its matrix as [in, out]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearSite:
     """Where one linear stands. ``name`` is its path in the whole model, ``local`` its path inside the block."""
 

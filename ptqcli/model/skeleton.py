@@ -67,7 +67,14 @@ class Skeleton:
         for local, module in self.blocks[index].named_modules():
             if is_linear(module):
                 out_features, in_features = linear_weight(module).shape
-                yield LinearSite(f"{prefix}.{local}", local, index, in_features, out_features, type(module).__name__)
+                yield LinearSite(
+                    name=f"{prefix}.{local}",
+                    local=local,
+                    block=index,
+                    in_features=in_features,
+                    out_features=out_features,
+                    kind=type(module).__name__,
+                )
 
     def _refuse_fused_experts(self) -> None:
         for name, parameter in self.model.get_submodule(self.blocks_name).named_parameters():

@@ -23,7 +23,7 @@ class OutlierColumns:
         return OutlierColumns(self.index.to(device), self.weight.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
     """Integer codes of one matrix with what is needed to read them.
 

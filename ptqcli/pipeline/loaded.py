@@ -196,10 +196,10 @@ class LoadedBlock:
             choices = tuple((name, note.choice, note.error) for name, note in mine)
             readers = tuple(f"{self.prefix}.{reader}" for reader in fold.readers)
             reason = None if choices else "none of its readers is quantized"
-            report(FoldReport(f"{self.prefix}.{fold.producer}", readers, choices, reason))
+            report(FoldReport(producer=f"{self.prefix}.{fold.producer}", readers=readers, choices=choices, left_alone=reason))
         for producer, reason in found.rejected:
-            report(FoldReport(self.prefix if producer == "block" else f"{self.prefix}.{producer}", (), left_alone=reason))
+            report(FoldReport(producer=self.prefix if producer == "block" else f"{self.prefix}.{producer}", readers=(), left_alone=reason))
         read = {reader for fold in found.folds for reader in fold.readers}
         alone = tuple(name for name, linear in self.planned.items() if linear.site.local not in read)
         if alone:
-            report(FoldReport(None, alone, left_alone="nothing that feeds them can be scaled"))
+            report(FoldReport(producer=None, readers=alone, left_alone="nothing that feeds them can be scaled"))

@@ -17,7 +17,7 @@ REPORT_NAME = "ptq_report.json"
 REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
     linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. The other fields
@@ -35,7 +35,7 @@ class LayerReport:
     outlier_share: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoldReport:
     """What transforms did with one fold of one block, or why they left it alone. The names are paths in the model.
 
@@ -49,7 +49,7 @@ class FoldReport:
     left_alone: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did. seconds and peak_memory_bytes describe the run, not the checkpoint, and are not stored in it."""
 

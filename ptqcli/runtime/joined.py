@@ -56,7 +56,9 @@ def joined_weight(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     if scheme.group_size == WHOLE_MATRIX:  # a scale for each of several matrices, so it must be one a row
         scheme = replace(scheme, group_size=WHOLE_ROW)
     codes, scale, zero = (torch.cat([getattr(weight, part) for weight in weights]) for part in ("codes", "scale", "zero"))
-    return QuantizedWeight(codes, scale, zero, scheme, first.g_idx, first.input_scale, outliers)
+    return QuantizedWeight(
+        codes=codes, scale=scale, zero=zero, scheme=scheme, g_idx=first.g_idx, input_scale=first.input_scale, outliers=outliers
+    )
 
 
 def joined_bias(weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> Tensor | None:

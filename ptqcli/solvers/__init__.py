@@ -30,7 +30,7 @@ def ignore_progress(done: int, total: int) -> None:
     """A ``Progress`` that nobody watches."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SolveNotes:
     """What a solver had to handle, for the report.
 

@@ -49,7 +49,7 @@ from ptqcli.solvers.scale_search import scale_search_option
 LEAF = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Factor:
     """The damped Hessian, factored in processing order.
 
@@ -97,7 +97,9 @@ class GPTQ:
         damped = factorise(matrix.index_select(0, reverse).index_select(1, reverse), self.damp, where)
         feedback = damped.lower.flip(0, 1)  # R
         feedback /= feedback.diagonal().clone()
-        return Factor(order, feedback, damped.damp, damped.damp > self.damp, damped.never_activated)
+        return Factor(
+            order=order, feedback=feedback, damp=damped.damp, damp_raised=damped.damp > self.damp, never_activated=damped.never_activated
+        )
 
     def solve(
         self,

@@ -53,7 +53,7 @@ BLOCK = 128
 WORKSPACE = 1 << 30  # bytes for the rows that are worked on at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inverse:
     """The inverse of the damped Hessian, [in, in]. floor: the least that a diagonal entry can become."""
 
@@ -88,7 +88,13 @@ class OBQ:
         matrix = hessian.matrix.clone()
         damped = factorise(matrix, self.damp, where)
         floor = 1 / float(matrix.diagonal().max())
-        return Inverse(torch.cholesky_inverse(damped.lower), floor, damped.damp, damped.damp > self.damp, damped.never_activated)
+        return Inverse(
+            matrix=torch.cholesky_inverse(damped.lower),
+            floor=floor,
+            damp=damped.damp,
+            damp_raised=damped.damp > self.damp,
+            never_activated=damped.never_activated,
+        )
 
     def solve(
         self,
@@ -118,7 +124,7 @@ class OBQ:
             work = _Rows(weight[rows], Grid(grid.element, scale[rows], zero[rows]), columns, prepared, inverses, codes[rows])
             while work.left:
                 work.quantize_block(lambda done, start=start: progress(start * in_features + done, out_features * in_features))  # type: ignore[misc]
-        quantized = QuantizedWeight(codes, scale.to(scale_dtype), zero.to(torch.uint8), scheme)
+        quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme)
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=int((grouped == 0).all(dim=1).sum()),

@@ -112,7 +112,7 @@ def _no_codes(task: LinearTask) -> QuantizedWeight:
     rows = task.weight.shape[0]
     empty = torch.empty(rows, 0, dtype=torch.uint8, device=task.weight.device)
     scale = torch.ones(rows, 1, dtype=task.scale_dtype, device=task.weight.device)
-    return QuantizedWeight(empty, scale, torch.full_like(scale, task.scheme.middle, dtype=torch.uint8), task.scheme)
+    return QuantizedWeight(codes=empty, scale=scale, zero=torch.full_like(scale, task.scheme.middle, dtype=torch.uint8), scheme=task.scheme)
 
 
 def _with_gaps(weight: QuantizedWeight, outliers: Tensor) -> QuantizedWeight:

@@ -40,7 +40,7 @@ class WeightSpec:
     scale_dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoldNote:
     """What a transform chose for one fold.
 
@@ -128,7 +128,7 @@ class FoldedBlock:
                 best, choice, chosen = error, name, scales
         if chosen is not None:
             self.scale(fold, chosen)
-        return FoldNote(fold.producer, fold.readers, choice, best / without if without > 0 else 1.0)
+        return FoldNote(producer=fold.producer, readers=fold.readers, choice=choice, error=best / without if without > 0 else 1.0)
 
     def fold_error(self, fold: Fold, scales: Tensor | None) -> float:
         """Mean squared change of the block's output when the fold's readers are rounded to nearest.

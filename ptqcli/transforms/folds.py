@@ -51,7 +51,7 @@ LARGEST_WEIGHT = 4
 OTHER_PATH = "the block takes another path when its output is scaled"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Fold:
     """Output channels of ``producer`` that are factors of the inputs of ``readers`` (local names in the block, in running order).
 
@@ -224,7 +224,10 @@ class _CutBlock:
         layouts: dict[tuple[int, ...], list[str]] = {}
         for reader, channel in self._readers(index):
             layouts.setdefault(tuple(channel.tolist()), []).append(reader)
-        folds = [Fold(producer, tuple(readers), torch.tensor(layout), len(factors), offsets) for layout, readers in layouts.items()]
+        folds = [
+            Fold(producer=producer, readers=tuple(readers), channel=torch.tensor(layout), width=len(factors), offsets=offsets)
+            for layout, readers in layouts.items()
+        ]
         if torch.stack([fold.folded() for fold in folds]).sum(0).max() > 1:
             raise _NoFoldError(f"{', '.join(fold.readers[0] for fold in folds)} read the same channels in different orders")
         return folds

@@ -80,7 +80,7 @@ class SmoothQuant:
             block.tell(f"smoothquant searches alpha for {fold.producer}")
             return block.best_of(fold, "no smoothing", ((f"alpha {alpha:g}", _scales(block, fold, alpha)) for alpha in ALPHAS))
         block.scale(fold, _scales(block, fold, self.alpha))
-        return FoldNote(fold.producer, fold.readers, f"alpha {self.alpha:g}")
+        return FoldNote(producer=fold.producer, readers=fold.readers, choice=f"alpha {self.alpha:g}")
 
 
 def _scales(block: FoldedBlock, fold: Fold, alpha: float) -> Tensor:
