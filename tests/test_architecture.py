@@ -39,11 +39,11 @@ ALLOWED = {
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
-    "evaluate": ROOMS | {"runtime"},
+    "quality": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN,
-    "api": PLAN | {"runtime", "evaluate", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "shipped", "runtime", "evaluate", "bench", "pipeline"},
+    "api": PLAN | {"runtime", "quality", "pipeline", "shipped"},
+    "cli": PLAN | {"options", "shipped", "runtime", "quality", "bench", "pipeline"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptqcli.errors import UsageError
-from ptqcli.evaluate.perplexity import PerplexityResult, Progress, result, sum_over_windows, token_losses
-from ptqcli.evaluate.windows import plan_windows
+from ptqcli.quality.perplexity import PerplexityResult, Progress, result, sum_over_windows, token_losses
+from ptqcli.quality.windows import plan_windows
 
 
 @dataclass(frozen=True)
