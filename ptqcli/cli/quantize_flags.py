@@ -203,7 +203,7 @@ def all_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 class QuantizeCommand(click.Command):
     """A command whose flags are also those that the parts declare; they are imported when the flags are first asked for."""
 
-    @cached_property
+    @property
     def part_options(self) -> list[Option]:
         """The options that have a flag: all but those whose name is taken, which are left to ``--set``."""
         return [declared.option for declared, _ in self._part_flags]
