@@ -12,6 +12,7 @@ from torch import Tensor
 from ptqcli.algorithms import find_algorithm
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
@@ -19,7 +20,6 @@ from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.pipeline import pipeline
 from ptqcli.pipeline.progress import Listener
 from ptqcli.pipeline.report import Report, read_source
-from ptqcli.quality.evaluation import Evaluation, measure
 from ptqcli.recipe import Recipe, load_recipe
 from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
 from ptqcli.runtime.models import load_model, load_tokenizer
@@ -88,7 +88,7 @@ def evaluate(
     texts: builtin, wikitext2, c4 or a path; one or several.
     baseline: what it is compared with; None for the model that the checkpoint was made from, if that is still there.
     tokenizer: of a model in memory; a folder has its own.
-    seqlen, stride: tokens in a window and from one to the next, see ``quality.windows``.
+    seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
     device: where folders are loaded; a model in memory stays where it is.
     kernel: what packed weights are multiplied by, see ``load_quantized``.
     data_dir: where files of known corpora are looked for first.

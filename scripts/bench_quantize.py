@@ -302,7 +302,7 @@ def run_perplexity(job: Job) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
     from ptqcli.calibration.text import evaluation_ids
-    from ptqcli.quality.perplexity import perplexity
+    from ptqcli.evaluation.perplexity import perplexity
 
     # transformers reads packed zero points only this way; the original has nothing to expand
     packed = not job.symmetric and job.output != job.model

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 import ptqcli
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.evaluation.divergence import compare
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.quality.divergence import compare
 from ptqcli.recipe import load_recipe
 from ptqcli.runtime import load_quantized
 

@@ -39,11 +39,11 @@ ALLOWED = {
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
-    "quality": ROOMS | {"runtime"},
+    "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN,
-    "api": PLAN | {"runtime", "quality", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "shipped", "runtime", "quality", "bench", "pipeline"},
+    "api": PLAN | {"runtime", "evaluation", "pipeline", "shipped"},
+    "cli": PLAN | {"options", "shipped", "runtime", "evaluation", "bench", "pipeline"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.

@@ -17,11 +17,11 @@ from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
+from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.pipeline import plan_run, quantize
-from ptqcli.quality.perplexity import perplexity
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized

@@ -8,8 +8,8 @@ import torch
 import ptqcli
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.quality.perplexity import perplexity
 from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.quality import perplexity as perplexity_module
-from ptqcli.quality.divergence import compare
-from ptqcli.quality.perplexity import PerplexityResult, perplexity, result
-from ptqcli.quality.windows import Window, plan_windows
+from ptqcli.evaluation import perplexity as perplexity_module
+from ptqcli.evaluation.divergence import compare
+from ptqcli.evaluation.perplexity import PerplexityResult, perplexity, result
+from ptqcli.evaluation.windows import Window, plan_windows
 
 VOCABULARY = 97
 DEMO = Path(ptqcli.__file__).parent / "demo"

@@ -20,6 +20,7 @@ from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
@@ -29,7 +30,6 @@ from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
-from ptqcli.quality.perplexity import perplexity
 from ptqcli.recipe import load_recipe
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.awq import AWQ, clip_limits

@@ -16,7 +16,7 @@ from ptqcli.cli.options import data_dir_option, device_option, json_option, kern
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
 
-PUBLISHED_SEQLEN = 2048  # of ptqcli.quality.evaluation, whose import takes torch along; a test compares the two
+PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torch along; a test compares the two
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -65,7 +65,7 @@ def command(
     weights are used as they are.
     """
     from ptqcli.calibration.text import documents
-    from ptqcli.quality.evaluation import measure
+    from ptqcli.evaluation.measure import measure
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     output = Output(as_json=as_json, quiet=quiet)

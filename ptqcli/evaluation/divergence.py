@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptqcli.errors import UsageError
-from ptqcli.quality.perplexity import PerplexityResult, Progress, result, sum_over_windows, token_losses
-from ptqcli.quality.windows import plan_windows
+from ptqcli.evaluation.perplexity import PerplexityResult, Progress, result, sum_over_windows, token_losses
+from ptqcli.evaluation.windows import plan_windows
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.quality.windows import Batch, Window, batches, plan_windows
+from ptqcli.evaluation.windows import Batch, Window, batches, plan_windows
 
 Progress = Callable[[int, int], None]
 

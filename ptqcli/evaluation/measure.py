@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ptqcli.calibration.text import evaluation_ids
-from ptqcli.quality.divergence import compare
-from ptqcli.quality.perplexity import perplexity
+from ptqcli.evaluation.divergence import compare
+from ptqcli.evaluation.perplexity import perplexity
 
 PUBLISHED_SEQLEN = 2048  # window of the published WikiText-2 tables
 
