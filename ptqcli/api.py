@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ptqcli.algorithms import find_algorithm
 from ptqcli.calibration.statistics import InputStatistics
-from ptqcli.errors import UsageError
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
@@ -50,8 +49,10 @@ def quantize(
     """Quantize ``model`` into the new checkpoint folder ``output``, as `ptq quantize` does.
 
     model: a local folder, a hub id, or a transformers model in memory, which stays as it is; its tokenizer is then given by ``tokenizer``.
+    output: where the checkpoint goes; what is there is kept, but for an earlier checkpoint if ``overwrite``.
     recipe: a ``Recipe``, the name of a shipped one (`ptq recipes`), or a YAML file; None for the defaults.
-    changes: keys of a recipe, which win over it: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``, ``damp=0.1``.
+    changes: keys as in a YAML file, which win over the recipe: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``,
+    ``damp=0.1``, ``gptq={"damp": 0.1}``.
     device, dtype, batch_size, activation_budget: see ``Resources``.
     data_dir: where files of known corpora are looked for first.
     listener: is told how far the work is.
@@ -71,7 +72,7 @@ def quantize(
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    texts: str | Sequence[str] = "builtin",
+    texts: str | Path | Sequence[str | Path] = "builtin",
     *,
     baseline: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -86,8 +87,11 @@ def evaluate(
     model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
     texts: builtin, wikitext2, c4 or a path; one or several.
     baseline: what it is compared with; None for the model that the checkpoint was made from, if that is still there.
+    tokenizer: of a model in memory; a folder has its own.
     seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
+    device: where folders are loaded; a model in memory stays where it is.
     kernel: what packed weights are multiplied by, see ``load_quantized``.
+    data_dir: where files of known corpora are looked for first.
 
     Raises UsageError and PTQError for what cannot be loaded, read or measured.
     """
@@ -95,14 +99,15 @@ def evaluate(
     if baseline is None and folder is not None:
         origin = read_source(folder)
         baseline = origin if origin is not None and origin.is_dir() else None
-    if tokenizer is None:
-        if folder is None:
-            raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
+    if folder is not None:
+        _refuse(tokenizer)
         tokenizer = load_tokenizer(folder)
+    elif tokenizer is None:
+        raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     measured = measure(
         model if folder is None else load_model(folder, device, kernel),
         tokenizer,
-        [texts] if isinstance(texts, str) else list(texts),
+        [str(text) for text in ([texts] if isinstance(texts, (str, Path)) else texts)],
         load_model(find_model(str(baseline)), device) if isinstance(baseline, (str, Path)) else baseline,
         seqlen,
         stride,
@@ -122,12 +127,18 @@ def solve(
 ) -> QuantizedWeight:
     """Codes for one matrix, for research: what the pipeline does with each linear, without a model around it.
 
-    weight: floating [out, in]. inputs: what the linear receives, floating [..., in]; needed by solvers that look at it (gptq, obq) and by
-    schemes with static activations or outliers. scale_dtype: of the scales. options: of the solver, such as ``{"damp": 0.1}``.
+    weight: floating [out, in].
+    scheme: what the numbers are, such as w4a16-g64-asym or w8a8.
+    solver: one of `ptq algorithms` that works on one matrix.
+    inputs: what the linear receives, floating [..., in]; needed by solvers that look at it (gptq, obq) and by schemes with static
+    activations or outliers.
+    scale_dtype: of the scales.
+    options: of the solver, such as ``{"damp": 0.1}``.
 
-    Raises UsageError for an unknown solver, option or scheme, a group size that does not divide ``in``, and missing inputs; PTQError for a
-    Hessian that no damping makes positive definite.
+    Raises UsageError for an unknown solver, option or scheme, a group size that does not divide ``in``, and inputs that are missing or of
+    another width; PTQError for values that are not finite and for a Hessian that no damping makes positive definite.
     """
+    _check_matrix(weight, inputs)
     part = find_algorithm(solver)
     if part.transforms:
         raise UsageError(f"solver '{solver}': transforms work on blocks; name a solver alone")
@@ -149,16 +160,29 @@ def solve(
 
 
 def _source(model: Any, tokenizer: Any) -> ModelSource:
-    if not isinstance(model, (str, Path)):
-        return ModelInMemory(model, tokenizer)
+    if isinstance(model, (str, Path)):
+        _refuse(tokenizer)
+        return ModelFolder(find_model(str(model)))
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"a model is a folder, a hub id or a model of transformers, not {type(model).__name__}")
+    return ModelInMemory(model, tokenizer)
+
+
+def _refuse(tokenizer: Any) -> None:
     if tokenizer is not None:
         raise UsageError("tokenizer belongs to a model in memory; a folder has its own")
-    return ModelFolder(find_model(str(model)))
+
+
+def _check_matrix(weight: Tensor, inputs: Tensor | None) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise UsageError(f"weight is {weight.dtype} {list(weight.shape)}; give a floating matrix [out, in]")
+    if inputs is not None and inputs.shape[-1:] != weight.shape[1:]:
+        raise UsageError(f"inputs are {list(inputs.shape)}, but weight takes [..., {weight.shape[1]}]")
+    if not torch.isfinite(weight).all():
+        raise PTQError("weight holds NaN or infinity")
 
 
 def _recipe(recipe: Recipe | str | Path | None, changes: Mapping[str, Any]) -> Recipe:
-    if not isinstance(recipe, Recipe):
-        return load_recipe(None if recipe is None else find_recipe(str(recipe)), changes)
-    if not changes:
-        return recipe
-    return replace(recipe, **changes)
+    return load_recipe(find_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe, changes)

@@ -97,7 +97,8 @@ class Recipe:
     inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
     sequential: later linears of a block are calibrated behind the quantized earlier ones.
     calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
-    with seed. ignore: patterns of linears to leave alone. blocks: name of the list of blocks, where it is not evident.
+    with seed. ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
+    checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
     Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
     """
 
@@ -243,17 +244,17 @@ def _check_pattern(pattern: str) -> None:
         raise UsageError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
-def load_recipe(file: Path | None = None, flags: Mapping[str, object] | None = None) -> Recipe:
-    """A recipe from a YAML file, from flags that were given explicitly, or from both: a flag wins over the file.
+def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] | None = None) -> Recipe:
+    """A recipe from a YAML file or another recipe, from flags that were given explicitly, or from both: a flag wins over the file.
 
     Either may have, beside the fields of ``Recipe``, a section for a part (``gptq: {damp: 0.1}``) and the key of an option (``damp: 0.1``),
     which goes to every part of ``algo`` that has it.
     Raises UsageError for a file that cannot be read, an unknown key, or a value of the wrong type.
     """
-    written, given = _read_yaml(file) if file is not None else {}, dict(flags or {})
+    written, given = _written(start), dict(flags or {})
     if "scheme" in given:
         written = {key: value for key, value in written.items() if key not in SCHEME_FIELDS}
-    where = str(file) if file is not None else "recipe"
+    where = str(start) if isinstance(start, Path) else "recipe"
     values = {key: value for key, value in {**written, **given}.items() if key in _fields()}
     values["overrides"] = tuple(_override(entry, where) for entry in _as_list(values.get("overrides", ()), "overrides", where))
     values["ignore"] = tuple(_as_list(values.get("ignore", ()), "ignore", where))
@@ -264,6 +265,12 @@ def load_recipe(file: Path | None = None, flags: Mapping[str, object] | None = N
     for part, changes in _options(given, algorithm, "").items():
         options[part] = {**options.get(part, {}), **changes}
     return Recipe(options=options, **values)  # type: ignore[arg-type]
+
+
+def _written(start: Path | Recipe | None) -> dict[str, object]:
+    if isinstance(start, Recipe):
+        return {name: getattr(start, name) for name in _fields()}
+    return {} if start is None else _read_yaml(start)
 
 
 def _fields() -> list[str]:

@@ -47,7 +47,7 @@ ALLOWED = {
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
-QUICK_MODULES = ("ptqcli.cli", "ptqcli.errors", "ptqcli.__version__", "ptqcli.model.locate", "ptqcli.pipeline.report")
+QUICK_MODULES = ("ptqcli.cli", "ptqcli.errors", "ptqcli.formats", "ptqcli.__version__", "ptqcli.model.locate", "ptqcli.pipeline.report")
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 
 

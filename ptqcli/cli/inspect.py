@@ -89,7 +89,7 @@ def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, A
         facts.append(("unquantized", f"{size_text(size - packed)} (embeddings, output head, norms and what was left alone)"))
     if report:
         facts += [
-            ("made from", str(report["source"])),
+            ("made from", report["source"] or "a model in memory"),
             ("made by", f"ptqcli {report['ptqcli']}, {_recipe_text(report['recipe'], report.get('error_kind'))}"),
         ]
     return facts

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
+from ptqcli.formats import DEFAULT_FORMAT, format_names
 
 if TYPE_CHECKING:
     from ptqcli.algorithms import Declaration
@@ -158,6 +159,7 @@ REST = [
         help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
     ),
     click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
+    click.option("--format", metavar="|".join(format_names()), show_default=DEFAULT_FORMAT, help="How the checkpoint is stored."),
     click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
 ]
 RUN = [
@@ -201,7 +203,7 @@ def all_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 class QuantizeCommand(click.Command):
     """A command whose flags are also those that the parts declare; they are imported when the flags are first asked for."""
 
-    @cached_property
+    @property
     def part_options(self) -> list[Option]:
         """The options that have a flag: all but those whose name is taken, which are left to ``--set``."""
         return [declared.option for declared, _ in self._part_flags]

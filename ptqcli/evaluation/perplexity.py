@@ -152,8 +152,9 @@ def _evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
 
 def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits that predict the batch's targets, [windows, scored, vocabulary], in the model's dtype."""
-    device = model.get_input_embeddings().weight.device
-    logits = model(input_ids=batch.inputs.to(device), use_cache=False).logits  # [windows, length, vocabulary]
+    embeddings = model.get_input_embeddings().weight
+    inputs = batch.inputs if embeddings.is_meta else batch.inputs.to(embeddings.device)  # on the disk, accelerate brings the two together
+    logits = model(input_ids=inputs, use_cache=False).logits  # [windows, length, vocabulary]
     return logits[:, -batch.targets.shape[1] - 1 : -1]
 
 

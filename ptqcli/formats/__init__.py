@@ -11,9 +11,11 @@ adds one under the entry point group ``ptqcli.formats``, in the same form: ``its
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ptqcli.errors import PTQError, UsageError
@@ -58,11 +60,13 @@ class Format(Protocol):
     """How schemes are stored and told to readers.
 
     name: as in a recipe and in FORMATS. packages: Python packages outside the core that a reader needs, each with what it is for.
+    A class that derives from this one takes over what has a body here: a format that nothing else reads, under its own name.
     """
 
     name: str
-    packages: Mapping[str, str]
+    packages: Mapping[str, str] = MappingProxyType({})
 
+    @abstractmethod
     def refusal(self, spec: LinearSpec) -> str | None:
         """Why this format cannot hold a linear, or None if it can."""
 
@@ -71,37 +75,47 @@ class Format(Protocol):
 
         group: the scheme of each by its path in the model, None for one that stays as it is.
         """
+        return None
 
+    @abstractmethod
     def stored_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear's stored tensors, all but those of outlier columns, whose number is known only after calibration."""
 
     def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
         """What a user should know of the readers of such linears, one sentence each."""
+        return [f"{self.name}: nothing but ptq reads it"]
 
+    @abstractmethod
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Names of the tensors that hold the linear ``name``."""
 
+    @abstractmethod
     def pack(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The stored tensors of the linear ``name``. Raises PTQError if the format cannot hold ``weight``."""
 
+    @abstractmethod
     def unpack(self, name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
         """Inverse of ``pack``, from stored tensors, which ``read`` returns by name. Raises PTQError for damaged ones."""
 
+    @abstractmethod
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
         """File name -> keys to merge into its JSON. untouched: paths of all linears that are not quantized, the output head too."""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``quantization_config`` entry of config.json is of this format."""
+        return config.get("quant_method") == self.name
 
+    @abstractmethod
     def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each quantized linear among ``linears``. Raises PTQError, naming the key, for everything that is not read."""
 
+    @abstractmethod
     def stored_linears(self, names: Iterable[str]) -> list[str]:
         """The quantized linears among the tensor ``names`` of a checkpoint, by their stored names."""
 
 
 def format_names() -> list[str]:
-    """Names of all formats, built in or from another installed package, in the order of the table. Loads none of them."""
+    """Names of all formats, the built-in ones first, then those of other installed packages. Loads none of them."""
     return list(dict.fromkeys(entry.name for entry in _entries()))
 
 
@@ -137,7 +151,8 @@ def format_of(config: Mapping[str, Any]) -> Format:
 def _entries() -> list[EntryPoint]:
     """Where each format is found: the built-in ones first, then those of other packages."""
     built_in = [EntryPoint(name, place, ENTRY_POINTS) for name, place in FORMATS.items()]
-    return [*built_in, *entry_points(group=ENTRY_POINTS)]
+    others = sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (_package(entry), entry.name))  # else as the disk lists them
+    return [*built_in, *others]
 
 
 def _load(entry: EntryPoint) -> Format:

@@ -46,7 +46,7 @@ from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 TOO_MANY_PRODUCTS = 1 << 17
 
 
-class CompressedTensors:
+class CompressedTensors(Format):
     """The format (``ptqcli.formats.Format``) of both kinds of file; a checkpoint may mix them."""
 
     name = NAME
@@ -97,10 +97,6 @@ class CompressedTensors:
         conv1d = any(spec.kind == "Conv1D" for spec in specs)
         return {"config.json": {"quantization_config": compressed_tensors_config.quantization_config(schemes, untouched, conv1d)}}
 
-    def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Whether a ``quantization_config`` entry of config.json is of this format."""
-        return config.get("quant_method") == NAME
-
     def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each quantized linear among ``linears``: all of it stands in ``config``.
 
@@ -114,7 +110,7 @@ class CompressedTensors:
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith(marks)))
 
 
-COMPRESSED_TENSORS: Format = CompressedTensors()
+COMPRESSED_TENSORS = CompressedTensors()
 
 
 def _refusal(scheme: Scheme, out_features: int, in_features: int, moving_groups: bool = False) -> str | None:

@@ -73,12 +73,17 @@ class ModelFolder:
 
 
 class ModelInMemory:
-    """A loaded transformers model; nothing of it is changed. tokenizer: its own, needed where there is calibration text."""
+    """A loaded transformers model; nothing of it is changed. tokenizer: its own, needed where there is calibration text.
+
+    Raises PTQError for one that is quantized already.
+    """
 
     where = "the model in memory"
     folder: Path | None = None
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise PTQError(f"{self.where} is quantized already; start from the original")
         self.config = copy.deepcopy(model.config)
         self._model, self._tokenizer = model, tokenizer
 

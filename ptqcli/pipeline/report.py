@@ -51,7 +51,14 @@ class FoldReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did. seconds and peak_memory_bytes describe the run, not the checkpoint, and are not stored in it."""
+    """What a run did.
+
+    source: the folder that the model came from, None for one in memory. recipe: the request, every option of every part with it.
+    layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
+    bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
+    error_kind: output or weight, see ``LayerReport``. folds: what transforms did.
+    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it.
+    """
 
     source: str | None
     recipe: dict[str, Any]

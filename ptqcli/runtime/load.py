@@ -37,8 +37,8 @@ def load_quantized(
 ) -> PreTrainedModel:
     """The model in the checkpoint folder ``path``, ready for inference and ``generate``.
 
-    dtype: floating dtype of activations, scales and unquantized weights; None takes the one that config.json names. kernel: one of
-    KERNELS, for all layers. fuse: join layers of the same input.
+    device: where it is to run. dtype: floating dtype of activations, scales and unquantized weights; None takes the one that config.json
+    names. kernel: one of KERNELS, for all layers. fuse: join layers of the same input.
     Raises PTQError or UsageError, naming the file or tensor, when the folder is no quantized checkpoint or does not fit its model, or a
     layer cannot run on ``kernel``.
     """

@@ -38,10 +38,22 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
 def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     kind = kind_of(config)
     tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
-    fits = tensors.total_bytes < free_bytes(device)
-    placed = {} if fits else _spread(device)
+    if tensors.total_bytes < free_bytes(device):
+        return _read(folder, kind.auto_class).to(device)
+    offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
     try:
-        model, loading = getattr(transformers, kind.auto_class).from_pretrained(
+        model = _read(folder, kind.auto_class, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
+    except BaseException:
+        shutil.rmtree(offloaded)
+        raise
+    weakref.finalize(model, shutil.rmtree, offloaded)
+    return model
+
+
+def _read(folder: Path, auto_class: str, **placed: Any) -> Any:
+    """The model, with all its tensors from the files. placed: what transformers is told of where to put them."""
+    try:
+        model, loading = getattr(transformers, auto_class).from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,
@@ -57,20 +69,15 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills them with random numbers, and whatever were measured would mean nothing
         raise PTQError(f"{folder}: the safetensors files hold no tensor for {missing[0]}, {len(missing)} missing in all")
-    if fits:
-        return model.to(device)
-    weakref.finalize(model, shutil.rmtree, placed["offload_folder"], True)
     return model
 
 
-def _spread(device: torch.device) -> dict[str, Any]:
-    """How accelerate places a model that is larger than the memory of ``device``."""
+def _room(device: torch.device) -> dict[int | str, int]:
+    """Bytes that a model which is too large for ``device`` may take, by what accelerate calls the places; the rest stays on the disk."""
     from accelerate.utils import get_max_memory
 
-    room = get_max_memory()
-    if device.type == "cpu":
-        room = {"cpu": room["cpu"]}
-    return {"device_map": "auto", "max_memory": room, "offload_folder": tempfile.mkdtemp(prefix="ptqcli-offload-")}
+    room: dict[int | str, int] = {"cpu": free_bytes("cpu")} if device.type == "cpu" else get_max_memory()
+    return room
 
 
 def load_tokenizer(folder: Path) -> Any:

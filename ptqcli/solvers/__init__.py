@@ -1,8 +1,9 @@
 """Solvers: each chooses codes. One file a method.
 
-A matrix solver works on one weight matrix at a time: a frozen dataclass of its options with the methods of ``MatrixSolver``. ``prepare``
+A matrix solver works on one weight matrix at a time: a frozen dataclass of its options that derives from ``MatrixSolver``. ``prepare``
 does what depends only on the inputs of a linear (for GPTQ the factorisation); it is called once for every distinct input tensor and its
-result is shared by all linears that read it (q, k, v; gate, up). ``solve`` then chooses codes for one matrix.
+result is shared by all linears that read it (q, k, v; gate, up). ``solve`` then chooses codes for one matrix; it is all that a solver
+must have, the rest is there.
 
 A block solver sees a window of blocks at once, with batches of hidden states to run through it, gradients included; it places the codes
 of every linear itself. ``per_matrix.PerMatrix`` is the block solver that applies a matrix solver to each matrix in turn.
@@ -10,6 +11,7 @@ of every linear itself. ``per_matrix.PerMatrix`` is the block solver that applie
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -21,6 +23,9 @@ from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
 from ptqcli.numerics.grids import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
+
+# Copies of a matrix, in float32, that fitting grids to it and rounding it take.
+COPIES_TO_FIT = 3
 
 # (done, total) of the work inside one matrix, called by solvers that are slow enough to be asked.
 Progress = Callable[[int, int], None]
@@ -55,18 +60,21 @@ class Solution:
 
 
 class MatrixSolver(Protocol):
-    """Chooses codes for one matrix at a time."""
+    """Chooses codes for one matrix at a time. needs_hessian: ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs_hessian: ClassVar[bool]
+    needs_hessian: ClassVar[bool] = False
 
     def moves_groups(self, scheme: Scheme) -> bool:
         """Whether the groups of its codes are not neighbouring columns, so that a file needs an index."""
+        return False
 
     def prepare(self, hessian: Hessian | None, where: str) -> Any:
-        """Work shared by all linears with this input. ``where`` names them for errors."""
+        """Work shared by all linears with this input; as it stands, the Hessian itself. ``where`` names them for errors."""
+        return hessian
 
+    @abstractmethod
     def solve(
         self,
         weight: Tensor,
@@ -82,7 +90,8 @@ class MatrixSolver(Protocol):
         """
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
-        """Peak memory of solving one matrix, beyond the matrix, its codes and the Hessian."""
+        """Peak memory of solving one matrix, beyond the matrix, its codes and the Hessian. As it stands, that of fitting a grid."""
+        return COPIES_TO_FIT * out_features * in_features * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +192,14 @@ class BlockSolver(Protocol):
     @property
     def window(self) -> int: ...
 
+    @abstractmethod
     def solve(self, work: BlockWork) -> None:
         """Place every linear of the window."""
 
     def moves_groups(self, scheme: Scheme) -> bool:
         """As in ``MatrixSolver``."""
+        return False
 
+    @abstractmethod
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """As in ``MatrixSolver``."""

@@ -40,7 +40,7 @@ from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
-from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers import MatrixSolver, Progress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
 from ptqcli.solvers.scale_search import scale_search_option
 
@@ -64,7 +64,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(MatrixSolver):
     """GPTQ with its options.
 
     damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search: minmax or mse,

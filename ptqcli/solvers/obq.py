@@ -43,7 +43,7 @@ from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
-from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers import MatrixSolver, Progress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
 from ptqcli.solvers.scale_search import scale_search_option
 
@@ -65,7 +65,7 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class OBQ:
+class OBQ(MatrixSolver):
     """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: minmax or mse, see ``grids``."""
 
     name: ClassVar[str] = "obq"
@@ -77,10 +77,6 @@ class OBQ:
     def __post_init__(self) -> None:
         check_damp(self.damp)
         check_choices(self)
-
-    def moves_groups(self, scheme: Scheme) -> bool:
-        """Its groups are neighbouring columns."""
-        return False
 
     def prepare(self, hessian: Hessian | None, where: str) -> Inverse:
         """Damp and invert the Hessian. Raises PTQError if no damping makes it positive definite."""

@@ -12,38 +12,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptqcli.calibration.statistics import Hessian
 from ptqcli.numerics.grids import RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
-from ptqcli.solvers import Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers import MatrixSolver, Progress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.scale_search import scale_search_option
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(MatrixSolver):
     """Round to nearest. scale_search: minmax or mse, see ``ptqcli.numerics.grids``."""
 
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest"
-    needs_hessian: ClassVar[bool] = False
     scale_search: str = scale_search_option()
 
     def __post_init__(self) -> None:
         check_choices(self)
 
-    def moves_groups(self, scheme: Scheme) -> bool:
-        """Its groups are neighbouring columns."""
-        return False
-
-    def prepare(self, hessian: Hessian | None, where: str) -> None:
-        """Nothing to share."""
-
     def solve(
         self,
         weight: Tensor,
-        prepared: None,
+        prepared: object,
         scheme: Scheme,
         scale_dtype: torch.dtype,
         ranges: RangeSearch | None = None,
@@ -53,7 +44,3 @@ class RTN:
         quantized = round_to_nearest(weight, scheme, scale_dtype, ranges or range_search(self.scale_search))
         groups = weight.reshape(*quantized.scale.shape, -1)  # [out, groups, columns of a group]
         return Solution(quantized, SolveNotes(zero_groups=int((groups == 0).all(dim=2).sum())))
-
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
-        """Three copies of the matrix, while a grid is fitted."""
-        return 3 * out_features * in_features * 4

@@ -31,6 +31,7 @@ from ptqcli.calibration.statistics import Needs
 from ptqcli.numerics.grids import SHRINK_FACTORS, Clipped
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.options import option
+from ptqcli.transforms import BlockTransform
 from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec
 from ptqcli.transforms.folds import Fold
 
@@ -39,7 +40,7 @@ SMALLEST_SCALE = 1e-4
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(BlockTransform):
     """AWQ with its one option. clip: search the ranges of the groups after the scales."""
 
     name: ClassVar[str] = "awq"

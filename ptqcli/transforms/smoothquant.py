@@ -25,6 +25,7 @@ from ptqcli.calibration.statistics import Needs
 from ptqcli.errors import UsageError
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.options import SchemeDefaults, check_choices, option
+from ptqcli.transforms import BlockTransform
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 from ptqcli.transforms.folds import Fold
 
@@ -37,7 +38,7 @@ LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(BlockTransform):
     """SmoothQuant with its options.
 
     alpha: from 0 (all difficulty stays in the activations) to 1 (all in the weights), or "auto". level: O1, O2 or O3 of the paper.
@@ -71,9 +72,6 @@ class SmoothQuant:
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Smooth every fold that has a linear to quantize."""
         return [self._smooth(block, fold) for fold in block.folds if block.readers(fold)]
-
-    def finish(self, block: FoldedBlock) -> None:
-        """Nothing is left to choose."""
 
     def _smooth(self, block: FoldedBlock, fold: Fold) -> FoldNote:
         if isinstance(self.alpha, str):
