@@ -95,7 +95,7 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
         weight = linears[name].weight.data
         transposed = isinstance(linears[name], Conv1D)
         dense = weight.t() if transposed else weight
-        packed = with_activations(round_to_nearest(dense, scheme, dense.dtype, MinMax()), dense, largest[name], split)
+        packed = with_activations(round_to_nearest(dense.float(), scheme, dense.dtype, MinMax()), dense, largest[name], split)
         tensors |= COMPRESSED_TENSORS.pack(name, packed)
         dense = packed.dequantize()
         linears[name].weight.data = dense.t().contiguous() if transposed else dense

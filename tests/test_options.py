@@ -177,16 +177,16 @@ def test_a_wrong_setting_is_refused(ptq: Ptq, flags: str, says: str) -> None:
 
 
 def test_a_scheme_is_one_word(tmp_path: Path) -> None:
-    from ptqcli.numerics.scheme import parse_scheme
+    from ptqcli.numerics.scheme import Scheme
 
     file = tmp_path / "recipe.yaml"
     file.write_text("algo: rtn\nscheme: w3a16-g64-asym\n")
     assert (
-        load_recipe(file).default_scheme == parse_scheme("w3a16-g64-asym") == Recipe(wbits=3, group_size=64, symmetric=False).default_scheme
+        load_recipe(file).default_scheme == Scheme.parse("w3a16-g64-asym") == Recipe(wbits=3, group_size=64, symmetric=False).default_scheme
     )
-    assert load_recipe(file, {"scheme": "w8a16"}).default_scheme == parse_scheme("w8a16")
+    assert load_recipe(file, {"scheme": "w8a16"}).default_scheme == Scheme.parse("w8a16")
     file.write_text("algo: rtn\nwbits: 8\ngroup_size: 32\n")
-    assert load_recipe(file, {"scheme": "w4a16"}).default_scheme == parse_scheme("w4a16")
+    assert load_recipe(file, {"scheme": "w4a16"}).default_scheme == Scheme.parse("w4a16")
 
 
 @pytest.mark.parametrize("field, value", [("wbits", 4), ("group_size", 128), ("symmetric", True), ("abits", 16), ("act_scales", "token")])

@@ -119,7 +119,7 @@ def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
 
 
 def test_a_checkpoint_that_stays_in_shards_needs_room_for_itself_and_one_of_them(model, tmp_path, monkeypatch):
-    for module in (ptqcli.estimate, ptqcli.checkpoint.writer, ptqcli.pipeline.pipeline):
+    for module in (ptqcli.estimate, ptqcli.checkpoint.writer):
         monkeypatch.setattr(module, "JOIN_BELOW", 0)
     _, plan = plan_run(model, small(model), Resources())
     quantize(model, small(model), tmp_path / "out")
