@@ -25,7 +25,7 @@ from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
 from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.shipped import find_recipe
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
-from ptqcli.solvers.per_matrix import PerMatrix, StageWork, as_block_solver, needs_of
+from ptqcli.solvers.per_matrix import PerMatrix, StageWork, as_block_solver, statistics_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def solve(
     chosen = as_block_solver(Recipe(algo=solver, options={part.solver.name: dict(options or {})}).solver())
     if not isinstance(chosen, PerMatrix):
         raise UsageError(f"solver '{solver}' works on whole blocks, not on one matrix")
-    needs = chosen.needs | needs_of(scheme)
+    needs = chosen.needs | statistics_for(scheme)
     if needs and inputs is None:
         raise UsageError(f"solver '{solver}' in {scheme} looks at the inputs of the linear; give inputs=")
     scheme.group_count(weight.shape[1])

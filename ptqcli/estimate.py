@@ -16,7 +16,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
-from ptqcli.solvers.per_matrix import as_block_solver, needs_of
+from ptqcli.solvers.per_matrix import as_block_solver, statistics_for
 
 # Tokens on which transforms try their choices out, in whole windows.
 TRIED_TOKENS = 1024
@@ -47,7 +47,7 @@ class PlannedLinear:
 
 def needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
     """Whether anything looks at calibration text at all."""
-    looked_at = any(needs_of(linear.scheme) for linear in linears)
+    looked_at = any(statistics_for(linear.scheme) for linear in linears)
     return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ptqcli.algorithms import find_algorithm, parts
-from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
+from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRequest
 from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.checkpoint.auxiliary import load_tokenizer
@@ -457,12 +457,12 @@ def test_rounding_needs_no_text(name: str, llama: Path, tmp_path: Path, monkeypa
 def test_statistics_behind_transforms_are_those_of_the_transformed_block(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = Needs(hessian=True, magnitudes=True, samples=True)
+    everything = StatisticsRequest(hessian=True, magnitudes=True, samples=True)
     pairs: list[tuple[InputStatistics, InputStatistics, InputStatistics]] = []
     measured: list[list[InputStatistics]] = []
     observe, at_once = CalibratedBlock.observe, CalibratedBlock.at_once
 
-    def observing(self: CalibratedBlock, needs: Needs) -> list[InputStatistics]:
+    def observing(self: CalibratedBlock, needs: StatisticsRequest) -> list[InputStatistics]:
         measured.append(observe(self, needs))
         return measured[-1]
 
@@ -499,7 +499,7 @@ class Placed:
 
     def stages(self) -> Iterator[Stage]:
         statistics = InputStatistics.empty(
-            self.inputs.shape[1], Needs(hessian=True, magnitudes=True, samples=True), len(self.inputs), torch.device("cpu")
+            self.inputs.shape[1], StatisticsRequest(hessian=True, magnitudes=True, samples=True), len(self.inputs), torch.device("cpu")
         )
         statistics.add(self.inputs)
         yield Stage(self.linears, statistics)

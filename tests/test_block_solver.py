@@ -10,7 +10,7 @@ from tiny import make_model, write_text
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ptqcli.calibration.statistics import Needs
+from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.errors import PTQError
 from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.weight import round_to_nearest
@@ -56,7 +56,7 @@ class LearnScales:
 
     name: ClassVar[str] = "learn-scales"
     summary: ClassVar[str] = "scales learned over two blocks"
-    needs: ClassVar[Needs] = Needs(original=True)
+    needs: ClassVar[StatisticsRequest] = StatisticsRequest(original=True)
     window: ClassVar[int] = 2
     steps: int = 25
 

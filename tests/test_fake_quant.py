@@ -13,7 +13,7 @@ from ptq_kernels.reference import int8_linear, llm_int8_linear, weight_only_line
 from textbook import textbook_codes, textbook_grid
 from torch import Tensor, nn
 
-from ptqcli.calibration.statistics import InputStatistics, Needs
+from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
@@ -157,7 +157,7 @@ def test_outliers_meet_the_weights_that_are_kept_and_these_do_not_learn() -> Non
 
 
 def statistics_of(inputs: Tensor, **needs: bool) -> InputStatistics:
-    statistics = InputStatistics.empty(IN, Needs(**needs), TOKENS, torch.device("cpu"))
+    statistics = InputStatistics.empty(IN, StatisticsRequest(**needs), TOKENS, torch.device("cpu"))
     statistics.add(inputs)
     return statistics
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ptqcli.calibration.modes import outside_modes
 from ptqcli.calibration.record import BlockCall
-from ptqcli.calibration.statistics import Needs
+from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 
 CONTEXTS = {
@@ -54,7 +54,7 @@ def walked(contexts, budget):
     target = torch.empty_like(states)
     walk = CalibratedBlock(block, [["first"], ["second"]], calls, batches, states, target, torch.device("cpu"), budget)
     modes = [outside_modes()]
-    for _stage, _statistics in walk.sequential(Needs(hessian=True)):
+    for _stage, _statistics in walk.sequential(StatisticsRequest(hessian=True)):
         modes.append(outside_modes())
     modes.append(outside_modes())
     return block, target, modes
@@ -85,7 +85,7 @@ def test_an_abandoned_walk_leaves_the_modes_as_they_were():
     walk = CalibratedBlock(block, [["first"], ["second"]], calls, batches, states, states.clone(), torch.device("cpu"), 1 << 30)
     with torch.no_grad():
         before = outside_modes()
-        stages = walk.sequential(Needs(hessian=True))
+        stages = walk.sequential(StatisticsRequest(hessian=True))
         next(stages)
         stages.close()
         assert outside_modes() == before

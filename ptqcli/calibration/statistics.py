@@ -1,6 +1,6 @@
 """What calibration keeps of a linear's inputs.
 
-``InputStatistics`` holds what one pass over the calibration tokens is asked for (``Needs``): magnitudes of each channel, a sample of the
+``InputStatistics`` holds what one pass over the calibration tokens is asked for (``StatisticsRequest``): magnitudes of each channel, a sample of the
 tokens, the Hessian. All transforms and solvers share it, so the number of passes does not depend on how many there are; when a transform
 divides the channels by its scales, the statistics are divided with them.
 
@@ -82,7 +82,7 @@ class Hessian:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class StatisticsRequest:
     """What a part wants to know of the inputs; ``|`` joins the wants of several parts.
 
     hessian, magnitudes, samples: see ``InputStatistics``. original: the original model's hidden states are to be kept beside the quantized
@@ -94,8 +94,8 @@ class Needs:
     samples: bool = False
     original: bool = False
 
-    def __or__(self, other: Needs) -> Needs:
-        return Needs(
+    def __or__(self, other: StatisticsRequest) -> StatisticsRequest:
+        return StatisticsRequest(
             hessian=self.hessian or other.hessian,
             magnitudes=self.magnitudes or other.magnitudes,
             samples=self.samples or other.samples,
@@ -122,7 +122,7 @@ class InputStatistics:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, features: int, needs: Needs, tokens: int, device: torch.device) -> InputStatistics:
+    def empty(cls, features: int, needs: StatisticsRequest, tokens: int, device: torch.device) -> InputStatistics:
         """Statistics of nothing yet, of a pass that will see ``tokens`` tokens."""
         return cls(
             largest=torch.zeros(features, device=device) if needs.magnitudes else None,

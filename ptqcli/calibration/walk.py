@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.modes import Modes, outside_modes, switch_with_modes
 from ptqcli.calibration.record import BlockCall
-from ptqcli.calibration.statistics import InputStatistics, Needs
+from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.model.discovery import StopForward
 from ptqcli.model.linears import is_linear, linear_weight
 
@@ -73,12 +73,12 @@ class CalibratedBlock:
         leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
         return [leader.register_forward_pre_hook(pre_hook(index)) for index, leader in enumerate(leaders)]
 
-    def _empty(self, stage: int, needs: Needs) -> InputStatistics:
+    def _empty(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
         leader = self.block.get_submodule(self.stages[stage][0])
         windows, tokens, _features = self.source.shape
         return InputStatistics.empty(linear_weight(leader).shape[1], needs, windows * tokens, self.device)
 
-    def observe(self, needs: Needs) -> list[InputStatistics]:
+    def observe(self, needs: StatisticsRequest) -> list[InputStatistics]:
         """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
         statistics = [self._empty(stage, needs) for stage in range(len(self.stages))]
         handles = self._leaders(lambda stage, inputs: statistics[stage].add(inputs))
@@ -88,7 +88,7 @@ class CalibratedBlock:
             handle.remove()
         return statistics
 
-    def sequential(self, needs: Needs) -> Iterator[tuple[int, InputStatistics]]:
+    def sequential(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""
         yield from self._suspended(needs) if self.suspended_fits else self._repeated(needs)
 
@@ -102,7 +102,7 @@ class CalibratedBlock:
         for batch in range(len(self.calls)):
             self._run(batch)
 
-    def _suspended(self, needs: Needs) -> Iterator[tuple[int, InputStatistics]]:
+    def _suspended(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         lanes = _Lanes(self._run, len(self.calls))
         handles = self._leaders(lanes.pause)
         try:
@@ -118,7 +118,7 @@ class CalibratedBlock:
                 handle.remove()
             lanes.stop()
 
-    def _repeated(self, needs: Needs) -> Iterator[tuple[int, InputStatistics]]:
+    def _repeated(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         for stage in range(len(self.stages)):
             statistics = self._empty(stage, needs)
             self._run_until(stage, statistics)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ptqcli.calibration.statistics import InputStatistics, Needs
+from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.streams import Streams, WindowBatches
@@ -106,7 +106,9 @@ class WindowWork:
     def _passes(self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor) -> Iterator[tuple[int, InputStatistics]]:
         wanted, sequential = self._run.solver_needs(), self._run.plan.recipe.sequential
         transforms = self._run.transforms if not self._prepared else ()
-        statistics = walk.observe(_joined_needs(transforms, Needs() if sequential else wanted)) if transforms or not sequential else []
+        statistics = (
+            walk.observe(_joined_needs(transforms, StatisticsRequest() if sequential else wanted)) if transforms or not sequential else []
+        )
         if transforms:
             statistics = block.transform(streams, source, statistics)
         return walk.sequential(wanted) if sequential else walk.at_once(statistics)
@@ -119,7 +121,7 @@ class WindowWork:
         for number, block in enumerate(self._blocks):
             source = self._source(number)
             walk = block.walk(self._streams, source)
-            statistics = walk.observe(_joined_needs(self._run.transforms, Needs(samples=True) | self._run.solver_needs()))
+            statistics = walk.observe(_joined_needs(self._run.transforms, StatisticsRequest(samples=True) | self._run.solver_needs()))
             if self._run.transforms:
                 statistics = block.transform(self._streams, source, statistics)
             block.statistics = {local: seen for stage, seen in zip(block.stages, statistics, strict=True) for local in stage}
@@ -143,7 +145,7 @@ class _Tasks(Mapping[str, LinearTask]):
         return len(self._owners)
 
 
-def _joined_needs(transforms: Sequence[object], needs: Needs) -> Needs:
+def _joined_needs(transforms: Sequence[object], needs: StatisticsRequest) -> StatisticsRequest:
     for transform in transforms:
         needs |= transform.needs  # type: ignore[attr-defined]
     return needs

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ptqcli.calibration.statistics import InputStatistics, Needs
+from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
 from ptqcli.estimate import PlannedLinear
@@ -23,7 +23,7 @@ from ptqcli.plan import Plan
 from ptqcli.resources import Resources
 from ptqcli.solvers import BlockSolver, LinearTask, Solution
 from ptqcli.solvers.error import relative_error
-from ptqcli.solvers.per_matrix import needs_of
+from ptqcli.solvers.per_matrix import statistics_for
 from ptqcli.transforms import BlockTransform
 from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec, verified
 from ptqcli.transforms.folds import FoldSearch, find_folds
@@ -44,12 +44,12 @@ class Run:
     layers: list[LayerReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
 
-    def solver_needs(self) -> Needs:
+    def solver_needs(self) -> StatisticsRequest:
         """What is to be known of every input while codes are chosen; samples for the errors of the report, too."""
         rounded = any(linear.scheme.activations is not None for linear in self.plan.linears)
-        needs = self.solver.needs | Needs(samples=rounded or not self.solver.needs.hessian)
+        needs = self.solver.needs | StatisticsRequest(samples=rounded or not self.solver.needs.hessian)
         for linear in self.plan.linears:
-            needs |= needs_of(linear.scheme)
+            needs |= statistics_for(linear.scheme)
         return needs
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ptqcli.calibration.statistics import Hessian, InputStatistics, Needs
+from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRequest
 from ptqcli.numerics.grids import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
@@ -187,7 +187,7 @@ class BlockSolver(Protocol):
     summary: ClassVar[str]
 
     @property
-    def needs(self) -> Needs: ...
+    def needs(self) -> StatisticsRequest: ...
 
     @property
     def window(self) -> int: ...

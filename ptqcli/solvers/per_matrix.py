@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ptqcli.calibration.statistics import Needs
+from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.numerics.activations import activation_scale
 from ptqcli.numerics.grids import SMALLEST_SCALE
 from ptqcli.numerics.scheme import Scheme
@@ -29,7 +29,7 @@ class PerMatrix:
 
     def __init__(self, solver: MatrixSolver) -> None:
         self.solver = solver
-        self.needs = Needs(hessian=solver.needs_hessian)
+        self.needs = StatisticsRequest(hessian=solver.needs_hessian)
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
@@ -55,10 +55,10 @@ def as_block_solver(solver: MatrixSolver | BlockSolver) -> BlockSolver:
     return solver
 
 
-def needs_of(scheme: Scheme) -> Needs:
+def statistics_for(scheme: Scheme) -> StatisticsRequest:
     """What is to be known of the inputs of a linear in ``scheme``."""
     static = scheme.activations is not None and not scheme.activations.dynamic
-    return Needs(magnitudes=static or scheme.outliers is not None)
+    return StatisticsRequest(magnitudes=static or scheme.outliers is not None)
 
 
 class StageWork:

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight takes the closest code of its group's grid. Needs no calibration.
+"""Round to nearest: every weight takes the closest code of its group's grid. StatisticsRequest no calibration.
 
 The baseline of every paper in the field. With ``scale_search="mse"`` each group's range is shrunk to the least squared error first,
 which is what makes it usable at 2 and 3 bits.

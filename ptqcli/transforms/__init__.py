@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Protocol
 
-from ptqcli.calibration.statistics import Needs
+from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 
 
@@ -19,7 +19,7 @@ class BlockTransform(Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[StatisticsRequest] = StatisticsRequest()
 
     @abstractmethod
     def apply(self, block: FoldedBlock) -> list[FoldNote]:

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptqcli.calibration.statistics import Needs
+from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.numerics.grids import SHRINK_FACTORS, Clipped
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.options import option
@@ -45,7 +45,7 @@ class AWQ(BlockTransform):
 
     name: ClassVar[str] = "awq"
     summary: ClassVar[str] = "AWQ: channels scaled by what the inputs weigh, then ranges clipped"
-    needs: ClassVar[Needs] = Needs(magnitudes=True, samples=True)
+    needs: ClassVar[StatisticsRequest] = StatisticsRequest(magnitudes=True, samples=True)
     clip: bool = option(True, "search the range of every group, too", flag="awq-clip")
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptqcli.calibration.statistics import Needs
+from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.errors import UsageError
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.options import SchemeDefaults, check_choices, option
@@ -46,7 +46,7 @@ class SmoothQuant(BlockTransform):
 
     name: ClassVar[str] = "smoothquant"
     summary: ClassVar[str] = "SmoothQuant: outliers moved from the activations into the weights"
-    needs: ClassVar[Needs] = Needs(magnitudes=True)
+    needs: ClassVar[StatisticsRequest] = StatisticsRequest(magnitudes=True)
     alpha: float | str = option(0.5, "share moved to the weights", flag="smooth-alpha", metavar=f"X|{AUTO}")
     level: str | None = option(
         None,
