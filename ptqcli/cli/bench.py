@@ -10,7 +10,7 @@ from ptqcli.cli.bench_flags import check_flags, check_plot, parse_counts
 from ptqcli.cli.bench_job import USUAL_PROMPT, Job
 from ptqcli.cli.bench_measurement import Measurement
 from ptqcli.cli.console import Output, path_text
-from ptqcli.cli.load import hush_transformers
+from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import track
@@ -98,7 +98,7 @@ def command(
     place = open_device(device)
     if plot is not None:
         check_plot(plot, overwrite)
-    hush_transformers()
+    silence_transformers()
     job = Job(
         device=place,
         kernel=kernel,

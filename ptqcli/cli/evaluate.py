@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ptqcli.cli.console import Output, path_text
-from ptqcli.cli.load import hush_transformers
+from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
@@ -71,7 +71,7 @@ def command(
     output = Output(as_json=as_json, quiet=quiet)
     if baseline and no_baseline:
         raise click.UsageError("--baseline and --no-baseline exclude each other")
-    hush_transformers()
+    silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
     reference = None if no_baseline else baseline_of(folder, baseline, output)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ptqcli.cli.load import hush_transformers
+from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import device_option, kernel_option, open_device
 from ptqcli.errors import UsageError
@@ -40,7 +40,7 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
 
     from ptqcli.runtime.models import load_model, load_tokenizer
 
-    hush_transformers()
+    silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def hush_transformers() -> None:
+def silence_transformers() -> None:
     """A command's output is its own: no bars and no notices of the library between our lines."""
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli.console import Output
-from ptqcli.cli.load import hush_transformers
+from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.options import open_device
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize_flags import QuantizeCommand, all_flags
@@ -54,7 +54,7 @@ def command(
     asked = load_recipe(None if recipe is None else find_recipe(recipe), _given(request))
     resources = _resources(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
-    hush_transformers()
+    silence_transformers()
     target = output.expanduser() if output else Path(_default_name(model, asked))
     if dry_run:
         check_output(target, folder, overwrite)
