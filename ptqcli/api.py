@@ -18,7 +18,7 @@ from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.pipeline import pipeline
-from ptqcli.pipeline.progress import Listener
+from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import Report, read_source
 from ptqcli.recipe import Recipe, load_recipe
 from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
@@ -43,7 +43,7 @@ def quantize(
     batch_size: int | None = None,
     activation_budget: int = DEFAULT_ACTIVATION_BUDGET,
     data_dir: str | Path | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
     **changes: Any,
 ) -> Report:
     """Quantize ``model`` into the new checkpoint folder ``output``, as `ptq quantize` does.
@@ -55,7 +55,7 @@ def quantize(
     ``damp=0.1``, ``gptq={"damp": 0.1}``.
     device, dtype, batch_size, activation_budget: see ``Resources``.
     data_dir: where files of known corpora are looked for first.
-    listener: is told how far the work is.
+    progress: is told how far the work is.
 
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
@@ -66,7 +66,7 @@ def quantize(
         overwrite=overwrite,
         resources=Resources(device=torch.device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
         data_dir=None if data_dir is None else Path(data_dir),
-        listener=listener,
+        progress=progress,
     )
 
 

@@ -322,7 +322,7 @@ def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Pa
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptqcli.cli.quantize_report.Progress.block_done", interrupt)
+    monkeypatch.setattr("ptqcli.cli.quantize_report.QuantizeProgress.block_done", interrupt)
     answer = ptq("quantize", "model", "--recipe", "recipe.yaml", "--output", tmp_path / "out")
     assert answer.code == 130
     assert list(tmp_path.iterdir()) == []
@@ -333,7 +333,7 @@ def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Pa
 def test_a_run_that_is_told_to_end_leaves_nothing(at_work: Path, tmp_path: Path, name: str) -> None:
     code = (
         "import os, signal, sys, ptqcli.cli, ptqcli.cli.quantize as q; "
-        f"q.Progress.block_done = lambda *_: os.kill(os.getpid(), signal.{name}); ptqcli.cli.main()"
+        f"q.QuantizeProgress.block_done = lambda *_: os.kill(os.getpid(), signal.{name}); ptqcli.cli.main()"
     )
     line = ["quantize", "model", "--recipe", "recipe.yaml", "--output", str(tmp_path / "out"), "--quiet"]
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300, check=False)

@@ -23,7 +23,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.pipeline import plan_run, quantize
-from ptqcli.pipeline.progress import Silent
+from ptqcli.pipeline.progress import NoProgress
 from ptqcli.recipe import Override, Recipe, load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
@@ -106,13 +106,13 @@ def test_what_stands_in_the_way_is_not_removed(model, tmp_path):
 def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
     most = 0
 
-    class Watching(Silent):
+    class Watching(NoProgress):
         def block_done(self, index, count):
             nonlocal most
             most = max(most, sum(file.stat().st_size for file in tmp_path.glob("out.partial/*")))
 
     _, plan = plan_run(model, small(model), Resources())
-    report = quantize(model, small(model), tmp_path / "out", listener=Watching())
+    report = quantize(model, small(model), tmp_path / "out", progress=Watching())
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert report.bytes_after == pytest.approx(plan.bytes_after, rel=0.02)
     assert most + written <= 1.1 * plan.disk_bytes
@@ -322,17 +322,17 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_chec
 
 
 def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(model, tmp_path):
-    class Interrupting(Silent):
+    class Interrupting(NoProgress):
         def block_done(self, index, count):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, small(model), tmp_path / "out", listener=Interrupting())
+        quantize(model, small(model), tmp_path / "out", progress=Interrupting())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
     kept = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, small(model), tmp_path / "out", overwrite=True, listener=Interrupting())
+        quantize(model, small(model), tmp_path / "out", overwrite=True, progress=Interrupting())
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == kept
 
 
@@ -346,22 +346,22 @@ def test_what_a_killed_run_has_left_is_replaced(model, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
-    class Second(Silent):
+    class Second(NoProgress):
         def block_done(self, index, count):
             with pytest.raises(PTQError, match=r"out\.partial: another run is writing there"):
                 quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
-    quantize(model, small(model, algo="rtn"), tmp_path / "out", listener=Second())
+    quantize(model, small(model, algo="rtn"), tmp_path / "out", progress=Second())
     load_quantized(tmp_path / "out")
 
 
 def test_an_output_that_another_run_finishes_meanwhile_is_noticed_before_the_work(model, tmp_path):
-    class Late(Silent):
+    class Late(NoProgress):
         def planned(self, plan):
             quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
     with pytest.raises(UsageError, match="already exists"):
-        quantize(model, small(model, algo="rtn", wbits=8), tmp_path / "out", listener=Late())
+        quantize(model, small(model, algo="rtn", wbits=8), tmp_path / "out", progress=Late())
     assert not (tmp_path / "out.partial").exists()
 
 

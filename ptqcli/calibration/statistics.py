@@ -1,8 +1,8 @@
 """What calibration keeps of a linear's inputs.
 
-``InputStatistics`` holds what one pass over the calibration tokens is asked for (``StatisticsRequest``): magnitudes of each channel, a sample of the
-tokens, the Hessian. All transforms and solvers share it, so the number of passes does not depend on how many there are; when a transform
-divides the channels by its scales, the statistics are divided with them.
+``InputStatistics`` holds what one pass over the calibration tokens is asked for (``StatisticsRequest``): magnitudes of each channel, a
+sample of the tokens, the Hessian. All transforms and solvers share it, so the number of passes does not depend on how many there are; when
+a transform divides the channels by its scales, the statistics are divided with them.
 
 ``Hessian`` is the second moment ``H = sum_t x_t x_t^T`` of an input tensor over all calibration tokens ``t``, streamed batch by batch.
 The layer-wise objective ``sum_t |(W - W') x_t|^2 = tr((W - W') H (W - W')^T)`` needs nothing else (Frantar et al. 2022, section 3.1; the

@@ -13,7 +13,7 @@ from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.options import open_device
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize_flags import QuantizeCommand, all_flags
-from ptqcli.cli.quantize_report import Progress, plan_as_json, show_plan, show_report
+from ptqcli.cli.quantize_report import QuantizeProgress, plan_as_json, show_plan, show_report
 from ptqcli.errors import UsageError
 from ptqcli.model.locate import find_model
 
@@ -63,8 +63,8 @@ def command(
         words.result(plan_as_json(plan))
         return
     with track("block", quiet) as tracker:
-        listener = Progress(folder, target, words, tracker)
-        report = quantize(folder, asked, target, overwrite=overwrite, resources=resources, data_dir=data_dir, listener=listener)
+        progress = QuantizeProgress(folder, target, words, tracker)
+        report = quantize(folder, asked, target, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress)
     show_report(report, words)
     words.result(report.to_json())
 

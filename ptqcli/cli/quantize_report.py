@@ -20,7 +20,7 @@ WORST_LAYERS = 5
 MOST_CHOICES = 4
 
 
-class Progress:
+class QuantizeProgress:
     """Listens to the pipeline and tells a tracker."""
 
     def __init__(self, model: Path, target: Path, words: Output, tracker: Tracker) -> None:
@@ -30,7 +30,7 @@ class Progress:
     def planned(self, plan: Plan) -> None:
         show_plan(plan, self._model, self._target, self._words)
 
-    def stage(self, text: str) -> None:
+    def phase(self, text: str) -> None:
         self._tracker.say(text)
 
     def block_started(self, index: int, count: int) -> None:

@@ -71,7 +71,7 @@ class WindowWork:
 
     def progress(self, name: str, done: int, total: int) -> None:
         """Pass on how far the work on one linear is."""
-        self._run.listener.layer_progress(name, done, total)
+        self._run.progress.layer_progress(name, done, total)
 
     def finish(self) -> list[dict[str, Tensor]]:
         """The stored tensors of each block; from now on the hidden states behind the window are those of the quantized blocks."""

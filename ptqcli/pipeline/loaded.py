@@ -16,7 +16,7 @@ from ptqcli.formats import Format
 from ptqcli.model.linears import rows_first
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.fake_quant import FakeQuantLinear
-from ptqcli.pipeline.progress import Listener
+from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import FoldReport, LayerReport
 from ptqcli.pipeline.streams import Streams
 from ptqcli.plan import Plan
@@ -39,7 +39,7 @@ class Run:
     resources: Resources
     solver: BlockSolver
     transforms: Sequence[BlockTransform]
-    listener: Listener
+    progress: Progress
     streams: Streams | None = None
     layers: list[LayerReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
@@ -109,7 +109,7 @@ class LoadedBlock:
         self._placed.add(stored_name)
         error = relative_error(task.weight, FakeQuantLinear.of(solution.weight), self.statistics.get(linear.site.local))
         self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
-        self.run.listener.layer_done(task.name, error)
+        self.run.progress.layer_done(task.name, error)
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
         outliers = solution.notes.outlier_columns
@@ -168,8 +168,8 @@ class LoadedBlock:
             seen.check_finite(f"{self.prefix}.{stage[0]}")
         probe, tried = (streams.excerpt(name, self.index, source) for name in ("probe", "tried"))
         run, prefix = self.run, self.prefix  # closures over self would keep every finished block alive
-        listener, skeleton, device = run.listener, run.skeleton, run.resources.device
-        listener.detail(f"{prefix}: looking for folds")
+        progress, skeleton, device = run.progress, run.skeleton, run.resources.device
+        progress.detail(f"{prefix}: looking for folds")
         found = verified(self.block, find_folds(self.block, probe), probe)
         self.folded = FoldedBlock(
             self.block,
@@ -179,7 +179,7 @@ class LoadedBlock:
             stored=lambda local: skeleton.read(f"{prefix}.{local}").to(device),
             run=lambda block: tried(block, torch.float32),
             scale_search=run.plan.recipe.scale_search,
-            tell=lambda text: listener.detail(f"{prefix}: {text}"),
+            tell=lambda text: progress.detail(f"{prefix}: {text}"),
         )
         notes = [(transform.name, note) for transform in run.transforms for note in transform.apply(self.folded)]
         for transform in run.transforms:

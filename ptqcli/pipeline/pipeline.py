@@ -27,7 +27,7 @@ from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_output, growing
 from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
-from ptqcli.pipeline.progress import Listener, Silent
+from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import REPORT_NAME, Report, make_report
 from ptqcli.pipeline.streams import record
 from ptqcli.plan import Plan, make_plan
@@ -53,20 +53,20 @@ def quantize(
     overwrite: bool = False,
     resources: Resources | None = None,
     data_dir: Path | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``.
 
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
-    resources, listener, clock = resources or Resources(), listener or Silent(), Clock()
+    resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     check_output(output, folder, overwrite)
     with clock.measure("plan"):
         skeleton, plan = plan_run(model, recipe, resources)
-    listener.planned(plan)
+    progress.planned(plan)
     with growing(output, overwrite, plan.disk_bytes) as growing_folder, torch.no_grad():
-        work = _Quantization(skeleton, plan, resources, growing_folder, listener, clock)
+        work = _Quantization(skeleton, plan, resources, growing_folder, progress, clock)
         work.run(data_dir)
         report = make_report(plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.bytes_after)
         write_json(growing_folder / REPORT_NAME, report.stored())
@@ -82,8 +82,8 @@ def quantize(
 class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Path, listener: Listener, clock: Clock) -> None:
-        self.skeleton, self.plan, self.listener, self.clock, self.folder = skeleton, plan, listener, clock, folder
+    def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Path, progress: Progress, clock: Clock) -> None:
+        self.skeleton, self.plan, self.progress, self.clock, self.folder = skeleton, plan, progress, clock, folder
         limit = {} if resources.max_shard_bytes is None else {"max_shard_bytes": resources.max_shard_bytes}
         self.writer = CheckpointWriter(folder, **limit)
         self.state = Run(
@@ -93,7 +93,7 @@ class _Quantization:
             resources=resources,
             solver=as_block_solver(plan.recipe.solver()),
             transforms=plan.recipe.transforms(),
-            listener=listener,
+            progress=progress,
         )
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
         self.bytes_after = 0
@@ -117,11 +117,11 @@ class _Quantization:
     def _calibrate(self, data_dir: Path | None) -> None:
         """Read the calibration text and record how the model calls its blocks on it."""
         recipe, state = self.plan.recipe, self.state
-        self.listener.stage(f"reading calibration text from {recipe.calib}")
+        self.progress.phase(f"reading calibration text from {recipe.calib}")
         with self.clock.measure("text"):
             texts = documents(recipe.calib, "calibration", data_dir)
             windows = calibration_windows(texts, self.skeleton.source.tokenizer(), recipe.nsamples, self.plan.seqlen, recipe.seed)
-        self.listener.stage("recording how the model calls its blocks")
+        self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms)
             state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder, original, excerpts)
@@ -129,7 +129,7 @@ class _Quantization:
     def _quantize_window(self, indices: Sequence[int]) -> None:
         """Load, solve, write and release the blocks ``indices``."""
         count = len(self.skeleton.blocks)
-        self.listener.block_started(indices[0], count)
+        self.progress.block_started(indices[0], count)
         with self.clock.measure("load"):
             blocks = [self._load(index) for index in indices]
         work = WindowWork(self.state, indices, blocks)
@@ -146,7 +146,7 @@ class _Quantization:
             self.state.streams.advance()
         del work, blocks, finished  # before the next block is loaded
         return_freed_memory()
-        self.listener.block_done(indices[-1], count)
+        self.progress.block_done(indices[-1], count)
 
     def _load(self, index: int) -> nn.Module | None:
         """The block, if anything runs through it: without calibration its matrices are read one by one."""

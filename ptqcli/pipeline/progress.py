@@ -7,13 +7,13 @@ from typing import Protocol
 from ptqcli.plan import Plan
 
 
-class Listener(Protocol):
+class Progress(Protocol):
     """Who wants to know how far the work is."""
 
     def planned(self, plan: Plan) -> None:
         """Everything is decided; work begins."""
 
-    def stage(self, text: str) -> None:
+    def phase(self, text: str) -> None:
         """What is being done now, in words."""
 
     def block_started(self, index: int, count: int) -> None:
@@ -32,13 +32,13 @@ class Listener(Protocol):
         """Block ``index`` of ``count`` is written."""
 
 
-class Silent:
-    """A listener that ignores everything."""
+class NoProgress:
+    """A progress that ignores everything."""
 
     def planned(self, plan: Plan) -> None:
         pass
 
-    def stage(self, text: str) -> None:
+    def phase(self, text: str) -> None:
         pass
 
     def block_started(self, index: int, count: int) -> None:

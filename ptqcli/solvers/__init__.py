@@ -28,11 +28,11 @@ from ptqcli.numerics.weight import QuantizedWeight
 COPIES_TO_FIT = 3
 
 # (done, total) of the work inside one matrix, called by solvers that are slow enough to be asked.
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """A ``Progress`` that nobody watches."""
+    """A ``OnProgress`` that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class MatrixSolver(Protocol):
         scheme: Scheme,
         scale_dtype: torch.dtype,
         ranges: RangeSearch | None = None,
-        progress: Progress = ignore_progress,
+        progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 [out, in]; ``prepared`` is what ``prepare`` returned.
 

@@ -40,7 +40,7 @@ from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
-from ptqcli.solvers import MatrixSolver, Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
 from ptqcli.solvers.scale_search import scale_search_option
 
@@ -108,7 +108,7 @@ class GPTQ(MatrixSolver):
         scheme: Scheme,
         scale_dtype: torch.dtype,
         ranges: RangeSearch | None = None,
-        progress: Progress = ignore_progress,
+        progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
         groups = scheme.group_count(weight.shape[1])

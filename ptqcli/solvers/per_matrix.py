@@ -17,7 +17,7 @@ from ptqcli.numerics.activations import activation_scale
 from ptqcli.numerics.grids import SMALLEST_SCALE
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
-from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, Progress, Solution, SolveNotes, Stage
+from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
 
 
 class PerMatrix:
@@ -69,7 +69,7 @@ class StageWork:
         self.where = ", ".join(task.name for task in stage.linears)
         self._prepared: dict[float | None, Any] = {}  # threshold of a static split, None without
 
-    def solve(self, task: LinearTask, progress: Progress) -> Solution:
+    def solve(self, task: LinearTask, progress: OnProgress) -> Solution:
         """Codes, static input scale and outlier columns of ``task``."""
         split, activations = task.scheme.outliers, task.scheme.activations
         outliers = None if split is None else self._largest() > split.threshold  # bool [in]
@@ -86,7 +86,7 @@ class StageWork:
             solution = replace(solution, weight=replace(solution.weight, input_scale=scale.clamp(min=smallest).to(task.scale_dtype)))
         return solution
 
-    def _codes(self, task: LinearTask, weight: Tensor, threshold: float | None, progress: Progress) -> Solution:
+    def _codes(self, task: LinearTask, weight: Tensor, threshold: float | None, progress: OnProgress) -> Solution:
         if weight.shape[1] == 0:
             return Solution(_no_codes(task), SolveNotes())
         prepared = self._prepare(threshold)

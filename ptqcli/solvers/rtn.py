@@ -16,7 +16,7 @@ from ptqcli.numerics.grids import RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
-from ptqcli.solvers import MatrixSolver, Progress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.scale_search import scale_search_option
 
 
@@ -38,7 +38,7 @@ class RTN(MatrixSolver):
         scheme: Scheme,
         scale_dtype: torch.dtype,
         ranges: RangeSearch | None = None,
-        progress: Progress = ignore_progress,
+        progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Nearest codes for ``weight``, float [out, in]. Raises UsageError if the group size does not divide ``in``."""
         quantized = round_to_nearest(weight, scheme, scale_dtype, ranges or range_search(self.scale_search))
