@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 from tiny import POSITIONS, make_model, token_ids, write_text
+from transformers import T5Config
 
 import ptqcli.pipeline.pipeline
 from ptqcli.calibration.hidden import HiddenStates, beyond_budget, new_buffer
@@ -19,11 +20,14 @@ from ptqcli.calibration.statistics import Hessian
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.discovery import find_blocks
+from ptqcli.model.kinds import kind_of
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.pipeline import plan_run, quantize
 from ptqcli.pipeline.progress import NoProgress
+from ptqcli.plan import make_plan
 from ptqcli.recipe import Override, Recipe, load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
@@ -507,3 +511,29 @@ def test_a_finished_block_is_gone_before_the_next_is_loaded(algo, options, tmp_p
     finally:
         gc.enable()
     assert seen == [0, 0, 0, 0]
+
+
+def test_a_scheme_can_be_assigned_to_each_linear(model):
+    """As an allocation of bits will do it: by path, whatever the recipe says, but for what the recipe leaves alone."""
+    skeleton = Skeleton(ModelFolder(model))
+    eight, skipped = Scheme(8, 64), "model.layers.0.mlp.down_proj"
+    assigned = {site.name: eight for site in skeleton.linears if site.local.startswith("mlp") and site.block == 0}
+    plan = make_plan(small(model, overrides=(Override(skipped, skip=True),)), skeleton, Resources(), assigned)
+    expected = {site.name: eight if site.name in assigned else Scheme(4, 32) for site in skeleton.linears if site.name != skipped}
+    assert {linear.name: linear.scheme for linear in plan.linears} == expected
+    assert [name for name, _ in plan.skipped] == [skipped]
+    with pytest.raises(UsageError, match=r"model\.layers\.9\.mlp\.up_proj, which is no linear"):
+        make_plan(small(model), skeleton, Resources(), {"model.layers.9.mlp.up_proj": eight})
+    with pytest.raises(UsageError, match="read the same input"):
+        make_plan(small(model), skeleton, Resources(), {"model.layers.1.self_attn.k_proj": eight})
+
+
+def test_the_plan_names_what_servers_run_as_one_matrix(model):
+    _, plan = plan_run(model, small(model), Resources())
+    groups = [tuple(name.removeprefix("model.layers.1.") for name in group) for group in plan.fused_groups if ".layers.1." in group[0]]
+    assert groups == [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(PTQError, match="a model of type t5 is not a causal language model"):
+        kind_of(T5Config())

@@ -8,19 +8,17 @@ final name when everything is in it: an interrupted run leaves nothing that look
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptqcli.calibration.text import calibration_windows, documents
-from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.checkpoint.writer import write_json
 from ptqcli.formats import find_format
-from ptqcli.formats.packed_checkpoint import open_checkpoint
-from ptqcli.model.skeleton import Skeleton, Unit
+from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
@@ -30,13 +28,11 @@ from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import REPORT_NAME, Report, make_report
 from ptqcli.pipeline.streams import record
+from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.plan import Plan, make_plan
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
-
-# Of tensors that are only carried over, so many bytes are in memory at once, or the largest of them.
-CARRIED_BYTES = 1 << 30
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
@@ -68,7 +64,9 @@ def quantize(
     with growing(output, overwrite, plan.disk_bytes) as growing_folder, torch.no_grad():
         work = _Quantization(skeleton, plan, resources, growing_folder, progress, clock)
         work.run(data_dir)
-        report = make_report(plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.bytes_after)
+        report = make_report(
+            plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.written.bytes
+        )
         write_json(growing_folder / REPORT_NAME, report.stored())
     return replace(
         report,
@@ -84,8 +82,6 @@ class _Quantization:
 
     def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Path, progress: Progress, clock: Clock) -> None:
         self.skeleton, self.plan, self.progress, self.clock, self.folder = skeleton, plan, progress, clock, folder
-        limit = {} if resources.max_shard_bytes is None else {"max_shard_bytes": resources.max_shard_bytes}
-        self.writer = CheckpointWriter(folder, **limit)
         self.state = Run(
             skeleton=skeleton,
             plan=plan,
@@ -95,24 +91,21 @@ class _Quantization:
             transforms=plan.recipe.transforms(),
             progress=progress,
         )
+        self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
-        self.bytes_after = 0
 
     def run(self, data_dir: Path | None) -> None:
         """Everything but the report."""
         if self.plan.needs_calibration:
             self._calibrate(data_dir)
-        self._carry_over(self.skeleton.before)
+        with self.clock.measure("write"):
+            self.written.carry_over(self.skeleton.before)
         window = self.state.solver.window
         for start in range(0, len(self.skeleton.blocks), window):
             self._quantize_window(range(len(self.skeleton.blocks))[start : start + window])
-        self._carry_over(self.skeleton.after)
         with self.clock.measure("write"):
-            self.writer.finish()
-            self.skeleton.source.write_auxiliary(self.folder)
-            for file, entries in self._described().items():
-                write_json(self.folder / file, entries)
-            open_checkpoint(self.folder)  # as a reader would, before the folder gets its name
+            self.written.carry_over(self.skeleton.after)
+            self.written.finish()
 
     def _calibrate(self, data_dir: Path | None) -> None:
         """Read the calibration text and record how the model calls its blocks on it."""
@@ -140,7 +133,7 @@ class _Quantization:
             finished = work.finish()
         with self.clock.measure("write"):
             for index, tensors in zip(indices, finished, strict=True):
-                self._write(tensors)
+                self.written.write(tensors)
                 self.skeleton.release(self.skeleton.units[index])
         if self.state.streams is not None:
             self.state.streams.advance()
@@ -151,30 +144,3 @@ class _Quantization:
     def _load(self, index: int) -> nn.Module | None:
         """The block, if anything runs through it: without calibration its matrices are read one by one."""
         return None if self.state.streams is None else self.skeleton.load_block(index, self.state.resources.device, self.dtype)
-
-    def _carry_over(self, unit: Unit) -> None:
-        """Write the tensors of ``unit`` as they were stored."""
-        with self.clock.measure("write"):
-            for names in self._pieces(unit):
-                self._write({name: self.skeleton.read_stored(name) for name in names})
-                self.skeleton.release(Unit(unit.name, names))
-
-    def _pieces(self, unit: Unit) -> Iterator[tuple[str, ...]]:
-        piece: list[str] = []
-        for name in unit.stored:
-            if piece and self.skeleton.unit_bytes(Unit(unit.name, (*piece, name))) > CARRIED_BYTES:
-                yield tuple(piece)
-                piece = []
-            piece.append(name)
-        if piece:
-            yield tuple(piece)
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        self.writer.write(tensors)
-        self.bytes_after += sum(tensor.nbytes for tensor in tensors.values())
-
-    def _described(self) -> dict[str, dict[str, Any]]:
-        """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
-        left = [*(name for name, _ in self.plan.skipped), *self.plan.outside]
-        added = self.state.format.describe([linear.spec for linear in self.plan.linears], left)
-        return {**added, "config.json": {**self.skeleton.source.config_json(), **added.get("config.json", {})}}

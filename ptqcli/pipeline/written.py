@@ -1,0 +1,63 @@
+"""The checkpoint while it grows: the finished tensors of one unit after the other, then the files that make the folder a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.model.skeleton import Unit
+from ptqcli.pipeline.loaded import Run
+
+# Of tensors that are only carried over, so many bytes are in memory at once, or the largest of them.
+CARRIED_BYTES = 1 << 30
+
+
+class WrittenUnits:
+    """What a run has written into ``folder``. bytes: of all tensors so far."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self._run, self._folder, self.bytes = run, folder, 0
+        limit = {} if run.resources.max_shard_bytes is None else {"max_shard_bytes": run.resources.max_shard_bytes}
+        self._writer = CheckpointWriter(folder, **limit)
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Store the finished tensors of one unit, by their stored names."""
+        self._writer.write(tensors)
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def carry_over(self, unit: Unit) -> None:
+        """Store the tensors of ``unit`` as the model has them, and release them."""
+        skeleton = self._run.skeleton
+        for names in self._pieces(unit):
+            self.write({name: skeleton.read_stored(name) for name in names})
+            skeleton.release(Unit(unit.name, names))
+
+    def _pieces(self, unit: Unit) -> Iterator[tuple[str, ...]]:
+        piece: list[str] = []
+        for name in unit.stored:
+            if piece and self._run.skeleton.unit_bytes(Unit(unit.name, (*piece, name))) > CARRIED_BYTES:
+                yield tuple(piece)
+                piece = []
+            piece.append(name)
+        if piece:
+            yield tuple(piece)
+
+    def finish(self) -> None:
+        """Give the shards their names, write what stands beside them, and open it all as a reader would. Raises PTQError if that fails."""
+        self._writer.finish()
+        self._run.skeleton.source.write_auxiliary(self._folder)
+        for file, entries in self._described().items():
+            write_json(self._folder / file, entries)
+        open_checkpoint(self._folder)
+
+    def _described(self) -> dict[str, dict[str, Any]]:
+        """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
+        plan = self._run.plan
+        left = [*(name for name, _ in plan.skipped), *plan.outside]
+        added = self._run.format.describe([linear.spec for linear in plan.linears], left)
+        return {**added, "config.json": {**self._run.skeleton.source.config_json(), **added.get("config.json", {})}}
