@@ -114,7 +114,8 @@ class SignedBytes(Format):
     def unpack(self, name, read, scheme):
         steps = read(f"{name}.steps")
         codes = (read(f"{name}.signed").short() + scheme.middle).to(torch.uint8)
-        return QuantizedWeight(codes, steps, torch.full_like(steps, scheme.middle, dtype=torch.uint8), scheme)
+        zero = torch.full_like(steps, scheme.middle, dtype=torch.uint8)
+        return QuantizedWeight(codes=codes, scale=steps, zero=zero, scheme=scheme)
 
     def describe(self, specs, untouched):
         linears = {spec.name: str(spec.scheme) for spec in specs}
