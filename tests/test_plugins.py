@@ -83,7 +83,7 @@ class Evenly(BlockTransform):
         folds = [fold for fold in block.folds if block.readers(fold)]
         for fold in folds:
             block.scale(fold, torch.full((fold.width,), self.evenly_by))
-        return [FoldNote(fold.producer, fold.readers, f"by {self.evenly_by:g}") for fold in folds]
+        return [FoldNote(producer=fold.producer, readers=fold.readers, choice=f"by {self.evenly_by:g}") for fold in folds]
 """
 FORMAT = '''"""Signed codes, a byte each, and scales: ``m.signed`` int8 [out, in], ``m.steps`` [out, groups]."""
 
