@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptqcli.numerics.grids import SMALLEST_SCALE
 from ptqcli.numerics.scheme import ActivationScheme
 
 
@@ -14,12 +15,18 @@ def activation_scale(inputs: Tensor, scheme: ActivationScheme) -> Tensor:
     return torch.where(largest > 0, largest / ((2**scheme.bits - 1) / 2), torch.ones_like(largest))
 
 
-def round_activations(inputs: Tensor, scheme: ActivationScheme, static_scale: Tensor | None = None) -> Tensor:
+def static_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale that is fixed for inputs whose columns reach up to ``largest``, float [in]: [1] in ``dtype``, in which it is stored."""
+    scale = activation_scale(largest, ActivationScheme(per_token=False))
+    return scale.clamp(min=SMALLEST_SCALE.get(dtype, 0.0)).to(dtype)
+
+
+def round_activations(inputs: Tensor, scheme: ActivationScheme, input_scale: Tensor | None = None) -> Tensor:
     """``inputs``, float [..., in], as a layer with 8-bit activations sees them: quantized and read back.
 
-    static_scale: [1], for static activations, which have no scale of their own.
+    input_scale: [1], for static activations, which have no scale of their own.
     """
-    scale = activation_scale(inputs, scheme) if scheme.dynamic else static_scale
+    scale = activation_scale(inputs, scheme) if scheme.dynamic else input_scale
     assert scale is not None
     middle = 1 << (scheme.bits - 1)
     return torch.round(inputs / scale).clamp_(-middle, middle - 1) * scale

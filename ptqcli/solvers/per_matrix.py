@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import StatisticsRequest
-from ptqcli.numerics.activations import activation_scale
-from ptqcli.numerics.grids import SMALLEST_SCALE
+from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
@@ -81,9 +80,8 @@ class StageWork:
         if outliers is not None:
             solution = _with_outliers(solution, task, outliers)
         if activations is not None and not activations.dynamic:
-            scale = activation_scale(self._largest(), replace(activations, dynamic=True))
-            smallest = SMALLEST_SCALE.get(task.scale_dtype, 0.0)
-            solution = replace(solution, weight=replace(solution.weight, input_scale=scale.clamp(min=smallest).to(task.scale_dtype)))
+            scale = static_scale(self._largest(), task.scale_dtype)
+            solution = replace(solution, weight=replace(solution.weight, input_scale=scale))
         return solution
 
     def _codes(self, task: LinearTask, weight: Tensor, threshold: float | None, progress: OnProgress) -> Solution:

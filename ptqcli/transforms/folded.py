@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.errors import PTQError
 from ptqcli.model.linears import is_linear, linear_weight, rows_first
-from ptqcli.numerics.activations import activation_scale
+from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.grids import RangeSearch, range_search
-from ptqcli.numerics.scheme import ActivationScheme, Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.transforms.folds import Fold, FoldSearch, Run, divide
 from ptqcli.transforms.replay import Replay
@@ -158,15 +158,14 @@ class FoldedBlock:
             bias,
             divisor=columns,
             activations=activations,
-            input_scale=None if activations.dynamic else self._input_scale(local, activations, columns),
+            input_scale=None if activations.dynamic else self._input_scale(local, columns),
             outliers=outliers,
         )
 
-    def _input_scale(self, local: str, activations: ActivationScheme, columns: Tensor) -> Tensor:
+    def _input_scale(self, local: str, columns: Tensor) -> Tensor:
         largest = self._inputs[local].largest
         assert largest is not None
-        scale = activation_scale(largest / columns, replace(activations, dynamic=True))
-        return scale.to(self.specs[local].scale_dtype).float()
+        return static_scale(largest / columns, self.specs[local].scale_dtype).float()
 
     def _outliers(self, local: str, columns: Tensor) -> Tensor | None:
         split = self.specs[local].scheme.outliers
