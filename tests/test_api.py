@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import ptqcli
 from ptqcli import PTQError, Recipe, Report, Scheme, UsageError
 from ptqcli.api import _recipe
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.model.config import build_on_meta, load_config
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.recipe import Override, load_recipe
 from ptqcli.runtime import models
@@ -233,6 +235,15 @@ def test_what_is_no_model_is_refused(workshop: Workshop, tmp_path: Path) -> None
     for model, tokenizer, kind, message in refused:
         with pytest.raises(kind, match=message):
             ptqcli.quantize(model, output=tmp_path / "out", tokenizer=tokenizer, algo="rtn")
+
+
+def test_threads_build_models_at_once(workshop: Workshop) -> None:
+    register = torch.nn.Module.register_parameter
+    config = load_config(workshop.source)
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: build_on_meta(config), range(24)))
+    assert torch.nn.Module.register_parameter is register
+    assert all(parameter.is_meta for model in built for parameter in model.parameters())
 
 
 # Evaluating
