@@ -21,7 +21,7 @@ from ptqcli.pipeline import pipeline
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import Report, read_source
 from ptqcli.recipe import Recipe, load_recipe
-from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
+from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources, open_device
 from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.shipped import find_recipe
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
@@ -64,7 +64,7 @@ def quantize(
         _recipe(recipe, changes),
         Path(output).expanduser(),
         overwrite=overwrite,
-        resources=Resources(device=torch.device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
+        resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
         data_dir=None if data_dir is None else Path(data_dir),
         progress=progress,
     )
@@ -96,6 +96,9 @@ def evaluate(
     Raises UsageError and PTQError for what cannot be loaded, read or measured.
     """
     folder = find_model(str(model)) if isinstance(model, (str, Path)) else None
+    for given in (model, baseline):
+        if not isinstance(given, (str, Path)) and (given is not None or given is model):
+            _check_model(given)
     if baseline is None and folder is not None:
         origin = read_source(folder)
         baseline = origin if origin is not None and origin.is_dir() else None
@@ -104,11 +107,12 @@ def evaluate(
         tokenizer = load_tokenizer(folder)
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
+    place = open_device(device)
     measured = measure(
-        model if folder is None else load_model(folder, device, kernel),
+        model if folder is None else load_model(folder, place, kernel),
         tokenizer,
         [str(text) for text in ([texts] if isinstance(texts, (str, Path)) else texts)],
-        load_model(find_model(str(baseline)), device) if isinstance(baseline, (str, Path)) else baseline,
+        load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
         seqlen,
         stride,
         None if data_dir is None else Path(data_dir),
@@ -163,11 +167,15 @@ def _source(model: Any, tokenizer: Any) -> ModelSource:
     if isinstance(model, (str, Path)):
         _refuse(tokenizer)
         return ModelFolder(find_model(str(model)))
+    _check_model(model)
+    return ModelInMemory(model, tokenizer)
+
+
+def _check_model(model: Any) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"a model is a folder, a hub id or a model of transformers, not {type(model).__name__}")
-    return ModelInMemory(model, tokenizer)
 
 
 def _refuse(tokenizer: Any) -> None:
@@ -176,6 +184,9 @@ def _refuse(tokenizer: Any) -> None:
 
 
 def _check_matrix(weight: Tensor, inputs: Tensor | None) -> None:
+    for name, value in (("weight", weight), ("inputs", inputs)):
+        if value is not None and not isinstance(value, Tensor):
+            raise UsageError(f"{name} is a tensor, not {type(value).__name__}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise UsageError(f"weight is {weight.dtype} {list(weight.shape)}; give a floating matrix [out, in]")
     if inputs is not None and inputs.shape[-1:] != weight.shape[1:]:
@@ -185,4 +196,6 @@ def _check_matrix(weight: Tensor, inputs: Tensor | None) -> None:
 
 
 def _recipe(recipe: Recipe | str | Path | None, changes: Mapping[str, Any]) -> Recipe:
+    if recipe is not None and not isinstance(recipe, (Recipe, str, Path)):
+        raise UsageError(f"a recipe is a Recipe, a name or a YAML file, not {type(recipe).__name__}; give single keys by name, as wbits=4")
     return load_recipe(find_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe, changes)

@@ -113,7 +113,7 @@ def kinds(hint: Any) -> tuple[type, ...]:
 
 def kind_text(hint: Any) -> str:
     """``kinds`` as a person reads them: ``float or str``."""
-    return " or ".join(kind.__name__ for kind in kinds(hint))
+    return " or ".join(f"a list of {get_args(kind)[0].__name__}" if get_origin(kind) is tuple else kind.__name__ for kind in kinds(hint))
 
 
 def fits(value: object, hint: Any) -> bool:

@@ -130,6 +130,8 @@ class Recipe:
                 "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
             )
         find_format(self.format)
+        if not self.calib:
+            raise UsageError("calib is empty; give builtin, wikitext2, c4, pile or a path")
         if self.nsamples < 1:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
         if self.seqlen is not None and self.seqlen < 2:
@@ -281,18 +283,18 @@ def _options(values: Mapping[str, object], algorithm: Algorithm, where: str) -> 
     """The options among ``values``, by part: sections, and keys that go to all parts of the algorithm that have the option."""
     found: dict[str, dict[str, object]] = {}
     keys = {declared.option.key: declared for declared in declarations() if declared.shared}
-    sections = _section(values.get("options", {}), "options", where)
+    sections = list(_section(values.get("options", {}), "options", where).items())
     for key, value in values.items():
         if key in _fields():
             continue
         if key in parts():
-            sections = {**sections, key: value}
+            sections.append((key, value))
         elif key in keys:
             _spread(keys[key], value, algorithm, found, where)
         else:
             known = sorted([*_fields(), *keys, *parts()])
             raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}")
-    for part, section in sections.items():
+    for part, section in sections:
         for name, value in _section(section, part, where).items():
             if name in found.get(part, {}):
                 raise UsageError(f"{where}{part}.{name} is given twice; give it once")
@@ -318,6 +320,17 @@ def _section(value: object, key: str, where: str) -> dict[str, object]:
     return {str(name): entry for name, entry in value.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML's safe loader, which of a key that stands twice takes the last without a word; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' is given twice; give it once")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: Path) -> dict[str, object]:
     try:
         text = file.read_text(encoding="utf-8")
@@ -325,8 +338,8 @@ def _read_yaml(file: Path) -> dict[str, object]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"{file}: cannot read the recipe: {reason}") from error
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{file}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{file}: a recipe is a list of 'key: value' lines; see configs/ for examples")

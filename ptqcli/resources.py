@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ptqcli.errors import UsageError
+
 DEFAULT_ACTIVATION_BUDGET = 4 << 30
 # Tokens per forward pass: enough for products at full speed, few enough that a batch's intermediate tensors stay small.
 TOKENS_PER_BATCH = 4096
@@ -18,6 +20,7 @@ class Resources:
     batch_size: windows per forward pass, None for what makes about TOKENS_PER_BATCH tokens. activation_budget: bytes of activations to hold
     in memory; more go to a file. dtype: of the calibration passes, None for the model's own (float16 becomes float32 on a CPU, where its
     products are slow and overflow). max_shard_bytes: largest safetensors file, None for the default.
+    Raises UsageError for values that cannot be.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -25,6 +28,14 @@ class Resources:
     activation_budget: int = DEFAULT_ACTIVATION_BUDGET
     dtype: torch.dtype | None = None
     max_shard_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and not (isinstance(self.batch_size, int) and self.batch_size > 0):
+            raise UsageError(f"batch size {self.batch_size!r} is not valid; give a whole number of windows, at least 1")
+        if not (isinstance(self.activation_budget, (int, float)) and self.activation_budget >= 0):
+            raise UsageError(f"activation budget {self.activation_budget!r} is not valid; give a number of bytes")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise UsageError(f"dtype {self.dtype!r} is not valid; give a floating dtype such as torch.float32")
 
     def windows_per_batch(self, seqlen: int) -> int:
         """Windows of ``seqlen`` tokens in one forward pass."""
@@ -35,6 +46,22 @@ class Resources:
         if self.dtype is not None:
             return self.dtype
         return torch.float32 if stored == torch.float16 and self.device.type == "cpu" else stored
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """The torch device called ``name``. Raises UsageError if there is no such device on this machine."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise UsageError(f"device {name!r} is not on this machine, which has {count} CUDA devices (see `ptq doctor`)")
+    return device
 
 
 def free_bytes(device: torch.device | str) -> int:

@@ -10,11 +10,15 @@ import pydoc
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import yaml
@@ -27,6 +31,7 @@ import ptqcli
 from ptqcli import PTQError, Recipe, Report, Scheme, UsageError
 from ptqcli.api import _recipe
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.model.config import build_on_meta, load_config
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.recipe import Override, load_recipe
 from ptqcli.runtime import models
@@ -145,6 +150,17 @@ def test_changes_mean_what_they_mean_in_a_file(tmp_path: Path) -> None:
         (Recipe(), {"wbits": "four"}, "'wbits' must be int, not 'four'"),
         (Recipe(algo="rtn"), {"damp": 0.1}, "damp belongs to gptq and obq, not to rtn; leave it out"),
         (Recipe(options={"gptq": {"damp": 0.1}}), {"algo": "rtn"}, "gptq.damp belongs to gptq, not to rtn; leave it out"),
+        ({"wbits": 4}, {}, "a recipe is a Recipe, a name or a YAML file, not dict; give single keys by name"),
+        (Recipe(), {"calib": ""}, "calib is empty"),
+        (None, {"device": "gpu"}, "device 'gpu' is unknown; use cpu, cuda or cuda:N"),
+        (None, {"device": None}, "device None is unknown"),
+        (None, {"device": f"cuda:{torch.cuda.device_count()}"}, "is not on this machine"),
+        (None, {"dtype": "float32"}, "dtype 'float32' is not valid; give a floating dtype"),
+        (None, {"dtype": torch.int8}, "dtype torch.int8 is not valid"),
+        (None, {"batch_size": 0}, "batch size 0 is not valid"),
+        (None, {"batch_size": "4"}, "batch size '4' is not valid"),
+        (None, {"activation_budget": -1}, "activation budget -1 is not valid"),
+        (None, {"activation_budget": "4"}, "activation budget '4' is not valid"),
         (Recipe(scheme="w4a16"), {"wbits": 8}, "scheme w4a16 says what the numbers are, so leave wbits out"),
     ],
 )
@@ -224,6 +240,24 @@ def test_what_is_no_model_is_refused(workshop: Workshop, tmp_path: Path) -> None
             ptqcli.quantize(model, output=tmp_path / "out", tokenizer=tokenizer, algo="rtn")
 
 
+def test_threads_build_models_one_after_the_other(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = [], []
+
+    @contextmanager
+    def watched(**_: Any) -> Iterator[None]:
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.05)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(accelerate, "init_empty_weights", watched)
+    config = load_config(workshop.source)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: build_on_meta(config), range(3)))
+    assert most == [1, 1, 1]
+
+
 # Evaluating
 
 
@@ -256,6 +290,12 @@ def test_evaluate_takes_models_in_memory(workshop: Workshop) -> None:
 def test_evaluations_that_cannot_work(workshop: Workshop) -> None:
     with pytest.raises(UsageError, match="evaluated with its tokenizer; give tokenizer="):
         ptqcli.evaluate(workshop.model, workshop.text)
+    wrong: Any = 3
+    for model, baseline in ((wrong, None), (None, None), (workshop.done, wrong)):
+        with pytest.raises(UsageError, match="a model is a folder, a hub id or a model of transformers, not"):
+            ptqcli.evaluate(model, workshop.text, baseline=baseline, tokenizer=None if baseline else byte_tokenizer())
+    with pytest.raises(UsageError, match="device 'gpu' is unknown"):
+        ptqcli.evaluate(workshop.done, workshop.text, device="gpu")
     with pytest.raises(UsageError, match="tokenizer belongs to a model in memory"):
         ptqcli.evaluate(workshop.done, workshop.text, tokenizer=byte_tokenizer())
     with pytest.raises(UsageError, match="is not quantized, so it cannot run on --kernel reference"):
@@ -304,6 +344,10 @@ def test_a_model_that_cannot_be_loaded_leaves_no_folder(workshop: Workshop, tmp_
 def test_a_checkpoint_is_opened_and_run(workshop: Workshop) -> None:
     opened = ptqcli.open_checkpoint(str(workshop.done))
     assert opened.schemes == {layer.name: Scheme.parse(layer.scheme) for layer in workshop.report.layers}
+    with pytest.raises(UsageError, match="device 'gpu' is unknown; use cpu, cuda or cuda:N"):
+        ptqcli.load_quantized(workshop.done, device="gpu")
+    with pytest.raises(PTQError, match="lm_head is no quantized linear; they are named like model"):
+        opened.weight("lm_head")
     twin = AutoModelForCausalLM.from_pretrained(workshop.source)
     for name in opened.schemes:
         linear, weight = twin.get_submodule(name), opened.weight(name)
@@ -396,6 +440,8 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         r"inputs are \[3, 100, 60\], but weight takes \[..., 64\]",
     ),
     (lambda: ptqcli.solve(WEIGHT.int(), "w4a16-g32"), UsageError, r"weight is torch.int32 \[24, 64\]; give a floating matrix \[out, in\]"),
+    (lambda: ptqcli.solve(WEIGHT.tolist()), UsageError, "weight is a tensor, not list"),
+    (lambda: ptqcli.solve(WEIGHT, "w4a16-g32", inputs=INPUTS.tolist()), UsageError, "inputs is a tensor, not list"),
     (lambda: ptqcli.solve(WEIGHT / 0, "w4a16-g32"), PTQError, "weight holds NaN or infinity"),
     (lambda: ptqcli.solve(WEIGHT, "w4a16-g32", inputs=BROKEN_INPUTS), PTQError, "inputs"),
 ]

@@ -27,7 +27,7 @@ ALLOWED = {
     "options": {"errors"},
     "shipped": {"errors"},
     "numerics": {"errors"},
-    "resources": set(),
+    "resources": {"errors"},
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
     "model": BASE | {"checkpoint"},

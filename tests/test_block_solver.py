@@ -176,6 +176,24 @@ def test_a_linear_that_is_not_placed_is_an_error(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (
+            lambda work: work.place("lm_head", None),
+            "lm_head: a solver has placed it, but it is no linear of model.layers.0",
+        ),
+        (lambda work: work.replace("model.norm.weight", torch.ones(64)), "model.norm.weight: a solver has replaced it"),
+        (lambda work: LearnScales(steps=1).solve(work), "model.layers.0.self_attn.q_proj: the solver has placed it twice"),
+    ],
+)
+def test_what_a_solver_must_not_do_is_an_error(run, monkeypatch, tmp_path, act, message):
+    monkeypatch.setattr(Forgetful, "solve", lambda self, work: (LearnScales(steps=1).solve(work), act(work)))
+    with pytest.raises(PTQError, match=message):
+        run(Forgetful())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_window_can_be_repeated(run, monkeypatch):
     """The hidden states before a window are what they were, whatever ran behind them."""
     inputs = []

@@ -690,3 +690,27 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         tracker.note("a detail")
     assert "block" in stream.getvalue()
     assert "1/2" in stream.getvalue()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix closes the stream")
+@pytest.mark.parametrize(
+    "line, code, told",
+    [
+        ("recipes >&-", 0, ""),
+        ("recipes >&- 2>&-", 0, ""),
+        ("recipes nonsense >&-", 2, "error: "),
+        ("quantize absent >&-", 2, "error: absent"),
+    ],
+)
+def test_a_closed_stream_is_written_to_without_a_word(line: str, code: int, told: str) -> None:
+    command = f"{sys.executable} -c 'from ptqcli.cli import main; main()' {line}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(told)
+    assert bool(done.stderr) == bool(told)
+
+
+def test_an_activation_budget_beyond_all_numbers_is_refused(ptq: Ptq) -> None:
+    answer = ptq("quantize", "--dry-run", "--activation-budget", "1e300")
+    assert answer.code == 2
+    assert "--activation-budget 1e+300 is not a size" in one_line(answer)

@@ -134,6 +134,7 @@ def test_a_flag_wins_over_a_section_and_leaves_the_rest(tmp_path: Path) -> None:
         ("gptq: {dmp: 0.1}", "gptq has no option 'dmp'; its options are damp, act_order, static_groups, scale_search"),
         ("algo: llm-int8\nllm-int8: {damp: 0.1}", "llm-int8 has no option 'damp'; it has none"),
         ("gptq: {damp: high}", "'gptq.damp' must be float, not 'high'"),
+        ("gptq: {damp: 0.1}\noptions: {gptq: {damp: 0.2}}", "gptq.damp is given twice"),
         ("damp: true", "'gptq.damp' must be float, not True"),
         ("act_order: 1", "'gptq.act_order' must be bool, not 1"),
         ("algo: smoothquant\nsmooth_alpha: [1]", "'smoothquant.alpha' must be float or str, not [1]"),

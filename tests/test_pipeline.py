@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import POSITIONS, make_model, token_ids, write_text
 from transformers import T5Config
 
@@ -105,6 +106,27 @@ def test_what_stands_in_the_way_is_not_removed(model, tmp_path):
     with pytest.raises(PTQError, match=r"out\.partial: is in the way and holds thesis\.txt"):
         quantize(model, small(model, algo="rtn"), tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_the_place_of_the_growing_folder_is_named(model, tmp_path):
+    (tmp_path / "out.partial").write_text("years of work")
+    with pytest.raises(PTQError, match=r"out\.partial: cannot write there: File exists"):
+        quantize(model, small(model, algo="rtn"), tmp_path / "out")
+
+
+def test_an_output_that_is_a_link_to_itself_is_refused(model, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="a link that leads back to itself"):
+        quantize(model, small(model, algo="rtn"), tmp_path / "loop")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"])
+def test_a_parameter_stored_as_integers_is_refused(name, tmp_path):
+    make_model(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PTQError, match=f"tensor {name} is stored as torch.int8"):
+        quantize(tmp_path / "model", small(tmp_path / "model", algo="rtn"), tmp_path / "out")
 
 
 def test_the_room_on_disk_is_what_the_plan_says(model, tmp_path):
@@ -300,6 +322,10 @@ def test_flags_win_over_the_recipe_file(tmp_path):
         ("overrides: [{pattern: a, bit: 8}]", "an override has the keys"),
         ("- a", "list of 'key: value' lines"),
         ("a: [", "not valid YAML"),
+        ("[" * 3000, "not valid YAML"),
+        ("wbits: 4\nalgo: rtn\nwbits: 8", "'wbits' is given twice"),
+        ("gptq: {damp: 0.1, damp: 0.2}", "'damp' is given twice"),
+        ("ignore: [3]", "'ignore' must be a list of str"),
     ],
 )
 def test_a_broken_recipe_file_is_named_with_its_fault(tmp_path, text, message):
@@ -383,8 +409,6 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(model, tmp
     weights = SafetensorsFolder(tmp_path / "broken")
     tensors = {name: weights.read(name) for name in weights.names}
     tensors["model.layers.1.input_layernorm.weight"][:] = float("nan")
-    from safetensors.torch import save_file
-
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PTQError, match=r"model\.layers\.1\.self_attn\.q_proj: calibration inputs are not finite"):
         quantize(tmp_path / "broken", small(model), tmp_path / "out")
@@ -402,8 +426,6 @@ def test_a_quantized_model_is_not_quantized_again(model, tmp_path):
 
 def test_names_with_and_without_the_prefix_are_one(tmp_path):
     """Old checkpoints hold the bare base model's names; the weights read are the same."""
-    from safetensors.torch import save_file
-
     make_model(tmp_path / "model", "gpt2")
     reader = SafetensorsFolder(tmp_path / "model")
     bare = {name.removeprefix("transformer."): reader.read(name) for name in reader.names}
@@ -417,8 +439,6 @@ def test_names_with_and_without_the_prefix_are_one(tmp_path):
 
 
 def test_tensors_that_the_model_has_no_use_for_are_carried_over_and_named(model, tmp_path):
-    from safetensors.torch import save_file
-
     reader = SafetensorsFolder(model)
     tensors = {name: reader.read(name) for name in reader.names}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old Llama files carry it; the model computes it
@@ -432,8 +452,6 @@ def test_tensors_that_the_model_has_no_use_for_are_carried_over_and_named(model,
 
 def test_a_tied_model_may_store_the_head_in_place_of_the_embedding(tmp_path):
     """Of tensors that share memory, safetensors' own ``save_model`` keeps the first name of the alphabet."""
-    from safetensors.torch import save_file
-
     make_model(tmp_path / "model", tie_word_embeddings=True)
     quantize(tmp_path / "model", Recipe(algo="rtn", group_size=32), tmp_path / "one")
     reader = SafetensorsFolder(tmp_path / "model")

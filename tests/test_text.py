@@ -218,6 +218,9 @@ def test_raw_wikitext_has_the_rows_of_the_datasets_library(tmp_path: Path) -> No
     [
         ("a.txt", b"ok \xff", PTQError, "a.txt: not UTF-8 (0xff at byte 3); convert it to UTF-8"),
         ("a.txt", b" \n\n", PTQError, "a.txt: the text is empty"),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}', PTQError, "a.jsonl, line 1: half a surrogate pair"),
+        ("a.jsonl", b'{"text": ' * 100_000, PTQError, "a.jsonl, line 1: too many brackets"),
+        ("a.json", b"[" * 100_000, PTQError, "a.json: too many brackets"),
         ("a.jsonl", b"", PTQError, "a.jsonl: the text is empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', PTQError, "a.jsonl, line 2: not valid JSON (Expecting value, column"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', PTQError, "a.jsonl, line 2: not UTF-8"),

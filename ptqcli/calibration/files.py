@@ -310,6 +310,10 @@ def _texts(values: Iterable[object], column: str, path: Path) -> Iterator[str]:
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise PTQError(f"{where}: no text in column {column!r}; correct or remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may escape one
+        raise PTQError(f"{where}: half a surrogate pair in column {column!r}, which is no character; correct or remove it") from error
     return value
 
 
@@ -319,6 +323,8 @@ def _parsed(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise PTQError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}); correct or remove it") from error
+    except RecursionError as error:
+        raise PTQError(f"{where}: too many brackets inside each other; correct or remove it") from error
 
 
 def _decode(data: bytes, where: str) -> str:

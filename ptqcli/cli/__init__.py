@@ -13,6 +13,7 @@ prints, exits, or reads the environment. Whatever fails ends in one line on stde
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -78,6 +79,7 @@ def app(session: Session, debug: bool) -> None:
 def main() -> None:
     """Entry point of ``ptq`` and ``ptqcli``."""
     _clean_up_when_told_to_end()
+    _open_closed_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -87,6 +89,13 @@ def _clean_up_when_told_to_end() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)
+
+
+def _open_closed_streams() -> None:
+    """Where a shell has closed stdout or stderr (``>&-``), Python has None and the next file would get its number: write to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
 
 
 def run(arguments: Sequence[str]) -> int:

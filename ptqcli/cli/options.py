@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ptqcli.errors import UsageError
-
 if TYPE_CHECKING:
     import torch
 
@@ -35,18 +33,7 @@ quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but erro
 
 
 def open_device(name: str) -> torch.device:
-    """The torch device called ``name``. Raises UsageError if there is no such device on this machine."""
-    import torch
+    """As that of ``ptqcli.resources``, whose import takes torch along."""
+    from ptqcli import resources
 
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise UsageError(f"device {name!r} is not on this machine, which has {count} CUDA devices (see `ptq doctor`)")
-    return device
+    return resources.open_device(name)

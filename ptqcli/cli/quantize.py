@@ -87,7 +87,7 @@ def _resources(device: str, dtype: str, batch_size: int | None, activation_budge
 
 
 def _bytes(gib: float) -> int:
-    if not math.isfinite(gib):
+    if not math.isfinite(gib * 1024**3):
         raise UsageError(f"--activation-budget {gib} is not a size; give a number of GiB")
     return int(gib * 1024**3)
 

@@ -53,7 +53,12 @@ class PackedCheckpoint:
         return sum(self.tensors.nbytes(tensor) for tensor in self._tensor_names(name, self.schemes[name]))
 
     def weight(self, name: str) -> QuantizedWeight:
-        """The codes of the quantized linear ``name``. Raises PTQError if they are damaged or not as large as the model's matrix."""
+        """The codes of the quantized linear ``name``.
+
+        Raises PTQError if there is none, or if they are damaged or not as large as the model's matrix.
+        """
+        if name not in self.schemes:
+            raise PTQError(f"{self.folder}: {name} is no quantized linear; they are named like {next(iter(self.schemes), 'none')}")
         weight = self.format.unpack(self._stored_linear(name), self.tensors.read, self.schemes[name])
         spec = self._specs[name]
         if tuple(weight.codes.shape) != (spec.out_features, spec.in_features):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,10 @@ def load_config(folder: Path) -> Any:
     return config
 
 
+# While accelerate builds without weights it replaces a method of all modules; two threads at once would leave it replaced.
+BUILDING = threading.Lock()
+
+
 def build_on_meta(config: Any) -> nn.Module:
     """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
     import transformers
@@ -48,7 +53,7 @@ def build_on_meta(config: Any) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        with init_empty_weights(include_buffers=False), _quiet_transformers():
+        with BUILDING, init_empty_weights(include_buffers=False), _quiet_transformers():
             model = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
     except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
         raise PTQError(f"transformers cannot build a {kind.name} from this config: {first_line(error)}") from error

@@ -98,6 +98,11 @@ class Skeleton:
                     f"{self.where}: tensor {self.stored_name(name)} has shape {list(stored)} but config.json asks for "
                     f"{list(parameter.shape)}"
                 )
+            if parameter.is_floating_point() and not self.dtype(name).is_floating_point:
+                raise PTQError(
+                    f"{self.where}: tensor {self.stored_name(name)} is stored as {self.dtype(name)}, which is already quantized or not a "
+                    "weight; start from the original model"
+                )
 
     def _units(self) -> tuple[Unit, list[Unit], Unit]:
         """Each stored tensor in the first unit that wants it; what no parameter takes is carried over in the last."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.errors import PTQError
 from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.streams import Streams, WindowBatches
 from ptqcli.solvers import LinearTask, Solution, Stage
@@ -60,13 +61,17 @@ class WindowWork:
         self._walked = True
 
     def place(self, name: str, solution: Solution) -> None:
-        """Pack the codes for the file and put their values into the block."""
+        """Pack the codes for the file and put their values into the block. Raises PTQError for what is not here, or placed already."""
+        if name not in self._owners:
+            raise PTQError(f"{name}: a solver has placed it, but it is no linear of {', '.join(self.paths)} that is quantized")
         task = self._tasks.get(name) or self._owners[name].task(name)
         self._owners[name].place(task, solution)
 
     def replace(self, parameter: str, value: Tensor) -> None:
         """Another value for a parameter that is not quantized. Raises PTQError for one that does not fit."""
-        block = next(block for block in self._blocks if parameter.startswith(block.prefix + "."))
+        block = next((block for block in self._blocks if parameter.startswith(block.prefix + ".")), None)
+        if block is None:
+            raise PTQError(f"{parameter}: a solver has replaced it, but it is no parameter of {', '.join(self.paths)}")
         block.replace(parameter, value)
 
     def progress(self, name: str, done: int, total: int) -> None:

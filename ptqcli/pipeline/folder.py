@@ -16,7 +16,11 @@ from ptqcli.pipeline.report import REPORT_NAME
 
 def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
     """Raise UsageError when ``output`` must not be written. model: the folder of the model, None for one in memory."""
-    if model is not None and output.resolve() == model.resolve():
+    try:
+        resolved = output.resolve()
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a RuntimeError
+        raise UsageError(f"{output}: is a link that leads back to itself; choose another --output") from error
+    if model is not None and resolved == model.resolve():
         raise UsageError(f"{output}: is the model itself; choose another --output")
     if not output.exists():
         return
@@ -41,7 +45,7 @@ def growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
             raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
         lock = _claim(folder)
     except OSError as error:
-        raise PTQError(f"{parent}: cannot write there: {error.strerror}") from error
+        raise PTQError(f"{error.filename or parent}: cannot write there: {error.strerror}; choose another --output") from error
     try:
         if output.exists() and not overwrite:  # another run has finished since the first look
             raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")

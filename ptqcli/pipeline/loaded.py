@@ -98,12 +98,14 @@ class LoadedBlock:
     def place(self, task: LinearTask, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block."""
         linear = self.planned[task.name]
+        stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
+        if stored_name in self._placed:
+            raise PTQError(f"{task.name}: the solver has placed it twice; this is a defect of the solver {self.run.plan.recipe.algo}")
         if self.block is not None:
             module = self.block.get_submodule(linear.site.local)
             weight = torch.empty_like(module.get_parameter("weight"))
             rows_first(module, weight).copy_(solution.weight.dequantize(linear.scale_dtype))
             module.weight = nn.Parameter(weight, requires_grad=False)
-        stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
         packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
         self._finished.update(packed)
         self._placed.add(stored_name)

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.resources import open_device
 from ptqcli.runtime.joined import alike, joined_bias, joined_weight, same_input
 from ptqcli.runtime.layers import quantized_linear
 
@@ -42,13 +43,14 @@ def load_quantized(
     Raises PTQError or UsageError, naming the file or tensor, when the folder is no quantized checkpoint or does not fit its model, or a
     layer cannot run on ``kernel``.
     """
+    place = open_device(device)
     checkpoint = open_checkpoint(path, dtype)
     model: Any = checkpoint.model
-    _Loader(checkpoint, torch.device(device), kernel).run(fuse)
+    _Loader(checkpoint, place, kernel).run(fuse)
     if (checkpoint.folder / "generation_config.json").is_file():
         _set_generation_config(model, checkpoint.folder)
     model.hf_quantizer = _Packed(checkpoint)
-    return model.to(device)  # the buffers that the model computed for itself
+    return model.to(place)  # the buffers that the model computed for itself
 
 
 class _Packed(HfQuantizer):
