@@ -33,7 +33,7 @@ def original(held_out):
 
 
 def rise(held_out, original, folder, **changes):
-    recipe = Recipe(nsamples=32, seqlen=WINDOW, **changes)
+    recipe = Recipe(nsamples=64, seqlen=WINDOW, **changes)
     quantize(DEMO, recipe, folder)
     return perplexity(load_quantized(folder), held_out, WINDOW).perplexity - original
 
