@@ -15,6 +15,8 @@ SOURCES := ptqcli kernels tests scripts
 
 # Nothing below needs a network once the packages are installed; a look at the hub would only be slow.
 export HF_HUB_OFFLINE := 1
+# What Python compiled and pytest made of the assertions is kept: made anew, it costs each of the suite's processes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-kernels test-oldest check clean
 

@@ -14,7 +14,7 @@ from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
-TOKENS = 16384
+TOKENS = 4096
 WINDOW = 256
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def original(held_out):
 
 
 def rise(held_out, original, folder, **changes):
-    recipe = Recipe(nsamples=128, seqlen=WINDOW, **changes)
+    recipe = Recipe(nsamples=64, seqlen=WINDOW, **changes)
     quantize(DEMO, recipe, folder)
     return perplexity(load_quantized(folder), held_out, WINDOW).perplexity - original
 

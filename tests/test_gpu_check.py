@@ -38,6 +38,7 @@ def run(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_the_rehearsal_goes_through_all_parts_and_says_that_it_proves_nothing(tmp_path: Path) -> None:
     done = run("--rehearse", "--output", "found.json", folder=tmp_path)
@@ -113,6 +114,7 @@ def test_limits_of_a_gpu_need_no_psutil(monkeypatch: pytest.MonkeyPatch) -> None
     assert "psutil" in gpu_timing.limits(GpuRun(rehearse=True))["note"]
 
 
+@pytest.mark.triton
 def test_the_rehearsal_of_tuning_prints_tables(tmp_path: Path) -> None:
     done = run("--rehearse", "--tune", folder=tmp_path)
     assert done.returncode == 0, done.stderr
