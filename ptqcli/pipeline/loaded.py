@@ -64,6 +64,7 @@ class LoadedBlock:
         self.folded: FoldedBlock | None = None
         self.statistics: dict[str, InputStatistics] = {}  # of the inputs of linears, by local name, while they are needed
         self._finished: dict[str, Tensor] = {}  # what is stored for the block, as far as it differs from the model file
+        self._layers: dict[str, LayerReport] = {}
         self._placed: set[str] = set()  # stored names of weights that have codes
 
     def walk(self, streams: Streams, source: Tensor) -> CalibratedBlock:
@@ -96,11 +97,9 @@ class LoadedBlock:
         return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, ranges=ranges)
 
     def place(self, task: LinearTask, solution: Solution) -> None:
-        """Pack the codes for the file and put their values into the block."""
+        """Pack the codes for the file and put their values into the block; what was placed before is forgotten."""
         linear = self.planned[task.name]
         stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
-        if stored_name in self._placed:
-            raise PTQError(f"{task.name}: the solver has placed it twice; this is a defect of the solver {self.run.plan.recipe.algo}")
         if self.block is not None:
             module = self.block.get_submodule(linear.site.local)
             weight = torch.empty_like(module.get_parameter("weight"))
@@ -115,15 +114,13 @@ class LoadedBlock:
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
         outliers = solution.notes.outlier_columns
-        self.run.layers.append(
-            LayerReport(
-                name=linear.name,
-                scheme=str(linear.scheme),
-                bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
-                relative_error=error,
-                outlier_share=None if outliers is None else outliers / linear.site.in_features,
-                **asdict(solution.notes),
-            )
+        self._layers[linear.name] = LayerReport(
+            name=linear.name,
+            scheme=str(linear.scheme),
+            bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
+            relative_error=error,
+            outlier_share=None if outliers is None else outliers / linear.site.in_features,
+            **asdict(solution.notes),
         )
 
     def replace(self, parameter: str, value: Tensor) -> None:
@@ -145,10 +142,11 @@ class LoadedBlock:
         self._finished[stored_name] = stored.cpu()
 
     def finished(self) -> dict[str, Tensor]:
-        """Every tensor that is stored for the block. Raises PTQError if a linear has no codes yet."""
+        """Every tensor that is stored for the block, whose linears join the report. Raises PTQError if one has no codes yet."""
         missing = [name for name in self.planned if self.run.skeleton.stored_name(f"{name}.weight") not in self._placed]
         if missing:
             raise PTQError(f"{missing[0]}: the solver has not placed it; this is a defect of the solver {self.run.plan.recipe.algo}")
+        self.run.layers.extend(self._layers.values())
         skeleton, rewritten = self.run.skeleton, self._rewritten()
         unit = skeleton.units[self.index]
         rest = [name for name in unit.stored if name not in self._placed and name not in self._finished]
