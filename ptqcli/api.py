@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptqcli.algorithms import find_algorithm
 from ptqcli.calibration.statistics import InputStatistics
+from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.model.locate import find_model
@@ -108,14 +109,14 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
+    sources = [str(text) for text in ([texts] if isinstance(texts, (str, Path)) else texts)]
+    rows = {source: evaluation_ids(source, tokenizer, None if data_dir is None else Path(data_dir)) for source in sources}
     measured = measure(
         model if folder is None else load_model(folder, place, kernel),
-        tokenizer,
-        [str(text) for text in ([texts] if isinstance(texts, (str, Path)) else texts)],
+        rows,
         load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
         seqlen,
         stride,
-        None if data_dir is None else Path(data_dir),
     )
     return list(measured)
 

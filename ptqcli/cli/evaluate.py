@@ -64,7 +64,7 @@ def command(
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
     weights are used as they are.
     """
-    from ptqcli.calibration.text import documents
+    from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluation.measure import measure
     from ptqcli.runtime.models import load_model, load_tokenizer
 
@@ -76,12 +76,11 @@ def command(
     folder = find_checkpoint(checkpoint)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
-    for text in texts:
-        documents(text, "evaluation", data_dir)  # a text that is not there is told before models are loaded
+    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # a text that is not there is told before models are loaded
     model = load_model(folder, place, kernel)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        measured = measure(model, tokenizer, texts, original, seqlen, stride, data_dir, _telling(tracker))
+        measured = measure(model, rows, original, seqlen, stride, _telling(tracker))
         results = [{key: value for key, value in asdict(each).items() if value is not None} for each in measured]
     output.say(f"checkpoint  {path_text(folder)}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ptqcli.calibration.text import evaluation_ids
+from torch import Tensor
+
 from ptqcli.evaluation.divergence import compare
 from ptqcli.evaluation.perplexity import perplexity
 
@@ -40,20 +40,18 @@ class Evaluation:
 
 def measure(
     model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
+    rows: Mapping[str, Tensor],
     baseline: Any = None,
     seqlen: int | None = None,
     stride: int | None = None,
-    data_dir: Path | None = None,
     on_window: OnWindow | None = None,
 ) -> Iterator[Evaluation]:
-    """``model`` (of transformers) on each of ``texts``, sources as ``calibration.text`` names them, one after the other.
+    """``model`` (of transformers) on each text of ``rows``, one after the other.
 
+    rows: name -> token ids, int64 [tokens], of ``calibration.text.evaluation_ids``.
     baseline: the original model, to be run on the same windows. seqlen: tokens in a window, by default PUBLISHED_SEQLEN, or the model's
-    positions if it has fewer. All texts are read before the first is measured. Raises what ``evaluation_ids`` and ``compare`` raise.
+    positions if it has fewer. Raises what ``perplexity`` and ``compare`` raise.
     """
-    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # [tokens] each
     window = default_seqlen(model) if seqlen is None else seqlen
     for text, ids in rows.items():
 
