@@ -10,7 +10,7 @@ import torch
 from ptqcli.calibration.hidden import beyond_budget
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.checkpoint.writer import JOIN_BELOW
-from ptqcli.formats import LinearSpec, find_format
+from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
@@ -51,24 +51,24 @@ def needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
     return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at
 
 
-def bytes_after(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+def bytes_after(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
     """Bytes of all tensors of the checkpoint; columns that outliers will take are not known yet."""
-    return skeleton.total_bytes + sum(_growth(recipe, linear, skeleton) for linear in linears)
+    return skeleton.total_bytes + sum(_growth(chosen, linear, skeleton) for linear in linears)
 
 
-def _growth(recipe: Recipe, linear: PlannedLinear, skeleton: Skeleton) -> int:
+def _growth(chosen: Format, linear: PlannedLinear, skeleton: Skeleton) -> int:
     """Bytes by which the file grows when ``linear`` is quantized; fewer than none, as a rule."""
-    return find_format(recipe.format).stored_bytes(linear.spec) - skeleton.nbytes(f"{linear.name}.weight")
+    return chosen.stored_bytes(linear.spec) - skeleton.nbytes(f"{linear.name}.weight")
 
 
-def checkpoint_room(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
     """Room that the checkpoint needs on disk: its size and one unit's, or twice its size if it will be joined into one file."""
-    after = bytes_after(recipe, linears, skeleton)
+    after = bytes_after(chosen, linears, skeleton)
     if after < JOIN_BELOW:
         return 2 * after
     sizes = [skeleton.unit_bytes(unit) for unit in skeleton.units]
     for linear in linears:
-        sizes[linear.site.block] += _growth(recipe, linear, skeleton)
+        sizes[linear.site.block] += _growth(chosen, linear, skeleton)
     return after + max(*sizes, skeleton.unit_bytes(skeleton.before), skeleton.unit_bytes(skeleton.after))
 
 

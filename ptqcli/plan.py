@@ -107,8 +107,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
         bytes_before=skeleton.total_bytes,
-        bytes_after=bytes_after(recipe, linears, skeleton),
-        disk_bytes=checkpoint_room(recipe, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
+        bytes_after=bytes_after(chosen, linears, skeleton),
+        disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
         notes=(*_unmatched_note(skeleton), *chosen.notes([linear.spec for linear in linears])),
     )
