@@ -17,7 +17,7 @@ import yaml
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
-from ptqcli.numerics.scheme import WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import DEFAULT_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.options import SchemeDefaults, fits, kind_text
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ptqcli.transforms import BlockTransform
 
 DEFAULT_BITS = 4
-
-DEFAULT_GROUP = 128
 
 DEFAULT_THRESHOLD = 6.0
 

@@ -147,7 +147,7 @@ class Skeleton:
     @property
     def total_bytes(self) -> int:
         """The stored bytes of the whole model."""
-        return sum(self._tensors.nbytes(stored) for stored in self._tensors.names)
+        return self._tensors.total_bytes
 
     def read(self, name: str) -> Tensor:
         """The parameter ``name`` as it is stored, on the CPU; not to be written into. It is kept until its unit is released."""

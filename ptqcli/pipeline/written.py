@@ -39,11 +39,14 @@ class WrittenUnits:
 
     def _pieces(self, unit: Unit) -> Iterator[tuple[str, ...]]:
         piece: list[str] = []
+        size = 0
         for name in unit.stored:
-            if piece and self._run.skeleton.unit_bytes(Unit(unit.name, (*piece, name))) > CARRIED_BYTES:
+            added = self._run.skeleton.unit_bytes(Unit(unit.name, (name,)))
+            if piece and size + added > CARRIED_BYTES:
                 yield tuple(piece)
-                piece = []
+                piece, size = [], 0
             piece.append(name)
+            size += added
         if piece:
             yield tuple(piece)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ptqcli.numerics.grids import SEARCHES
 from ptqcli.options import option
 
 
 def scale_search_option() -> Any:
     """The field of a solver that fits grids."""
-    return option("mse", "how a group's scale is fitted", choices=("minmax", "mse"))
+    return option("mse", "how a group's scale is fitted", choices=tuple(SEARCHES))
