@@ -13,6 +13,7 @@ from ptqcli.cli.report import LAYER_COLUMNS, layer_row
 from ptqcli.pipeline.report import REPORT_NAME
 
 if TYPE_CHECKING:
+    from ptqcli.pipeline.prepare import Prepared
     from ptqcli.pipeline.report import Report
     from ptqcli.plan import Plan
 
@@ -23,12 +24,12 @@ MOST_CHOICES = 4
 class QuantizeProgress:
     """Listens to the pipeline and tells a tracker."""
 
-    def __init__(self, model: Path, target: Path, words: Output, tracker: Tracker) -> None:
-        self._model, self._target, self._words, self._tracker = model, target, words, tracker
+    def __init__(self, model: Path, words: Output, tracker: Tracker) -> None:
+        self._model, self._words, self._tracker = model, words, tracker
         self._errors: list[float] = []
 
-    def planned(self, plan: Plan) -> None:
-        show_plan(plan, self._model, self._target, self._words)
+    def planned(self, plan: Plan, output: Path) -> None:
+        show_plan(plan, self._model, output, self._words)
 
     def phase(self, text: str) -> None:
         self._tracker.say(text)
@@ -67,9 +68,11 @@ def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
     )
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for ``--dry-run --json``."""
+def plan_as_json(ready: Prepared) -> dict[str, Any]:
+    """What a dry run found, for ``--json``."""
+    plan = ready.plan
     return {
+        "output": str(ready.output),
         "recipe": plan.recipe.stored(),
         "linears": [{"name": linear.name, "scheme": str(linear.scheme)} for linear in plan.linears],
         "skipped": plan.skipped,

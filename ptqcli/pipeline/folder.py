@@ -32,6 +32,18 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
         raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
 
 
+def check_room(output: Path, needed: int) -> None:
+    """Raise PTQError where ``output`` cannot be written, or its disk has less than ``needed`` bytes free. Makes nothing."""
+    parent = output.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise PTQError(f"{parent}: cannot write there; choose another --output")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+
+
 @contextmanager
 def growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
     """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
@@ -40,9 +52,7 @@ def growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
     parent = output.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+        check_room(output, needed)
         lock = _claim(folder)
     except OSError as error:
         raise PTQError(f"{error.filename or parent}: cannot write there: {error.strerror}; choose another --output") from error
