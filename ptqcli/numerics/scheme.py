@@ -52,7 +52,7 @@ AUTO_GROUP = -(1 << 31)  # not chosen yet, see ``Scheme.resolved``
 AUTO_GROUPS = (128, 64, 32, 16)  # what it can become, best first
 
 # One of each kind, to show how names are made.
-EXAMPLES = ("w4a16", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
+EXAMPLES = ("w4a16-g128", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
 
 _NAME = re.compile(
     r"w(?P<bits>[0-9]{1,3})a(?P<abits>[0-9]{1,3})"
