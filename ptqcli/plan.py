@@ -93,7 +93,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     chosen = find_format(recipe.format)
     _check_format(chosen, linears)
     stages = _planned_stages(linears, skeleton)
-    _check_fused(chosen, linears, skeleton.fused_groups)
+    fused = _fused_schemes(linears, skeleton)
+    _check_fused(chosen, fused)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
     _check_length(seqlen, skeleton)
     memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
@@ -109,7 +110,12 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         bytes_after=bytes_after(chosen, linears, skeleton),
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=(*_group_notes(linears, recipe), *_unmatched_note(skeleton), *chosen.notes([linear.spec for linear in linears])),
+        notes=(
+            *_group_notes(linears, recipe),
+            *_unmatched_note(skeleton),
+            *chosen.notes([linear.spec for linear in linears]),
+            *_fused_notes(fused),
+        ),
     )
 
 
@@ -243,12 +249,30 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _check_fused(chosen: Format, linears: Sequence[PlannedLinear], groups: Sequence[Sequence[str]]) -> None:
+def _fused_schemes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[dict[str, Scheme | None]]:
+    """The schemes of linears that read one tensor inside one module, None for one that stays as it is."""
     schemes = {linear.name: linear.scheme for linear in linears}
-    for group in groups:
-        reason = chosen.fused_refusal({name: schemes.get(name) for name in group})
+    return [{name: schemes.get(name) for name in group} for group in skeleton.fused_groups]
+
+
+def _check_fused(chosen: Format, fused: Sequence[Mapping[str, Scheme | None]]) -> None:
+    for group in fused:
+        reason = chosen.fused_refusal(group)
         if reason is not None:
             raise UsageError(reason)
+
+
+def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
+    """One note for all groups of linears that differ, as they may, although they read one tensor."""
+    different = [group for group in fused if len(set(group.values())) > 1]
+    if not different:
+        return []
+    firsts: dict[Scheme | None, str] = {}
+    for name, scheme in different[0].items():
+        firsts.setdefault(scheme, name)
+    listed = " and ".join(f"{name} ({'left as it is' if scheme is None else scheme})" for scheme, name in firsts.items())
+    count = f", and so do {len(different) - 1} more groups of linears" if len(different) > 1 else ""
+    return [f"{listed} read the same input{count}; a server that runs them as one matrix needs one scheme for them"]
 
 
 def _check_length(seqlen: int, skeleton: Skeleton) -> None:
