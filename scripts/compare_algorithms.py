@@ -4,9 +4,9 @@
         [--calib SOURCE] [--text SOURCE] [--json FILE]
 
 Each row quantizes the model with the same calibration windows, writes a checkpoint, loads it through the runtime and measures it on
-held-out text beside the original: what `ptq eval --ppl` takes, the held-out part of the built-in text unless --text names another. "rise" is what perplexity has risen over the original, "of rtn" that rise as
-a share of what rounding to nearest costs in the same scheme. The first table is of weights alone, bits by bits and group by group, the
-second of weights and activations in 8 bits.
+held-out text beside the original: what `ptq eval --ppl` takes, the held-out part of the built-in text unless --text names another.
+"rise" is what perplexity has risen over the original, "of rtn" that rise as a share of what the first row, rounding to nearest, costs
+in the same scheme. The first table is of weights alone, bits by bits and group by group, the second of weights and activations in 8 bits.
 """
 
 from __future__ import annotations
