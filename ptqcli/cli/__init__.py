@@ -34,7 +34,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
-    "generate": ("generate", "Let CHECKPOINT continue TEXT."),
+    "generate": ("generate", "Let CHECKPOINT answer or continue TEXT."),
     "algorithms": ("algorithms", "List the parts of --algo with their options."),
     "recipes": ("recipes", "List the recipes that come along."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
