@@ -608,7 +608,7 @@ def test_generate(ptq: Ptq, at_work: Path) -> None:
 def test_doctor(ptq: Ptq, tmp_path: Path) -> None:
     (tmp_path / "wiki.test.raw").write_text("text")
     shown = ptq("doctor", "--data-dir", tmp_path)
-    facts = {check["name"]: check for check in json.loads(ptq("doctor", "--json", "--data-dir", tmp_path).out)}
+    facts = {check["name"]: check for check in json.loads(ptq("doctor", "--json", "--data-dir", tmp_path).out)["checks"]}
     assert shown.code == 0
     assert facts["torch"]["found"] == torch.__version__
     assert facts["wikitext2"]["status"] == "ok"
