@@ -13,7 +13,6 @@ prints, exits, or reads the environment. Whatever fails ends in one line on stde
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import click
 
 from ptqcli import __version__
 from ptqcli.cli.signals import end_at_once, was_interrupted
+from ptqcli.cli.streams import output_failure, protect_streams
 from ptqcli.errors import PTQError
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -34,7 +34,7 @@ COMMANDS = {
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
-    "generate": ("generate", "Let CHECKPOINT continue TEXT."),
+    "generate": ("generate", "Let CHECKPOINT answer or continue TEXT."),
     "algorithms": ("algorithms", "List the parts of --algo with their options."),
     "recipes": ("recipes", "List the recipes that come along."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
@@ -43,9 +43,10 @@ COMMANDS = {
 
 @dataclass
 class Session:
-    """What the global flags said."""
+    """One command line at work. debug: what the flag said. result_kept: what was made lies in a folder, whoever reads the output."""
 
     debug: bool = False
+    result_kept: bool = False
 
 
 class LazyGroup(click.Group):
@@ -79,20 +80,23 @@ def app(session: Session, debug: bool) -> None:
 def main() -> None:
     """Entry point of ``ptq`` and ``ptqcli``."""
     end_at_once()
-    _open_closed_streams()
-    sys.exit(run(sys.argv[1:]))
-
-
-def _open_closed_streams() -> None:
-    """Where a shell has closed stdout or stderr (``>&-``), Python has None and the next file would get its number: write to nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; errors have been told on stderr by then."""
+    protect_streams()
     session = Session()
+    sys.exit(run(sys.argv[1:], session) or _told_in_full(session))
+
+
+def _told_in_full(session: Session) -> int:
+    """The exit code of work that was done: 1, told, if its result was output and is lost. A reader who left early has had enough."""
+    failure = output_failure()
+    if failure is None or session.result_kept or isinstance(failure, ConnectionError):
+        return 0
+    _tell(session, f"error: standard output: {failure.strerror}; what was to be shown is lost")
+    return 1
+
+
+def run(arguments: Sequence[str], session: Session | None = None) -> int:
+    """Run one command line and return its exit code; errors have been told on stderr by then."""
+    session = session or Session()
     try:
         return _as_exit_code(app.main(list(arguments), prog_name="ptq", standalone_mode=False, obj=session))
     except click.exceptions.NoArgsIsHelpError as help_wanted:

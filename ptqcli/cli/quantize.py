@@ -65,6 +65,7 @@ def command(
     with track("block", quiet) as tracker:
         progress = QuantizeProgress(folder, target, words, tracker)
         report = quantize(folder, asked, target, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress)
+    click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())
 
