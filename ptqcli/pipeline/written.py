@@ -69,6 +69,5 @@ class WrittenUnits:
     def _described(self) -> dict[str, dict[str, Any]]:
         """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
         plan = self._run.plan
-        left = [*(name for name, _ in plan.skipped), *plan.outside]
-        added = self._run.format.describe([linear.spec for linear in plan.linears], left)
+        added = self._run.format.describe([linear.spec for linear in plan.linears], plan.plain)
         return {**added, "config.json": {**self._run.skeleton.source.config_json(), **added.get("config.json", {})}}
