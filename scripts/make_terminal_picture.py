@@ -9,6 +9,7 @@ import argparse
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,11 @@ from pathlib import Path
 from rich.console import CONSOLE_SVG_FORMAT, Console
 from rich.text import Text
 
+import ptqcli
+
+DEMO = Path(ptqcli.__file__).parent / "demo"
 PICTURE = Path(__file__).parent.parent / "docs" / "terminal.svg"
-COMMANDS = ("ptq quantize --algo gptq --wbits 4", "ptq eval --ppl builtin")
+COMMANDS = ("ptq quantize demo --algo gptq --wbits 4", "ptq eval --ppl builtin")
 COLUMNS = 104
 # rich's own form fetches a font from the network.
 FORM = re.sub(r"@font-face \{\{.*?\}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL).replace("Fira Code", "ui-monospace, Menlo, Consolas")
@@ -40,6 +44,7 @@ def main() -> None:
     output = parser.parse_args().output.resolve()
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(DEMO, Path(folder) / "demo")
         for command in COMMANDS:
             console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
             console.print(Text(printed(command, folder)), end="\n\n")
