@@ -65,6 +65,7 @@ def command(
             words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), **run)))
             return
         report = quantize(folder, asked, target, **run)
+    click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())
 

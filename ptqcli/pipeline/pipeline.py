@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.writer import write_json
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.formats import find_format
 from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
@@ -25,7 +25,7 @@ from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import REPORT_NAME, Report, make_report
+from ptqcli.pipeline.report import Report, make_report
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -50,13 +50,14 @@ def quantize(
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
-    with growing(ready.output, overwrite, ready.plan.disk_bytes) as growing_folder, torch.no_grad():
+    with growing(ready.output, folder, overwrite, ready.plan.disk_bytes, ready.inputs) as growing_folder, torch.no_grad():
         work = _Quantization(ready, resources, growing_folder, progress, clock)
         work.run()
         report = make_report(
             ready.plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.written.bytes
         )
-        write_json(growing_folder / REPORT_NAME, report.stored())
+        with clock.measure("write"):
+            work.written.finish(report)
     return replace(
         report,
         output=str(ready.output),
@@ -69,7 +70,7 @@ def quantize(
 class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
-    def __init__(self, ready: Prepared, resources: Resources, folder: Path, progress: Progress, clock: Clock) -> None:
+    def __init__(self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock) -> None:
         self.skeleton, self.plan, self.windows = ready.skeleton, ready.plan, ready.windows
         self.progress, self.clock, self.folder = progress, clock, folder
         plan = self.plan
@@ -86,7 +87,7 @@ class _Quantization:
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
 
     def run(self) -> None:
-        """Everything but the report."""
+        """Everything up to the last tensor."""
         if self.windows is not None:
             self._record(self.windows)
         with self.clock.measure("write"):
@@ -96,7 +97,6 @@ class _Quantization:
             self._quantize_window(range(len(self.skeleton.blocks))[start : start + window])
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after)
-            self.written.finish()
 
     def _record(self, windows: Tensor) -> None:
         """How the model calls its blocks on the calibration ``windows``, int64 [windows, tokens]."""
@@ -104,7 +104,7 @@ class _Quantization:
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms)
-            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder, original, excerpts)
+            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder.path, original, excerpts)
 
     def _quantize_window(self, indices: Sequence[int]) -> None:
         """Load, solve, write and release the blocks ``indices``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from ptqcli.calibration.text import calibration_windows, documents
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.clock import Clock
-from ptqcli.pipeline.folder import check_output, check_room
+from ptqcli.pipeline.folder import check_room
+from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.plan import Plan, make_plan
 from ptqcli.recipe import Recipe
@@ -24,11 +26,14 @@ Output = Path | Callable[[Plan], Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that can begin. windows: of the calibration text, int64 [windows, tokens], None when nothing looks at it."""
+    """A run that can begin. inputs: files and folders that it reads beside the model. windows: of the calibration text, int64
+    [windows, tokens], None when nothing looks at it.
+    """
 
     skeleton: Skeleton
     plan: Plan
     output: Path
+    inputs: list[Path]
     windows: Tensor | None
 
 
@@ -54,13 +59,14 @@ def prepare(
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
     folder = model if isinstance(model, Path) else model.folder
+    inputs = [path for path in (Path(recipe.calib), data_dir) if path is not None and os.path.exists(path)]
     if isinstance(output, Path):  # told before a model is opened
-        check_output(output, folder, overwrite)
+        check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
         skeleton, plan = plan_run(model, recipe, resources)
     if not isinstance(output, Path):
         output = output(plan)
-        check_output(output, folder, overwrite)
+        check_output(output, folder, overwrite, inputs)
     progress.planned(plan, output)
     check_room(output, plan.disk_bytes)
     windows = None
@@ -69,4 +75,4 @@ def prepare(
         with clock.measure("text"):
             texts = documents(recipe.calib, "calibration", data_dir)
             windows = calibration_windows(texts, skeleton.source.tokenizer(), recipe.nsamples, plan.seqlen, recipe.seed)
-    return Prepared(skeleton=skeleton, plan=plan, output=output, windows=windows)
+    return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, windows=windows)
