@@ -160,6 +160,12 @@ REST = [
     click.option("--calib", metavar="builtin|wikitext2|c4|pile|PATH", show_default="builtin", help="Calibration text."),
     click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
     click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
+    click.option(
+        "--bos",
+        metavar="auto|yes|no",
+        show_default="auto",
+        help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
+    ),
     click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
     click.option(
         "--override",
@@ -186,7 +192,11 @@ RUN = [
         help="Of the calibration passes; the checkpoint keeps the model's own. float32 is quicker on a CPU without bfloat16 arithmetic.",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(min=1), metavar="N", show_default="by window length", help="Windows in one forward pass."
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        show_default="by window length",
+        help="Windows in one forward pass. Another number gives other last digits, so other codes of equal quality; the report keeps it.",
     ),
     click.option(
         "--activation-budget",

@@ -35,7 +35,8 @@ LOGITS_PER_CHUNK = 1 << 22
 class PerplexityResult:
     """perplexity = exp(mean_nll); mean_nll: nats per token, over ``tokens`` scored tokens in ``windows`` windows.
 
-    stride equals seqlen where windows do not overlap.
+    stride: tokens of the text from one window to the next; where windows do not overlap, those in one. bos: windows begin with the
+    beginning-of-sequence token.
     """
 
     perplexity: float
@@ -44,6 +45,7 @@ class PerplexityResult:
     windows: int
     seqlen: int
     stride: int
+    bos: bool
 
 
 def perplexity(
@@ -53,19 +55,21 @@ def perplexity(
     stride: int | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
+    bos: int | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal language model on a text.
 
     ids: int64 [tokens], the whole text. seqlen: tokens in a window. stride: tokens from one window to the next, by default
     seqlen. batch_size: windows in one forward pass, by default as many as make TOKENS_PER_BATCH tokens. on_progress: called
-    with the number of windows done and of all windows. The model's train or eval mode is restored.
+    with the number of windows done and of all windows. bos: a token that every window begins with, see ``windows``. The model's train
+    or eval mode is restored.
 
     Raises UsageError for a text shorter than a window, a window longer than the model's positions, a stride or batch size that
     does not work; PTQError for ids that the model does not have and for a loss that is not finite.
     """
-    windows = plan_windows(len(ids), seqlen, stride)
-    [loss] = sum_over_windows(_loss, [model], ids, windows, batch_size, on_progress)
-    return result(loss, windows, seqlen, stride)
+    windows = plan_windows(len(ids), seqlen, stride, bos is not None)
+    [loss] = sum_over_windows(_loss, [model], ids, windows, batch_size, on_progress, bos)
+    return result(loss, windows, seqlen, stride, bos)
 
 
 def _loss(targets: Tensor, log_probs: Tensor) -> Tensor:
@@ -84,6 +88,7 @@ def sum_over_windows(
     windows: list[Window],
     batch_size: int | None,
     on_progress: Progress | None,
+    bos: int | None,
 ) -> list[float]:
     """Sums of numbers of the scored tokens, over all windows, with all models run over the same batch.
 
@@ -92,7 +97,7 @@ def sum_over_windows(
 
     Raises UsageError and PTQError as ``perplexity`` does.
     """
-    longest = max(window.length for window in windows)
+    longest = max(window.length for window in windows) + (bos is not None)
     for model in models:
         _check_fits(model, ids, longest)
     if batch_size is None:
@@ -102,7 +107,7 @@ def sum_over_windows(
     sums: list[Tensor] = []
     done = 0
     with _evaluating(models):
-        for batch in batches(ids, windows, batch_size):
+        for batch in batches(ids, windows, batch_size, bos):
             logits = [_scored_logits(model, batch) for model in models]
             sums.append(_finite(torch.stack([measure(*rows) for rows in _row_chunks(batch, logits)]).sum(0), batch))
             done += len(batch.windows)
@@ -112,7 +117,7 @@ def sum_over_windows(
     return totals
 
 
-def result(loss: float, windows: list[Window], seqlen: int, stride: int | None) -> PerplexityResult:
+def result(loss: float, windows: list[Window], seqlen: int, stride: int | None, bos: int | None) -> PerplexityResult:
     """loss: of all scored tokens of the windows, summed, in nats. Raises PTQError if exp of the mean overflows."""
     tokens = sum(window.scored for window in windows)
     mean = loss / tokens
@@ -120,7 +125,10 @@ def result(loss: float, windows: list[Window], seqlen: int, stride: int | None) 
         value = math.exp(mean)
     except OverflowError as error:
         raise PTQError(f"perplexity is not finite: the mean loss is {mean:.4g} nats; quantize with more bits") from error
-    return PerplexityResult(perplexity=value, mean_nll=mean, tokens=tokens, windows=len(windows), seqlen=seqlen, stride=stride or seqlen)
+    apart = min(stride or seqlen, windows[0].length)
+    return PerplexityResult(
+        perplexity=value, mean_nll=mean, tokens=tokens, windows=len(windows), seqlen=seqlen, stride=apart, bos=bos is not None
+    )
 
 
 def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
