@@ -117,7 +117,7 @@ def sum_over_windows(
     return totals
 
 
-def result(loss: float, windows: list[Window], seqlen: int, stride: int | None, bos: int | None) -> PerplexityResult:
+def result(loss: float, windows: list[Window], seqlen: int, stride: int | None, bos: int | None = None) -> PerplexityResult:
     """loss: of all scored tokens of the windows, summed, in nats. Raises PTQError if exp of the mean overflows."""
     tokens = sum(window.scored for window in windows)
     mean = loss / tokens
