@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
+
+CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         memory_bytes=memory,
         notes=(
             *_group_notes(linears, recipe),
+            *_calibration_notes(recipe, linears),
             *_model_notes(skeleton, linears),
             *_reader_notes(chosen, skeleton, [linear.spec for linear in linears]),
             *_fused_notes(fused),
@@ -300,6 +303,15 @@ def _group_notes(linears: Sequence[PlannedLinear], recipe: Recipe) -> list[str]:
         for size in sorted(widths, reverse=True)
         if size > 0
     ]
+
+
+def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
+    """What is asked for of the calibration text although nothing looks at it."""
+    usual = {entry.name: entry.default for entry in fields(Recipe)}
+    asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
+    if not asked or needs_calibration(recipe, linears):
+        return []
+    return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
 
 
 def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
