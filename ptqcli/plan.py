@@ -185,10 +185,23 @@ def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[
     names = [site.name for site in skeleton.linears]
     for override in recipe.overrides:
         if not any(re.search(override.pattern, name) for name in names):
-            raise UsageError(f"override '{override.pattern}' matches no linear; the linears are named like {names[0]}")
+            found = _other_match(override.pattern, skeleton, outside)
+            if found is None or not override.skip:  # what stays as it is may be skipped
+                raise UsageError(f"override '{override.pattern}' {found or f'matches no linear; the linears are named like {names[0]}'}")
     for pattern in recipe.ignore:
-        if not any(re.search(pattern, name) for name in (*names, *outside)):
+        if not any(re.search(pattern, name) for name in names) and _other_match(pattern, skeleton, outside) is None:
             raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
+
+
+def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> str | None:
+    """What ``pattern``, which finds no linear of the blocks, finds in the model instead, and why that has no scheme."""
+    for name in outside:
+        if re.search(pattern, name):
+            return f"matches {name}, a linear outside the blocks; it stays in 16 bit for now, so leave the override out"
+    for name, module in skeleton.model.named_modules():
+        if name and re.search(pattern, name) and next(module.parameters(recurse=False), None) is not None:
+            return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"
+    return None
 
 
 def _too_narrow(scheme: Scheme, site: LinearSite) -> str | None:

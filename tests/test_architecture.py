@@ -25,7 +25,7 @@ ALLOWED = {
     "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
     "suggest": set(),
-    "options": {"errors"},
+    "options": {"errors", "suggest"},
     "shipped": {"errors"},
     "numerics": {"errors"},
     "resources": {"errors"},
