@@ -90,6 +90,17 @@ def import_all() -> None:
     import ptqcli.pipeline.pipeline
     import ptqcli.runtime.models
 
+    import ptqcli.bench.generation
+    import ptqcli.bench.machine
+
+    # What takes seconds and is tested elsewhere.
+    arithmetic = {"float32": 1e11, "bfloat16": 1e11, "int8": 1e11}
+    limits = ptqcli.bench.machine.Machine(
+        name="a processor", device="cpu", threads=1, cache_bytes=1 << 20, bandwidth=1e10, arithmetic=arithmetic
+    )
+    ptqcli.bench.machine.measure = lambda device: limits
+    ptqcli.bench.generation.peak_memory = lambda *arguments: 1000
+
     torch.set_num_threads(1)
     assert datasets and transformers.AutoModelForCausalLM and transformers.AutoTokenizer and transformers.LlamaForCausalLM
 
