@@ -34,6 +34,7 @@ class Plan:
 
     skipped: (name, reason) of linears inside the blocks that stay as they are.
     outside: linears outside the blocks.
+    plain: every matrix that is not quantized, by all names that readers may know it under.
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
@@ -44,6 +45,7 @@ class Plan:
     linears: tuple[PlannedLinear, ...]
     skipped: tuple[tuple[str, str], ...]
     outside: tuple[str, ...]
+    plain: tuple[str, ...]
     stages: tuple[tuple[tuple[str, ...], ...], ...]
     fused_groups: tuple[tuple[str, ...], ...]
     seqlen: int
@@ -103,6 +105,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         linears=tuple(linears),
         skipped=tuple(skipped),
         outside=tuple(outside),
+        plain=skeleton.plain_names(linear.name for linear in linears),
         stages=stages,
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
@@ -110,7 +113,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         bytes_after=bytes_after(chosen, linears, skeleton),
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=(*_unmatched_note(skeleton), *chosen.notes([linear.spec for linear in linears])),
+        notes=(*_model_notes(skeleton, linears), *_reader_notes(chosen, skeleton, [linear.spec for linear in linears])),
     )
 
 
@@ -131,6 +134,8 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
         scheme = assigned.get(site.name, scheme)
         if site.local in skeleton.shapes[site.block].unused:
             reason = reason or "never runs"
+        if site.name in skeleton.shared:
+            reason = reason or f"its weight is that of {skeleton.shared[site.name]}, too"
         if reason is not None:
             skipped.append((site.name, reason))
             continue
@@ -145,6 +150,7 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
             scale_dtype=dtype,
             kind=site.kind,
             moving_groups=solver.moves_groups(scheme),
+            aliases=skeleton.aliases(site.name),
         )
         linears.append(PlannedLinear(site, spec))
     return linears, skipped
@@ -222,9 +228,24 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _unmatched_note(skeleton: Skeleton) -> list[str]:
-    unused = skeleton.names.unmatched
-    return [f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}"] if unused else []
+def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
+    """What is not quantized and might be thought to be."""
+    notes = []
+    unused, stacked = skeleton.names.unmatched, skeleton.stacked()
+    if unused:
+        notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
+    if stacked:
+        notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
+    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.total_size
+    if share < 0.5:
+        notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
+    if skeleton.unbuilt:
+        notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
+    return notes
+
+
+def _reader_notes(chosen: Format, skeleton: Skeleton, specs: Sequence[LinearSpec]) -> list[str]:
+    return [*chosen.notes(specs), *chosen.trial([model for model, _ in skeleton.classes], specs)]
 
 
 def _list_names(names: Sequence[str], limit: int = 4) -> str:

@@ -294,7 +294,8 @@ def test_a_file_without_read_permission(ptq: Ptq, workshop: Path, tmp_path: Path
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"), 1, "error: out: Permission denied"),
         (OSError("a message of its own"), 1, "error: a message of its own"),
         (MemoryError(), 1, "error: out of memory"),
-        (KeyboardInterrupt(), 130, "interrupted; no half-written file is left behind"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("out is complete"), 130, "interrupted; out is complete"),
         (RuntimeError("two\n  lines"), 1, "internal error: RuntimeError: two lines; run `ptq --debug ...`"),
     ],
 )
@@ -337,7 +338,7 @@ def test_a_run_that_is_told_to_end_leaves_nothing(at_work: Path, tmp_path: Path,
     line = ["quantize", "model", "--recipe", "recipe.yaml", "--output", str(tmp_path / "out"), "--quiet"]
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 130
-    assert done.stderr.strip().endswith("interrupted; no half-written file is left behind")
+    assert done.stderr.strip().endswith("interrupted; nothing of it is left on disk")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -358,7 +359,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     *help_lines, last = done.stdout.strip().splitlines()
-    assert last == "[] ['ptqcli.cli.streams'] 0"
+    assert last == "[] ['ptqcli.cli.signals', 'ptqcli.cli.streams'] 0"
     for name, (_, summary) in COMMANDS.items():
         assert any(name in line and summary in line for line in help_lines)
 

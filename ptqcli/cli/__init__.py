@@ -13,7 +13,6 @@ prints, exits, or reads the environment. Whatever fails ends in one line on stde
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import click
 
 from ptqcli import __version__
+from ptqcli.cli.signals import end_at_once, was_interrupted
 from ptqcli.cli.streams import output_failure, protect_streams
 from ptqcli.errors import PTQError
 
@@ -79,18 +79,10 @@ def app(session: Session, debug: bool) -> None:
 
 def main() -> None:
     """Entry point of ``ptq`` and ``ptqcli``."""
-    _clean_up_when_told_to_end()
+    end_at_once()
     protect_streams()
     session = Session()
     sys.exit(run(sys.argv[1:], session) or _told_in_full(session))
-
-
-def _clean_up_when_told_to_end() -> None:
-    """Treat a polite request to end as Ctrl-C; by default Python would end at once and leave the half-written folder."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, signal.default_int_handler)
 
 
 def _told_in_full(session: Session) -> int:
@@ -110,9 +102,8 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         help_wanted.show()
         return help_wanted.exit_code
-    except click.Abort:
-        _tell(session, "interrupted; no half-written file is left behind")
-        return INTERRUPTED
+    except click.Abort as error:
+        return _interrupted(session, error.__cause__)
     except click.ClickException as error:
         _tell(session, f"error: {error.format_message()}{_where_to_read(error)}")
         return error.exit_code
@@ -126,8 +117,16 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
         _tell(session, "error: out of memory; see the memory need that `ptq quantize --dry-run` prints")
         return 1
     except Exception as error:  # noqa: BLE001  the last resort: a defect must end in one line, too
+        if was_interrupted():
+            return _interrupted(session, None)
         _tell(session, f"internal error: {type(error).__name__}: {error}; run `ptq --debug ...` to see where")
         return 1
+
+
+def _interrupted(session: Session, cause: BaseException | None) -> int:
+    """cause: may say what became of the work."""
+    _tell(session, f"interrupted; {cause}" if str(cause or "") else "interrupted")
+    return INTERRUPTED
 
 
 def _as_exit_code(result: Any) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ptqcli.cli.console import open_console, time_text
+from ptqcli.cli.signals import clean_up_first
 
 # Least seconds between plain lines about the parts of one step.
 PART_PAUSE = 10.0
@@ -65,6 +66,7 @@ class BarTracker:
 
     def say(self, text: str) -> None:
         self._stage_start = time.monotonic()
+        clean_up_first()  # the bar hides the cursor
         self._bar.start()
         self._bar.reset(self._task, total=None, left="", note=text)
 

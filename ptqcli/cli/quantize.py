@@ -45,7 +45,7 @@ def command(
     MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
-    from ptqcli.pipeline.folder import check_output
+    from ptqcli.pipeline.output import check_output
     from ptqcli.pipeline.pipeline import plan_run, quantize
     from ptqcli.recipe import load_recipe
     from ptqcli.shipped import find_recipe

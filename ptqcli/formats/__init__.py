@@ -23,7 +23,7 @@ from ptqcli.numerics.scheme import Scheme
 
 if TYPE_CHECKING:  # a recipe names a format, and must not wait for torch
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ptqcli.checkpoint.tensors import TensorSource
     from ptqcli.numerics.weight import QuantizedWeight
@@ -42,8 +42,9 @@ FORMATS = {
 class LinearSpec:
     """A linear before it has codes.
 
-    name: its path in the model. kind: its class, such as ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored.
-    moving_groups: its groups are not neighbouring columns (act-order without static groups), so that an index is needed.
+    name: its path in the model. aliases: its paths in other classes that a reader may build from the same files. kind: its class, such as
+    ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored. moving_groups: its groups are not neighbouring columns
+    (act-order without static groups), so that an index is needed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LinearSpec:
     scale_dtype: torch.dtype
     kind: str = "Linear"
     moving_groups: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -85,6 +87,13 @@ class Format(Protocol):
         """What a user should know of the readers of such linears, one sentence each."""
         return [f"{self.name}: nothing but ptq reads it"]
 
+    def trial(self, classes: Sequence[nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
+        """What a reader would do with such linears in this very model, found by trying, one sentence each.
+
+        classes: the model on the meta device, in each class that a reader may build of it; it stays as it is.
+        """
+        return []
+
     @abstractmethod
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Names of the tensors that hold the linear ``name``."""
@@ -99,7 +108,7 @@ class Format(Protocol):
 
     @abstractmethod
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """File name -> keys to merge into its JSON. untouched: paths of all linears that are not quantized, the output head too."""
+        """File name -> keys to merge into its JSON. untouched: all matrices that are not quantized, by every name that a reader may know."""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``quantization_config`` entry of config.json is of this format."""

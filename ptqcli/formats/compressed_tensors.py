@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError
@@ -64,6 +64,10 @@ class CompressedTensors(Format):
         """What a user should know of the readers of such linears, one sentence each."""
         return compressed_tensors_readers.notes(specs)
 
+    def trial(self, classes: Sequence[nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
+        """What transformers would do with such linears in this very model, in one sentence or none."""
+        return compressed_tensors_readers.trial(classes, specs, {spec.name for spec in specs if spec.scheme.activations is None})
+
     def stored_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear's stored tensors, those of outlier columns left out."""
         return sum(math.prod(shape) * itemsize for shape, itemsize in _stored_shapes(spec))
@@ -93,7 +97,7 @@ class CompressedTensors(Format):
 
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The entry of config.json. Raises UsageError if nothing is quantized."""
-        schemes = {spec.name: spec.scheme for spec in specs}
+        schemes = {name: spec.scheme for spec in specs for name in (spec.name, *spec.aliases)}
         conv1d = any(spec.kind == "Conv1D" for spec in specs)
         return {"config.json": {"quantization_config": compressed_tensors_config.quantization_config(schemes, untouched, conv1d)}}
 

@@ -20,7 +20,11 @@ token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+from torch import nn
 
 from ptqcli.formats import LinearSpec
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
@@ -46,21 +50,54 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
     found = []
     if any(not spec.scheme.symmetric for spec in specs):
-        found.append("asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)")
+        found.append(f"asymmetric: vLLM reads it; {_dequantized(specs)}")
     if any(spec.scheme.outliers is not None for spec in specs):
         found.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
     found += _activation_notes(list(dict.fromkeys(spec.scheme for spec in specs)))
-    kinds = {spec.kind for spec in specs}
-    if "Conv1D" in kinds:
+    if any(spec.kind == "Conv1D" for spec in specs):
         found.append("Conv1D layers: ptqcli and vLLM read them from this format, transformers does not")
-    others = ", ".join(sorted(kinds - {"Linear", "Conv1D"}))
-    if others and all(spec.scheme.activations is None for spec in specs):
-        found.append(f"{others} layers: transformers may need CompressedTensorsConfig(dequantize=True) to run them")
-    elif others:
-        found.append(
-            f"{others} layers: transformers cannot run them with 8-bit activations, and with dequantize=True it drops the rounding"
-        )
     return found
+
+
+def trial(classes: Sequence[nn.Module], specs: Sequence[LinearSpec], packed: AbstractSet[str]) -> list[str]:
+    """What transformers would make of such a file, found by doing what its loading does with a model whose linears hold packed weights.
+
+    packed: linears whose ``weight`` is stored under another name. transformers hands every module to the model's own code for
+    initial values, all of which are there already; where that code asks a packed linear for its ``weight``, loading fails.
+    """
+    if any(spec.kind == "Conv1D" for spec in specs):
+        return []  # transformers is stopped before it comes to that
+    names = {name for spec in specs if spec.name in packed for name in (spec.name, *spec.aliases)}
+    for model in classes:
+        twin = copy.deepcopy(model)
+        if _initialization_failure(twin) is not None:
+            continue  # it fails with plain weights, too, so it tells nothing of packed ones
+        for name, module in twin.named_modules():
+            if name in names:
+                del module.weight
+        failure = _initialization_failure(twin)
+        if failure is not None:
+            return [f"{type(model).__name__} does not take packed weights ({failure}): {_dequantized(specs)}"]
+    return []
+
+
+def _initialization_failure(model: nn.Module) -> str | None:
+    for module in model.modules():  # transformers marks the tensors that it has read, not the modules
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        model.initialize_weights()  # type: ignore[operator]
+    except Exception as error:  # noqa: BLE001  whatever a model's code raises is the answer
+        return " ".join(str(error).split())[:80]
+    return None
+
+
+def _dequantized(specs: Sequence[LinearSpec]) -> str:
+    """How transformers reads linears that it must expand while loading: it takes the scheme of the first group for all of them."""
+    if len({spec.scheme for spec in specs}) > 1:
+        return "transformers does not read it, since it would expand all schemes as one; ptqcli and vLLM read it"
+    return "transformers needs CompressedTensorsConfig(dequantize=True)"
 
 
 def _activation_notes(schemes: Sequence[Scheme]) -> list[str]:

@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from ptqcli.checkpoint.auxiliary import refuse_adapter
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
 
@@ -22,11 +23,15 @@ CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers configuration in ``folder``. Raises PTQError when it is missing, broken, or needs code from the folder."""
+    """The transformers configuration in ``folder``.
+
+    Raises PTQError when it is missing, broken, needs code from the folder, or stands beside an adapter.
+    """
     from transformers import AutoConfig
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such model folder")
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     try:
@@ -46,17 +51,36 @@ BUILDING = threading.Lock()
 def build_on_meta(config: Any) -> nn.Module:
     """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
     import transformers
-    from accelerate import init_empty_weights
 
     kind = kind_of(config)
+    auto_class = getattr(transformers, kind.auto_class)
+    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False))
+
+
+def build_named_class(config: Any, name: str) -> nn.Module | None:
+    """As ``build_on_meta``, in the class ``name`` of transformers, the one that config.json names; None if there is no such model class.
+
+    It can hold more than the model that is quantized: images, say. Raises PTQError if transformers cannot build it.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and isinstance(config, found.config_class or ())):
+        return None
+    return _build(config, name, found)
+
+
+def _build(config: Any, what: str, make: Callable[[Any], nn.Module]) -> nn.Module:
+    from accelerate import init_empty_weights
+
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with BUILDING, init_empty_weights(include_buffers=False), _quiet_transformers():
-            model = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
+            model = make(config)
     except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
-        raise PTQError(f"transformers cannot build a {kind.name} from this config: {first_line(error)}") from error
+        raise PTQError(f"transformers cannot build a {what} from this config: {first_line(error)}") from error
     return model.eval()
 
 

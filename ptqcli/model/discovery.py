@@ -9,29 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.config import first_line
-from ptqcli.model.kinds import kind_of
-from ptqcli.model.linears import is_linear
+from ptqcli.model.kinds import ModelKind
+from ptqcli.model.linears import is_linear, linear_weight
 
-# Tokens of the pass of empty tensors; more than one, so that code which treats single-token decoding apart is not taken.
-PROBE_TOKENS = 8
+# Windows and tokens of the probe; more than one, so that code which treats single-token decoding apart is not taken, and two different
+# numbers, so that they are told apart in the shape of the hidden states.
+PROBE_WINDOWS, PROBE_TOKENS = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """What the pass of empty tensors told of one block.
+    """What the probe told of one block.
 
     stages: linears in the order in which they run, those that read the same tensor together (local names).
-    returns_tuple / extra_outputs: how the block returns its hidden states. unused: linears that did not run. repeated: linears that
-    ran more than once.
+    returns_tuple / extra_outputs: how the block returns its hidden states. hidden: their shape behind it, of PROBE_WINDOWS windows of
+    PROBE_TOKENS tokens; None if it did not run. unused: linears that did not run. repeated: linears that ran more than once.
     """
 
     stages: tuple[tuple[str, ...], ...]
     returns_tuple: bool
     extra_outputs: int
+    hidden: tuple[int, ...] | None
     unused: tuple[str, ...]
     repeated: tuple[str, ...]
 
@@ -47,7 +48,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the pass of empty tensors told. blocks: a shape for each. late: names of the modules that first ran behind the blocks."""
+    """What a pass without the model's weights told. blocks: a shape for each. late: names of the modules that first ran behind the blocks."""
 
     blocks: list[BlockShape]
     late: frozenset[str]
@@ -56,53 +57,53 @@ class Probe:
 def find_blocks(model: nn.Module, wanted: str | None = None) -> str:
     """Name of the ModuleList whose entries are the repeated blocks.
 
-    The candidates are the outermost lists of modules of one class that hold linears; the largest is taken. Raises UsageError with the
-    list of candidates when there is none, when another has more than half of its size, or when ``wanted`` is not a candidate.
+    The candidates are the outermost lists of modules that hold linears, of one class or of several; the largest is taken. Raises
+    UsageError with the list of candidates when there is none, when another has more than half of its size, or when ``wanted`` is none.
     """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(entry) for entry in module}) == 1
-        and any(is_linear(inner) for inner in module[0].modules())
-    }
+    sizes = {name: linear_size(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = [name for name, size in sizes.items() if size > 0]
     if wanted is not None:
         if wanted not in lists:
-            raise UsageError(f"--blocks {wanted}: no such list of blocks; candidates are {listed(list(lists)) or 'none'}")
+            raise UsageError(f"--blocks {wanted}: no such list of blocks; candidates are {listed(lists) or 'none'}")
         return wanted
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if not outermost:
         raise UsageError("found no list of repeated blocks with linear layers in this model; name it with --blocks")
-    sizes = {name: sum(p.numel() for p in lists[name].parameters()) for name in outermost}
-    largest = max(sizes, key=lambda name: sizes[name])
+    largest = max(outermost, key=lambda name: sizes[name])
     rivals = [name for name in outermost if name != largest and sizes[name] * 2 > sizes[largest]]
     if rivals:
         raise UsageError(f"several lists of blocks of similar size: {listed([largest, *rivals])}; choose one with --blocks")
     return largest
 
 
+def linear_size(module: nn.Module) -> int:
+    """Weights in the linears of ``module``, each module once."""
+    return sum(linear_weight(inner).numel() for inner in module.modules() if is_linear(inner))
+
+
 class StopForward(Exception):
     """Raised inside a forward pass once everything of interest has been seen."""
 
 
-def probe_model(model: nn.Module, blocks: Sequence[nn.Module]) -> Probe:
-    """Run the model once on tensors without data and note, block by block, which linears run in which order on which tensors.
+def probe_model(model: nn.Module, blocks: Sequence[nn.Module], kind: ModelKind) -> Probe:
+    """Run a model without weights once and note, block by block, which linears run in which order on which tensors.
 
-    Raises PTQError when the model cannot run on the meta device.
+    Its tokens and all that it computes from them are real, so that it may decide by values, as some rotary embeddings do; its weights are
+    zeros that take no memory, and its linears return zeros without multiplying. Raises PTQError if the model does not run that way.
     """
-    kind = kind_of(model.config)
     names = {id(module): name for name, module in model.named_modules()}
-    mode = FakeTensorMode()
     twin = copy.deepcopy(model)
     probes = [_BlockProbe(twin.get_submodule(names[id(block)])) for block in blocks]
     order = _running_order(twin)
+    _fill_with_zeros(twin)
     try:
-        with mode, torch.no_grad():
-            _fill_with_fakes(twin, mode)
-            kind.call(twin, torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise PTQError(f"the model does not run on empty tensors, so its structure cannot be discovered: {first_line(error)}") from error
+        with torch.no_grad():
+            kind.call(twin, torch.zeros(PROBE_WINDOWS, PROBE_TOKENS, dtype=torch.long))
+    except Exception as error:  # whatever the code of a model raises
+        raise PTQError(
+            f"the model does not run on {PROBE_TOKENS} tokens with all weights zero, so its structure cannot be discovered: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     last = max((place for place, name in enumerate(order) if name == names[id(blocks[-1])]), default=len(order))
     return Probe([probe.shape() for probe in probes], frozenset(order[last:]) - frozenset(order[:last]))
 
@@ -115,20 +116,21 @@ def _running_order(model: nn.Module) -> list[str]:
     return order
 
 
-def _fill_with_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Tensors with a shape but no data, which unlike meta tensors answer the questions that mask building asks of its inputs."""
+def _fill_with_zeros(model: nn.Module) -> None:
+    """Parameters that are one zero, seen as a whole matrix, and linears that return as many zeros as they would numbers."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[leaf] = mode.from_tensor(buffer)
+                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+        if is_linear(module):
+            out_features = linear_weight(module).shape[0]
+            module.forward = lambda inputs, features=out_features: inputs.new_zeros((*inputs.shape[:-1], features))
 
 
 @dataclass
 class _BlockProbe:
-    """Hooks on one block of the empty twin; keeps the seen tensors alive so that their identities stay distinct."""
+    """Hooks on one block of the twin; keeps the seen tensors alive so that their identities stay distinct."""
 
     block: nn.Module
     calls: list[tuple[str, Tensor, int]] = field(default_factory=list)  # the last: how often the tensor had been written to
@@ -156,10 +158,12 @@ class _BlockProbe:
             stages.setdefault((id(tensor), version), []).append(local)
         linears = [local for local, module in self.block.named_modules() if is_linear(module)]
         returns_tuple = isinstance(self.output, tuple)
+        hidden = self.output[0] if returns_tuple and self.output else self.output
         return BlockShape(
             stages=tuple(tuple(stage) for stage in stages.values()),
             returns_tuple=returns_tuple,
             extra_outputs=len(self.output) - 1 if returns_tuple else 0,
+            hidden=tuple(hidden.shape) if isinstance(hidden, Tensor) else None,
             unused=tuple(local for local in linears if local not in names),
             repeated=tuple(local for local in linears if names.count(local) > 1),
         )
