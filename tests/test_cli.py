@@ -441,7 +441,7 @@ def test_every_option_of_a_part_has_a_flag_that_names_its_parts(ptq: Ptq) -> Non
     assert "Algorithm: options of gptq, obq: --damp X Damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
     assert "Algorithm: options of gptq: --act-order / --no-act-order Most active columns first." in shown
     for declared in declarations():
-        of_part = shown.partition(f"Algorithm: options of {', '.join(declared.parts)}:")[2].partition(":")[0]
+        of_part = shown.partition(f"Algorithm: options of {', '.join(declared.parts)}:")[2].partition("Algorithm: ")[0]
         assert f"--{declared.option.flag} " in of_part
 
 
