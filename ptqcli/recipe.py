@@ -19,6 +19,7 @@ from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import DEFAULT_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.options import SchemeDefaults, fits, kind_text
+from ptqcli.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
@@ -225,14 +226,14 @@ def _check_options(options: PartOptions, algorithm: Algorithm, where: str = "") 
     mine = {part.name: part for part in algorithm.parts}
     for name, values in options.items():
         if name not in parts():
-            raise UsageError(f"{where}there is no part '{name}'; the parts are {', '.join(parts())}")
+            raise UsageError(f"{where}there is no part '{name}'; the parts are {', '.join(parts())}{did_you_mean(name, parts())}")
         for key, value in values.items():
             if name not in mine:
                 raise UsageError(f"{where}{name}.{key} belongs to {name}, not to {algorithm.name}; leave it out")
             known = {option.name: option for option in mine[name].options}
             if key not in known:
                 listed = f"its options are {', '.join(known)}" if known else "it has none"
-                raise UsageError(f"{where}{name} has no option '{key}'; {listed}")
+                raise UsageError(f"{where}{name} has no option '{key}'; {listed}{did_you_mean(key, known)}")
             if not fits(value, known[key].hint):
                 raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {value!r}")
 
@@ -291,7 +292,7 @@ def _options(values: Mapping[str, object], algorithm: Algorithm, where: str) -> 
             _spread(keys[key], value, algorithm, found, where)
         else:
             known = sorted([*_fields(), *keys, *parts()])
-            raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}")
+            raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}{did_you_mean(key, known)}")
     for part, section in sections:
         for name, value in _section(section, part, where).items():
             if name in found.get(part, {}):
