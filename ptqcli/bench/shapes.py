@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.runtime import same_input
 
@@ -96,7 +97,7 @@ def shapes_of(folder: Path) -> list[tuple[Shape, Scheme]]:
     if not packed.schemes:
         raise UsageError(f"{folder}: config.json names no linear of the model as quantized, so there is nothing to time")
     found: dict[tuple[int, int, Scheme], list[str]] = {}
-    for names in same_input(packed.model, packed.schemes):
+    for names in same_input(packed.model, kind_of(packed.config), packed.schemes):
         for scheme in dict.fromkeys(packed.schemes[name] for name in names):
             alike = [packed.spec(name) for name in names if packed.schemes[name] == scheme]
             key = (alike[0].in_features, sum(spec.out_features for spec in alike), scheme)
