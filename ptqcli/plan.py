@@ -250,7 +250,7 @@ def _check_fused(chosen: Format, linears: Sequence[PlannedLinear], groups: Seque
 def _check_hidden_states(skeleton: Skeleton) -> None:
     """Calibration keeps what is between the blocks as [windows, tokens, features]."""
     for index, shape in enumerate(skeleton.shapes):
-        if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[:2] != (PROBE_WINDOWS, PROBE_TOKENS):
+        if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
             found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
             raise UsageError(
                 f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features], which calibration needs; "

@@ -180,7 +180,12 @@ def _stand_in(linear: nn.Module, was_read: Callable[[], None]) -> None:
         return torch.zeros(weight.shape, dtype=weight.dtype)  # type: ignore[arg-type]
 
     linear.__class__ = type(type(linear).__name__, (type(linear),), {"weight": property(read)})
-    linear.forward = lambda input: input.new_zeros((*input.shape[:-1], out_features))
+    linear.forward = partial(_zeros, out_features)
+
+
+def _zeros(features: int, *args: Any, **kwargs: Any) -> Tensor:
+    inputs = linear_input(args, kwargs)
+    return inputs.new_zeros((*inputs.shape[:-1], features))
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
