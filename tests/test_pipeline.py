@@ -18,6 +18,7 @@ from transformers import T5Config
 import ptqcli.pipeline.pipeline
 from ptqcli.calibration.hidden import HiddenStates, beyond_budget, new_buffer
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.discovery import find_blocks
@@ -26,6 +27,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.block import WindowWork
+from ptqcli.pipeline.output import Marker
 from ptqcli.pipeline.pipeline import plan_run, quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.plan import make_plan
@@ -110,7 +112,7 @@ def test_what_stands_in_the_way_is_not_removed(model, tmp_path):
 
 def test_a_file_in_the_place_of_the_growing_folder_is_named(model, tmp_path):
     (tmp_path / "out.partial").write_text("years of work")
-    with pytest.raises(PTQError, match=r"out\.partial: cannot write there: File exists"):
+    with pytest.raises(PTQError, match=r"out\.partial: is in the way and no folder"):
         quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
 
@@ -369,6 +371,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(m
 def test_what_a_killed_run_has_left_is_replaced(model, tmp_path):
     left = tmp_path / "out.partial"
     left.mkdir()
+    Marker(output="out", into=False, replaces=None).write(Directory(left))
     (left / "shard-00001.safetensors").write_bytes(b"half")
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
     assert not left.exists()
@@ -482,6 +485,7 @@ def test_blocks_are_found_or_asked_for():
 PEAK = """
 import json, sys
 from pathlib import Path
+from ptqcli.pipeline.output import Marker
 from ptqcli.pipeline.pipeline import plan_run, quantize
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources

@@ -52,7 +52,7 @@ def command(ctx: click.Context, data_dir: Path | None, as_json: bool) -> None:
     checks = [_python(), *_packages(), _processor(), _memory(), _disk(), *_gpus(), _wikitext(data_dir)]
     output = Output(as_json=as_json)
     output.facts((check.name, STATUS_WORDS[check.status], check.found, check.advice) for check in checks)
-    output.result([asdict(check) for check in checks])
+    output.result({"checks": [asdict(check) for check in checks]})
     ctx.exit(int(any(check.status == "missing" for check in checks)))
 
 

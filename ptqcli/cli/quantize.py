@@ -45,7 +45,7 @@ def command(
     MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
-    from ptqcli.pipeline.folder import check_output
+    from ptqcli.pipeline.output import check_output
     from ptqcli.pipeline.pipeline import plan_run, quantize
     from ptqcli.recipe import load_recipe
     from ptqcli.shipped import find_recipe
@@ -65,6 +65,7 @@ def command(
     with track("block", quiet) as tracker:
         progress = QuantizeProgress(folder, target, words, tracker)
         report = quantize(folder, asked, target, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress)
+    click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.progress import Tracker
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
+from ptqcli.cli.signals import clean_up_first
 from ptqcli.pipeline.report import REPORT_NAME
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class QuantizeProgress:
         self._errors: list[float] = []
 
     def planned(self, plan: Plan) -> None:
+        clean_up_first()
         show_plan(plan, self._model, self._target, self._words)
 
     def phase(self, text: str) -> None:

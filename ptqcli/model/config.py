@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from ptqcli.checkpoint.auxiliary import refuse_adapter
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
 
@@ -22,11 +23,15 @@ CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers configuration in ``folder``. Raises PTQError when it is missing, broken, or needs code from the folder."""
+    """The transformers configuration in ``folder``.
+
+    Raises PTQError when it is missing, broken, needs code from the folder, or stands beside an adapter.
+    """
     from transformers import AutoConfig
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such model folder")
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     try:

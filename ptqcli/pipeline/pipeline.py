@@ -7,6 +7,7 @@ final name when everything is in it: an interrupted run leaves nothing that look
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,17 +17,18 @@ import torch
 from torch import nn
 
 from ptqcli.calibration.text import calibration_windows, documents
-from ptqcli.checkpoint.writer import write_json
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.formats import find_format
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
-from ptqcli.pipeline.folder import check_output, growing
+from ptqcli.pipeline.folder import growing
 from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
+from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import REPORT_NAME, Report, make_report
+from ptqcli.pipeline.report import Report, make_report
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.plan import Plan, make_plan
@@ -57,17 +59,19 @@ def quantize(
     """
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
-    check_output(output, folder, overwrite)
+    inputs = [path for path in (Path(recipe.calib), data_dir) if path is not None and os.path.exists(path)]
+    check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
         skeleton, plan = plan_run(model, recipe, resources)
     progress.planned(plan)
-    with growing(output, overwrite, plan.disk_bytes) as growing_folder, torch.no_grad():
+    with growing(output, folder, overwrite, plan.disk_bytes, inputs) as growing_folder, torch.no_grad():
         work = _Quantization(skeleton, plan, resources, growing_folder, progress, clock)
         work.run(data_dir)
         report = make_report(
             plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.written.bytes
         )
-        write_json(growing_folder / REPORT_NAME, report.stored())
+        with clock.measure("write"):
+            work.written.finish(report)
     return replace(
         report,
         output=str(output),
@@ -80,7 +84,7 @@ def quantize(
 class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Path, progress: Progress, clock: Clock) -> None:
+    def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Directory, progress: Progress, clock: Clock) -> None:
         self.skeleton, self.plan, self.progress, self.clock, self.folder = skeleton, plan, progress, clock, folder
         self.state = Run(
             skeleton=skeleton,
@@ -95,7 +99,7 @@ class _Quantization:
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
 
     def run(self, data_dir: Path | None) -> None:
-        """Everything but the report."""
+        """Everything up to the last tensor."""
         if self.plan.needs_calibration:
             self._calibrate(data_dir)
         with self.clock.measure("write"):
@@ -105,7 +109,6 @@ class _Quantization:
             self._quantize_window(range(len(self.skeleton.blocks))[start : start + window])
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after)
-            self.written.finish()
 
     def _calibrate(self, data_dir: Path | None) -> None:
         """Read the calibration text and record how the model calls its blocks on it."""
@@ -117,7 +120,7 @@ class _Quantization:
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms)
-            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder, original, excerpts)
+            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder.path, original, excerpts)
 
     def _quantize_window(self, indices: Sequence[int]) -> None:
         """Load, solve, write and release the blocks ``indices``."""
