@@ -29,10 +29,6 @@ DEFAULT_SEQLEN = 2048
 
 PICKABLE_GROUPS = (128, 64, 32)
 
-# Linears with fewer columns than a group, or than this where a group is a row, stay as they are if all of them hold no more than this share
-# of the weights: of a matrix of 4 x 4 the scales would take more room than its numbers, and no group size should be chosen for it.
-NARROWEST, NARROW_SHARE = 32, 0.05
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -157,16 +153,7 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
             aliases=skeleton.aliases(site.name),
         )
         linears.append(PlannedLinear(site, spec))
-    narrow = [linear for linear in linears if _is_narrow(linear)]
-    if sum(map(_size, narrow)) > NARROW_SHARE * sum(map(_size, linears)):
-        return linears, skipped
-    skipped += [(linear.name, f"only {linear.site.in_features} columns") for linear in narrow]
-    return [linear for linear in linears if linear not in narrow], skipped
-
-
-def _is_narrow(linear: PlannedLinear) -> bool:
-    group = linear.scheme.group_size
-    return linear.site.in_features < (group if group > 0 else NARROWEST)
+    return linears, skipped
 
 
 def _size(linear: PlannedLinear) -> int:
