@@ -171,8 +171,10 @@ def find_algorithm(name: str) -> Algorithm:
     table, words = parts(), name.split("+")
     for word in words:
         if word not in table:
-            known = f"choose one of {', '.join(table)}, or join several such as awq+gptq"
-            raise UsageError(f"algorithm '{word}' is unknown; {known}{did_you_mean(word, table)}")
+            raise UsageError(
+                f"algorithm '{word}' is unknown; choose one of {', '.join(table)}, or join several such as awq+gptq"
+                f"{did_you_mean(word, table)}"
+            )
         if words.count(word) > 1:
             raise UsageError(f"algorithm '{name}': {word} stands twice; name each part once")
     named = [table[word] for word in words]

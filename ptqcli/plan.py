@@ -17,6 +17,7 @@ import torch
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, find_format
+from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import AUTO_GROUP, AUTO_GROUPS, Scheme
@@ -93,7 +94,6 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     _check_groups(linears, recipe)
-    _check_runs_once(linears, skeleton)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears)
     stages = _planned_stages(linears, skeleton)
@@ -101,6 +101,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_fused(chosen, fused)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
     _check_length(seqlen, skeleton)
+    if needs_calibration(recipe, linears):
+        _check_hidden_states(skeleton)
     memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
@@ -140,11 +142,7 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name)
         scheme = assigned.get(site.name, scheme)
-        if site.local in skeleton.shapes[site.block].unused:
-            reason = reason or "never runs"
-        if site.name in skeleton.shared:
-            reason = reason or f"its weight is that of {skeleton.shared[site.name]}, too"
-        reason = reason or _too_narrow(scheme, site)
+        reason = reason or _obstacle(site, skeleton) or _too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
@@ -164,6 +162,24 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
         )
         linears.append(PlannedLinear(site, spec))
     return linears, skipped
+
+
+def _size(linear: PlannedLinear) -> int:
+    return linear.site.in_features * linear.site.out_features
+
+
+def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
+    """Why a linear stays as it is, whatever is asked for, or None."""
+    shape = skeleton.shapes[site.block]
+    if site.local in shape.unused:
+        return "never runs"
+    if site.local in shape.repeated:
+        return "runs more than once within its block"
+    if site.local in shape.read:
+        return "code outside of it reads its weight"
+    if site.name in skeleton.shared:
+        return f"its weight is that of {skeleton.shared[site.name]}, too"
+    return None
 
 
 def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
@@ -249,12 +265,6 @@ def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
     return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
 
 
-def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
-    for linear in linears:
-        if linear.site.local in skeleton.shapes[linear.site.block].repeated:
-            raise UsageError(f"{linear.name} runs more than once within its block, which is not supported; add it to --ignore")
-
-
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
     for linear in linears:
         reason = chosen.refusal(linear.spec)
@@ -282,6 +292,17 @@ def _check_fused(chosen: Format, fused: Sequence[Mapping[str, Scheme | None]]) -
         reason = chosen.fused_refusal(group)
         if reason is not None:
             raise UsageError(reason)
+
+
+def _check_hidden_states(skeleton: Skeleton) -> None:
+    """Calibration keeps what is between the blocks as [windows, tokens, features]."""
+    for index, shape in enumerate(skeleton.shapes):
+        if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
+            found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
+            raise UsageError(
+                f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features], which calibration needs; "
+                "use --algo rtn, which needs none"
+            )
 
 
 def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
@@ -330,12 +351,12 @@ def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list
 def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
     """What is not quantized and might be thought to be."""
     notes = []
-    unused, stacked = skeleton.names.unmatched, skeleton.stacked()
+    unused, stacked = skeleton.names.unmatched, skeleton.stacks
     if unused:
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
-    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.total_size
+    share = sum(map(_size, linears)) / skeleton.matrix_size
     if share < 0.5:
         notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
     if skeleton.unbuilt:

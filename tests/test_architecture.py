@@ -26,8 +26,8 @@ ALLOWED = {
     "errors": set(),
     "suggest": set(),
     "options": {"errors", "suggest"},
-    "shipped": {"errors"},
-    "numerics": {"errors"},
+    "shipped": {"errors", "suggest"},
+    "numerics": {"errors", "suggest"},
     "resources": {"errors"},
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
@@ -48,7 +48,15 @@ ALLOWED = {
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
-QUICK_MODULES = ("ptqcli.cli", "ptqcli.errors", "ptqcli.formats", "ptqcli.__version__", "ptqcli.model.locate", "ptqcli.pipeline.report")
+QUICK_MODULES = (
+    "ptqcli.cli",
+    "ptqcli.errors",
+    "ptqcli.formats",
+    "ptqcli.__version__",
+    "ptqcli.suggest",
+    "ptqcli.model.locate",
+    "ptqcli.pipeline.report",
+)
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 
 

@@ -27,7 +27,7 @@ from ptqcli.cli import COMMANDS, app, doctor, run
 from ptqcli.cli.console import size_text, time_text
 from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
-from ptqcli.cli.quantize_flags import parse_override
+from ptqcli.cli.quantize_flags import FLAGS, parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, Scheme
 from ptqcli.pipeline.report import REPORT_NAME
@@ -121,7 +121,7 @@ REFUSED = [
     ("quantize model --blocks nowhere", 2, "nowhere"),
     ("quantize model --scheme w4", 2, "w4"),
     ("quantize model --scheme w4a16 --wbits 4", 2, "scheme w4a16 says what the numbers are, so leave wbits out"),
-    ("quantize model --recipe w4a16-aqw", 2, "did you mean w4a16-awq"),
+    ("quantize model --recipe w4a16-aqw", 2, "did you mean 'w4a16-awq'?"),
     ("quantize model --recipe nowhere", 2, "recipe 'nowhere' is neither a file nor one of those that come along; `ptq recipes` lists them"),
     ("quantize model --recipe nowhere.yaml", 2, "nowhere.yaml: cannot read the recipe: No such file"),
     ("quantize model --recipe empty", 2, "empty: cannot read the recipe: Is a directory"),
@@ -439,11 +439,20 @@ def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
 
 def test_every_option_of_a_part_has_a_flag_that_names_its_parts(ptq: Ptq) -> None:
     shown = " ".join(ptq("quantize", "--help").out.split())
-    assert "--damp X gptq, obq: damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
-    assert "--act-order / --no-act-order gptq: most active columns first. [default: (act-order)]" in shown
-    assert "--smooth-level O1|O2|O3 smoothquant: " in shown
+    assert "Algorithm: options of gptq, obq: --damp X Damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
+    assert "Algorithm: options of gptq: --act-order / --no-act-order Most active columns first." in shown
     for declared in declarations():
-        assert f"--{declared.option.flag} " in shown
+        of_part = shown.partition(f"Algorithm: options of {', '.join(declared.parts)}:")[2].partition("Algorithm: ")[0]
+        assert f"--{declared.option.flag} " in of_part
+
+
+def test_the_help_of_quantize_is_in_groups(ptq: Ptq) -> None:
+    groups = re.findall(r"^(\w.*):$", ptq("quantize", "--help").out, flags=re.MULTILINE)
+    assert [group for group in groups if "options of" not in group] == list(FLAGS)
+    assert len(set(groups)) == len(groups)
+    shown = ptq("quantize", "--help").out
+    for option in quantize_command.params:
+        assert isinstance(option, click.Argument) or shown.count(f"\n  {option.opts[0]} ") == 1
 
 
 def test_algorithms(ptq: Ptq) -> None:

@@ -46,6 +46,9 @@ class Plain:
     def stored_bytes(self, spec: LinearSpec) -> int:
         return spec.out_features * (spec.in_features + spec.scale_dtype.itemsize)
 
+    def trial(self, classes: Sequence[torch.nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
+        return []
+
     def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
         return ["plain-bytes: nothing else reads it"]
 

@@ -710,15 +710,17 @@ def test_linears_run_as_one_matrix_need_one_scheme() -> None:
 
 NOTED: dict[str, tuple[list[tuple[Scheme, str]], list[str]]] = {
     "symmetric weights": ([(W4, "Linear"), (W8, "Linear")], []),
-    "asymmetric": ([(W4, "Linear"), (W2, "Linear")], ["asymmetric: vLLM reads it"]),
+    "asymmetric": ([(W2, "Linear")], ["asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)"]),
     "per token": ([(W8A8, "Linear")], []),
     "per tensor": ([(W8A8_TENSOR, "Linear")], ["activations scaled per tensor at run time"]),
     "4 bits per token": ([(W4A8, "Linear")], ["4-bit codes beside 8-bit activations take a byte each"]),
     "2 bits per token": ([(replace(W4A8, bits=2), "Linear")], ["2-bit codes", "vLLM reads only 4 bits"]),
     "outliers": ([(LLM_INT8, "Linear")], ["outlier columns: only ptqcli reads them"]),
     "Conv1D": ([(W4, "Conv1D")], ["Conv1D layers: ptqcli and vLLM read them"]),
-    "own class": ([(W4, "Linear"), (W4, "OwnLinear")], ["OwnLinear layers: transformers may need"]),
-    "own class with activations": ([(W8A8, "OwnLinear")], ["OwnLinear layers: transformers cannot run them"]),
+    "asymmetric, in two schemes": (
+        [(replace(W4, symmetric=False), "Linear"), (W8, "Linear")],
+        ["asymmetric: vLLM reads it; transformers does not"],
+    ),
 }
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.console import Output
 from ptqcli.cli.folder_name import default_output
 from ptqcli.cli.load import silence_transformers
-from ptqcli.cli.options import open_device
+from ptqcli.cli.options import examples, open_device
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize_flags import QuantizeCommand, all_flags
 from ptqcli.cli.quantize_report import QuantizeProgress, plan_as_json, show_report
@@ -23,8 +24,17 @@ if TYPE_CHECKING:
     from ptqcli.resources import Resources
 
 
-@click.command(cls=QuantizeCommand)
-@click.argument("model", required=False)
+@click.command(
+    cls=QuantizeCommand,
+    epilog=examples(
+        "ptq quantize ~/models/Llama-3.2-1B --algo gptq --wbits 4 --calib c4",
+        "ptq quantize ~/models/Llama-3.2-1B --algo awq+gptq --scheme w3a16-g64-asym --damp 0.05",
+        "ptq quantize ~/models/Llama-3.2-1B --algo smoothquant --output small --overwrite",
+        "ptq quantize ~/models/Llama-3.2-1B --recipe w4a16-awq --override 'down_proj:bits=8' --ignore 'layers\\.0\\.'",
+        "ptq quantize ~/models/Llama-3.2-1B --dry-run      # every decision, the memory and the disk it needs",
+    ),
+)
+@click.argument("model", required=False, shell_complete=completion.model)
 @all_flags
 def command(
     model: str | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.progress import Tracker
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
-from ptqcli.cli.signals import clean_up_first
+from ptqcli.cli.signals import clean_up_first, stop_if_interrupted
 from ptqcli.pipeline.report import REPORT_NAME
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class QuantizeProgress:
         self._tracker.part(name, done, total)
 
     def layer_done(self, name: str, error: float) -> None:
+        stop_if_interrupted()
         self._errors.append(error)
         self._tracker.note(f"{name}  error {error:.4f}")
 

@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ptqcli.errors import UsageError
+from ptqcli.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from ptqcli.numerics.elements import Element
@@ -196,11 +197,20 @@ class Scheme:
         """The scheme that ``text`` names, see the module; in capitals as well. Raises UsageError for anything else."""
         found = _NAME.fullmatch(re.sub(r"^llm-int8(?=-|$)", "w8a8-outliers", text.strip().lower()))
         if found is None:
-            raise UsageError(f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}")
+            raise UsageError(
+                f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}{did_you_mean(text, usual_schemes())}"
+            )
         try:
             return _scheme_of(found)
         except UsageError as error:
             raise UsageError(f"scheme {text!r}: {error}") from error
+
+
+def usual_schemes() -> list[str]:
+    """Names that a person is likely to want, for advice and completion."""
+    groups = ("g128", "g64", "g32", "row")
+    weights_only = [f"w{bits}a16-{group}{zero}" for bits in SUPPORTED_BITS for group in groups for zero in ("", "-asym")]
+    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static", "w4a8"]
 
 
 def _scheme_of(name: re.Match[str]) -> Scheme:

@@ -116,10 +116,11 @@ class _Growing:
 
     def _claim(self, check: Callable[[], None]) -> bool:
         """Make or take the working folder, lock it and mark it; False if another run, which had made it, has removed it meanwhile."""
-        self._made = False
-        with suppress(FileExistsError):
+        self._made = True  # before it is so: an interruption may come right behind the call
+        try:
             self.parent.make_folder(self.name)
-            self._made = True
+        except FileExistsError:
+            self._made = False
         try:
             self._folder = Directory(self.name, self.parent)
         except FileNotFoundError:
@@ -161,9 +162,10 @@ class _Growing:
         if not names:
             return
         marker = Marker.read(self.folder, self.output.name)
-        if marker is None or marker.into != self.into:
+        if (marker is None or marker.into != self.into) and names != [MARKER]:  # a marker alone may be half-written
             raise PTQError(f"{self.work}: is in the way and holds {names[0]}; move it away, or choose another --output")
-        self._restore(marker.replaces)
+        if marker is not None:
+            self._restore(marker.replaces)
         remove_checkpoint(self.folder)
         self._made = not self.into
 
@@ -199,6 +201,9 @@ class _Growing:
     def end(self) -> str:
         """Undo what is not finished; what there is to say of the folders, "" if the disk is as it was."""
         if self._folder is None:
+            if self._made and self._parent is not None:
+                with suppress(OSError):  # not empty: another run has it
+                    os.rmdir(self.name, dir_fd=self.parent.descriptor)
             self._remove_parents()
             return ""
         try:
