@@ -88,6 +88,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
 
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
     """
+    _check_window(recipe)
     linears, skipped = _choose(recipe, skeleton, assigned or {})
     outside = _outside(skeleton)
     _check_patterns_match(recipe, skeleton, outside)
@@ -263,6 +264,12 @@ def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
     if common is None:
         return advice
     return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
+
+
+def _check_window(recipe: Recipe) -> None:
+    window = as_block_solver(recipe.solver()).window
+    if not isinstance(window, int) or window < 1:
+        raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
