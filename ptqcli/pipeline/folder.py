@@ -126,6 +126,7 @@ class _Growing:
             self._clear_leftovers()
             check()
             self._replaces = None if self.into else self.parent.identity_of(self.output.name)
+            self._made = not self.into
             with suppress(FileNotFoundError):
                 Marker(output=self.output.name, into=self.into, replaces=self._replaces).write(self.folder)
                 return True
@@ -158,7 +159,6 @@ class _Growing:
         if marker is not None:
             self._restore(marker.replaces)
         remove_checkpoint(self.folder)
-        self._made = not self.into
 
     # The end
 
