@@ -124,9 +124,9 @@ class _Growing:
         self._settle()
         if self.parent.identity_of(self.name) == self.folder.identity:
             self._clear_leftovers()
+            self._made = not self.into
             check()
             self._replaces = None if self.into else self.parent.identity_of(self.output.name)
-            self._made = not self.into
             with suppress(FileNotFoundError):
                 Marker(output=self.output.name, into=self.into, replaces=self._replaces).write(self.folder)
                 return True

@@ -57,12 +57,13 @@ def test_a_link_at_a_temporary_name_is_not_written_through(tmp_path: Path, preci
     assert not (tmp_path / "not there yet").exists()
 
 
-def test_a_link_at_a_final_name_is_replaced_and_not_followed(tmp_path: Path, precious: Path) -> None:
+def test_a_link_at_a_final_name_is_neither_followed_nor_replaced(tmp_path: Path, precious: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").symlink_to(precious)
-    write_json(Directory(tmp_path / "folder"), "config.json", {})
+    with pytest.raises(FileExistsError, match=r"folder/config\.json"):
+        write_json(Directory(tmp_path / "folder"), "config.json", {})
     assert precious.read_text() == "years of work"
-    assert not (tmp_path / "folder" / "config.json").is_symlink()
+    assert (tmp_path / "folder" / "config.json").is_symlink()
 
 
 class Planting(NoProgress):
@@ -75,7 +76,9 @@ class Planting(NoProgress):
         (self.folder / self.name).symlink_to(self.target)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "joined.safetensors.tmp", "ptq_report.json.tmp", "shard-00003.safetensors.tmp"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "model.safetensors", "joined.safetensors.tmp", "ptq_report.json.tmp", "shard-00003.safetensors.tmp"]
+)
 def test_a_link_in_the_working_folder_ends_the_run(model: Path, precious: Path, name: str) -> None:
     work = model.parent / "out.partial"
     with pytest.raises(PTQError, match=f"out.partial/{name}: File exists; .*out.partial is left") as raised:
