@@ -46,7 +46,7 @@ from transformers.models.auto import modeling_auto
 import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.pipeline import plan_run
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources
 
@@ -168,6 +168,9 @@ def draw(model: torch.nn.Module) -> None:
             parameter.normal_(std=0.5 if id(parameter) in embeddings else 1.5 / parameter.shape[1] ** 0.5)
         elif name.endswith("bias"):
             parameter.normal_(std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0  # as in trained models; some classes set it to zero whenever they load
 
 
 @torch.no_grad()
@@ -340,6 +343,8 @@ def summary(row: Row) -> tuple[str, str]:
     request, worst = min(row.outcomes.items(), key=lambda item: order.index(item[1].result))
     first = next(iter(row.outcomes.values()))
     reason = worst.reason
+    if worst.result == "refused by transformers" and first.result == "dequantize only":
+        return first.result, f"{first.reason}; several schemes: refused, and said"
     if worst.result == "refused":
         reason = next((name for name, pattern in REASONS.items() if re.search(pattern, worst.reason)), worst.reason)
         if first.result in ("right", "dequantize only"):

@@ -36,7 +36,9 @@ SIZES = {
     r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k|topk_group|n_group|num_expert_group|n_shared_experts": 2,
     r".*(num_layers|n_layers?|decoder_layers|encoder_layers|hidden_layers|depth|num_blocks|num_global_layers|layers_per_stack)": FEWEST_LAYERS,
     r".*period": 2,
-    r".*offset": 1,
+    r".*offset|first_k_dense_replace|num_dense_layers": 1,
+    r"base_channels|num_filters": 32,
+    r"hidden_size_global": WIDTH,
     r"num_kv_shared_layers|num_nextn_predict_layers": 0,
     r"index_topk|index_topk_blocks": 8,
     r".*ngram_vocab_size_base|out_hidden_size|backbone_hidden_size": WIDTH,
@@ -44,6 +46,7 @@ SIZES = {
     r"image_size": 32,
     r"max_window_layers|moe_layer_end_index": 1,
 }
+KINDS = ("full_attention", "sliding_attention")
 LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|num_blocks")
 
 
@@ -51,16 +54,30 @@ LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"num_key_value_heads": HEADS, "num_experts_per_tok": 1, "num_experts_per_token": 1},  # every head has its keys; one expert a group
+    {"num_key_value_heads": HEADS, "n_group": 1, "topk_group": 1, "num_expert_group": 1},  # one group of experts
     {"pad_token_id": 1},  # positions are counted from it
     {"num_key_value_heads": HEADS, "head_dim": HEAD},
 )
 # What no rule finds: relations that a model type checks by itself.
 EXTRA: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in KINDS}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 300, "<image>": 301, **{f"<|visual token {n:06}|>": 260 + n for n in range(32)}}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 2 * HEAD},
+    "qwen4_exp_text": {
+        "indexer_n_heads": HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "xmod": {"pad_token_id": 1, "default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"head_dim": 32},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
-    "zamba2": {"num_hidden_layers": 6, "layer_types": ["mamba", "mamba", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
 }
 
 

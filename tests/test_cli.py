@@ -29,6 +29,7 @@ from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.cli.quantize_flags import FLAGS, parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
+from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, Scheme
 from ptqcli.pipeline.report import REPORT_NAME
 from ptqcli.recipe import ACTIVATION_SCALES, Override, Recipe
 
@@ -419,7 +420,7 @@ def test_shown_defaults_that_follow_from_others_do() -> None:
     plain, eight_bits = Recipe().default_scheme, Recipe(algo="smoothquant").default_scheme
     assert eight_bits.activations is not None
     assert shown["wbits"] == f"{plain.bits}; smoothquant, llm-int8: {eight_bits.bits}"
-    assert shown["group_size"] == f"{plain.group_size}; with 8-bit activations: {eight_bits.group_size}"
+    assert (shown["group_size"], plain.group_size, eight_bits.group_size) == ("auto", AUTO_GROUP, WHOLE_ROW)
     assert shown["abits"] == f"16; smoothquant, llm-int8: {eight_bits.activations.bits}"
     assert ACTIVATION_SCALES[shown["act_scales"]] == eight_bits.activations
     split = Recipe(algo="llm-int8").default_scheme.outliers
@@ -476,7 +477,7 @@ def test_recipes(ptq: Ptq, at_work: Path) -> None:
         assert re.search(rf"^{name} +{re.escape(row['algo'])} ", shown.out, flags=re.MULTILINE)
         plan = json.loads(ptq("quantize", "--recipe", name, "--dry-run", "--json").out)
         assert plan["recipe"]["algo"] == row["algo"]
-        assert row["scheme"] in {linear["scheme"] for linear in plan["linears"]}
+        assert str(Scheme.parse(row["scheme"]).resolved(128)) in {linear["scheme"] for linear in plan["linears"]}
     assert listed["w4a16-gptq"]["summary"].startswith("4-bit weights, 16-bit activations: the usual choice.")
 
 
@@ -499,7 +500,7 @@ def test_quantize_tells_what_it_did(ptq: Ptq, at_work: Path, tmp_path: Path) -> 
     answer = ptq(*command, "--override", r"down_proj:bits=8,group=32,asym", "--override", r"\.0\.self_attn:skip")
     assert answer.code == 0
     assert re.search(r"linears +w4a16-g64 x 8, w8a16-g32-asym x 2", answer.out)
-    assert re.search(r"left as they are +model\.layers\.0\.self_attn\.q_proj \(skipped\)", answer.out)
+    assert re.search(r"left as they are +model\.layers\.0\.self_attn\.q_proj, \S+ and 2 more \(skipped\)", answer.out)
     assert re.search(r"calibration +4 windows of 128 tokens from text\.txt", answer.out)
     assert "Worst layers by relative output error" in answer.out
     assert re.search(r"size +\S+ KiB before, \S+ KiB after", answer.out)

@@ -6,8 +6,8 @@ One process of its own has the package on its path and runs all command lines; w
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path

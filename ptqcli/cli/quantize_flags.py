@@ -59,9 +59,19 @@ def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
     numbers = {"bits": "bits", "group": "group_size", "abits": "abits"}
     if key in words and not value:
         return words[key]
+    if (key, value) == ("group", "auto"):
+        return {"group_size": value}
     if key in numbers and re.fullmatch(r"-?[0-9]+", value):
         return {numbers[key]: int(value)}
     raise click.BadParameter(f"{key}{'=' if value else ''}{value} in {text!r} is not understood; write {OVERRIDE_EXAMPLES}")
+
+
+def _parse_group(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if re.fullmatch(r"-?[0-9]{1,18}", value) is None:
+        raise click.BadParameter(f"{value!r} is no group size; give auto, a number of columns, -1 or 0")
+    return int(value)
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, dict[str, object]]:
@@ -130,10 +140,11 @@ FLAGS = {
         click.option("--wbits", type=int, metavar="2|3|4|8", show_default="4; smoothquant, llm-int8: 8", help="Bits per weight."),
         click.option(
             "--group-size",
-            type=int,
-            metavar="N",
-            show_default="128; with 8-bit activations: -1",
-            help="Neighbouring columns that share a scale; -1: whole rows; 0: the whole matrix.",
+            callback=_parse_group,
+            metavar="auto|N",
+            show_default="auto",
+            help="Neighbouring columns that share a scale; -1: whole rows; 0: the whole matrix; auto: for each linear the first of 128, "
+            "64, 32 and 16 that divides its width, or whole rows with 8-bit activations.",
         ),
         click.option("--sym/--asym", "symmetric", default=None, show_default="sym", help="Fixed zero point, or one per group."),
         click.option(

@@ -142,7 +142,7 @@ class Format(Protocol):
 
     @abstractmethod
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """File name -> keys to merge into its JSON. untouched: all matrices that are not quantized, by every name that a reader may know."""
+        """File name -> keys to merge into its JSON. untouched: all other matrices, by every name that a reader may know them under."""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``quantization_config`` entry of config.json is of this format."""

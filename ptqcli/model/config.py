@@ -65,9 +65,10 @@ def build_named_class(config: Any, name: str) -> nn.Module | None:
     import transformers
 
     found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and isinstance(config, found.config_class or ())):
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         return None
-    return _build(config, name, found)
+    wanted: Any = found.config_class  # type: ignore[attr-defined]
+    return _build(config, name, found) if wanted is not None and isinstance(config, wanted) else None
 
 
 def _build(config: Any, what: str, make: Callable[[Any], nn.Module]) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.config import build_named_class, build_on_meta
-from ptqcli.model.discovery import find_blocks, linear_size, listed, probe_model
+from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
 from ptqcli.model.names import DiskNames
@@ -58,13 +58,15 @@ class Skeleton:
         self.classes = [(self.model, self.names)]  # and the one that config.json names, if that is another
         self.unbuilt: str | None = None  # why that one is not here
         self._build_named_class()
-        self.blocks_name = find_blocks(self.model, blocks)
-        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
-        self.total_size = self._total_size()
-        self._refuse_few(blocks is not None)
         self._refuse_missing()
-        probe = probe_model(self.model, self.blocks, self.kind)
-        self.shapes, self._late = probe.blocks, probe.late
+        self._refuse_stacks()
+        probe = probe_model(self.model, self.kind)
+        self.blocks_name = find_blocks(self.model, blocks, probe.order)
+        if blocks is None:
+            self._refuse_few(probe)
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
+        self.shapes = [probe.shape(self.block_prefix(index)) for index in range(len(self.blocks))]
+        self._late = probe.behind(self.block_prefix(len(self.blocks) - 1))
         self.linears = [site for index in range(len(self.blocks)) for site in self._sites(index)]
         self.before, self.units, self.after = self._units()
 
@@ -97,12 +99,8 @@ class Skeleton:
         else:
             self.classes.append((model, DiskNames(model, self._tensors.names)))
 
-    def _total_size(self) -> int:
-        """Weights in all matrices of the model, stacked ones too; neither embeddings nor the output head."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return linear_size(self.model) - (0 if head is None else linear_size(head)) + sum(self.stacked().values())
-
-    def stacked(self) -> dict[str, int]:
+    @cached_property
+    def stacks(self) -> dict[str, int]:
         """Size of each parameter that is a stack of matrices, as those of fused experts are; kernels of convolutions are none."""
         convolutions = (nn.Conv1d, nn.ConvTranspose1d)
         return {
@@ -111,22 +109,34 @@ class Skeleton:
             if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(_owner(self.model, name)[0], convolutions)
         }
 
-    def _refuse_few(self, asked: bool) -> None:
-        """Quantizing the linears of the blocks must be quantizing the model."""
-        stacked = self.stacked()
-        if 2 * sum(stacked.values()) > self.total_size:
-            largest = max(stacked, key=lambda name: stacked[name])
-            share = 100 * sum(stacked.values()) // self.total_size
+    @cached_property
+    def matrix_size(self) -> int:
+        """Weights in all matrices of the model, stacks too; neither embeddings nor the output head."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return linear_size(self.model) - (0 if head is None else linear_size(head)) + sum(self.stacks.values())
+
+    def _refuse_stacks(self) -> None:
+        share = sum(self.stacks.values()) / max(self.matrix_size, 1)
+        if share > 0.5:
+            largest = max(self.stacks, key=lambda name: self.stacks[name])
             raise PTQError(
-                f"{largest}: {list(self.model.get_parameter(largest).shape)} and others of its kind, fused expert weights as a rule, are "
-                f"{share} % of the model's matrices and are not supported yet; choose a model without mixture-of-experts layers"
+                f"{largest}: {share:.0%} of the weights in the model's matrices are in stacks like this one of "
+                f"{list(self.model.get_parameter(largest).shape)}, as fused experts are, which are not supported yet"
             )
-        inside = linear_size(self.model.get_submodule(self.blocks_name))
-        if not asked and 2 * inside < self.total_size:
+
+    def _refuse_few(self, probe: Probe) -> None:
+        """Quantizing the linears of the blocks must be quantizing what runs on text."""
+        ran = {name for name, _, _ in probe.calls if not self._is_head(name)}
+        total = sum(linear_size(self.model.get_submodule(name)) for name in ran)
+        inside = sum(linear_size(self.model.get_submodule(name)) for name in ran if name.startswith(self.blocks_name + "."))
+        if 2 * inside < total:
             raise UsageError(
-                f"the largest list of blocks, {self.blocks_name}, holds {100 * inside // self.total_size} % of the linear weights, and the "
-                f"rest would stay as it is; use --blocks {self.blocks_name} if that is meant, or name another list"
+                f"the largest list of blocks, {self.blocks_name}, holds {100 * inside // total} % of the linear weights that run on text, "
+                f"and the rest would stay as it is; use --blocks {self.blocks_name} if that is meant, or name another list"
             )
+
+    def _is_head(self, name: str) -> bool:
+        return self.model.get_submodule(name) is self.model.get_output_embeddings()  # type: ignore[operator]
 
     def _refuse_missing(self) -> None:
         missing = [name for name, _ in self.model.named_parameters() if self.names.disk(name) is None]
