@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.console import Output, printable
+from ptqcli.cli.console import Output
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import device_option, examples, json_option, kernel_option, open_device
 from ptqcli.cli.streams import output_failure
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import PTQError, UsageError, printable
 
 
 @click.command(
@@ -143,7 +143,7 @@ def _streamer(tokenizer: Any, chat: bool) -> Any:
 
     class Shown(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
+            super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
             if output_failure() is not None:  # nobody reads on
                 raise click.exceptions.Exit(0)
 

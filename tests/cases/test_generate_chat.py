@@ -14,6 +14,8 @@ from commandline import Ptq, one_line
 from tiny import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptqcli.errors import printable
+
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' and message['content'] == 'no' %}{{ raise_exception('no system here') }}{% endif %}"
@@ -85,14 +87,18 @@ def test_a_text_is_continued(ptq: Ptq, at_work: Path, arguments: tuple[str, ...]
     assert (found["chat"], found["prompt_tokens"]) == (False, 5)
 
 
+def shown(text: str) -> str:
+    return printable(text, keep="\n\t") + "\n"
+
+
 def test_words_for_people(ptq: Ptq, at_work: Path) -> None:
     """In a chat the answer alone, otherwise the text and what follows it."""
     answered, continued = (
         ptq("generate", "chat", "hello", "--max-new-tokens", TOKENS),
         ptq("generate", "plain", "hello", "--max-new-tokens", TOKENS),
     )
-    assert answered.out == continuation(at_work / "chat", "<|end|>user: hello\n<|end|>assistant: ") + "\n"
-    assert continued.out == "hello" + continuation(at_work / "plain", "hello") + "\n"
+    assert answered.out == shown(continuation(at_work / "chat", "<|end|>user: hello\n<|end|>assistant: "))
+    assert continued.out == shown("hello" + continuation(at_work / "plain", "hello"))
 
 
 def test_special_tokens_are_no_words(ptq: Ptq, at_work: Path) -> None:
