@@ -16,7 +16,7 @@ import torch
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
-from ptqcli.formats import Format, LinearSpec, find_format
+from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -38,6 +38,7 @@ class Plan:
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of its peak beyond what Python and torch need themselves.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    readers: tuple[Reader, ...] = ()
 
     @property
     def needs_calibration(self) -> bool:
@@ -101,6 +103,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_length(seqlen, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
+    specs = [linear.spec for linear in linears]
+    tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
@@ -115,12 +119,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         bytes_after=bytes_after(chosen, linears, skeleton),
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=(
-            *_group_notes(linears, recipe),
-            *_model_notes(skeleton, linears),
-            *_reader_notes(chosen, skeleton, [linear.spec for linear in linears]),
-            *_fused_notes(fused),
-        ),
+        notes=(*_group_notes(linears, recipe), *_model_notes(skeleton, linears), *chosen.notes(specs), *tried, *_fused_notes(fused)),
+        readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
     )
 
 
@@ -337,10 +337,6 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes
-
-
-def _reader_notes(chosen: Format, skeleton: Skeleton, specs: Sequence[LinearSpec]) -> list[str]:
-    return [*chosen.notes(specs), *chosen.trial([model for model, _ in skeleton.classes], specs)]
 
 
 def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:
