@@ -29,6 +29,8 @@ DEFAULT_SEQLEN = 2048
 
 PICKABLE_GROUPS = (128, 64, 32)
 
+TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -156,10 +158,6 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
     return linears, skipped
 
 
-def _size(linear: PlannedLinear) -> int:
-    return linear.site.in_features * linear.site.out_features
-
-
 def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     """Why a linear stays as it is, whatever is asked for, or None."""
     shape = skeleton.shapes[site.block]
@@ -259,9 +257,11 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
-    share = sum(map(_size, linears)) / skeleton.matrix_size
-    if share < 0.5:
-        notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
+    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
+    if share < TOLD_BELOW:
+        notes.append(
+            f"{'only ' * (share < 0.5)}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized"
+        )
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes

@@ -85,8 +85,10 @@ def test_little_in_the_blocks_is_an_error_and_where_it_is_meant_it_is_said(tmp_p
     make_text_model(tmp_path, "narrow")
     with pytest.raises(UsageError, match=r"model.decoder.layers, holds 20 % of the linear weights.*use --blocks model.decoder.layers"):
         plan_of(tmp_path)
-    [note] = [note for note in plan_of(tmp_path, blocks="model.decoder.layers").notes if "only" in note]
-    assert note.startswith("only 20%")
+    [note] = plan_of(tmp_path, blocks="model.decoder.layers").notes
+    assert note == "only 20% of the weights in the model's matrices, embeddings and output head apart, are quantized"
+    [note] = plan_of(tmp_path, blocks="model.decoder.layers", ignore=["fc2"]).notes
+    assert note.startswith("only 15%")
 
 
 def test_most_of_a_model_in_the_blocks_needs_no_word(tmp_path: Path) -> None:

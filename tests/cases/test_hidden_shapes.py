@@ -41,7 +41,18 @@ def test_hidden_states_of_four_dimensions_are_refused_before_any_text_is_read(
 ) -> None:
     monkeypatch.setitem(ARCHITECTURES, "streams", ("Gemma3nTextConfig", FOUR_STREAMS))
     make_text_model(tmp_path / "model", "streams")
-    arguments = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--group-size", "16", "--ignore", "altup", "--calib", "builtin"]
+    arguments = [
+        "quantize",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "out",
+        "--group-size",
+        "16",
+        "--ignore",
+        "altup",
+        "--calib",
+        "builtin",
+    ]
     answer = ptq(*arguments, "--algo", "gptq", "--dry-run")
     assert answer.code == UsageError.exit_code
     assert "model.layers.0: gives [4, 2, 8, 64] for 2 windows of 8 tokens" in one_line(answer)
@@ -69,7 +80,9 @@ class Failing(nn.Module):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [KeyError("cache"), IndexError("list index"), AttributeError("no\nsuch"), RuntimeError("shape"), ZeroDivisionError()])
+@pytest.mark.parametrize(
+    "error", [KeyError("cache"), IndexError("list index"), AttributeError("no\nsuch"), RuntimeError("shape"), ZeroDivisionError()]
+)
 def test_whatever_a_block_raises_is_told_with_its_name(error: Exception) -> None:
     call = BlockCall((None,), {}, 0, "model.layers.3")
     with pytest.raises(PTQError, match=rf"^model.layers.3: does not run by itself .*\({type(error).__name__}: ") as raised:
