@@ -46,7 +46,7 @@ from transformers.models.auto import modeling_auto
 import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.pipeline import plan_run
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources
 

@@ -7,6 +7,7 @@ broken pipes in the place of stdout and stderr, and the exit code that a shell w
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import select
@@ -18,7 +19,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import click
+import torch
+import transformers
 from commandline import Answer
+
+from ptqcli.algorithms import declarations
+from ptqcli.bench import generation, machine
+from ptqcli.cli import COMMANDS, app, main
 
 # What a stream of the child may be. head: a reader that leaves after one line.
 KINDS = ("pipe", "closed", "full", "head")
@@ -43,8 +51,11 @@ class ForkedPtq:
         stdin: str | None = "",
         **environment: str,
     ) -> Answer:
-        """Run ``ptq ARGUMENTS`` in ``folder``. columns: of a terminal that shows stdout and stderr together; None for none, where ``out`` and
-        ``err`` of KINDS count. stdin: text, None for the terminal. Not told of the environment, a child sees an ordinary terminal."""
+        """Run ``ptq ARGUMENTS`` in ``folder``.
+
+        columns: of a terminal that shows stdout and stderr together; None for none, where ``out`` and ``err`` are of KINDS.
+        stdin: text, None for the terminal. environment: what differs from that of an ordinary terminal.
+        """
         request = {
             "arguments": [str(argument) for argument in arguments],
             "folder": str(folder),
@@ -61,6 +72,7 @@ class ForkedPtq:
         return Answer(**json.loads(self._server.stdout.readline()))
 
     def close(self) -> None:
+        self._server.kill()
         self._server.communicate()
 
 
@@ -75,23 +87,19 @@ def serve() -> None:
 
 
 def import_all() -> None:
-    """Whatever a command would import."""
-    import datasets
-    import torch
-    import transformers
-
-    from ptqcli.algorithms import declarations
-    from ptqcli.cli import COMMANDS, app
-
+    """Whatever a command would import; what takes seconds and is tested elsewhere is replaced."""
     for name in COMMANDS:
-        app.get_command(None, name)  # type: ignore[arg-type]
+        app.get_command(click.Context(app), name)
+    for name in ("bench.linears", "calibration.files", "evaluation.measure", "pipeline.pipeline", "runtime.models"):
+        importlib.import_module(f"ptqcli.{name}")
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "TextStreamer"):
+        getattr(transformers, name)
     declarations()
-    import ptqcli.evaluation.measure
-    import ptqcli.pipeline.pipeline
-    import ptqcli.runtime.models
-
+    arithmetic = {"float32": 1e11, "bfloat16": 1e11, "int8": 1e11}
+    limits = machine.Machine(name="a processor", device="cpu", threads=1, cache_bytes=1 << 20, bandwidth=1e10, arithmetic=arithmetic)
+    machine.measure = lambda device: limits  # type: ignore[assignment,misc]
+    generation.peak_memory = lambda *arguments: 1000  # type: ignore[assignment]
     torch.set_num_threads(1)
-    assert datasets and transformers.AutoModelForCausalLM and transformers.AutoTokenizer and transformers.LlamaForCausalLM
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -165,15 +173,13 @@ def work(request: dict[str, Any]) -> None:
         for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
             os.environ.pop(name, None)
         os.environ.update({"TERM": "xterm-256color", **request["environment"]})
-        sys.stdin = open(0, closefd=False)
+        sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = text_stream(1, os.isatty(1)), text_stream(2, True)
         sys.argv = ["ptq", *request["arguments"]]
-        from ptqcli.cli import main
-
         main()
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except BaseException:  # noqa: BLE001  what the interpreter would show
         traceback.print_exc()
     finally:
         try:
@@ -189,7 +195,7 @@ def text_stream(number: int, by_line: bool) -> Any:
         os.fstat(number)
     except OSError:
         return None
-    return open(number, "w", buffering=1 if by_line else -1, closefd=False)
+    return os.fdopen(number, "w", buffering=1 if by_line else -1, closefd=False)
 
 
 if __name__ == "__main__":

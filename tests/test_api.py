@@ -427,7 +427,7 @@ def test_solve_adds_what_a_scheme_has_beside_codes() -> None:
 
 BROKEN_INPUTS = INPUTS.clone().index_fill_(2, torch.tensor([5]), float("nan"))
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: ptqcli.solve(WEIGHT, inputs=INPUTS), UsageError, "group size 128 does not divide 64 input features"),
+    (lambda: ptqcli.solve(WEIGHT, "w4a16-g128", inputs=INPUTS), UsageError, "group size 128 does not divide 64 input features"),
     (lambda: ptqcli.solve(WEIGHT, "w4a16-g32"), UsageError, "solver 'gptq' in w4a16-g32 looks at the inputs of the linear; give inputs="),
     (lambda: ptqcli.solve(WEIGHT, "w8a8-static", "rtn"), UsageError, "solver 'rtn' in w8a8-static looks at the inputs"),
     (lambda: ptqcli.solve(WEIGHT, "w4a16-g32", "awq+gptq"), UsageError, "transforms work on blocks; name a solver alone"),

@@ -22,7 +22,8 @@ from ptqcli.formats import DEFAULT_FORMAT, FORMATS, Format, LinearSpec, find_for
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized

@@ -698,14 +698,14 @@ def test_a_missing_strategy_is_told_by_the_group_size() -> None:
 
 
 def test_linears_run_as_one_matrix_need_one_scheme() -> None:
-    alike = {"a.q": W4, "a.k": W4, "a.v": W4}
+    alike = {"a.q_proj": W4, "a.k_proj": W4, "a.v_proj": W4}
     assert COMPRESSED_TENSORS.fused_refusal(alike) is None
     assert COMPRESSED_TENSORS.fused_refusal(dict.fromkeys(alike)) is None
-    assert COMPRESSED_TENSORS.fused_refusal({**alike, "a.v": W8}) == (
-        f"a.q ({W4}) and a.v ({W8}) read the same input and are run as one matrix by vLLM; "
+    assert COMPRESSED_TENSORS.fused_refusal({**alike, "a.v_proj": W8}) == (
+        f"a.q_proj ({W4}) and a.v_proj ({W8}) read the same input and are run as one matrix by vLLM; "
         "give them the same scheme, or leave all of them as they are"
     )
-    assert "a.k (left as it is)" in str(COMPRESSED_TENSORS.fused_refusal({**alike, "a.k": None}))
+    assert "a.k_proj (left as it is)" in str(COMPRESSED_TENSORS.fused_refusal({**alike, "a.k_proj": None}))
 
 
 NOTED: dict[str, tuple[list[tuple[Scheme, str]], list[str]]] = {

@@ -15,6 +15,7 @@ from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.runtime import same_input
+from ptqcli.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def named_shapes(text: str) -> list[Shape]:
     pairs = [(int(size[1]), int(size[2])) for size in sizes if size is not None]
     if len(pairs) < len(sizes):
         raise UsageError(
-            f"--shapes {text}: is no known model and no list of sizes such as 4096x14336 (in x out); known: {', '.join(MODELS)}"
+            f"--shapes {text}: is no known model and no list of sizes such as 4096x14336 (in x out); "
+            f"known: {', '.join(MODELS)}{did_you_mean(name, MODELS)}"
         )
     return [Shape(f"{size[0]}x{size[1]}", *size, pairs.count(size)) for size in dict.fromkeys(pairs)]
 

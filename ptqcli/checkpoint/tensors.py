@@ -101,12 +101,13 @@ class SafetensorsFolder(TensorSource):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._index = Stamp(self.folder / INDEX_FILE)
         self._files: dict[str, _File] = _open_folder(self.folder)  # tensor -> the file that holds it
 
     def check_unchanged(self) -> None:
         """Raise PTQError, naming it, if a file was replaced, cut or written to since it was opened."""
-        for file in dict.fromkeys(self._files.values()):
-            file.stamp.check()
+        for stamp in (self._index, *dict.fromkeys(file.stamp for file in self._files.values())):
+            stamp.check()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from ptqcli import __version__
 from ptqcli.cli.signals import end_at_once, was_interrupted
 from ptqcli.cli.streams import output_failure, protect_streams
 from ptqcli.errors import PTQError
+from ptqcli.suggest import did_you_mean
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -38,6 +39,7 @@ COMMANDS = {
     "algorithms": ("algorithms", "List the parts of --algo with their options."),
     "recipes": ("recipes", "List the recipes that come along."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
+    "completion": ("completion", "Print the script that completes words of ptq in a shell."),
 }
 
 
@@ -54,6 +56,11 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{args[0]}'{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:

@@ -18,7 +18,7 @@ import click
 from packaging.requirements import Requirement
 
 from ptqcli.cli.console import Output, size_text
-from ptqcli.cli.options import data_dir_option, json_option
+from ptqcli.cli.options import data_dir_option, examples, json_option
 
 Status = Literal["ok", "missing", "optional", "info"]
 
@@ -40,7 +40,7 @@ class Check:
     advice: str = ""
 
 
-@click.command()
+@click.command(epilog=examples("ptq doctor", "ptq doctor --data-dir ~/data/wikitext-2-raw --json"))
 @data_dir_option
 @json_option
 @click.pass_context

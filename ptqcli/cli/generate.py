@@ -7,16 +7,23 @@ from typing import Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.console import Output, printable
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import device_option, json_option, kernel_option, open_device
+from ptqcli.cli.options import device_option, examples, json_option, kernel_option, open_device
 from ptqcli.cli.streams import output_failure
 from ptqcli.errors import PTQError, UsageError
 
 
-@click.command()
-@click.argument("checkpoint")
+@click.command(
+    epilog=examples(
+        'ptq generate small "What is the capital of France?"',
+        'ptq generate small "Once upon a time" --raw --max-new-tokens 200',
+        "cat question.txt | ptq generate small --json",
+    )
+)
+@click.argument("checkpoint", shell_complete=completion.checkpoint)
 @click.argument("text", required=False)
 @click.option("--raw", is_flag=True, help="Continue TEXT as it stands, also where the model has a chat template.")
 @click.option("--system", metavar="TEXT", help="What the chat template is given as the system's message.")

@@ -36,6 +36,12 @@ def was_interrupted() -> bool:
     return _State.interrupted
 
 
+def stop_if_interrupted() -> None:
+    """Raise KeyboardInterrupt once more if there was one: where Python cannot raise, as in a finalizer, it tells of it and goes on."""
+    if _State.interrupted:
+        raise KeyboardInterrupt
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _State.interrupted = True
     raise KeyboardInterrupt

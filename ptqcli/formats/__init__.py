@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.suggest import did_you_mean
 
 if TYPE_CHECKING:  # a recipe names a format, and must not wait for torch
     import torch
@@ -135,7 +136,7 @@ def find_format(name: str) -> Format:
     """
     found = [entry for entry in _entries() if entry.name == name]
     if not found:
-        raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}")
+        raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}{did_you_mean(name, format_names())}")
     if len(found) > 1:
         packages = ", ".join(_package(entry) for entry in found)
         raise PTQError(f"format '{name}' comes from more than one package: {packages}; uninstall all but one")

@@ -11,7 +11,8 @@ What a reader would get silently wrong, and what is done about it here:
   transformers stops with an error that shows the key.
 - The outlier split is an extension of this program: transformers and vLLM would leave the 16-bit columns out of the product. A key
   of the same kind, which also holds the threshold, stops them.
-- vLLM runs q, k and v, and gate and up, as one matrix and takes the first one's scheme for all.
+- vLLM runs some linears that read one tensor as one matrix, and takes the first one's scheme for all. Those that it is known to join are
+  listed in JOINED by the names that it looks for; others that read one tensor may differ.
 
 What a reader refuses by itself, and is written all the same: transformers needs ``dequantize=True`` for asymmetric packed weights since
 0.18 of the library; vLLM has no dynamic activations per tensor, and of the narrower weights with 8-bit activations only 4 bits per
@@ -29,20 +30,30 @@ from torch import nn
 from ptqcli.formats import LinearSpec
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 
+# Of vLLM's packed_modules_mapping: attention, gated MLPs, latent attention, gated delta rules.
+JOINED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+
 
 def fused_refusal(group: Mapping[str, Scheme | None]) -> str | None:
-    """Why vLLM would misread linears of one module that read one tensor (q, k, v; gate, up), or None if they have one scheme.
+    """Why vLLM would misread linears of one module that read one tensor, or None if those that it joins have one scheme.
 
     group: the scheme of each by its path in the model, None for one that stays as it is.
     """
-    first = next(iter(group))
-    for name, scheme in group.items():
-        if scheme != group[first]:
-            one, other = ("left as it is" if each is None else str(each) for each in (group[first], scheme))
-            return (
-                f"{first} ({one}) and {name} ({other}) read the same input and are run as one matrix by vLLM; "
-                "give them the same scheme, or leave all of them as they are"
-            )
+    for joined in JOINED:
+        members = [name for name in group if name.rpartition(".")[2] in joined]
+        for name in members[1:]:
+            if group[name] != group[members[0]]:
+                one, other = ("left as it is" if group[each] is None else str(group[each]) for each in (members[0], name))
+                return (
+                    f"{members[0]} ({one}) and {name} ({other}) read the same input and are run as one matrix by vLLM; "
+                    "give them the same scheme, or leave all of them as they are"
+                )
     return None
 
 

@@ -30,6 +30,18 @@ EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 CLAIMS = 20  # attempts to claim a folder that other runs remove meanwhile
 
 
+def check_room(output: Path, needed: int) -> None:
+    """Raise PTQError where ``output`` cannot be written, or its disk has less than ``needed`` bytes free. Makes nothing."""
+    place = output.resolve()
+    if not is_written_into(place):
+        place = next(above for above in place.parents if above.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise PTQError(f"{place}: cannot write there; choose another --output")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise PTQError(f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+
+
 @contextmanager
 def growing(output: Path, model: Path | None, overwrite: bool, needed: int, inputs: Sequence[Path] = ()) -> Iterator[Directory]:
     """The folder in which ``output`` grows. It is put in its place when the context ends well, and removed when it does not.
@@ -93,10 +105,7 @@ class _Growing:
         try:
             self._new_parents = [place for place in (above, *above.parents) if not place.exists()]
             above.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.output if self.into else above).free
-            if free < needed:
-                place = f"{above}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-                raise PTQError(f"{place}; choose another --output")
+            check_room(self.output, needed)
             self._parent = Directory(above)
             for _ in range(CLAIMS):
                 if self._claim(check):
@@ -107,10 +116,11 @@ class _Growing:
 
     def _claim(self, check: Callable[[], None]) -> bool:
         """Make or take the working folder, lock it and mark it; False if another run, which had made it, has removed it meanwhile."""
-        self._made = False
-        with suppress(FileExistsError):
+        self._made = True  # before it is so: an interruption may come right behind the call
+        try:
             self.parent.make_folder(self.name)
-            self._made = True
+        except FileExistsError:
+            self._made = False
         try:
             self._folder = Directory(self.name, self.parent)
         except FileNotFoundError:
@@ -152,9 +162,10 @@ class _Growing:
         if not names:
             return
         marker = Marker.read(self.folder, self.output.name)
-        if marker is None or marker.into != self.into:
+        if (marker is None or marker.into != self.into) and names != [MARKER]:  # a marker alone may be half-written
             raise PTQError(f"{self.work}: is in the way and holds {names[0]}; move it away, or choose another --output")
-        self._restore(marker.replaces)
+        if marker is not None:
+            self._restore(marker.replaces)
         remove_checkpoint(self.folder)
         self._made = not self.into
 
@@ -190,6 +201,9 @@ class _Growing:
     def end(self) -> str:
         """Undo what is not finished; what there is to say of the folders, "" if the disk is as it was."""
         if self._folder is None:
+            if self._made and self._parent is not None:
+                with suppress(OSError):  # not empty: another run has it
+                    os.rmdir(self.name, dir_fd=self.parent.descriptor)
             self._remove_parents()
             return ""
         try:

@@ -90,7 +90,7 @@ def is_written_into(output: Path) -> bool:
     folder = Directory(output)
     try:
         marker = Marker.read(folder, output.name)
-        return set(folder.names()) <= VOLUME_FILES or (marker is not None and marker.into)
+        return set(folder.names()) <= {MARKER, *VOLUME_FILES} or (marker is not None and marker.into)
     finally:
         folder.close()
 

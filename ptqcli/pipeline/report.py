@@ -20,8 +20,9 @@ REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without a
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
-    linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. The other fields
-    are those of ``solvers.SolveNotes``."""
+    linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. inputs_all_zero:
+    calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. The other fields are those of
+    ``solvers.SolveNotes``."""
 
     name: str
     scheme: str
@@ -33,6 +34,7 @@ class LayerReport:
     damp_raised: bool
     outlier_columns: int | None
     outlier_share: float | None
+    inputs_all_zero: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

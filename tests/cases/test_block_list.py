@@ -70,9 +70,8 @@ def test_a_model_that_shares_a_block_is_quantized_but_for_the_shared_one(tmp_pat
     assert len({type(block) for block in skeleton.blocks}) == 2
     plan = plan_of(tmp_path)
     shared = {name: reason for name, reason in plan.skipped if "shared_transformer" in name}
-    assert shared["model.layers.2.shared_transformer.self_attn.q_proj"] == (
-        "its weight is that of model.layers.5.shared_transformer.self_attn.q_proj, too"
-    )
+    assert shared["model.layers.2.shared_transformer.self_attn.q_proj"] == "its weight also runs in model.layers.5"
+    assert shared["model.layers.5.shared_transformer.self_attn.q_proj"] == "its weight also runs in model.layers.2"
     mixers = {linear.name for linear in plan.linears if linear.name.endswith("in_proj")}
     assert len(mixers) == len(skeleton.blocks)
     assert not {linear.name for linear in plan.linears} & set(shared)

@@ -1,4 +1,5 @@
-"""Kind: output for machines that has another form than elsewhere. Every command's --json prints one object on stdout and nothing beside it."""
+"""Kind: output for machines that has another form than elsewhere. Every command's --json prints one object on stdout
+and nothing beside it."""
 
 from __future__ import annotations
 
