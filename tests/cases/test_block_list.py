@@ -18,7 +18,7 @@ from ptqcli.errors import UsageError
 from ptqcli.model.discovery import find_blocks
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.pipeline.pipeline import plan_run
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.plan import Plan
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources

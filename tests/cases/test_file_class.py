@@ -26,7 +26,7 @@ from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
 from ptqcli.formats.compressed_tensors_config import quantization_config
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.pipeline.pipeline import plan_run
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources
 

@@ -21,7 +21,7 @@ import ptqcli
 from ptqcli.formats import LinearSpec
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.pipeline.pipeline import plan_run
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources
 
