@@ -333,6 +333,9 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
     if share < TOLD_BELOW:
         only = "only " if share < 0.5 else ""
         notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")
+    if skeleton.only_named:
+        auto, own = skeleton.kind.auto_class, type(skeleton.model).__name__
+        notes.append(f"transformers' {auto} does not find the tensors of this model, quantized or not; load it as {own}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes

@@ -6,6 +6,7 @@ second with the block's name.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
