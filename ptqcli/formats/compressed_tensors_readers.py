@@ -61,7 +61,9 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
     found = []
     if any(not spec.scheme.symmetric for spec in specs):
-        found.append(f"asymmetric: vLLM reads it; {_dequantized(specs)}")
+        several = "from 5.23 on does not, since its dequantize=True expands all schemes as the first"
+        choice = several if _several(specs) else "needs CompressedTensorsConfig(dequantize=True)"
+        found.append(f"asymmetric: vLLM reads it; transformers {choice}")
     if any(spec.scheme.outliers is not None for spec in specs):
         found.append("outlier columns: only ptqcli reads them, transformers refuses the file; their size is known only after calibration")
     found += _activation_notes(list(dict.fromkeys(spec.scheme for spec in specs)))
@@ -88,7 +90,9 @@ def trial(classes: Sequence[nn.Module], specs: Sequence[LinearSpec], packed: Abs
                 del module.weight
         failure = _initialization_failure(twin)
         if failure is not None:
-            return [f"{type(model).__name__} does not take packed weights ({failure}): {_dequantized(specs)}"]
+            several = "does not read it, since its dequantize=True expands all schemes as the first"
+            choice = several if _several(specs) else "needs CompressedTensorsConfig(dequantize=True), from version 5.23 on"
+            return [f"{type(model).__name__} does not take packed weights ({failure}): transformers {choice}"]
     return []
 
 
@@ -104,11 +108,8 @@ def _initialization_failure(model: nn.Module) -> str | None:
     return None
 
 
-def _dequantized(specs: Sequence[LinearSpec]) -> str:
-    """How transformers reads linears that it must expand while loading: it takes the scheme of the first group for all of them."""
-    if len({spec.scheme for spec in specs}) > 1:
-        return "transformers does not read it, since it would expand all schemes as one; ptqcli and vLLM read it"
-    return "transformers needs CompressedTensorsConfig(dequantize=True)"
+def _several(specs: Sequence[LinearSpec]) -> bool:
+    return len({spec.scheme for spec in specs}) > 1
 
 
 def _activation_notes(schemes: Sequence[Scheme]) -> list[str]:

@@ -1,6 +1,7 @@
 """The blocks are the list that holds the model's linear weights, whatever the classes of its entries; anything less is an error or said.
 
-A list of blocks of two classes used to be passed over for a tiny list of adapters inside one of them, and the run "succeeded" on two linears.
+A list of blocks of two classes used to be passed over for a tiny list of adapters inside one of them, and the run "succeeded" on two
+linears.
 """
 
 from __future__ import annotations

@@ -124,5 +124,5 @@ def test_for_a_class_that_is_not_there_the_stored_names_count(named: str, tmp_pa
 
 
 def test_a_name_that_means_two_things_is_refused() -> None:
-    with pytest.raises(PTQError, match="layers.0: is quantized in one of the classes"):
+    with pytest.raises(PTQError, match=r"layers\.0: is quantized in one of the classes"):
         quantization_config({"layers.0": Scheme(4, 32)}, ["layers.0", "lm_head"])
