@@ -28,6 +28,7 @@ from ptqcli.solvers.per_matrix import as_block_solver
 DEFAULT_SEQLEN = 2048
 
 CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
+TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +171,6 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
     return linears, skipped
 
 
-def _size(linear: PlannedLinear) -> int:
-    return linear.site.in_features * linear.site.out_features
-
-
 def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     """Why a linear stays as it is, whatever is asked for, or None."""
     shape = skeleton.shapes[site.block]
@@ -184,7 +181,7 @@ def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     if site.local in shape.read:
         return "code outside of it reads its weight"
     if site.name in skeleton.shared:
-        return f"its weight is that of {skeleton.shared[site.name]}, too"
+        return f"its weight also runs in {skeleton.shared[site.name].removesuffix('.' + site.local)}"
     return None
 
 
@@ -362,9 +359,13 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
-    share = sum(map(_size, linears)) / skeleton.matrix_size
-    if share < 0.5:
-        notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
+    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
+    if share < TOLD_BELOW:
+        only = "only " if share < 0.5 else ""
+        notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")
+    if skeleton.only_named:
+        auto, own = skeleton.kind.auto_class, type(skeleton.model).__name__
+        notes.append(f"transformers' {auto} does not find the tensors of this model, quantized or not; load it as {own}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes
