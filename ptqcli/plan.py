@@ -16,7 +16,7 @@ import torch
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
-from ptqcli.formats import Format, LinearSpec, find_format
+from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -28,6 +28,7 @@ from ptqcli.solvers.per_matrix import as_block_solver
 DEFAULT_SEQLEN = 2048
 
 CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
+TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Plan:
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
 
@@ -56,6 +58,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    readers: tuple[Reader, ...] = ()
 
     @property
     def needs_calibration(self) -> bool:
@@ -104,6 +107,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_length(seqlen, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
+    specs = [linear.spec for linear in linears]
+    tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
@@ -122,9 +127,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
             *_group_notes(linears, recipe),
             *_calibration_notes(recipe, linears),
             *_model_notes(skeleton, linears),
-            *_reader_notes(chosen, skeleton, [linear.spec for linear in linears]),
+            *chosen.notes(specs),
+            *tried,
             *_fused_notes(fused),
         ),
+        readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
     )
 
 
@@ -165,10 +172,6 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
     return linears, skipped
 
 
-def _size(linear: PlannedLinear) -> int:
-    return linear.site.in_features * linear.site.out_features
-
-
 def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     """Why a linear stays as it is, whatever is asked for, or None."""
     shape = skeleton.shapes[site.block]
@@ -179,7 +182,7 @@ def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     if site.local in shape.read:
         return "code outside of it reads its weight"
     if site.name in skeleton.shared:
-        return f"its weight is that of {skeleton.shared[site.name]}, too"
+        return f"its weight also runs in {skeleton.shared[site.name].removesuffix('.' + site.local)}"
     return None
 
 
@@ -363,16 +366,16 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
-    share = sum(map(_size, linears)) / skeleton.matrix_size
-    if share < 0.5:
-        notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
+    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
+    if share < TOLD_BELOW:
+        only = "only " if share < 0.5 else ""
+        notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")
+    if skeleton.only_named:
+        auto, own = skeleton.kind.auto_class, type(skeleton.model).__name__
+        notes.append(f"transformers' {auto} does not find the tensors of this model, quantized or not; load it as {own}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes
-
-
-def _reader_notes(chosen: Format, skeleton: Skeleton, specs: Sequence[LinearSpec]) -> list[str]:
-    return [*chosen.notes(specs), *chosen.trial([model for model, _ in skeleton.classes], specs)]
 
 
 def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:

@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @click.command(
     epilog=examples(
-        "ptq eval                                        # the newest checkpoint here, on text that comes along",
+        "ptq eval                        # the newest checkpoint here, on builtin text",
         "ptq eval small --ppl wikitext2 --ppl notes.txt",
         "ptq eval small --ppl c4 --baseline ~/models/Llama-3.2-1B --json",
     )

@@ -137,7 +137,13 @@ FLAGS = {
             shell_complete=completion.scheme,
             help="What the numbers are as one word, such as w4a16-g64-asym or w8a8, in place of the next seven.",
         ),
-        click.option("--wbits", type=int, metavar="2|3|4|8", show_default="4; smoothquant, llm-int8: 8", help="Bits per weight."),
+        click.option(
+            "--wbits",
+            type=int,
+            metavar="2|3|4|8",
+            show_default="4; smoothquant, llm-int8: 8",
+            help="Bits per weight. Recent readers alone take 2 and 3; the plan says which.",
+        ),
         click.option(
             "--group-size",
             callback=_parse_group,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ptqcli
 from ptqcli.errors import PTQError
+from ptqcli.formats import Reader
 
 if TYPE_CHECKING:  # the commands that show a report must not wait for torch
     from ptqcli.plan import Plan
@@ -74,7 +75,8 @@ class Report:
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
     error_kind: output or weight, see ``LayerReport``. folds: what transforms did. calibration: None where there was none.
-    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it.
+    readers: how other programs load the checkpoint, which its model card tells.
+    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
     """
 
     source: str | None
@@ -86,6 +88,7 @@ class Report:
     bits_per_weight: float
     error_kind: str
     folds: list[FoldReport] = field(default_factory=list)
+    readers: tuple[Reader, ...] = ()
     calibration: CalibrationReport | None = None
     output: str = ""
     seconds: float = 0.0
@@ -98,7 +101,7 @@ class Report:
 
     def stored(self) -> dict[str, Any]:
         """What is written beside the checkpoint: the same bytes for the same work."""
-        volatile = ("output", "seconds", "peak_memory_bytes", "seconds_by_step")
+        volatile = ("readers", "output", "seconds", "peak_memory_bytes", "seconds_by_step")
         return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
 
 
@@ -123,6 +126,7 @@ def make_report(
         bits_per_weight=bits / sum(sizes.values()),
         error_kind="output" if plan.needs_calibration else "weight",
         folds=folds,
+        readers=plan.readers,
         calibration=calibration,
     )
 
