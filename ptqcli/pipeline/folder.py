@@ -93,10 +93,10 @@ class _Growing:
         try:
             self._new_parents = [place for place in (above, *above.parents) if not place.exists()]
             above.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.output if self.into else above).free
+            place = self.output if self.into else above
+            free = shutil.disk_usage(place).free
             if free < needed:
-                place = f"{above}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-                raise PTQError(f"{place}; choose another --output")
+                raise PTQError(f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
             self._parent = Directory(above)
             for _ in range(CLAIMS):
                 if self._claim(check):
