@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "numerics"}
+BASE = {"errors", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "estimate"}
 
@@ -24,9 +24,10 @@ PLAN = ROOMS | {"plan", "estimate"}
 ALLOWED = {
     "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
-    "options": {"errors"},
-    "shipped": {"errors"},
-    "numerics": {"errors"},
+    "suggest": set(),
+    "options": {"errors", "suggest"},
+    "shipped": {"errors", "suggest"},
+    "numerics": {"errors", "suggest"},
     "resources": {"errors"},
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
@@ -35,7 +36,7 @@ ALLOWED = {
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
@@ -47,7 +48,15 @@ ALLOWED = {
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
-QUICK_MODULES = ("ptqcli.cli", "ptqcli.errors", "ptqcli.formats", "ptqcli.__version__", "ptqcli.model.locate", "ptqcli.pipeline.report")
+QUICK_MODULES = (
+    "ptqcli.cli",
+    "ptqcli.errors",
+    "ptqcli.formats",
+    "ptqcli.__version__",
+    "ptqcli.suggest",
+    "ptqcli.model.locate",
+    "ptqcli.pipeline.report",
+)
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 
 

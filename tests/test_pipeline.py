@@ -25,10 +25,11 @@ from ptqcli.model.discovery import find_blocks
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, Scheme
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.output import Marker
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.plan import make_plan
 from ptqcli.recipe import Override, Recipe, load_recipe
@@ -307,7 +308,7 @@ def test_flags_win_over_the_recipe_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("algo: rtn\nwbits: 3\noverrides:\n  - pattern: down_proj\n    bits: 8\nignore: [gate]\n")
     recipe = load_recipe(file, {"wbits": 8})
-    assert (recipe.algo, recipe.default_scheme) == ("rtn", Scheme(8, 128))
+    assert (recipe.algo, recipe.default_scheme) == ("rtn", Scheme(8, AUTO_GROUP))
     assert recipe.overrides == (Override("down_proj", bits=8),)
     assert recipe.ignore == ("gate",)
 
@@ -390,7 +391,7 @@ def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
 
 def test_an_output_that_another_run_finishes_meanwhile_is_noticed_before_the_work(model, tmp_path):
     class Late(NoProgress):
-        def planned(self, plan):
+        def planned(self, plan, output):
             quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
     with pytest.raises(UsageError, match="already exists"):
@@ -485,8 +486,8 @@ def test_blocks_are_found_or_asked_for():
 PEAK = """
 import json, sys
 from pathlib import Path
-from ptqcli.pipeline.output import Marker
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 cheap = {"gptq": {"scale_search": "minmax"}}

@@ -30,7 +30,7 @@ AUXILIARY_FILES = (
 
 # What else a quantized model folder holds, finished or not. Anything of another name in one is somebody else's.
 WRITTEN_FILES = (
-    "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "README.md", "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "shard-*.safetensors", "joined.safetensors",
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ def auxiliary_files(folder: Path) -> list[str]:
     is a link into the folder of blobs beside it.
     """
     candidates = [name for name in _files(folder) if _matches(name, AUXILIARY_FILES)]
-    for name in ("config.json", *candidates):
+    for name in ("config.json", "README.md", *candidates):
         target, home = (folder / name).resolve(), folder.resolve()
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         if not (target.is_relative_to(home) or target.is_relative_to(blobs.resolve())):

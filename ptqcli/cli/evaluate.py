@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import data_dir_option, device_option, examples, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
 
@@ -20,8 +21,14 @@ PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torc
 SECONDS_BETWEEN_LINES = 15.0
 
 
-@click.command()
-@click.argument("checkpoint", required=False)
+@click.command(
+    epilog=examples(
+        "ptq eval                        # the newest checkpoint here, on builtin text",
+        "ptq eval small --ppl wikitext2 --ppl notes.txt",
+        "ptq eval small --ppl c4 --baseline ~/models/Llama-3.2-1B --json",
+    )
+)
+@click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
 @click.option(
     "--ppl",
     "texts",
@@ -29,6 +36,7 @@ SECONDS_BETWEEN_LINES = 15.0
     default=["builtin"],
     show_default=True,
     metavar="wikitext2|c4|builtin|PATH",
+    shell_complete=completion.texts(completion.EVALUATION_TEXTS),
     help="Text to measure perplexity on; may be given several times.",
 )
 @click.option(
@@ -39,7 +47,20 @@ SECONDS_BETWEEN_LINES = 15.0
     help="Tokens in a window.",
 )
 @click.option("--stride", type=int, metavar="N", show_default="seqlen: no overlap", help="Tokens from one window to the next.")
-@click.option("--baseline", metavar="MODEL", show_default="where the checkpoint came from", help="Compare with this model.")
+@click.option(
+    "--bos",
+    metavar="auto|yes|no",
+    default="auto",
+    show_default=True,
+    help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
+)
+@click.option(
+    "--baseline",
+    metavar="MODEL",
+    show_default="where the checkpoint came from",
+    shell_complete=completion.model,
+    help="Compare with this model.",
+)
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
 @kernel_option
@@ -51,6 +72,7 @@ def command(
     texts: tuple[str, ...],
     seqlen: int | None,
     stride: int | None,
+    bos: str,
     baseline: str | None,
     no_baseline: bool,
     data_dir: Path | None,
@@ -64,6 +86,9 @@ def command(
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
     weights are used as they are.
     """
+    from ptqcli.calibration.bos import window_bos
+    from ptqcli.calibration.chat import chat_writer
+    from ptqcli.calibration.rows import Rows
     from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluation.measure import measure
     from ptqcli.runtime.models import load_model, load_tokenizer
@@ -76,11 +101,17 @@ def command(
     folder = find_checkpoint(checkpoint)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
-    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # a text that is not there is told before models are loaded
+    begin = window_bos(tokenizer, bos)
+    tables = {text: Rows(write_chat=chat_writer(tokenizer)) for text in texts}
+    # a text that is not there is told before models are loaded
+    rows = {text: evaluation_ids(text, tokenizer, data_dir, tables[text]) for text in texts}
+    for text, table in tables.items():
+        if table.skipped:
+            output.say(f"{text}: {table.skipped:,} rows without text are left out")
     model = load_model(folder, place, kernel)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        measured = measure(model, rows, original, seqlen, stride, _telling(tracker))
+        measured = measure(model, rows, original, seqlen, stride, _telling(tracker), begin)
         results = [{key: value for key, value in asdict(each).items() if value is not None} for each in measured]
     output.say(f"checkpoint  {path_text(folder)}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
@@ -102,7 +133,8 @@ def _telling(tracker: Tracker) -> Callable[[str, int, int], None]:
 
 
 def _show(results: list[dict[str, Any]], output: Output) -> None:
-    title = f"Perplexity over windows of {results[0]['seqlen']} tokens"
+    begun = ", each with the beginning-of-sequence token in front" if results[0]["bos"] else ""
+    title = f"Perplexity over windows of {results[0]['seqlen']} tokens{begun}"
     if "mean_kl" in results[0]:
         columns = ("text", "tokens", "original", "checkpoint", "rise", "mean KL (nats)", "same top-1")
         output.table(title, columns, (_comparison_row(result) for result in results))

@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,37 @@ BUILDING = threading.Lock()
 def build_on_meta(config: Any) -> nn.Module:
     """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
     import transformers
-    from accelerate import init_empty_weights
 
     kind = kind_of(config)
+    auto_class = getattr(transformers, kind.auto_class)
+    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False))
+
+
+def build_named_class(config: Any, name: str) -> nn.Module | None:
+    """As ``build_on_meta``, in the class ``name`` of transformers, the one that config.json names; None if there is no such model class.
+
+    It can hold more than the model that is quantized: images, say. Raises PTQError if transformers cannot build it.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    wanted: Any = found.config_class  # type: ignore[attr-defined]
+    return _build(config, name, found) if wanted is not None and isinstance(config, wanted) else None
+
+
+def _build(config: Any, what: str, make: Callable[[Any], nn.Module]) -> nn.Module:
+    from accelerate import init_empty_weights
+
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with BUILDING, init_empty_weights(include_buffers=False), _quiet_transformers():
-            model = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
+            model = make(config)
     except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
-        raise PTQError(f"transformers cannot build a {kind.name} from this config: {first_line(error)}") from error
+        raise PTQError(f"transformers cannot build a {what} from this config: {first_line(error)}") from error
     return model.eval()
 
 

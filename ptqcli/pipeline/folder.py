@@ -30,6 +30,18 @@ EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 CLAIMS = 20  # attempts to claim a folder that other runs remove meanwhile
 
 
+def check_room(output: Path, needed: int) -> None:
+    """Raise PTQError where ``output`` cannot be written, or its disk has less than ``needed`` bytes free. Makes nothing."""
+    place = output.resolve()
+    if not is_written_into(place):
+        place = next(above for above in place.parents if above.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise PTQError(f"{place}: cannot write there; choose another --output")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise PTQError(f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+
+
 @contextmanager
 def growing(output: Path, model: Path | None, overwrite: bool, needed: int, inputs: Sequence[Path] = ()) -> Iterator[Directory]:
     """The folder in which ``output`` grows. It is put in its place when the context ends well, and removed when it does not.
@@ -93,10 +105,7 @@ class _Growing:
         try:
             self._new_parents = [place for place in (above, *above.parents) if not place.exists()]
             above.mkdir(parents=True, exist_ok=True)
-            place = self.output if self.into else above
-            free = shutil.disk_usage(place).free
-            if free < needed:
-                raise PTQError(f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
+            check_room(self.output, needed)
             self._parent = Directory(above)
             for _ in range(CLAIMS):
                 if self._claim(check):

@@ -11,6 +11,7 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.skeleton import Unit
+from ptqcli.pipeline.card import CARD_NAME, model_card
 from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.report import REPORT_NAME, Report
 
@@ -62,6 +63,7 @@ class WrittenUnits:
         for file, entries in self._described().items():
             write_json(folder, file, entries)
         write_json(folder, REPORT_NAME, report.stored())
+        folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])
         folder.check()
         open_checkpoint(folder.path)
         source.check_unchanged()
@@ -69,6 +71,5 @@ class WrittenUnits:
     def _described(self) -> dict[str, dict[str, Any]]:
         """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
         plan = self._run.plan
-        left = [*(name for name, _ in plan.skipped), *plan.outside]
-        added = self._run.format.describe([linear.spec for linear in plan.linears], left)
+        added = self._run.format.describe([linear.spec for linear in plan.linears], plan.plain)
         return {**added, "config.json": {**self._run.skeleton.source.config_json(), **added.get("config.json", {})}}

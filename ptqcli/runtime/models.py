@@ -14,6 +14,7 @@ import transformers
 from ptqcli.checkpoint import auxiliary
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.classes import build_classes
 from ptqcli.model.config import load_config
 from ptqcli.model.kinds import kind_of
 from ptqcli.resources import free_bytes
@@ -36,13 +37,14 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
 
 
 def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
-    kind = kind_of(config)
     tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
+    classes = build_classes(config, tensors.names, config.architectures)
+    name = type(classes.built[0][0]).__name__ if classes.only_named else kind_of(config).auto_class
     if tensors.total_bytes < free_bytes(device):
-        return _read(folder, kind.auto_class).to(device)
+        return _read(folder, name).to(device)
     offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
     try:
-        model = _read(folder, kind.auto_class, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
+        model = _read(folder, name, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
     except BaseException:
         shutil.rmtree(offloaded)
         raise
@@ -50,10 +52,10 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     return model
 
 
-def _read(folder: Path, auto_class: str, **placed: Any) -> Any:
-    """The model, with all its tensors from the files. placed: what transformers is told of where to put them."""
+def _read(folder: Path, name: str, **placed: Any) -> Any:
+    """The model in the class ``name`` of transformers, with all its tensors from the files. placed: what says where to put them."""
     try:
-        model, loading = getattr(transformers, auto_class).from_pretrained(
+        model, loading = getattr(transformers, name).from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,

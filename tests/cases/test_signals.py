@@ -58,7 +58,7 @@ def test_a_signal_at_any_moment_ends_the_command_without_a_word_of_python(model:
 
 @pytest.fixture
 def _kept() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -95,6 +95,28 @@ def test_a_program_that_imports_the_package_keeps_its_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
     signals.clean_up_first()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("_kept")
+def test_an_interruption_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a library's lazy imports do, the module makes something else of whatever is raised in it."""
+    (tmp_path / "foreign.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    done = sum(range(1000))\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('a missing module') from error\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signals.end_at_once()
+    signals.clean_up_first()
+    import foreign
+
+    assert foreign.done == sum(range(1000))
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(10)
 
 
 @pytest.mark.usefixtures("_kept")
