@@ -24,7 +24,8 @@ from pathlib import Path
 
 from ptqcli.checkpoint.directory import Directory, named
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import MARKER, PARTIAL, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.output import MARKER, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.report import PARTIAL
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 CLAIMS = 20  # attempts to claim a folder that other runs remove meanwhile

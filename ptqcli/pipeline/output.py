@@ -14,9 +14,8 @@ from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import TEMPLATES, belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.report import REPORT_NAME, read_report
+from ptqcli.pipeline.report import PARTIAL, REPORT_NAME, read_report
 
-PARTIAL = ".partial"  # ends the name of the folder in which a checkpoint grows
 REPLACED = "replaced"  # in that folder, the checkpoint that is being replaced, where two folders cannot change places in one step
 MARKER = ".ptq-quantize.json"
 MARKER_BYTES = 4096
@@ -70,13 +69,12 @@ def check_output(output: Path, model: Path | None, overwrite: bool, inputs: Sequ
         raise UsageError(f"{output}: is a link that leads back to itself; choose another --output") from error
     except ValueError as error:
         raise UsageError(f"{str(output)!r}: is no path ({error}); choose another --output") from error
-    _check_names(output, resolved)
-    if not os.path.lexists(resolved):
+    into = is_written_into(resolved)
+    _check_names(output, resolved, "" if into else PARTIAL)
+    if into or not os.path.lexists(resolved):
         return
     if not resolved.is_dir():
         raise UsageError(f"{output}: is a file; choose another --output")
-    if is_written_into(resolved):
-        return
     _check_sources(output, resolved, model, inputs)
     if not overwrite:
         raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
@@ -131,18 +129,18 @@ def remove_checkpoint(folder: Directory) -> None:
             folder.remove(name)
 
 
-def _check_names(output: Path, resolved: Path) -> None:
-    """Every name that will be made is checked before the work, the longest of them being a temporary one."""
+def _check_names(output: Path, resolved: Path, ending: str) -> None:
+    """Every name that will be made is checked before the work; the output's is the longest while it has its ``ending``."""
     parent = next(place for place in resolved.parents if os.path.isdir(place))
-    made = [*resolved.relative_to(parent).parts[:-1], resolved.name + PARTIAL]
+    made = [*resolved.relative_to(parent).parts[:-1], resolved.name + ending]
     longest = max(made, key=lambda name: len(os.fsencode(name)))
     limit = os.pathconf(parent, "PC_NAME_MAX")
     if len(os.fsencode(longest)) > limit:
-        more = f" with {PARTIAL}, under which it is written" if longest == made[-1] else ""
+        more = f" with {ending}, under which it is written" if ending and longest == made[-1] else ""
         raise UsageError(
             f"{output}: {longest[:40]}... takes {len(os.fsencode(longest))} bytes{more}, and names there {limit}; choose a shorter --output"
         )
-    if len(os.fsencode(resolved)) + len(PARTIAL) + LONGEST_INSIDE >= PATH_BYTES:
+    if len(os.fsencode(resolved)) + len(ending) + LONGEST_INSIDE >= PATH_BYTES:
         raise UsageError(f"{str(output)[:40]}...: the path is too long for the files in it; choose a shorter --output")
 
 
