@@ -15,7 +15,7 @@ def find_checkpoint(name: str | None) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The direct subfolder of ``folder`` whose report is the newest, but for those that runs work in. Raises UsageError when there is none."""
+    """The direct subfolder of ``folder`` whose report is the newest and that is finished. Raises UsageError when there is none."""
     finished = (report for report in folder.glob(f"*/{REPORT_NAME}") if not report.parent.name.endswith(PARTIAL))
     reports = sorted(finished, key=lambda report: (report.stat().st_mtime_ns, report))
     if not reports:
