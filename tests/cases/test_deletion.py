@@ -282,6 +282,27 @@ def test_a_run_that_begins_while_another_removes_the_old_folder_is_not_touched(r
     assert sorted(path.name for path in room.iterdir()) == ["model", "out"]
 
 
+def test_a_run_that_is_refused_leaves_the_marker_of_the_one_at_work(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has opened the working folder, which becomes the output before it finds that it is locked."""
+    lock, seen = ptqcli.pipeline.folder._lock, []
+
+    class Second(NoProgress):
+        def block_done(self, index: int, count: int) -> None:
+            def late(folder: Directory) -> None:
+                (room / "new.partial").rename(room / "new")
+                lock(folder)
+
+            with monkeypatch.context() as context:
+                context.setattr(ptqcli.pipeline.folder, "_lock", late)
+                with pytest.raises(PTQError, match="another run is writing there"):
+                    quantize(room / "model", PLAIN, room / "new")
+            seen.append(sorted(os.listdir(room / "new")))
+            (room / "new").rename(room / "new.partial")
+
+    quantize(room / "model", PLAIN, room / "new", progress=Second())
+    assert MARKER in seen[0]
+
+
 def test_a_folder_that_another_run_makes_behind_the_last_rename_stays(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove = ptqcli.pipeline.folder._Growing._remove_replaced
 
