@@ -273,13 +273,15 @@ def _told(error: BaseException, left: str) -> BaseException:
     """``error``, or one that also says what it has left on disk."""
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(left or "nothing of it is left on disk")
-    return PTQError(f"{_reason(error)}; {left}") if left and isinstance(error, Exception) else error
+    if isinstance(error, OSError) or (left and isinstance(error, Exception)):
+        return PTQError("; ".join(filter(None, (_reason(error), left))))
+    return error
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, PTQError) else f"{type(error).__name__} {error}".strip()
+    return str(error) if isinstance(error, (PTQError, OSError)) else f"{type(error).__name__} {error}".strip()
 
 
 def _exchange(parent: Directory, one: str, other: str) -> bool:
