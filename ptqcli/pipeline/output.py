@@ -14,6 +14,7 @@ from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import TEMPLATES, belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.pipeline.card import CARD_NAME, is_card
 from ptqcli.pipeline.report import PARTIAL, REPORT_NAME, read_report
 
 REPLACED = "replaced"  # in that folder, the checkpoint that is being replaced, where two folders cannot change places in one step
@@ -165,6 +166,8 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
         marker = Marker.read(folder, resolved.name)
         ours = marker is not None and marker.replaces is not None and folder.identity_of(REPLACED) == marker.replaces
         foreign = next((name for name in foreign_names(folder) if not (ours and name == f"{REPLACED}/")), None)
+        if foreign is None and not _has_our_card(folder):
+            foreign = CARD_NAME
     finally:
         folder.close()
     if not written:
@@ -175,6 +178,16 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
         raise UsageError(f"{output}: is a mount point and cannot be replaced; empty it, or choose a folder in it: --output {output}/NAME")
     if not os.access(resolved, os.W_OK | os.X_OK):
         raise UsageError(f"{output}: what is in it may not be removed by this user; choose another --output")
+
+
+def _has_our_card(folder: Directory) -> bool:
+    """False for a README that somebody else wrote, or a link to one."""
+    if folder.identity_of(CARD_NAME) is None:
+        return True
+    try:
+        return is_card(next(folder.pieces(CARD_NAME), b"").decode(errors="replace"))
+    except (OSError, PTQError):
+        return False
 
 
 def _is_mount_point(folder: Path) -> bool:

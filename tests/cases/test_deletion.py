@@ -215,6 +215,18 @@ def test_nor_is_one_with_a_file_of_the_user(ptq: Ptq, room: Path, name: str) -> 
     assert everything(room) == before
 
 
+def test_nor_is_one_whose_model_card_somebody_else_wrote(ptq: Ptq, room: Path) -> None:
+    line = ("quantize", room / "model", "--algo", "rtn", "--group-size", "32", "--output", room / "out", "--overwrite")
+    with open(room / "out" / "README.md", "a", encoding="utf-8") as card:
+        card.write("And see the evaluation.")
+    assert ptq(*line).code == 0, "ours, with more in it"
+    (room / "out" / "README.md").write_text("# My model")
+    assert "out: holds README.md, which ptq quantize did not write" in one_line(ptq(*line))
+    (room / "out" / "README.md").unlink()
+    (room / "out" / "README.md").symlink_to("../notes.md")
+    assert "out: holds README.md, which ptq quantize did not write" in one_line(ptq(*line))
+
+
 def test_a_folder_with_a_report_of_another_program_is_not_replaced(ptq: Ptq, room: Path) -> None:
     (room / "out" / "ptq_report.json").write_text("{}")
     before = everything(room)

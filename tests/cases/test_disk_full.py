@@ -122,6 +122,12 @@ def test_whatever_fails_is_one_line_with_a_path(
     assert "is left" not in one_line(answer)
 
 
+def test_a_program_is_told_by_an_error_of_ours(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing_after(os.fsync, errno.EIO, 2))
+    with pytest.raises(PTQError, match=r"/out\.partial: Input/output error$"):
+        quantize(model, Recipe(algo="rtn", group_size=32), tmp_path / "out")
+
+
 def test_what_cannot_be_removed_is_named(ptq: Ptq, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing can be written any more, and nothing removed: the message must not claim that it was."""
 
