@@ -42,7 +42,7 @@ class Plan:
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
     readers: how other programs load the result, or why they do not.
-    disk_bytes, memory_bytes: estimates of the room that the run needs, and of its peak beyond what Python and torch need themselves.
+    disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
 
     recipe: Recipe
@@ -91,6 +91,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
 
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
     """
+    _check_window(recipe)
     linears, skipped = _choose(recipe, skeleton, assigned or {})
     outside = _outside(skeleton)
     _check_patterns_match(recipe, skeleton, outside)
@@ -266,6 +267,12 @@ def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
     if common is None:
         return advice
     return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
+
+
+def _check_window(recipe: Recipe) -> None:
+    window = as_block_solver(recipe.solver()).window
+    if not isinstance(window, int) or window < 1:
+        raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:

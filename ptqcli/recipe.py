@@ -64,6 +64,7 @@ class Override:
     abits: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(Override, vars(self), "override")
         changes = any(value is not None for value in (self.bits, self.group_size, self.symmetric, self.abits))
         if self.skip == changes:
             raise UsageError(f"override '{self.pattern}' must either skip or change bits, abits, group_size or symmetric")
@@ -127,6 +128,7 @@ class Recipe:
     blocks: str | None = None
 
     def __post_init__(self) -> None:
+        _check_types(Recipe, vars(self), "recipe")
         _check_options(self.options, self.algorithm)
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:

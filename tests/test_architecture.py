@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "numerics", "suggest"}
+BASE = {"errors", "arguments", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "estimate"}
 
@@ -25,6 +25,7 @@ ALLOWED = {
     "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
     "suggest": set(),
+    "arguments": {"errors"},
     "options": {"errors", "suggest"},
     "shipped": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},
