@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
-from ptqcli.formats import Format, LinearSpec, find_format
+from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -27,6 +27,7 @@ from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
 
+CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
 TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 
 
@@ -40,6 +41,7 @@ class Plan:
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of its peak beyond what Python and torch need themselves.
     """
 
@@ -56,6 +58,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    readers: tuple[Reader, ...] = ()
 
     @property
     def needs_calibration(self) -> bool:
@@ -103,6 +106,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_length(seqlen, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
+    specs = [linear.spec for linear in linears]
+    tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
@@ -119,10 +124,13 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         memory_bytes=memory,
         notes=(
             *_group_notes(linears, recipe),
+            *_calibration_notes(recipe, linears),
             *_model_notes(skeleton, linears),
-            *_reader_notes(chosen, skeleton, [linear.spec for linear in linears]),
+            *chosen.notes(specs),
+            *tried,
             *_fused_notes(fused),
         ),
+        readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
     )
 
 
@@ -196,10 +204,23 @@ def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[
     names = [site.name for site in skeleton.linears]
     for override in recipe.overrides:
         if not any(re.search(override.pattern, name) for name in names):
-            raise UsageError(f"override '{override.pattern}' matches no linear; the linears are named like {names[0]}")
+            found = _other_match(override.pattern, skeleton, outside)
+            if found is None or not override.skip:  # what stays as it is may be skipped
+                raise UsageError(f"override '{override.pattern}' {found or f'matches no linear; the linears are named like {names[0]}'}")
     for pattern in recipe.ignore:
-        if not any(re.search(pattern, name) for name in (*names, *outside)):
+        if not any(re.search(pattern, name) for name in names) and _other_match(pattern, skeleton, outside) is None:
             raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
+
+
+def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> str | None:
+    """What ``pattern``, which finds no linear of the blocks, finds in the model instead, and why that has no scheme."""
+    for name in outside:
+        if re.search(pattern, name):
+            return f"matches {name}, a linear outside the blocks; it stays in 16 bit for now, so leave the override out"
+    for name, module in skeleton.model.named_modules():
+        if name and re.search(pattern, name) and next(module.parameters(recurse=False), None) is not None:
+            return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"
+    return None
 
 
 def _too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
@@ -321,6 +342,15 @@ def _group_notes(linears: Sequence[PlannedLinear], recipe: Recipe) -> list[str]:
     ]
 
 
+def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
+    """What is asked for of the calibration text although nothing looks at it."""
+    usual = {entry.name: entry.default for entry in fields(Recipe)}
+    asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
+    if not asked or needs_calibration(recipe, linears):
+        return []
+    return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
+
+
 def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
     """What is not quantized and might be thought to be."""
     notes = []
@@ -339,10 +369,6 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes
-
-
-def _reader_notes(chosen: Format, skeleton: Skeleton, specs: Sequence[LinearSpec]) -> list[str]:
-    return [*chosen.notes(specs), *chosen.trial([model for model, _ in skeleton.classes], specs)]
 
 
 def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:

@@ -145,7 +145,7 @@ def test_changes_mean_what_they_mean_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recipe, changes, message",
     [
-        ("w4a16-gtpq", {}, "recipe 'w4a16-gtpq' is neither a file nor one of those that come along; did you mean w4a16-gptq"),
+        ("w4a16-gtpq", {}, "recipe 'w4a16-gtpq' is neither a file nor one of those that come along; did you mean 'w4a16-gptq'?"),
         (Recipe(), {"dmp": 0.1}, "unknown key 'dmp'; the keys are abits"),
         (Recipe(), {"wbits": "four"}, "'wbits' must be int, not 'four'"),
         (Recipe(algo="rtn"), {"damp": 0.1}, "damp belongs to gptq and obq, not to rtn; leave it out"),

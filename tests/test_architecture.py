@@ -25,7 +25,7 @@ ALLOWED = {
     "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
     "suggest": set(),
-    "options": {"errors"},
+    "options": {"errors", "suggest"},
     "shipped": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},
     "resources": {"errors"},
@@ -36,7 +36,7 @@ ALLOWED = {
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},

@@ -231,12 +231,14 @@ def test_nothing_passes_for_a_checkpoint_before_finish(tmp_path: Path) -> None:
         SafetensorsFolder(tmp_path)
 
 
-def test_write_json_replaces_a_file_in_one_step(tmp_path: Path) -> None:
+def test_write_json_replaces_nothing(tmp_path: Path) -> None:
     path, folder = tmp_path / "config.json", Directory(tmp_path)
-    path.write_text("before")
-    write_json(folder, path.name, {"b": 1, "a": ["ü"]})
     with pytest.raises(TypeError):
         write_json(folder, path.name, {"b": object()})
+    write_json(folder, path.name, {"b": 1, "a": ["ü"]})
+    with pytest.raises(FileExistsError, match=r"config\.json"):
+        write_json(folder, path.name, {})
+    folder.remove("config.json.tmp")
     assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1, "a": ["ü"]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
 

@@ -12,9 +12,10 @@ from textbook import textbook_codes, textbook_grid
 from ptqcli.errors import UsageError
 from ptqcli.numerics.elements import Codebook, Int
 from ptqcli.numerics.grids import SEARCHES, Clipped, Grid, MinMax, range_search
-from ptqcli.numerics.scheme import AUTO_GROUP, EXAMPLES, SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, EXAMPLES, SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme, usual_schemes
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.rtn import RTN
+from ptqcli.suggest import did_you_mean
 
 KINDS = {
     "both signs": lambda w: w,
@@ -166,7 +167,8 @@ WRONG = [
 def test_other_names_are_refused_with_examples(text):
     with pytest.raises(UsageError) as refused:
         Scheme.parse(text)
-    assert str(refused.value) == f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}"
+    expected = f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}{did_you_mean(text, usual_schemes())}"
+    assert str(refused.value) == expected
 
 
 @pytest.mark.parametrize(

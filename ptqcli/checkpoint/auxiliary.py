@@ -30,7 +30,7 @@ AUXILIARY_FILES = (
 
 # What else a quantized model folder holds, finished or not. Anything of another name in one is somebody else's.
 WRITTEN_FILES = (
-    "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "README.md", "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "shard-*.safetensors", "joined.safetensors",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ own work and nothing else. Every OSError that leaves this module names a whole p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -20,12 +21,15 @@ from ptqcli.errors import PTQError
 
 PIECE = 16 << 20  # bytes that are read or written at once
 
+# In the place of the SHA-256 of a file that was made.
+ASKED_FOR, UNFINISHED = "asked for", "unfinished"
+
 
 class Directory:
     """An open folder; with ``within``, the one of that name in another. A link is no folder.
 
-    path: for messages, and for libraries that open files by name. made: what was created here, oldest first, with the SHA-256 of its bytes;
-    None for a file that is not finished.
+    path: for messages, and for libraries that open files by name. made: what was created here, oldest first, with the SHA-256 of its bytes,
+    or how far it is.
     """
 
     def __init__(self, path: str | Path, within: Directory | None = None) -> None:
@@ -33,7 +37,8 @@ class Directory:
         with named(self.path):
             flags = os.O_RDONLY | os.O_DIRECTORY | (0 if within is None else os.O_NOFOLLOW)
             self.descriptor: int = os.open(path, flags, dir_fd=None if within is None else within.descriptor)
-        self.made: dict[str, str | None] = {}
+        self.made: dict[str, str] = {}
+        self._folders: list[str] = []  # the names of those that were made, or asked for
         self._inside: dict[str, Directory] = {}
 
     def close(self) -> None:
@@ -92,9 +97,14 @@ class Directory:
             self._subfolder(folder).write(leaf, pieces)
             return
         path, digest = self.path / name, hashlib.sha256()
-        with named(path):
-            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=self.descriptor)
-        self.made[name] = None
+        self.made[name] = ASKED_FOR  # before it is there: an interruption may come right behind the call
+        try:
+            with named(path):
+                descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=self.descriptor)
+        except OSError:
+            del self.made[name]
+            raise
+        self.made[name] = UNFINISHED
         try:
             for piece in pieces:
                 digest.update(piece)
@@ -132,11 +142,14 @@ class Directory:
             raise PTQError(f"{self.path / name}: does not hold what was written; the disk is failing or another program writes there")
 
     def rename(self, old: str, new: str) -> None:
-        """Rename what is called ``old``; a file that is called ``new`` is replaced in one step, a folder only if it is empty."""
+        """Rename what is called ``old``. Raises FileExistsError if there is anything that is called ``new``."""
+        if self.identity_of(new) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path / new))
+        if old in self.made:
+            self.made[new] = self.made[old]
         with named(self.path / new):
             os.rename(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-        if old in self.made:
-            self.made[new] = self.made.pop(old)
+        self.made.pop(old, None)
 
     def remove(self, name: str) -> None:
         """Remove a file, or the link itself; nothing if it is gone already."""
@@ -152,12 +165,22 @@ class Directory:
 
     def remove_made(self) -> None:
         """Remove what was made here, the latest first, and nothing else."""
-        for name, folder in list(self._inside.items()):
+        for folder in self._inside.values():
             folder.remove_made()
-            self.remove_folder(name, folder.identity)
-            self._inside.pop(name).close()
+        for name in self._folders:
+            identity = self.identity_of(name)
+            if identity is not None:
+                self.remove_folder(name, identity)
         for name in reversed(list(self.made)):
-            self.remove(name)
+            if self.made[name] != ASKED_FOR or self._is_empty_file(name):
+                self.remove(name)
+
+    def _is_empty_file(self, name: str) -> bool:
+        try:
+            found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == 0
 
     def sync(self) -> None:
         """Make what was created, renamed and removed here durable."""
@@ -173,6 +196,7 @@ class Directory:
 
     def _subfolder(self, name: str) -> Directory:
         if name not in self._inside:
+            self._folders.append(name)
             self.make_folder(name)
             self._inside[name] = Directory(name, self)
         return self._inside[name]

@@ -106,7 +106,7 @@ class CheckpointWriter:
 
 
 def write_json(folder: Directory, name: str, obj: Any) -> None:
-    """Write ``obj`` as indented JSON, replacing the file ``name`` in one step or leaving it as it was."""
+    """Write ``obj`` as indented JSON. Raises FileExistsError if there is anything called ``name``, and OSError for what else fails."""
     text = json.dumps(obj, indent=2, ensure_ascii=False)
     if not _is_unicode(text):  # half of a surrogate pair: a path that is no UTF-8, as Python spells it
         text = json.dumps(obj, indent=2)
@@ -161,7 +161,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
 
 
 def _put(folder: Directory, name: str, pieces: Iterator[Any]) -> None:
-    """Write a file under a temporary name, force it to disk and rename it: it is the whole new file or as it was."""
+    """Write a file under a temporary name, force it to disk and rename it: what has its name is whole."""
     folder.write(f"{name}.tmp", pieces)
     folder.rename(f"{name}.tmp", name)
     folder.sync()

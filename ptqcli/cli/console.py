@@ -7,7 +7,6 @@ shown but errors.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from rich.text import Text
 PLAIN_WIDTH = 10_000  # columns where the output is no terminal: nothing is folded, so that each line can be searched for
 USUAL_WIDTH = 80  # of a terminal that does not say
 LEAST_TABLE_WIDTH = 60  # what a narrower terminal wraps is easier to read than columns of three letters
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks: what moves a terminal's cursor, and worse
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -83,11 +81,6 @@ class Output:
             self.console.print(table)
         for line in capture.get().splitlines():
             print(line.rstrip(), file=self.console.file)
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters as their numbers, so that whoever wrote it has no power over the terminal."""
-    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def size_text(count: float) -> str:

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,6 +76,11 @@ def _format_packages() -> dict[str, str]:
     from ptqcli.formats import FORMATS, find_format
 
     return {package: purpose for name in FORMATS for package, purpose in find_format(name).packages.items()}
+
+
+def lacking(needs: Iterable[str]) -> list[str]:
+    """Those of ``needs``, pip requirements, that are not installed, or in another version."""
+    return [need for need in needs if _package(Requirement(need), True, "").status != "ok"]
 
 
 def _package(requirement: Requirement, needed: bool, purpose: str) -> Check:

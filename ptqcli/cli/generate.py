@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.console import Output, printable
+from ptqcli.cli.console import Output
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import device_option, examples, json_option, kernel_option, open_device
 from ptqcli.cli.streams import output_failure
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import PTQError, UsageError, printable
 
 
 @click.command(
@@ -119,22 +119,22 @@ def _checked(text: str) -> str:
 
 def _in_chat(tokenizer: Any, text: str, system: str | None) -> str:
     """What the model sees of a conversation that ``text`` opens. Raises PTQError for a template that does not take it."""
-    from jinja2 import TemplateError
-
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise PTQError(f"the model's chat template does not take this conversation: {error}; give --raw to continue the text") from error
+    except Exception as error:  # a template is a program
+        reason = " ".join(str(error).split())[:200]
+        raise PTQError(f"the model's chat template does not take this conversation: {reason}; give --raw to continue the text") from error
 
 
 def _choice(temperature: float, seed: int) -> dict[str, Any]:
-    """How the next token is chosen."""
+    """How the next token is chosen, whatever the model's generation_config.json says of several continuations."""
     import torch
 
     torch.manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
+    return {**sampling, "num_beams": 1, "num_return_sequences": 1}
 
 
 def _streamer(tokenizer: Any, chat: bool) -> Any:
@@ -143,7 +143,7 @@ def _streamer(tokenizer: Any, chat: bool) -> Any:
 
     class Shown(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            super().on_finalized_text(printable(text) if sys.stdout.isatty() else text, stream_end)
+            super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
             if output_failure() is not None:  # nobody reads on
                 raise click.exceptions.Exit(0)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
+from ptqcli.cli.doctor import lacking
 from ptqcli.cli.progress import Tracker
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
 from ptqcli.cli.signals import clean_up_first, stop_if_interrupted
 from ptqcli.pipeline.report import REPORT_NAME
 
 if TYPE_CHECKING:
+    from ptqcli.formats import Reader
     from ptqcli.pipeline.prepare import Prepared
     from ptqcli.pipeline.report import Report
     from ptqcli.plan import Plan
@@ -159,3 +163,19 @@ def show_report(report: Report, words: Output) -> None:
             ("peak memory", size_text(report.peak_memory_bytes)),
         ]
     )
+    words.say()
+    words.facts(_next_steps(path_text(Path(report.output)), report.readers))
+
+
+def _next_steps(folder: str, readers: Sequence[Reader]) -> Iterator[tuple[str, str]]:
+    """What a person types next."""
+    quoted = shlex.quote(folder)
+    yield "measure it", f"ptq eval {quoted}"
+    yield "let it speak", f'ptq generate {quoted} "text"'
+    for reader in readers:
+        if reader.refusal is not None:
+            yield f"not in {reader.name}", reader.refusal
+            continue
+        missing = lacking(reader.needs)
+        first = f"   # first: pip install {shlex.join(missing)}" if missing else ""
+        yield f"in {reader.name}", reader.code_for(folder).splitlines()[-1] + first

@@ -11,6 +11,8 @@ adds one under the entry point group ``ptqcli.formats``, in the same form: ``its
 
 from __future__ import annotations
 
+import json
+import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,30 @@ class LinearSpec:
     aliases: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Another program, and how it loads a checkpoint.
+
+    name: of the program. needs: what to install, one pip requirement each. code: what to write, in python or sh as language says, with
+    ``{folder}`` in the place of the checkpoint's folder. refusal: why it does not load the checkpoint, None if it does.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    code: str = ""
+    language: str = "python"
+    refusal: str | None = None
+
+    def code_for(self, folder: str) -> str:
+        """What to write for a checkpoint in ``folder``."""
+        return self.code.format(folder=json.dumps(folder) if self.language == "python" else shlex.quote(folder))
+
+    @property
+    def install(self) -> str:
+        """The line that installs what it needs."""
+        return f"pip install {shlex.join(self.needs)}"
+
+
 @runtime_checkable
 class Format(Protocol):
     """How schemes are stored and told to readers.
@@ -92,6 +118,13 @@ class Format(Protocol):
         """What a reader would do with such linears in this very model, found by trying, one sentence each.
 
         classes: the model on the meta device, in each class that a reader may build of it; it stays as it is.
+        """
+        return []
+
+    def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
+        """The programs that are known to read such linears, or not to.
+
+        auto_class: of transformers, which builds the model. tried: what ``trial`` found.
         """
         return []
 

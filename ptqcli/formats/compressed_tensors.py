@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError
-from ptqcli.formats import Format, LinearSpec, bitstream, compressed_tensors_config, compressed_tensors_readers
+from ptqcli.formats import Format, LinearSpec, Reader, bitstream, compressed_tensors_config, compressed_tensors_readers
 from ptqcli.formats.compressed_tensors_config import NAME
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
@@ -67,6 +67,10 @@ class CompressedTensors(Format):
     def trial(self, classes: Sequence[nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
         """What transformers would do with such linears in this very model, in one sentence or none."""
         return compressed_tensors_readers.trial(classes, specs, {spec.name for spec in specs if spec.scheme.activations is None})
+
+    def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
+        """transformers and vLLM, with the versions that these schemes need."""
+        return compressed_tensors_readers.readers(specs, auto_class, bool(tried))
 
     def stored_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear's stored tensors, those of outlier columns left out."""

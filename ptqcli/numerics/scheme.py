@@ -210,7 +210,7 @@ def usual_schemes() -> list[str]:
     """Names that a person is likely to want, for advice and completion."""
     groups = ("g128", "g64", "g32", "row")
     weights_only = [f"w{bits}a16-{group}{zero}" for bits in SUPPORTED_BITS for group in groups for zero in ("", "-asym")]
-    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static", "w4a8"]
+    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static"]
 
 
 def _scheme_of(name: re.Match[str]) -> Scheme:

@@ -133,6 +133,7 @@ class _Growing:
         self._settle()
         if self.parent.identity_of(self.name) == self.folder.identity:
             self._clear_leftovers()
+            self._made = not self.into
             check()
             self._replaces = None if self.into else self.parent.identity_of(self.output.name)
             with suppress(FileNotFoundError):
@@ -167,7 +168,6 @@ class _Growing:
         if marker is not None:
             self._restore(marker.replaces)
         remove_checkpoint(self.folder)
-        self._made = not self.into
 
     # The end
 

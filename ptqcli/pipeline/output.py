@@ -164,7 +164,9 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
         raise UsageError(f"{output}: will not be replaced, since its report is damaged ({error}); choose another --output") from error
     folder = Directory(resolved)
     try:
-        foreign = next(foreign_names(folder), None)
+        marker = Marker.read(folder, resolved.name)
+        ours = marker is not None and marker.replaces is not None and folder.identity_of(REPLACED) == marker.replaces
+        foreign = next((name for name in foreign_names(folder) if not (ours and name == f"{REPLACED}/")), None)
     finally:
         folder.close()
     if not written:

@@ -11,6 +11,7 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.skeleton import Unit
+from ptqcli.pipeline.card import CARD_NAME, model_card
 from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.report import REPORT_NAME, Report
 
@@ -62,6 +63,7 @@ class WrittenUnits:
         for file, entries in self._described().items():
             write_json(folder, file, entries)
         write_json(folder, REPORT_NAME, report.stored())
+        folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])
         folder.check()
         open_checkpoint(folder.path)
         source.check_unchanged()

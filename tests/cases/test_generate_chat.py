@@ -14,9 +14,12 @@ from commandline import Ptq, one_line
 from tiny import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ptqcli.errors import printable
+
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' and message['content'] == 'no' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{% if message['content'] == 'divide' %}{{ 1 / 0 }}{% endif %}"
     "<|end|>{{ message['role'] }}: {{ message['content'] }}\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|end|>assistant: {% endif %}"
@@ -26,7 +29,8 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """plain: no template. chat: one, and a tokenizer that returns token_type_ids. silent: says nothing but its end token."""
+    """plain: no template, and a generation_config.json that asks for several continuations. chat: a template, and a tokenizer that
+    returns token_type_ids. silent: says nothing but its end token."""
     folder = tmp_path_factory.mktemp("chat")
     make_model(folder / "plain")
     make_model(folder / "chat")
@@ -36,6 +40,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = folder / "chat" / "tokenizer_config.json"
     names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
+    usual = folder / "plain" / "generation_config.json"
+    usual.write_text(json.dumps(json.loads(usual.read_text()) | {"num_beams": 3, "num_return_sequences": 2}))
     silent = make_model(folder / "silent", "gpt2", eos_token_id=None)
     with torch.no_grad():
         silent.transformer.ln_f.weight.zero_()
@@ -81,14 +87,18 @@ def test_a_text_is_continued(ptq: Ptq, at_work: Path, arguments: tuple[str, ...]
     assert (found["chat"], found["prompt_tokens"]) == (False, 5)
 
 
+def shown(text: str) -> str:
+    return printable(text, keep="\n\t") + "\n"
+
+
 def test_words_for_people(ptq: Ptq, at_work: Path) -> None:
     """In a chat the answer alone, otherwise the text and what follows it."""
     answered, continued = (
         ptq("generate", "chat", "hello", "--max-new-tokens", TOKENS),
         ptq("generate", "plain", "hello", "--max-new-tokens", TOKENS),
     )
-    assert answered.out == continuation(at_work / "chat", "<|end|>user: hello\n<|end|>assistant: ") + "\n"
-    assert continued.out == "hello" + continuation(at_work / "plain", "hello") + "\n"
+    assert answered.out == shown(continuation(at_work / "chat", "<|end|>user: hello\n<|end|>assistant: "))
+    assert continued.out == shown("hello" + continuation(at_work / "plain", "hello"))
 
 
 def test_special_tokens_are_no_words(ptq: Ptq, at_work: Path) -> None:
@@ -117,6 +127,7 @@ def binary() -> io.TextIOWrapper:
         (None, ("plain", "\udcff"), 2, "the text is not UTF-8"),
         (None, ("plain", "hello", "--system", "be brief"), 2, "plain: has no chat template"),
         (None, ("chat", "hello", "--raw", "--system", "be brief"), 2, "--raw and --system exclude each other"),
+        (None, ("chat", "divide"), 1, "does not take this conversation: division by zero; give --raw"),
         (None, ("chat", "hello", "--system", "no"), 1, "does not take this conversation: no system here; give --raw"),
     ],
 )

@@ -20,7 +20,7 @@ from ptqcli.cli import COMMANDS, run
 # command -> a line of it, and what it shows at every width, blanks left out
 LINES = {
     "quantize": ("quantize model --algo rtn --group-size 32 --output new --overwrite", "writtennew"),
-    "eval": ("eval done --ppl text.txt --seqlen 64", "checkpointdone"),
+    "eval": ("eval done --ppl text.txt --seqlen 64 --no-baseline", "checkpointdone"),
     "bench": ("bench --shapes 128x32 --tokens 1 --seconds 0.0001", "w4a16-g128:mediantimeofacall"),
     "inspect": ("inspect done", "Layers(error:relative,weight)"),
     "generate": ("generate done hello --max-new-tokens 2", "hello"),
