@@ -71,13 +71,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 # Refusals for a reason that is true of the model, by what the message says; the first that matches names it.
 REASONS = {
-    "mixture of experts": r"expert",
+    "mixture of experts": r"^(tensor )?[^ :]*(expert|moe)",
+    "matrices in stacks, as experts or heads": r"in stacks like this one",
     "not a causal language model alone": r"is not a causal language model",
     "weights assembled from several tensors": r"assembles this parameter",
-    "too little of it is in the blocks": r"of the linear weights|no list of repeated blocks|lists of blocks of similar size",
+    "no one list of blocks": r"of the linear weights|no list of repeated blocks|lists of blocks of similar size",
     "blocks that do not hand one state on": r"hand each block's output|hidden states|does not run up to its blocks",
-    "a package is missing": r"requires? the .* (library|package)",
-    "one linear that runs several times": r"runs more than once|run more than once",
 }
 
 

@@ -49,7 +49,7 @@ def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
         "one": Row("one", "OneModel", "OneModel", {"rtn": Outcome("right"), "gptq": Outcome("wrong", "by 2")}),
         "two": Row("two", "TwoModel", "TwoModel", {"rtn": Outcome("right"), "gptq": Outcome("right")}),
         "three": Row(
-            "three", "Three", "", {"rtn": Outcome("refused", "fused expert weights"), "gptq": Outcome("refused", "fused experts")}
+            "three", "Three", "", {"rtn": Outcome("refused", "layers.0.mlp.experts: 90% of"), "gptq": Outcome("refused", "fused experts")}
         ),
     }
     page = table(rows)
