@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
@@ -309,10 +310,7 @@ def _check_hidden_states(skeleton: Skeleton) -> None:
     for index, shape in enumerate(skeleton.shapes):
         if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
             found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
-            raise UsageError(
-                f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features], which calibration needs; "
-                "use --algo rtn, which needs none"
-            )
+            raise UsageError(f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features]; {WAY_OUT}")
 
 
 def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
