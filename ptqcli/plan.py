@@ -7,7 +7,6 @@ matches nothing, parts of one fused matrix in different schemes, something that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_
 from ptqcli.formats import Format, LinearSpec, find_format
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.patterns import found
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
@@ -84,9 +84,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
 
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
     """
-    linears, skipped = _choose(recipe, skeleton, assigned or {})
     outside = _outside(skeleton)
-    _check_patterns_match(recipe, skeleton, outside)
+    hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
+    linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
+    _check_patterns_match(recipe, skeleton, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     _check_groups(linears)
@@ -120,14 +121,19 @@ def model_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
+Hits = Mapping[str, frozenset[str]]  # pattern -> names that it finds
+
+
+def _choose(
+    recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme], hits: Hits
+) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
     unknown = sorted(assigned.keys() - {site.name for site in skeleton.linears})
     if unknown:
         raise UsageError(f"a scheme is assigned to {unknown[0]}, which is no linear of the model's blocks")
     linears, skipped = [], []
     solver = as_block_solver(recipe.solver())
     for site in skeleton.linears:
-        scheme, reason = _scheme_for(recipe, site.name)
+        scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
         if site.local in skeleton.shapes[site.block].unused:
             reason = reason or "never runs"
@@ -150,11 +156,11 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
     return linears, skipped
 
 
-def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
+def _scheme_for(recipe: Recipe, name: str, hits: Hits) -> tuple[Scheme, str | None]:
     scheme = recipe.default_scheme
-    reason = "ignored" if any(re.search(pattern, name) for pattern in recipe.ignore) else None
+    reason = "ignored" if any(name in hits[pattern] for pattern in recipe.ignore) else None
     for override in recipe.overrides:
-        if re.search(override.pattern, name):
+        if name in hits[override.pattern]:
             scheme = override.apply(scheme)
             reason = "skipped" if override.skip else (None if reason == "skipped" else reason)
     return scheme, reason
@@ -165,13 +171,13 @@ def _outside(skeleton: Skeleton) -> list[str]:
     return [name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear) and name not in inside]
 
 
-def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str]) -> None:
+def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, hits: Hits) -> None:
     names = [site.name for site in skeleton.linears]
     for override in recipe.overrides:
-        if not any(re.search(override.pattern, name) for name in names):
+        if hits[override.pattern].isdisjoint(names):
             raise UsageError(f"override '{override.pattern}' matches no linear; the linears are named like {names[0]}")
     for pattern in recipe.ignore:
-        if not any(re.search(pattern, name) for name in (*names, *outside)):
+        if not hits[pattern]:
             raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ptqcli.errors import PTQError
+from ptqcli.untrusted import foreign
 
 # Text files that make a folder of weights a model folder; weights and config.json are written anew.
 AUXILIARY_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
@@ -14,15 +14,13 @@ AUXILIARY_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICEN
 NOT_AUXILIARY = ("config.json", "*.index.json", "ptq_report.json", "quantize_config.json")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``. Raises PTQError when there is none or it needs code from the folder."""
+def load_tokenizer(folder: Path, config: Any) -> Any:
+    """The tokenizer in ``folder``, whose configuration is ``config``. Raises PTQError when there is none, it is broken, or it needs code
+    from the folder."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PTQError(f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files into the folder") from error
+    with foreign(f"{folder}: cannot load a tokenizer", "; copy the model's tokenizer files into the folder"):
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
 
 
 def copy_auxiliary_files(source: Path, target: Path) -> None:

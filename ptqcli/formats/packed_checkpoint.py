@@ -127,7 +127,7 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     stored_as = format_of(entry)
     tensors = SafetensorsFolder(folder)
     config.dtype = dtype or config.dtype or _stored_dtype(tensors)
-    model = build_on_meta(config)
+    model = build_on_meta(config, len(tensors.names))
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     return PackedCheckpoint(folder, config, model, stored_as, tensors, stored_as.schemes(entry, tensors, linears))
 

@@ -3,48 +3,108 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
-import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
+from ptqcli.untrusted import foreign, read_json, shown
 
-# What transformers raises, depending on the model type, for a value in config.json that makes no sense.
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError)
+CONFIG_FILE = "config.json"
+
+# Keys with which a file tells transformers what code to run or to fetch, beside those that ``_selects_code`` tells by their form.
+CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config", "allow_all_kernels"}
+
+# Real models store a tensor for every second module or so. One that has this many times more modules than the file has tensors is not
+# the model in the file, and building it could take hours.
+MODULES_PER_TENSOR = 16
+FEWEST_MODULES = 1_000
 
 
-def load_config(folder: Path) -> Any:
-    """The transformers configuration in ``folder``. Raises PTQError when it is missing, broken, or needs code from the folder."""
-    from transformers import AutoConfig
+def read_config(folder: Path) -> dict[str, Any]:
+    """What stands in config.json, without keys that select code, which transformers would fetch or run as the file asks: attention and
+    expert kernels, Python files of the folder, its own private state. Raises PTQError or UsageError, naming the file, if it is no JSON."""
+    from transformers import PreTrainedConfig
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such model folder")
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
-    try:
+    values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
+    return values
+
+
+def _data(value: Any, config_class: type) -> Any:
+    """``value`` without keys that select code, at any depth."""
+    if isinstance(value, list):
+        return [_data(entry, config_class) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: entry if key == "quantization_config" else _data(entry, config_class)
+        for key, entry in value.items()
+        if not _selects_code(key, config_class)
+    }
+
+
+def _selects_code(key: str, config_class: type) -> bool:
+    # transformers sets every key as an attribute: one with the name of a method would take its place.
+    return key.startswith("_") or key.endswith("_implementation") or key in CODE_KEYS or callable(getattr(config_class, key, None))
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers configuration in ``folder``, of ``read_config``. Raises PTQError when it is missing, broken, or needs code from
+    the folder."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = read_config(folder)
+    file, model_type = folder / CONFIG_FILE, values.get("model_type")
+    if not isinstance(model_type, str):
+        raise PTQError(f"{file}: model_type is {shown(model_type)}; transformers needs the name of an architecture there")
+    if model_type not in CONFIG_MAPPING and "auto_map" in read_json(file):
+        raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run")
+    # transformers reads a file, not values, and looks for others beside it.
+    with foreign(f"{file}: transformers cannot read it"), tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, *CONFIG_ERRORS) as error:
-        if "trust_remote_code" in str(error):
-            raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run") from error
-        raise PTQError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from error
+            config = AutoConfig.from_pretrained(alone, local_files_only=True, trust_remote_code=False)
+        config.name_or_path = str(folder)
+    _check_read_here(config, file)
     return config
+
+
+def _check_read_here(config: Any, file: Path) -> None:
+    """The values that are read in this package, which transformers takes as they come."""
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise PTQError(f"{file}: architectures is {shown(names)}, not a list of names")
+    if config.dtype is not None and not (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point):
+        raise PTQError(f"{file}: dtype is {shown(config.dtype)}, not a floating dtype")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and not (type(positions) is int and 0 < positions < 2**31):
+        raise PTQError(f"{file}: max_position_embeddings is {shown(positions)}, not a number of tokens")
 
 
 # While accelerate builds without weights it replaces a method of all modules; two threads at once would leave it replaced.
 BUILDING = threading.Lock()
 
 
-def build_on_meta(config: Any) -> nn.Module:
-    """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
+def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
+    """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU.
+
+    stored: how many tensors its file holds, where there is one. Raises PTQError for a config that transformers cannot build, or that asks
+    for far more modules than ``stored`` tensors can fill.
+    """
     import transformers
     from accelerate import init_empty_weights
 
@@ -52,17 +112,33 @@ def build_on_meta(config: Any) -> nn.Module:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with BUILDING, init_empty_weights(include_buffers=False), _quiet_transformers():
-            model = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
-    except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
-        raise PTQError(f"transformers cannot build a {kind.name} from this config: {first_line(error)}") from error
+    with (
+        BUILDING,
+        foreign(f"{config.name_or_path}: transformers cannot build a {kind.name} from its config.json"),
+        _at_most(None if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)),
+        init_empty_weights(include_buffers=False),
+        _quiet_transformers(),
+    ):
+        model: nn.Module = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
     return model.eval()
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message as one line of bounded length."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+@contextmanager
+def _at_most(most: int | None) -> Iterator[None]:
+    """Stop this thread with a PTQError when it has put together more than ``most`` modules."""
+    thread, made = threading.get_ident(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if most is not None and made > most:
+            raise PTQError(f"config.json asks for more than {most} modules, far more than the tensors of the file can fill; one is wrong")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

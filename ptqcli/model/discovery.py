@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.config import first_line
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import is_linear
+from ptqcli.untrusted import one_line
 
 # Tokens of the pass of empty tensors; more than one, so that code which treats single-token decoding apart is not taken.
 PROBE_TOKENS = 8
@@ -102,7 +102,7 @@ def probe_model(model: nn.Module, blocks: Sequence[nn.Module]) -> Probe:
             _fill_with_fakes(twin, mode)
             kind.call(twin, torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise PTQError(f"the model does not run on empty tensors, so its structure cannot be discovered: {first_line(error)}") from error
+        raise PTQError(f"the model does not run on empty tensors, so its structure cannot be discovered: {one_line(error)}") from error
     last = max((place for place, name in enumerate(order) if name == names[id(blocks[-1])]), default=len(order))
     return Probe([probe.shape() for probe in probes], frozenset(order[last:]) - frozenset(order[:last]))
 

@@ -51,7 +51,7 @@ class Skeleton:
         self.kind = kind_of(self.config)
         self._tensors = source.tensors
         self._kept: dict[str, Tensor] = {}  # stored tensors of the units at work
-        self.model = build_on_meta(self.config)
+        self.model = build_on_meta(self.config, len(self._tensors.names))
         self.names = DiskNames(self.model, self._tensors.names)
         self.blocks_name = find_blocks(self.model, blocks)
         self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())

@@ -82,5 +82,4 @@ def _room(device: torch.device) -> dict[int | str, int]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises PTQError for a folder that is no model's, or has no tokenizer."""
-    load_config(folder)
-    return auxiliary.load_tokenizer(folder)
+    return auxiliary.load_tokenizer(folder, load_config(folder))
