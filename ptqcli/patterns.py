@@ -6,7 +6,7 @@ follows all ways through the pattern at once: its time is the length of the name
 What is left to bound is that length, in which ``x{1000}`` counts a thousand times, and how many patterns there are.
 
 RE2 has no look-arounds and no back references. Of these, a look-ahead at the beginning (``^(?!.*down)``, all but the down projections) is
-taken apart here, since nothing else says "all but"; the others are refused. Where the two read the same text differently, it is refused, too.
+taken apart here, since nothing else says "all but"; the others are refused, and so is what the two would read differently.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ def found(patterns: Iterable[str], names: Sequence[str], from_start: bool = Fals
 
     Raises UsageError as ``check_pattern`` does, and when all patterns together take longer than MOST_SECONDS.
     """
+    distinct = dict.fromkeys(patterns)
+    if not distinct:
+        return {}
     import pyarrow
 
     array, start = pyarrow.array(names, pyarrow.string()), time.monotonic()
     result: dict[str, frozenset[str]] = {}
-    for pattern in dict.fromkeys(patterns):
+    for pattern in distinct:
         if time.monotonic() - start > MOST_SECONDS:
             raise UsageError(f"matching the patterns takes more than {MOST_SECONDS:.0f} seconds; write fewer or simpler ones")
         kept = set(names)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, find_format
 from ptqcli.model.skeleton import Skeleton
@@ -141,8 +141,6 @@ def _choose(
             skipped.append((site.name, reason))
             continue
         dtype = skeleton.dtype(f"{site.name}.weight")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
         spec = LinearSpec(
             name=site.name,
             scheme=scheme,

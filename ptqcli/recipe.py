@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -315,14 +315,14 @@ def _spread(declared: Declaration, value: object, algorithm: Algorithm, found: d
 
 
 def _section(value: object, key: str, where: str) -> dict[str, object]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise UsageError(f"{where}'{key}' must be a section of options such as {key}: {{option: value}}, not {shown(value)}")
-    return {str(name): entry for name, entry in value.items()}
+    return dict(value)
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML's safe loader, but for two things that it takes without a word: of a key that stands twice, the last; and aliases (``*name``),
-    with which ten lines can stand for billions of values. Here both are errors."""
+    """As YAML's safe loader, but for two things that it takes without a word: a key that stands twice, of which the last counts, and
+    aliases (``*name``), with which ten lines can stand for billions of values. Here both are errors."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -361,12 +361,16 @@ def _override(entry: object, where: str) -> Override:
         return entry
     known = {item.name for item in fields(Override)}
     if not isinstance(entry, dict) or "pattern" not in entry or not set(entry) <= known:
-        raise UsageError(f"{where}: an override has the keys {', '.join(sorted(known))}, of which pattern is required; found {shown(entry)}")
+        keys = ", ".join(sorted(known))
+        raise UsageError(f"{where}: an override has the keys {keys}, of which pattern is required; found {shown(entry)}")
     _check_types(Override, entry, where)
     return Override(**entry)
 
 
+_hints = cache(get_type_hints)  # of a recipe with thousands of overrides
+
+
 def _check_types(kind: type, values: Mapping[str, object], where: str) -> None:
-    for key, hint in get_type_hints(kind).items():
+    for key, hint in _hints(kind).items():
         if key in values and not fits(values[key], hint):
             raise UsageError(f"{where}: '{key}' must be {kind_text(hint)}, not {shown(values[key])}")

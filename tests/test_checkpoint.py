@@ -288,7 +288,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
 
 
 BAD_INDEXES = {
-    "not json": (b"{", "is not a safetensors index"),
+    "not json": (b"{", "is not valid JSON"),
     "no map": (b"{}", "is not a safetensors index"),
     "a list": (b'{"weight_map": []}', "is not a safetensors index"),
     "not a name": (b'{"weight_map": {"a": 3}}', "is not a safetensors index"),

@@ -14,9 +14,9 @@ AUXILIARY_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICEN
 NOT_AUXILIARY = ("config.json", "*.index.json", "ptq_report.json", "quantize_config.json")
 
 
-def load_tokenizer(folder: Path, config: Any) -> Any:
-    """The tokenizer in ``folder``, whose configuration is ``config``. Raises PTQError when there is none, it is broken, or it needs code
-    from the folder."""
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer in ``folder``. config: its configuration, None to read it from there. Raises PTQError when there is none, it is broken,
+    or it needs code from the folder."""
     from transformers import AutoTokenizer
 
     with foreign(f"{folder}: cannot load a tokenizer", "; copy the model's tokenizer files into the folder"):

@@ -9,7 +9,7 @@ map held open, by 91 MB with a map opened for each tensor and copied from, and b
 
 Pickled checkpoints (``.bin``, ``.pt``) are never opened: unpickling runs whatever code the file holds.
 
-Every floating tensor is looked at once, when it is read: NaN or infinity in one, which no trained model has, is a damaged file or a training
+Every floating tensor is looked at when it is read: NaN or infinity, which no trained model has, tells of a damaged file or of a training
 that diverged, and nothing that is made of it means anything.
 """
 
@@ -44,6 +44,10 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+# Those in which weights are trained: whatever is stored otherwise is quantized, or no weight.
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TensorSource(Protocol):

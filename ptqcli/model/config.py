@@ -23,7 +23,17 @@ from ptqcli.untrusted import foreign, read_json, shown
 CONFIG_FILE = "config.json"
 
 # Keys with which a file tells transformers what code to run or to fetch, beside those that ``_selects_code`` tells by their form.
-CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config", "allow_all_kernels"}
+CODE_KEYS = {
+    "auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config", "allow_all_kernels",
+    "compile_config",
+}  # fmt: skip
+
+# What of generation_config.json must be a token or several, and what a number.
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
+NUMBER_KEYS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_return_sequences",
+)  # fmt: skip
 
 # Real models store a tensor for every second module or so. One that has this many times more modules than the file has tensors is not
 # the model in the file, and building it could take hours.
@@ -93,6 +103,30 @@ def _check_read_here(config: Any, file: Path) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and not (type(positions) is int and 0 < positions < 2**31):
         raise PTQError(f"{file}: max_position_embeddings is {shown(positions)}, not a number of tokens")
+
+
+def read_generation_config(folder: Path) -> Any:
+    """What generation_config.json in ``folder`` says of tokens and sampling, without keys that select code; None where there is no such
+    file. Raises PTQError, naming the key, if it is broken."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    values = _data(read_json(file), GenerationConfig)
+    for key in TOKEN_KEYS:
+        tokens = values.get(key)
+        if tokens is not None and not all(type(token) is int and 0 <= token < 2**31 for token in _as_list(tokens)):
+            raise PTQError(f"{file}: {key} is {shown(tokens)}, not a token or a list of tokens")
+    for key in NUMBER_KEYS:
+        if not isinstance(values.get(key), (int, float, type(None))):
+            raise PTQError(f"{file}: {key} is {shown(values[key])}, not a number")
+    with foreign(f"{file}: transformers cannot read it"), _quiet_transformers():
+        return GenerationConfig.from_dict(values)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 # While accelerate builds without weights it replaces a method of all modules; two threads at once would leave it replaced.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError
 from ptqcli.model.config import build_on_meta
 from ptqcli.model.discovery import find_blocks, listed, probe_model
@@ -25,8 +26,6 @@ from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
 from ptqcli.model.names import DiskNames
 from ptqcli.model.source import ModelSource
-
-FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,16 @@ class Skeleton:
                 f"{self.where}: the safetensors files hold no tensor for {listed(missing)}; "
                 "the download may be incomplete or the model type may not match config.json"
             )
-        for name, parameter in self.model.named_parameters():
-            stored = self._tensors.shape(self.stored_name(name))
-            if tuple(stored) != tuple(parameter.shape):
-                raise PTQError(
-                    f"{self.where}: tensor {self.stored_name(name)} has shape {list(stored)} but config.json asks for "
-                    f"{list(parameter.shape)}"
-                )
-            if parameter.is_floating_point() and not self.dtype(name).is_floating_point:
-                raise PTQError(
-                    f"{self.where}: tensor {self.stored_name(name)} is stored as {self.dtype(name)}, which is already quantized or not a "
-                    "weight; start from the original model"
-                )
+        for name, wanted in self.model.state_dict().items():
+            stored = self.names.disk(name)
+            if stored is None:
+                continue  # a persistent buffer that old files do not carry
+            shape, dtype = list(self._tensors.shape(stored)), self._tensors.dtype(stored)
+            if shape != list(wanted.shape):
+                raise PTQError(f"{self.where}: tensor {stored} has shape {shape} but config.json asks for {list(wanted.shape)}")
+            if (dtype not in FLOATING) if wanted.is_floating_point() else dtype.is_floating_point:
+                kind = "already quantized or not a weight" if wanted.is_floating_point() else "no whole number"
+                raise PTQError(f"{self.where}: tensor {stored} is stored as {dtype}, which is {kind}; start from the original model")
 
     def _units(self) -> tuple[Unit, list[Unit], Unit]:
         """Each stored tensor in the first unit that wants it; what no parameter takes is carried over in the last."""

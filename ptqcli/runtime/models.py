@@ -14,10 +14,11 @@ import transformers
 from ptqcli.checkpoint import auxiliary
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.config import load_config
+from ptqcli.model.config import load_config, read_generation_config
 from ptqcli.model.kinds import kind_of
 from ptqcli.resources import free_bytes
 from ptqcli.runtime.load import load_quantized
+from ptqcli.untrusted import foreign
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "auto") -> Any:
@@ -39,10 +40,10 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     kind = kind_of(config)
     tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
     if tensors.total_bytes < free_bytes(device):
-        return _read(folder, kind.auto_class).to(device)
+        return _read(folder, kind.auto_class, config).to(device)
     offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
     try:
-        model = _read(folder, kind.auto_class, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
+        model = _read(folder, kind.auto_class, config, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
     except BaseException:
         shutil.rmtree(offloaded)
         raise
@@ -50,11 +51,13 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     return model
 
 
-def _read(folder: Path, auto_class: str, **placed: Any) -> Any:
-    """The model, with all its tensors from the files. placed: what transformers is told of where to put them."""
-    try:
+def _read(folder: Path, auto_class: str, config: Any, **placed: Any) -> Any:
+    """The model of ``config``, with all its tensors from the files. placed: what transformers is told of where to put them."""
+    with foreign(f"{folder}: transformers cannot load it"):
         model, loading = getattr(transformers, auto_class).from_pretrained(
             folder,
+            config=config,
+            generation_config=read_generation_config(folder),
             dtype="auto",
             local_files_only=True,
             use_safetensors=True,
@@ -62,13 +65,14 @@ def _read(folder: Path, auto_class: str, **placed: Any) -> Any:
             ignore_mismatched_sizes=True,  # they are told of here, with names and shapes
             **placed,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PTQError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
     for name, stored, wanted in sorted(loading["mismatched_keys"]):
         raise PTQError(f"{folder}: {name} is stored as {list(stored)}, but config.json asks for {list(wanted)}")
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills them with random numbers, and whatever were measured would mean nothing
         raise PTQError(f"{folder}: the safetensors files hold no tensor for {missing[0]}, {len(missing)} missing in all")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.numel() and not torch.isfinite(torch.stack(parameter.detach().aminmax())).all():
+            raise PTQError(f"{folder}: {name} holds NaN or infinity; the file is damaged, or the training diverged")
     return model
 
 
