@@ -102,8 +102,8 @@ def test_an_unknown_format_is_refused_with_those_that_there_are(monkeypatch: pyt
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
     with pytest.raises(UsageError, match=r"^format 'zip' is unknown; use compressed-tensors, plain-bytes$"):
         find_format("zip")
-    for config, method in (({"quant_method": "zip"}, "zip"), ({}, "None")):
-        with pytest.raises(PTQError, match=f"quant_method '{method}' is not read; what is read: compressed-tensors, plain-bytes$"):
+    for config, method in (({"quant_method": "zip"}, "'zip'"), ({}, "None")):
+        with pytest.raises(PTQError, match=f"quant_method {method} is not read; what is read: compressed-tensors, plain-bytes$"):
             format_of(config)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from ptqcli import __version__
-from ptqcli.errors import PTQError
+from ptqcli.errors import PTQError, printable
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -134,7 +134,7 @@ def _as_exit_code(result: Any) -> int:
 def _tell(session: Session, message: str) -> None:
     if session.debug:
         traceback.print_exc()
-    print(" ".join(message.split()), file=sys.stderr)
+    print(printable(" ".join(message.split())), file=sys.stderr)
 
 
 def _where_to_read(error: click.ClickException) -> str:

@@ -38,7 +38,12 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
     import torch
     from transformers import TextStreamer
 
+    from ptqcli.errors import printable
     from ptqcli.runtime.models import load_model, load_tokenizer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
 
     silence_transformers()
     place = open_device(device)
@@ -56,7 +61,7 @@ def command(checkpoint: str, text: str, max_new_tokens: int, temperature: float,
         do_sample=temperature > 0,
         temperature=temperature or None,
         pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer),
+        streamer=Shown(tokenizer),
     )
 
 
