@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from ptqcli.errors import UsageError
-from ptqcli.untrusted import one_line, shown
+from ptqcli.untrusted import encodes, one_line, shown
 
 MOST_CHARACTERS = 500
 LARGEST_COUNT = 16  # of the numbers in braces, multiplied
@@ -93,6 +93,8 @@ def _outside_classes(pattern: str) -> Iterator[tuple[int, int, str]]:
 def _check(pattern: str) -> None:
     if len(pattern) > MOST_CHARACTERS:
         raise UsageError(f"the pattern {shown(pattern)} has {len(pattern)} characters; write several of at most {MOST_CHARACTERS}")
+    if not encodes(pattern):
+        raise UsageError(f"the pattern {shown(pattern)} holds half a surrogate pair, which is no character")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of brackets that a later Python may read differently

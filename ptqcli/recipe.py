@@ -29,6 +29,7 @@ DEFAULT_BITS = 4
 
 # A line for each of 3,000 linears. YAML takes seconds for a MB.
 MOST_RECIPE_BYTES = 256 << 10
+LARGEST_BITS = 512  # of a number; Python writes none of more than 4,300 digits
 
 DEFAULT_THRESHOLD = 6.0
 
@@ -329,6 +330,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"'*{self.peek_event().anchor}' stands for what is written elsewhere; write it out")
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > LARGEST_BITS:
+            raise yaml.YAMLError(f"a number of {value.bit_length()} bits is none that a recipe needs")
+        return value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -336,6 +343,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"'{key}' is given twice; give it once")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _read_yaml(file: Path) -> dict[str, object]:

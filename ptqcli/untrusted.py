@@ -65,8 +65,8 @@ def read_bytes(path: Path, most: int) -> bytes:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise PTQError(f"{path}: is no file but a pipe, a device or the like")
             data = file.read(most + 1)
-    except OSError as error:
-        raise PTQError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        raise PTQError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
     if len(data) > most:
         raise PTQError(f"{path}: is larger than {most >> 10} KiB, which no file of this kind is")
     return data
@@ -104,14 +104,15 @@ def _check_values(value: Any, path: Path) -> None:
                 inner += entry.values()
             elif isinstance(entry, list):
                 inner += entry
-            elif isinstance(entry, str) and not _encodes(entry):
+            elif isinstance(entry, str) and not encodes(entry):
                 raise PTQError(f"{path}: {shown(entry)} holds half a surrogate pair, which is no character")
         level = inner
     if level:
         raise PTQError(f"{path}: nests deeper than {DEEPEST} levels")
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: half a surrogate pair, which JSON and YAML can escape, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -225,7 +225,7 @@ def test_no_checkpoint_here(ptq: Ptq, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_damaged_report(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop / "done", tmp_path / "done")
     (tmp_path / "done" / REPORT_NAME).write_text("{")
-    assert f"{REPORT_NAME}: not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
+    assert f"{REPORT_NAME}: is not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
 
 
 def test_a_report_of_another_program(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import lzma
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -86,7 +87,7 @@ def read_file(path: Path, limit: int | None = None) -> list[str]:
 
 
 def _file_texts(path: Path, reader: Callable[[Path], Iterator[str]], limit: int | None = None) -> list[str]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # where Path would raise if no file can have that name
         raise UsageError(f"{path} does not exist or is no file but a pipe, a device or the like")
     with foreign(f"{path} cannot be read", "; correct it, or copy or download it again"):
         try:

@@ -212,10 +212,10 @@ def _open_indexed(index: Path) -> dict[str, _File]:
 
 def _shard(index: Path, file: str) -> Path:
     if Path(file).name != file:
-        raise PTQError(f"{index} names {file}, which is not a file name in the same folder")
+        raise PTQError(f"{index} names {shown(file)}, which is not a file name in the same folder")
     path = index.parent / file
-    if not path.is_file():
-        raise PTQError(f"{index} names {file}, which is missing; download it again")
+    if not os.path.isfile(path):  # where Path would raise if no file can have that name
+        raise PTQError(f"{index} names {shown(file)}, which is missing; download it again")
     return path
 
 

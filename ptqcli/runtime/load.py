@@ -114,7 +114,7 @@ class _Loader:
         columns = None if weight.outliers is None else weight.outliers.weight
         for part, values in (("scales", weight.scale), ("input scale", weight.input_scale), ("outlier columns", columns)):
             if values is not None:
-                self._check_range(f"{name}: {part}", values, positive=values is not columns)
+                self._check_range(f"{name}: its {part}", values, None if values is columns else weight.scheme.levels)
         stored_bias = self.checkpoint.names.disk(f"{name}.bias")
         expected: Tensor | None = self.model.get_submodule(name).bias  # type: ignore[assignment]
         if expected is not None and stored_bias is None:
@@ -145,13 +145,14 @@ class _Loader:
         self._check_range(name, value)
         return value.to(self.device, self.dtype)
 
-    def _check_range(self, name: str, values: Tensor, positive: bool = False) -> None:
-        """Raise PTQError if ``values``, which are finite and, where so asked, ``positive``, are no longer so in the dtype of the model."""
+    def _check_range(self, name: str, values: Tensor, levels: int | None = None) -> None:
+        """Raise PTQError if ``values`` are no longer finite in the dtype of the model, or, being scales of so many ``levels``, become zero
+        or take the weights out of its range."""
         if values.dtype == self.dtype or not values.numel():
             return
-        converted = values.to(self.dtype)
-        lost = positive and not float(converted.min()) > 0
-        if lost or not torch.isfinite(torch.stack(converted.aminmax())).all():
+        smallest, largest = values.to(self.dtype).aminmax()
+        lost = levels is not None and not (smallest > 0 and torch.isfinite(largest * levels))
+        if lost or not (torch.isfinite(smallest) and torch.isfinite(largest)):
             raise PTQError(f"{self.checkpoint.folder}: {name} leave the range of {self.dtype}; load the model in another dtype")
 
 
