@@ -149,7 +149,7 @@ def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
     with (
         BUILDING,
         foreign(f"{config.name_or_path}: transformers cannot build a {kind.name} from its config.json"),
-        _at_most(None if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)),
+        _at_most(None if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES), config.name_or_path),
         init_empty_weights(include_buffers=False),
         _quiet_transformers(),
     ):
@@ -158,7 +158,7 @@ def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
 
 
 @contextmanager
-def _at_most(most: int | None) -> Iterator[None]:
+def _at_most(most: int | None, where: str) -> Iterator[None]:
     """Stop this thread with a PTQError when it has put together more than ``most`` modules."""
     thread, made = threading.get_ident(), 0
 
@@ -166,7 +166,7 @@ def _at_most(most: int | None) -> Iterator[None]:
         nonlocal made
         made += threading.get_ident() == thread
         if most is not None and made > most:
-            raise PTQError(f"config.json asks for more than {most} modules, far more than the tensors of the file can fill; one is wrong")
+            raise PTQError(f"{where}: config.json asks for more than {most} modules, far more than the tensors of the file can fill")
 
     hook = register_module_module_registration_hook(count)
     try:
