@@ -73,7 +73,8 @@ def _one_child(todo: list[tuple[str, int]], tallies: dict[str, Tally]) -> int:
             text=True,
             bufsize=1,
         )
-        assert child.stdin and child.stdout
+        assert child.stdin
+        assert child.stdout
         with selectors.DefaultSelector() as ready:
             ready.register(child.stdout, selectors.EVENT_READ)
             try:
