@@ -1,6 +1,7 @@
 # make demo    quantize the demo model, measure it beside the original, let it speak
-# make test    check, then the test suite, all but the tests of the GPU kernels
-# make test-kernels   those: Triton interprets the kernels, and compiles them for GPUs that are not there
+# make test    check, then the test suite, all but what follows
+# make test-kernels   the GPU kernels: Triton interprets them, and compiles them for GPUs that are not there
+# make test-slow   what takes minutes: quality on the demo model, memory, processes of their own
 # make fuzz    20,000 broken and hostile inputs for everything that reads a file, with a table of what became of them
 # make check   lint, format and types
 # make test-oldest   what make test runs, with the oldest transformers that is supported, in an environment of its own
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 # What Python compiled and pytest made of the assertions is kept: made anew, it costs each of the suite's processes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels test-oldest fuzz check clean
+.PHONY: demo test test-slow test-kernels test-oldest fuzz check clean
 
 demo: $(READY)
 	$(BIN)/ptq quantize --algo gptq --wbits 4 --group-size 128 --output $(DEMO) --overwrite
@@ -27,7 +28,10 @@ demo: $(READY)
 	$(BIN)/ptq generate $(DEMO) "The built-in function" --max-new-tokens 40
 
 test: check
-	$(BIN)/pytest -m "not triton"
+	$(BIN)/pytest -m "not triton and not slow"
+
+test-slow: $(READY)
+	$(BIN)/pytest -m "slow and not triton"
 
 test-kernels: $(READY)
 	$(BIN)/pytest -m triton

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.options import Option, SchemeDefaults, options_of
+from ptqcli.suggest import did_you_mean
 
 SOLVERS, TRANSFORMS, SCHEMES = "ptqcli.solvers", "ptqcli.transforms", "ptqcli.schemes"  # groups of entry points; the last is not open
 
@@ -170,7 +171,10 @@ def find_algorithm(name: str) -> Algorithm:
     table, words = parts(), name.split("+")
     for word in words:
         if word not in table:
-            raise UsageError(f"algorithm '{word}' is unknown; choose one of {', '.join(table)}, or join several such as awq+gptq")
+            raise UsageError(
+                f"algorithm '{word}' is unknown; choose one of {', '.join(table)}, or join several such as awq+gptq"
+                f"{did_you_mean(word, table)}"
+            )
         if words.count(word) > 1:
             raise UsageError(f"algorithm '{name}': {word} stands twice; name each part once")
     named = [table[word] for word in words]

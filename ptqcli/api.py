@@ -123,7 +123,7 @@ def evaluate(
 
 def solve(
     weight: Tensor,
-    scheme: Scheme | str = "w4a16-g128",
+    scheme: Scheme | str = "w4a16",
     solver: str = "gptq",
     *,
     inputs: Tensor | None = None,
@@ -147,7 +147,7 @@ def solve(
     part = find_algorithm(solver)
     if part.transforms:
         raise UsageError(f"solver '{solver}': transforms work on blocks; name a solver alone")
-    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    scheme = (Scheme.parse(scheme) if isinstance(scheme, str) else scheme).resolved(weight.shape[1])
     chosen = as_block_solver(Recipe(algo=solver, options={part.solver.name: dict(options or {})}).solver())
     if not isinstance(chosen, PerMatrix):
         raise UsageError(f"solver '{solver}' works on whole blocks, not on one matrix")

@@ -8,24 +8,24 @@ matches nothing, parts of one fused matrix in different schemes, something that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
-from ptqcli.formats import Format, LinearSpec, find_format
+from ptqcli.formats import Format, LinearSpec, Reader, find_format
+from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
+from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, AUTO_GROUPS, Scheme
 from ptqcli.patterns import found
-from ptqcli.recipe import Recipe
+from ptqcli.recipe import AUTO, Override, Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
-
-PICKABLE_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,11 @@ class Plan:
 
     skipped: (name, reason) of linears inside the blocks that stay as they are.
     outside: linears outside the blocks.
+    plain: every matrix that is not quantized, by all names that readers may know it under.
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of its peak beyond what Python and torch need themselves.
     """
 
@@ -44,6 +46,7 @@ class Plan:
     linears: tuple[PlannedLinear, ...]
     skipped: tuple[tuple[str, str], ...]
     outside: tuple[str, ...]
+    plain: tuple[str, ...]
     stages: tuple[tuple[tuple[str, ...], ...], ...]
     fused_groups: tuple[tuple[str, ...], ...]
     seqlen: int
@@ -52,6 +55,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    readers: tuple[Reader, ...] = ()
 
     @property
     def needs_calibration(self) -> bool:
@@ -71,7 +75,7 @@ class Plan:
         schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
         rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
         if self.skipped:
-            rows.append(("left as they are", _list_names([f"{name} ({reason})" for name, reason in self.skipped])))
+            rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
             rows.append(("calibration", f"{recipe.nsamples} windows of {self.seqlen} tokens from {recipe.calib}"))
         rows.append(("format", recipe.format))
@@ -90,20 +94,25 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_patterns_match(recipe, skeleton, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
-    _check_groups(linears)
-    _check_runs_once(linears, skeleton)
+    _check_groups(linears, recipe)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears)
     stages = _planned_stages(linears, skeleton)
-    _check_fused(chosen, linears, skeleton.fused_groups)
+    fused = _fused_schemes(linears, skeleton)
+    _check_fused(chosen, fused)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
     _check_length(seqlen, skeleton)
+    if needs_calibration(recipe, linears):
+        _check_hidden_states(skeleton)
+    specs = [linear.spec for linear in linears]
+    tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
         skipped=tuple(skipped),
         outside=tuple(outside),
+        plain=skeleton.plain_names(linear.name for linear in linears),
         stages=stages,
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
@@ -111,7 +120,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         bytes_after=bytes_after(chosen, linears, skeleton),
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=(*_unmatched_note(skeleton), *chosen.notes([linear.spec for linear in linears])),
+        notes=(*_group_notes(linears, recipe), *_model_notes(skeleton, linears), *chosen.notes(specs), *tried, *_fused_notes(fused)),
+        readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
     )
 
 
@@ -135,11 +145,11 @@ def _choose(
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
-        if site.local in skeleton.shapes[site.block].unused:
-            reason = reason or "never runs"
+        reason = reason or _obstacle(site, skeleton) or _too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
+        scheme = scheme.resolved(site.in_features)
         dtype = skeleton.dtype(f"{site.name}.weight")
         spec = LinearSpec(
             name=site.name,
@@ -149,9 +159,28 @@ def _choose(
             scale_dtype=dtype,
             kind=site.kind,
             moving_groups=solver.moves_groups(scheme),
+            aliases=skeleton.aliases(site.name),
         )
         linears.append(PlannedLinear(site, spec))
     return linears, skipped
+
+
+def _size(linear: PlannedLinear) -> int:
+    return linear.site.in_features * linear.site.out_features
+
+
+def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
+    """Why a linear stays as it is, whatever is asked for, or None."""
+    shape = skeleton.shapes[site.block]
+    if site.local in shape.unused:
+        return "never runs"
+    if site.local in shape.repeated:
+        return "runs more than once within its block"
+    if site.local in shape.read:
+        return "code outside of it reads its weight"
+    if site.name in skeleton.shared:
+        return f"its weight is that of {skeleton.shared[site.name]}, too"
+    return None
 
 
 def _scheme_for(recipe: Recipe, name: str, hits: Hits) -> tuple[Scheme, str | None]:
@@ -179,21 +208,51 @@ def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, hits: Hits) -> Non
             raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
 
 
-def _check_groups(linears: Sequence[PlannedLinear]) -> None:
+def _too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
+    """Why a linear stays as it is although nobody asked for it: scales would take more than its codes save, or no group divides it."""
+    columns = site.in_features
+    try:
+        scheme.resolved(columns)
+    except UsageError as error:
+        return str(error)
+    fits = scheme.group_size > 0 and columns % scheme.group_size == 0
+    return f"has {columns} input features only" if columns < AUTO_GROUPS[-1] and not fits else None
+
+
+def _check_groups(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
+    wrong: dict[tuple[int, int], list[str]] = {}
     for linear in linears:
         columns = linear.site.in_features
         if columns % linear.scheme.columns_per_group(columns):
-            fitting = [str(group) for group in PICKABLE_GROUPS if columns % group == 0]
-            raise UsageError(
-                f"group size {linear.scheme.group_size} does not divide the {columns} input features of {linear.name}; "
-                f"use --group-size {' or '.join([*fitting, '-1'])}, or override or ignore that layer"
-            )
+            wrong.setdefault((linear.scheme.group_size, columns), []).append(linear.name)
+    if not wrong:
+        return
+    found = ", and ".join(
+        f"group size {size} does not divide the {columns} input features of {_list_names(names, 1)}"
+        for (size, columns), names in wrong.items()
+    )
+    sources = dict.fromkeys(_group_source(recipe, name) for names in wrong.values() for name in names)
+    advice = [_group_advice(linears, recipe) if source is None else f"group=auto in the override '{source.pattern}'" for source in sources]
+    raise UsageError(f"{found}; use {' and '.join(advice)}")
 
 
-def _check_runs_once(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
-    for linear in linears:
-        if linear.site.local in skeleton.shapes[linear.site.block].repeated:
-            raise UsageError(f"{linear.name} runs more than once within its block, which is not supported; add it to --ignore")
+def _group_source(recipe: Recipe, name: str) -> Override | None:
+    """The override that says the group size of the linear ``name``, None where the recipe does."""
+    sized = [override for override in recipe.overrides if override.group_size is not None]
+    hits = found([override.pattern for override in sized], [name])
+    saying = [override for override in sized if hits[override.pattern]]
+    return saying[-1] if saying else None
+
+
+def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
+    """What to give in place of the recipe's group size so that every linear has groups."""
+    chosen = recipe.default_scheme
+    advice = f"--group-size {AUTO}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=AUTO_GROUP)}"
+    widths = {linear.site.in_features for linear in linears if _group_source(recipe, linear.name) is None}
+    common = next((size for size in AUTO_GROUPS if not any(width % size for width in widths)), None)
+    if common is None:
+        return advice
+    return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
 
 
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
@@ -212,12 +271,41 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _check_fused(chosen: Format, linears: Sequence[PlannedLinear], groups: Sequence[Sequence[str]]) -> None:
+def _fused_schemes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[dict[str, Scheme | None]]:
+    """The schemes of linears that read one tensor inside one module, None for one that stays as it is."""
     schemes = {linear.name: linear.scheme for linear in linears}
-    for group in groups:
-        reason = chosen.fused_refusal({name: schemes.get(name) for name in group})
+    return [{name: schemes.get(name) for name in group} for group in skeleton.fused_groups]
+
+
+def _check_fused(chosen: Format, fused: Sequence[Mapping[str, Scheme | None]]) -> None:
+    for group in fused:
+        reason = chosen.fused_refusal(group)
         if reason is not None:
             raise UsageError(reason)
+
+
+def _check_hidden_states(skeleton: Skeleton) -> None:
+    """Calibration keeps what is between the blocks as [windows, tokens, features]."""
+    for index, shape in enumerate(skeleton.shapes):
+        if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
+            found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
+            raise UsageError(
+                f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features], which calibration needs; "
+                "use --algo rtn, which needs none"
+            )
+
+
+def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
+    """One note for all groups of linears that differ, as they may, although they read one tensor."""
+    different = [group for group in fused if len(set(group.values())) > 1]
+    if not different:
+        return []
+    firsts: dict[Scheme | None, str] = {}
+    for name, scheme in different[0].items():
+        firsts.setdefault(scheme, name)
+    listed = " and ".join(f"{name} ({'left as it is' if scheme is None else scheme})" for scheme, name in firsts.items())
+    count = f", and so do {len(different) - 1} more groups of linears" if len(different) > 1 else ""
+    return [f"{listed} read the same input{count}; a server that runs them as one matrix needs one scheme for them"]
 
 
 def _check_length(seqlen: int, skeleton: Skeleton) -> None:
@@ -226,9 +314,43 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _unmatched_note(skeleton: Skeleton) -> list[str]:
-    unused = skeleton.names.unmatched
-    return [f"copied as they are, since transformers' model has no use for them: {_list_names(unused)}"] if unused else []
+def _group_notes(linears: Sequence[PlannedLinear], recipe: Recipe) -> list[str]:
+    """Where the group size that is chosen by itself is not the usual one."""
+    widths: dict[int, set[int]] = {}
+    for linear in linears:
+        if recipe.default_scheme.group_size == AUTO_GROUP and _group_source(recipe, linear.name) is None:
+            widths.setdefault(linear.scheme.group_size, set()).add(linear.site.in_features)
+    widths.pop(AUTO_GROUPS[0], None)
+    return [
+        f"groups of {size} columns in the linears of {' and '.join(map(str, sorted(widths[size])))} input features, "
+        f"which {AUTO_GROUPS[0]} does not divide"
+        for size in sorted(widths, reverse=True)
+        if size > 0
+    ]
+
+
+def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
+    """What is not quantized and might be thought to be."""
+    notes = []
+    unused, stacked = skeleton.names.unmatched, skeleton.stacks
+    if unused:
+        notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
+    if stacked:
+        notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
+    share = sum(map(_size, linears)) / skeleton.matrix_size
+    if share < 0.5:
+        notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
+    if skeleton.unbuilt:
+        notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
+    return notes
+
+
+def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:
+    """Every reason, with some of the names that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        reasons.setdefault(reason, []).append(name)
+    return "; ".join(f"{_list_names(names, 2)} ({reason})" for reason, names in reasons.items())
 
 
 def _list_names(names: Sequence[str], limit: int = 4) -> str:

@@ -16,9 +16,10 @@ import yaml
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
-from ptqcli.numerics.scheme import DEFAULT_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.options import SchemeDefaults, fits, kind_text
 from ptqcli.patterns import check_pattern
+from ptqcli.suggest import did_you_mean
 from ptqcli.untrusted import one_line, read_text, shown
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ LARGEST_BITS = 512  # of a number; Python writes none of more than 4,300 digits
 DEFAULT_THRESHOLD = 6.0
 
 DEFAULT_SEARCH = "mse"
+
+AUTO = "auto"  # a group size that goes with each linear's width
 
 ACTIVATION_SCALES = {
     "token": ActivationScheme(),
@@ -60,7 +63,7 @@ class Override:
     pattern: str
     skip: bool = False
     bits: int | None = None
-    group_size: int | None = None
+    group_size: int | str | None = None
     symmetric: bool | None = None
     abits: int | None = None
 
@@ -80,7 +83,7 @@ class Override:
                 activations = changed
             return Scheme(
                 bits=scheme.bits if self.bits is None else self.bits,
-                group_size=group_size if self.group_size is None else self.group_size,
+                group_size=group_size if self.group_size is None else _group_number(self.group_size, activations),
                 symmetric=scheme.symmetric if self.symmetric is None else self.symmetric,
                 activations=activations,
                 outliers=scheme.outliers if activations is not None else None,
@@ -95,9 +98,9 @@ class Recipe:
 
     algo: parts named in ``ptqcli.algorithms``, joined by ``+``. options: of the parts, part -> option -> value; a recipe file may also have
     a section for a part, or an option's own key. scheme: what the numbers are as one word, such as w4a16-g64-asym, in place of the next
-    seven. wbits, group_size, symmetric: the weights, see ``numerics.scheme.Scheme``. abits: 8, or 16 to leave activations alone.
-    act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none, dynamic or static, columns with
-    inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
+    seven. wbits, group_size (auto, a number, -1 or 0), symmetric: the weights, see ``numerics.scheme.Scheme``. abits: 8, or 16 to leave
+    activations alone. act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none, dynamic or
+    static, columns with inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
     sequential: later linears of a block are calibrated behind the quantized earlier ones.
     calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
     with seed. ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
@@ -109,7 +112,7 @@ class Recipe:
     options: PartOptions = field(default_factory=dict)
     scheme: str | None = None
     wbits: int | None = None
-    group_size: int | None = None
+    group_size: int | str | None = None
     symmetric: bool | None = None
     abits: int | None = None
     act_scales: str | None = None
@@ -178,6 +181,10 @@ class Recipe:
         given = asdict(self)
         return {**given, "options": {name: asdict(part) for name, part in self._built.items()}}
 
+    def scheme_options(self) -> str:
+        """The words of the option, if there is one, that says what the numbers are and is told by the name of their scheme."""
+        return joined_defaults(self._built.values()).fixed_by or ""
+
     @cached_property
     def default_scheme(self) -> Scheme:
         """The scheme of every linear that no override changes. Raises UsageError for one that does not exist."""
@@ -188,11 +195,9 @@ class Recipe:
             raise UsageError(f"{defaults.fixed_by} sets the group size and act_scales; leave those out")
         activations = self._activations(defaults)
         group_size = defaults.group_size if self.group_size is None else self.group_size
-        if group_size is None:
-            group_size = DEFAULT_GROUP if activations is None else WHOLE_ROW
         return Scheme(
             bits=self.wbits if self.wbits is not None else defaults.bits or DEFAULT_BITS,
-            group_size=group_size,
+            group_size=_group_number(AUTO if group_size is None else group_size, activations),
             symmetric=self.symmetric is not False,
             activations=activations,
             outliers=self._outlier_split(activations, defaults),
@@ -230,19 +235,28 @@ class Recipe:
         return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
 
 
+def _group_number(given: int | str, activations: ActivationScheme | None) -> int:
+    """The group size of a scheme that a request calls ``given``. Raises UsageError for what is no group size."""
+    if given == AUTO:
+        return AUTO_GROUP if activations is None else WHOLE_ROW
+    if isinstance(given, str) or given < WHOLE_ROW:
+        raise UsageError(f"group size {given} is not valid; give auto, a positive number, or -1 for whole rows")
+    return given
+
+
 def _check_options(options: PartOptions, algorithm: Algorithm, where: str = "") -> None:
     """Refuse what names no part of the algorithm, no option of its part, or has another type than the option."""
     mine = {part.name: part for part in algorithm.parts}
     for name, values in options.items():
         if name not in parts():
-            raise UsageError(f"{where}there is no part '{name}'; the parts are {', '.join(parts())}")
+            raise UsageError(f"{where}there is no part '{name}'; the parts are {', '.join(parts())}{did_you_mean(name, parts())}")
         for key, value in values.items():
             if name not in mine:
                 raise UsageError(f"{where}{name}.{key} belongs to {name}, not to {algorithm.name}; leave it out")
             known = {option.name: option for option in mine[name].options}
             if key not in known:
                 listed = f"its options are {', '.join(known)}" if known else "it has none"
-                raise UsageError(f"{where}{name} has no option '{key}'; {listed}")
+                raise UsageError(f"{where}{name} has no option '{key}'; {listed}{did_you_mean(key, known)}")
             if not fits(value, known[key].hint):
                 raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {shown(value)}")
 
@@ -294,7 +308,7 @@ def _options(values: Mapping[str, object], algorithm: Algorithm, where: str) -> 
             _spread(keys[key], value, algorithm, found, where)
         else:
             known = sorted([*_fields(), *keys, *parts()])
-            raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}")
+            raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}{did_you_mean(key, known)}")
     for part, section in sections:
         for name, value in _section(section, part, where).items():
             if name in found.get(part, {}):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from ptqcli.errors import UsageError
+from ptqcli.suggest import did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -28,9 +28,9 @@ def find_recipe(text: str) -> Path:
     known = shipped_recipes()
     if text in known:
         return known[text]
-    close = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(close)}?" if close else "`ptq recipes` lists them"
-    raise UsageError(f"recipe '{text}' is neither a file nor one of those that come along; {advice}")
+    files = [file.name for suffix in SUFFIXES for file in Path().glob(f"*{suffix}")]
+    advice = did_you_mean(text, [*known, *files]) or "; `ptq recipes` lists them"
+    raise UsageError(f"recipe '{text}' is neither a file nor one of those that come along{advice}")
 
 
 def first_comment(file: Path) -> str:

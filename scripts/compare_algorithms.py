@@ -1,11 +1,12 @@
 """Every algorithm and the useful combinations on one model, in two tables: perplexity, divergence, size, time, memory.
 
-    python scripts/compare_algorithms.py [--model FOLDER] [--schemes 4:128 3:128 2:64] [--tokens 65536] [--json FILE]
+    python scripts/compare_algorithms.py [--model FOLDER] [--schemes 4:128 3:128 2:64] [--rows gptq awq ...] [--tokens 65536]
+        [--calib SOURCE] [--text SOURCE] [--json FILE]
 
 Each row quantizes the model with the same calibration windows, writes a checkpoint, loads it through the runtime and measures it on
-the held-out part of the built-in text beside the original. "rise" is what perplexity has risen over the original, "of rtn" that rise as
-a share of what rounding to nearest costs in the same scheme. The first table is of weights alone, bits by bits and group by group, the
-second of weights and activations in 8 bits.
+held-out text beside the original: what `ptq eval --ppl` takes, the held-out part of the built-in text unless --text names another.
+"rise" is what perplexity has risen over the original, "of rtn" that rise as a share of what the first row, rounding to nearest, costs
+in the same scheme. The first table is of weights alone, bits by bits and group by group, the second of weights and activations in 8 bits.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--schemes", nargs="*", default=["4:128", "3:128", "2:64"], metavar="BITS:GROUP", help="of the first table")
     parser.add_argument("--only", choices=["weights", "activations"], help="one of the two tables")
+    parser.add_argument("--rows", nargs="*", default=[*WEIGHTS, *ACTIVATIONS], metavar="ROW", help="those of the tables that are wanted")
+    parser.add_argument("--calib", default="builtin", help="calibration text, as for ptq quantize")
+    parser.add_argument("--text", default="builtin", help="held-out text, as for ptq eval --ppl")
     parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -74,7 +78,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the tables."""
     options = arguments()
-    ids = evaluation_ids("builtin", load_tokenizer(options.model))[: options.tokens]
+    ids = evaluation_ids(options.text, load_tokenizer(options.model))[: options.tokens]
     original = AutoModelForCausalLM.from_pretrained(options.model).eval()
     tables = []
     if options.only != "activations":
@@ -85,7 +89,8 @@ def main() -> None:
         tables.append(ACTIVATIONS)
     rows = []
     for variants in tables:
-        measured = [{"algorithm": name, **measure(changes, options, original, ids)} for name, changes in variants.items()]
+        wanted = {name: changes for name, changes in variants.items() if name in options.rows}
+        measured = [{"algorithm": name, **measure(changes, options, original, ids)} for name, changes in wanted.items()]
         for row in measured:
             row["of_rtn"] = row["rise"] / measured[0]["rise"]
         show(measured)
@@ -96,7 +101,7 @@ def main() -> None:
 
 def measure(changes: dict[str, Any], options: argparse.Namespace, original: Any, ids: Any) -> dict[str, Any]:
     """Quantize, load, evaluate."""
-    recipe = load_recipe(flags={"nsamples": options.nsamples, "seqlen": options.seqlen, **changes})
+    recipe = load_recipe(flags={"calib": options.calib, "nsamples": options.nsamples, "seqlen": options.seqlen, **changes})
     peak = Path("/proc/self/clear_refs")
     if peak.exists():
         peak.write_text("5")  # Linux: the peak of this row, not of all rows so far

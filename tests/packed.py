@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import SafetensorsFolder
-from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.checkpoint.writer import CheckpointWriter
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.compressed_tensors_config import quantization_config
 from ptqcli.numerics.grids import MinMax
@@ -102,7 +103,8 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     skipped = tied | {f"{name}.weight" for name in schemes}
     tensors |= {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
-    writer = CheckpointWriter(folder)
+    folder.mkdir(exist_ok=True)
+    writer = CheckpointWriter(Directory(folder))
     writer.write(tensors)
     writer.finish()
     conv1d = any(isinstance(linears[name], Conv1D) for name in schemes)
@@ -110,7 +112,7 @@ def write_checkpoint(folder: Path, model: Any, choose: Callable[[str], Scheme | 
     config["architectures"] = [type(model).__name__]
     ignored = [name for name in linears if name not in schemes]
     config["quantization_config"] = quantization_config(schemes, ignored, conv1d)
-    write_json(folder / "config.json", config)
+    (folder / "config.json").write_text(json.dumps(config))
     return schemes
 
 
@@ -147,7 +149,7 @@ def change_tensor(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> N
     tensors = {name: reader.read(name) for name in reader.names}
     change(tensors)
     (folder / "model.safetensors").unlink()
-    writer = CheckpointWriter(folder)
+    writer = CheckpointWriter(Directory(folder))
     writer.write(tensors)
     writer.finish()
 

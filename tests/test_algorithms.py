@@ -26,7 +26,7 @@ from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats.compressed_tensors_config import OUTLIERS_KEY
-from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
@@ -114,15 +114,19 @@ def test_options_reach_the_parts() -> None:
 # Schemes
 
 SCHEMES = [
-    ({}, Scheme(4, 128)),
-    ({"algo": "awq"}, Scheme(4, 128)),
+    ({}, Scheme(4, AUTO_GROUP)),
+    ({"group_size": 128}, Scheme(4, 128)),
+    ({"group_size": "auto"}, Scheme(4, AUTO_GROUP)),
+    ({"scheme": "w4a16"}, Scheme(4, AUTO_GROUP)),
+    ({"abits": 8, "group_size": "auto"}, Scheme(4, -1, activations=TOKEN)),
+    ({"algo": "awq"}, Scheme(4, AUTO_GROUP)),
     ({"algo": "obq", "wbits": 3, "group_size": 64, "symmetric": False}, Scheme(3, 64, symmetric=False)),
     ({"algo": "rtn", "wbits": 8, "abits": 8}, Scheme(8, -1, activations=TOKEN)),
     ({"algo": "rtn", "abits": 8}, Scheme(4, -1, activations=TOKEN)),
     ({"algo": "rtn", "wbits": 8, "abits": 8, "group_size": 0, "act_scales": "static"}, Scheme(8, 0, activations=STATIC)),
     ({"algo": "smoothquant"}, Scheme(8, -1, activations=TOKEN)),
     ({"algo": "smoothquant", "act_scales": "tensor"}, Scheme(8, -1, activations=TENSOR)),
-    ({"algo": "smoothquant", "wbits": 4, "abits": 16}, Scheme(4, 128)),
+    ({"algo": "smoothquant", "wbits": 4, "abits": 16}, Scheme(4, AUTO_GROUP)),
     ({"algo": "smoothquant", "wbits": 4}, Scheme(4, -1, activations=TOKEN)),
     ({"algo": "smoothquant", "smooth_level": "O1"}, Scheme(8, 0, activations=TOKEN)),
     ({"algo": "smoothquant", "smooth_level": "O2"}, Scheme(8, 0, activations=TENSOR)),
@@ -152,6 +156,8 @@ REFUSED = [
     ({"wbits": 6, "abits": 8}, "6 bits per weight"),
     ({"group_size": 0}, "group size 0"),
     ({"group_size": -2}, "group size -2"),
+    ({"group_size": AUTO_GROUP}, f"group size {AUTO_GROUP}"),
+    ({"group_size": "64"}, "group size 64 is not valid"),
     ({"outliers": "static"}, "outlier columns are split off from 8-bit activations"),
     ({"algo": "llm-int8", "abits": 16, "outliers": "dynamic"}, "outlier columns are split off from 8-bit activations"),
     ({"algo": "llm-int8", "act_scales": "static"}, "not static ones"),
@@ -194,6 +200,9 @@ W8A8 = Scheme(8, -1, activations=TOKEN)
         (replace(W8A8, outliers=OutlierSplit()), {"bits": 4}, replace(W8A8, bits=4, outliers=OutlierSplit())),
         (Scheme(4, 128), {"abits": 8, "bits": 8}, W8A8),
         (Scheme(4, 128), {"abits": 16}, Scheme(4, 128)),
+        (Scheme(4, 64), {"group_size": "auto"}, Scheme(4, AUTO_GROUP)),
+        (W8A8, {"group_size": "auto"}, W8A8),
+        (Scheme(4, AUTO_GROUP), {"group_size": 64, "bits": 8}, Scheme(8, 64)),
         (Scheme(4, 128, symmetric=False), {"abits": 8, "symmetric": True}, replace(W8A8, bits=4)),
     ],
 )

@@ -145,7 +145,7 @@ def test_changes_mean_what_they_mean_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recipe, changes, message",
     [
-        ("w4a16-gtpq", {}, "recipe 'w4a16-gtpq' is neither a file nor one of those that come along; did you mean w4a16-gptq"),
+        ("w4a16-gtpq", {}, "recipe 'w4a16-gtpq' is neither a file nor one of those that come along; did you mean 'w4a16-gptq'?"),
         (Recipe(), {"dmp": 0.1}, "unknown key 'dmp'; the keys are abits"),
         (Recipe(), {"wbits": "four"}, "'wbits' must be int, not 'four'"),
         (Recipe(algo="rtn"), {"damp": 0.1}, "damp belongs to gptq and obq, not to rtn; leave it out"),
@@ -427,7 +427,7 @@ def test_solve_adds_what_a_scheme_has_beside_codes() -> None:
 
 BROKEN_INPUTS = INPUTS.clone().index_fill_(2, torch.tensor([5]), float("nan"))
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: ptqcli.solve(WEIGHT, inputs=INPUTS), UsageError, "group size 128 does not divide 64 input features"),
+    (lambda: ptqcli.solve(WEIGHT, "w4a16-g128", inputs=INPUTS), UsageError, "group size 128 does not divide 64 input features"),
     (lambda: ptqcli.solve(WEIGHT, "w4a16-g32"), UsageError, "solver 'gptq' in w4a16-g32 looks at the inputs of the linear; give inputs="),
     (lambda: ptqcli.solve(WEIGHT, "w8a8-static", "rtn"), UsageError, "solver 'rtn' in w8a8-static looks at the inputs"),
     (lambda: ptqcli.solve(WEIGHT, "w4a16-g32", "awq+gptq"), UsageError, "transforms work on blocks; name a solver alone"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "untrusted", "patterns", "numerics"}
+BASE = {"errors", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "estimate"}
 
@@ -26,9 +26,10 @@ ALLOWED = {
     "errors": set(),
     "untrusted": {"errors"},
     "patterns": {"errors", "untrusted"},
+    "suggest": set(),
     "options": {"errors"},
-    "shipped": {"errors"},
-    "numerics": {"errors"},
+    "shipped": {"errors", "suggest"},
+    "numerics": {"errors", "suggest"},
     "resources": {"errors"},
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
@@ -49,7 +50,15 @@ ALLOWED = {
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
-QUICK_MODULES = ("ptqcli.cli", "ptqcli.errors", "ptqcli.formats", "ptqcli.__version__", "ptqcli.model.locate", "ptqcli.pipeline.report")
+QUICK_MODULES = (
+    "ptqcli.cli",
+    "ptqcli.errors",
+    "ptqcli.formats",
+    "ptqcli.__version__",
+    "ptqcli.suggest",
+    "ptqcli.model.locate",
+    "ptqcli.pipeline.report",
+)
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 
 

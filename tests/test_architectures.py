@@ -21,7 +21,8 @@ from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized

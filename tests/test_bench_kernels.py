@@ -48,8 +48,13 @@ def _small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda _device: 1 << 15)
 
 
+def scheme_of(name: str) -> Scheme:
+    """The scheme called ``name`` of a linear that groups of 128 divide."""
+    return Scheme.parse(name).resolved(128)
+
+
 def bench(scheme: str, tokens: list[int], peers: tuple = (), shape: Shape = SMALL, **options) -> tuple[list[KernelPoint], list[str]]:
-    return bench_kernels([(shape, Scheme.parse(scheme))], tokens, "cpu", MACHINE, peers=peers, seconds=1e-3, **options)
+    return bench_kernels([(shape, scheme_of(scheme))], tokens, "cpu", MACHINE, peers=peers, seconds=1e-3, **options)
 
 
 def by_name(points: list[KernelPoint]) -> dict[str, KernelPoint]:
@@ -122,7 +127,7 @@ def write_model(folder: Path, schemes: Callable[[str], Scheme | None] | None = N
 
 
 def test_a_checkpoint_lists_the_matrices_that_its_runtime_multiplies_by(tmp_path: Path) -> None:
-    wide, narrow = Scheme.parse("w8a8"), Scheme.parse("w4a16-g32")
+    wide, narrow = scheme_of("w8a8"), scheme_of("w4a16-g32")
 
     def choose(name: str) -> Scheme | None:
         return None if "lm_head" in name or "v_proj" in name else wide if "down" in name or "layers.0.mlp.up" in name else narrow
@@ -147,7 +152,7 @@ EVERY_SCHEME = [*EXAMPLES, "w2a16-g32", "w3a16-asym", "w4a8", "w8a8-static", "w8
 
 @pytest.mark.parametrize("name", EVERY_SCHEME)
 def test_random_weights_are_as_a_checkpoint_could_hold_them_and_as_large(name: str) -> None:
-    scheme = Scheme.parse(name)
+    scheme = scheme_of(name)
     x = random_inputs(5, SMALL.in_features, torch.bfloat16, CPU, scheme)
     weight = random_weight(SMALL, scheme, x)
     packed = COMPRESSED_TENSORS.pack("m", weight)
@@ -161,7 +166,7 @@ def test_random_weights_are_as_a_checkpoint_could_hold_them_and_as_large(name: s
 @pytest.mark.parametrize("name", ["w4a16-g64-asym", "w8a8-tensor", "llm-int8", "llm-int8-static"])
 def test_weights_are_expanded_block_by_block_to_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "ROWS_AT_ONCE", 24)
-    scheme = Scheme.parse(name)
+    scheme = scheme_of(name)
     weight = random_weight(SMALL, scheme, random_inputs(5, SMALL.in_features, torch.bfloat16, CPU, scheme))
     assert torch.equal(dense_weight(weight, torch.float32), weight.dequantize(torch.float32))
     rows = torch.tensor([3, 0, 63])
@@ -169,8 +174,8 @@ def test_weights_are_expanded_block_by_block_to_the_same(name: str, monkeypatch:
 
 
 def test_inputs_have_both_signs_and_outliers_only_where_the_scheme_splits_them_off() -> None:
-    usual = random_inputs(64, 128, torch.bfloat16, CPU, Scheme.parse("w8a8"))
-    split = random_inputs(64, 128, torch.bfloat16, CPU, Scheme.parse("llm-int8"))
+    usual = random_inputs(64, 128, torch.bfloat16, CPU, scheme_of("w8a8"))
+    split = random_inputs(64, 128, torch.bfloat16, CPU, scheme_of("llm-int8"))
     assert usual.float().mean().abs() < 0.1
     assert usual.float().std() == pytest.approx(1, abs=0.1)
     assert (split.float().std(dim=0) > OUTLIER_SIZE / 2).sum() == contenders.OUTLIER_COLUMNS
@@ -186,8 +191,8 @@ def test_every_scheme_is_timed_beside_both_baselines_with_errors_of_their_arithm
         assert [exact.name, rounded.name] == ["float32", "bfloat16"]
         assert [point.kind for point in (exact, rounded, ours)] == ["baseline", "baseline", "ours"]
         assert 0 < exact.error < 1e-5 < 1e-4 < rounded.error < NEAR
-        assert 1e-4 < ours.error < (NEAR if Scheme.parse(name).activations is None else ROUNDED_INPUTS)
-        assert {point.scheme for point in (exact, rounded, ours)} == {str(Scheme.parse(name))}
+        assert 1e-4 < ours.error < (NEAR if scheme_of(name).activations is None else ROUNDED_INPUTS)
+        assert {point.scheme for point in (exact, rounded, ours)} == {str(scheme_of(name))}
 
 
 def test_ours_is_named_for_its_method_and_what_it_runs_on() -> None:
@@ -226,7 +231,7 @@ def test_numbers_of_a_point_follow_from_its_times() -> None:
 
 def test_a_share_above_one_is_shown_as_it_is() -> None:
     slow = replace(MACHINE, bandwidth=1.0, arithmetic=dict.fromkeys(MACHINE.arithmetic, 1.0))
-    points, _ = bench_kernels([(SMALL, Scheme.parse("w4a16"))], [1], "cpu", slow, seconds=1e-3)
+    points, _ = bench_kernels([(SMALL, scheme_of("w4a16"))], [1], "cpu", slow, seconds=1e-3)
     assert all(point.bandwidth_share > 1 and point.arithmetic_share > 1 for point in points)
 
 
@@ -251,7 +256,7 @@ def test_all_rows_of_a_small_matrix_and_a_sample_of_a_large_one_are_compared(mon
 
 def test_the_truth_is_the_float64_product_whatever_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "TOKENS_AT_ONCE", 3)
-    scheme = Scheme.parse("w4a16-g64-asym")
+    scheme = scheme_of("w4a16-g64-asym")
     x = random_inputs(8, 256, torch.bfloat16, CPU, scheme)
     weight = random_weight(SMALL, scheme, x)
     groups = torch.arange(256) // 64
@@ -267,14 +272,14 @@ def test_all_have_the_same_input() -> None:
         return lambda x: seen.append(x) or multiply(x)
 
     bench("w4a16", [2, 9], (peer(watching, "a"), peer(watching, "b")))
-    expected = random_inputs(9, 256, torch.bfloat16, CPU, Scheme.parse("w4a16"))
+    expected = random_inputs(9, 256, torch.bfloat16, CPU, scheme_of("w4a16"))
     assert {len(x) for x in seen} == {2, 9}
     assert all(x.dtype == torch.bfloat16 and torch.equal(x, expected[: len(x)]) for x in seen)
 
 
 def test_no_two_copies_share_memory() -> None:
     keeping = peer(lambda weight, _dtype, _device: SimpleNamespace(tensors=[weight.codes, weight.scale, weight.zero]), "keeping")
-    scheme = Scheme.parse("llm-int8")
+    scheme = scheme_of("llm-int8")
     lineup = prepare(SMALL, scheme, 4, CPU, torch.bfloat16, "reference", [keeping])
     for each in lineup.contenders:
         assert len(each.copies) == timing.copies(each.weight_bytes, CPU, 1 << 40) >= 2
@@ -322,7 +327,7 @@ def test_a_peer_with_another_number_format_has_no_error_and_counts_as_the_scheme
 
 def test_what_waits_for_the_device_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = (peer(plain, "waits", graphs=False), peer(plain, "other"))
-    lineup = prepare(SMALL, Scheme.parse("w4a16"), 1, CPU, torch.bfloat16, "reference", peers)
+    lineup = prepare(SMALL, scheme_of("w4a16"), 1, CPU, torch.bfloat16, "reference", peers)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), to=lambda _dtype: None)
     there = replace(lineup, x=type("OnGpu", (), {"device": on_gpu.device, "__getitem__": lambda *_: on_gpu})())
     timed: dict[bool, list[str]] = {}
@@ -354,7 +359,7 @@ def test_ours_failing_is_no_point_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_ours_is_the_layer_that_the_runtime_makes() -> None:
-    scheme = Scheme.parse("w4a16-asym")
+    scheme = scheme_of("w4a16-asym")
     lineup = prepare(SMALL, scheme, 3, CPU, torch.float32, "auto", [])
     ours = lineup.contenders[2]
     expected = quantized_linear(lineup.weight, None, torch.float32, "cpu", "auto")(lineup.x)
@@ -364,7 +369,7 @@ def test_ours_is_the_layer_that_the_runtime_makes() -> None:
 
 def test_progress_is_told_before_and_after_each() -> None:
     seen = []
-    work = [(SMALL, Scheme.parse("w4a16")), (SMALL, Scheme.parse("w8a8"))]
+    work = [(SMALL, scheme_of("w4a16")), (SMALL, scheme_of("w8a8"))]
     bench_kernels(work, [1, 2], "cpu", MACHINE, seconds=1e-3, on_point=lambda done, total, point: seen.append((done, total, point is None)))
     assert seen == [(done + (not begins), 4, begins) for done in range(4) for begins in (True, False, False, False)]
 
@@ -385,7 +390,7 @@ def test_copies_take_no_more_than_half_of_the_memory_that_is_left(monkeypatch: p
     monkeypatch.setattr(timing, "cache_bytes", lambda _device: 1 << 30)  # no number of copies is enough
     for free in (1 << 20, 250_000, 200_000):
         monkeypatch.setattr(contenders, "free_bytes", lambda _device, free=free: free)
-        lineup = prepare(Shape("small", 128, 64, 1), Scheme.parse("w4a16"), 1, CPU, torch.bfloat16, "reference", [])
+        lineup = prepare(Shape("small", 128, 64, 1), scheme_of("w4a16"), 1, CPU, torch.bfloat16, "reference", [])
         more = sum((len(each.copies) - 1) * each.weight_bytes for each in lineup.contenders)
         one_each = sum(each.weight_bytes for each in lineup.contenders)
         working = contenders.WORKING_BYTES_PER_WEIGHT * 128 * 64 + contenders.WORKING_BYTES_PER_VALUE * (128 + 64)

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from ptqcli.checkpoint import writer as writer_module
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, MemoryTensors, SafetensorsFolder
-from ptqcli.checkpoint.writer import JOIN_BELOW, CheckpointWriter, write_json
+from ptqcli.checkpoint.writer import JOIN_BELOW, CheckpointWriter, safetensors_pieces, write_json
 from ptqcli.errors import PTQError
 
 DTYPES = (
@@ -36,6 +37,11 @@ def sample_tensors() -> dict[str, Tensor]:
     return tensors
 
 
+def opened(folder: Path) -> Directory:
+    folder.mkdir()
+    return Directory(folder)
+
+
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():
@@ -48,6 +54,13 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def read_all(folder: Path) -> dict[str, Tensor]:
     reader = SafetensorsFolder(folder)
     return {name: reader.read(name) for name in reader.names}
+
+
+def test_the_bytes_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
+    """Of every dtype, with names that JSON has to escape."""
+    tensors = {f'{name}.é"\\\x01': tensor.contiguous() for name, tensor in sample_tensors().items()}
+    tensors |= {f"u.{dtype}": torch.ones(3, dtype=dtype) for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2)}
+    assert b"".join(bytes(piece) for piece in safetensors_pieces(tensors)) == save(tensors, metadata={"format": "pt"})
 
 
 def test_reads_what_the_safetensors_library_wrote(tmp_path: Path) -> None:
@@ -63,7 +76,7 @@ def test_reads_what_the_safetensors_library_wrote(tmp_path: Path) -> None:
 
 def test_the_safetensors_library_reads_what_was_written(tmp_path: Path) -> None:
     tensors = sample_tensors()
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     names = sorted(tensors)
     writer.write({name: tensors[name] for name in names[:5]})
     writer.write({name: tensors[name] for name in names[5:]})
@@ -75,7 +88,7 @@ def test_the_safetensors_library_reads_what_was_written(tmp_path: Path) -> None:
 def test_tensors_of_a_model_in_memory(tmp_path: Path) -> None:
     """A model in memory and the same one on disk are alike, and a tensor that was read is nobody else's."""
     tensors = {**sample_tensors(), "parameter": torch.nn.Parameter(torch.ones(2, 3).T)}
-    CheckpointWriter(tmp_path).write(tensors)
+    CheckpointWriter(Directory(tmp_path)).write(tensors)
     os.rename(tmp_path / "shard-00001.safetensors", tmp_path / SINGLE_FILE)
     memory, disk = MemoryTensors(tensors), SafetensorsFolder(tmp_path)
     assert (memory.names, memory.total_bytes) == (disk.names, disk.total_bytes)
@@ -95,7 +108,7 @@ def test_tensors_of_a_model_in_memory(tmp_path: Path) -> None:
 def test_the_same_parts_give_the_same_bytes(tmp_path: Path) -> None:
     tensors = sample_tensors()
     for folder, backwards in (("one", False), ("two", True)):
-        writer = CheckpointWriter(tmp_path / folder, max_shard_bytes=150)
+        writer = CheckpointWriter(opened(tmp_path / folder), max_shard_bytes=150)
         names = sorted(tensors, reverse=backwards)
         writer.write({name: tensors[name] for name in names if "int" in name})
         writer.write({name: tensors[name] for name in names if "int" not in name})
@@ -109,7 +122,7 @@ def test_the_same_parts_give_the_same_bytes(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
     tensors = {"whole": whole, "again": whole, "row": whole[1], "turned": whole.T, "parameter": torch.nn.Parameter(whole[2:])}
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     writer.write(tensors)
     writer.finish()
     assert_same({name: tensor.detach() for name, tensor in tensors.items()}, load_file(tmp_path / SINGLE_FILE))
@@ -117,7 +130,7 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
     tensors = {f"layer.{i}": torch.full((10,), float(i)) for i in range(7)}
-    writer = CheckpointWriter(tmp_path, max_shard_bytes=100)  # 40 bytes each: two a file
+    writer = CheckpointWriter(Directory(tmp_path), max_shard_bytes=100)  # 40 bytes each: two a file
     assert len(writer.write(tensors)) == 4
     paths = writer.finish()
     assert [path.name for path in paths] == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
@@ -134,7 +147,7 @@ class Disk:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.peak, self.inodes = folder, 0, set()
-        for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+        for owner, name in ((os, "fsync"), (os, "rename"), (os, "unlink")):
             monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
 
     def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +163,7 @@ class Disk:
 def test_a_shard_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve shards of 8 MB, too much for one file: no more room is needed than they take, and no file is made but theirs."""
     disk = Disk(tmp_path, monkeypatch)
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     for number in range(12):
         writer.write({f"t.{number}": torch.full((2 << 20,), float(number))})
     paths = writer.finish()
@@ -161,7 +174,7 @@ def test_a_shard_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_small_checkpoint_becomes_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(tmp_path, monkeypatch)
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     for number in range(3):
         writer.write({f"t.{number}": torch.full((1 << 18,), float(number))})
     (path,) = writer.finish()
@@ -173,7 +186,7 @@ def test_a_small_checkpoint_becomes_one_file(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("join_below", "count"), [(24, 3), (25, 1)])
 def test_where_joining_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, join_below: int, count: int) -> None:
     monkeypatch.setattr(writer_module, "JOIN_BELOW", join_below)
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     for name in "abc":
         writer.write({name: torch.zeros(2)})
     assert len(writer.finish()) == count
@@ -181,48 +194,51 @@ def test_where_joining_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joi
 
 def test_one_large_shard_is_renamed_and_needs_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "JOIN_BELOW", 0)
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     writer.write({"a": torch.zeros(5)})
     assert writer.finish() == [tmp_path / SINGLE_FILE] == list(tmp_path.iterdir())
 
 
 def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, max_shard_bytes=10)
+    writer = CheckpointWriter(Directory(tmp_path), max_shard_bytes=10)
     writer.write({"a": torch.zeros(100), "b": torch.zeros(1)})
     assert len(writer.finish()) == 2
 
 
 def test_a_name_written_twice_is_refused(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path)
+    writer = CheckpointWriter(Directory(tmp_path))
     writer.write({"a": torch.zeros(1)})
     with pytest.raises(PTQError, match="tensor a was written twice"):
         writer.write({"a": torch.zeros(1)})
 
 
 def test_a_folder_that_holds_weights_is_refused(tmp_path: Path) -> None:
-    CheckpointWriter(tmp_path).write({"a": torch.zeros(1)})
+    CheckpointWriter(Directory(tmp_path)).write({"a": torch.zeros(1)})
     with pytest.raises(PTQError, match=r"already holds shard-00001\.safetensors"):
-        CheckpointWriter(tmp_path)
+        CheckpointWriter(Directory(tmp_path))
 
 
 def test_a_dtype_without_a_name_is_refused_before_a_file_appears(tmp_path: Path) -> None:
     with pytest.raises(PTQError, match="complex64"):
-        CheckpointWriter(tmp_path).write({"c": torch.zeros(1, dtype=torch.complex64)})
+        CheckpointWriter(Directory(tmp_path)).write({"c": torch.zeros(1, dtype=torch.complex64)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_passes_for_a_checkpoint_before_finish(tmp_path: Path) -> None:
-    CheckpointWriter(tmp_path).write({"a": torch.zeros(1)})
+    CheckpointWriter(Directory(tmp_path)).write({"a": torch.zeros(1)})
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(PTQError, match=f"neither {SINGLE_FILE}"):
         SafetensorsFolder(tmp_path)
 
 
-def test_write_json_replaces_a_file_in_one_step(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    write_json(path, {"b": 1, "a": ["ü"]})
+def test_write_json_replaces_nothing(tmp_path: Path) -> None:
+    path, folder = tmp_path / "config.json", Directory(tmp_path)
     with pytest.raises(TypeError):
-        write_json(path, {"b": object()})
+        write_json(folder, path.name, {"b": object()})
+    write_json(folder, path.name, {"b": 1, "a": ["ü"]})
+    with pytest.raises(FileExistsError, match=r"config\.json"):
+        write_json(folder, path.name, {})
+    folder.remove("config.json.tmp")
     assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1, "a": ["ü"]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
 
@@ -319,12 +335,15 @@ def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
 
 MEMORY_PROBE = """
 import sys, psutil, torch
+import os
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter
 folder, count = sys.argv[1], int(sys.argv[2])
+os.mkdir(folder)
 resident = psutil.Process().memory_info
 before = peak = resident().rss
-writer = CheckpointWriter(folder)
+writer = CheckpointWriter(Directory(folder))
 for i in range(count):
     writer.write({f"t.{i}": torch.full((2 << 20,), float(i))})
     peak = max(peak, resident().rss)

@@ -18,11 +18,12 @@ from torch import Tensor
 import ptqcli.formats
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import DEFAULT_FORMAT, FORMATS, Format, LinearSpec, find_format, format_of
+from ptqcli.formats import DEFAULT_FORMAT, FORMATS, Format, LinearSpec, Reader, find_format, format_of
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
@@ -44,6 +45,12 @@ class Plain:
 
     def stored_bytes(self, spec: LinearSpec) -> int:
         return spec.out_features * (spec.in_features + spec.scale_dtype.itemsize)
+
+    def trial(self, classes: Sequence[torch.nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
+        return []
+
+    def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
+        return []
 
     def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
         return ["plain-bytes: nothing else reads it"]

@@ -698,33 +698,38 @@ def test_a_missing_strategy_is_told_by_the_group_size() -> None:
 
 
 def test_linears_run_as_one_matrix_need_one_scheme() -> None:
-    alike = {"a.q": W4, "a.k": W4, "a.v": W4}
+    alike = {"a.q_proj": W4, "a.k_proj": W4, "a.v_proj": W4}
     assert COMPRESSED_TENSORS.fused_refusal(alike) is None
     assert COMPRESSED_TENSORS.fused_refusal(dict.fromkeys(alike)) is None
-    assert COMPRESSED_TENSORS.fused_refusal({**alike, "a.v": W8}) == (
-        f"a.q ({W4}) and a.v ({W8}) read the same input and are run as one matrix by vLLM; "
+    assert COMPRESSED_TENSORS.fused_refusal({**alike, "a.v_proj": W8}) == (
+        f"a.q_proj ({W4}) and a.v_proj ({W8}) read the same input and are run as one matrix by vLLM; "
         "give them the same scheme, or leave all of them as they are"
     )
-    assert "a.k (left as it is)" in str(COMPRESSED_TENSORS.fused_refusal({**alike, "a.k": None}))
+    assert "a.k_proj (left as it is)" in str(COMPRESSED_TENSORS.fused_refusal({**alike, "a.k_proj": None}))
 
 
 NOTED: dict[str, tuple[list[tuple[Scheme, str]], list[str]]] = {
     "symmetric weights": ([(W4, "Linear"), (W8, "Linear")], []),
-    "asymmetric": ([(W4, "Linear"), (W2, "Linear")], ["asymmetric: vLLM reads it"]),
+    "asymmetric": (
+        [(W2, "Linear")],
+        ["asymmetric: vLLM reads it; transformers needs CompressedTensorsConfig(dequantize=True)", "from 0.33 on"],
+    ),
     "per token": ([(W8A8, "Linear")], []),
     "per tensor": ([(W8A8_TENSOR, "Linear")], ["activations scaled per tensor at run time"]),
     "4 bits per token": ([(W4A8, "Linear")], ["4-bit codes beside 8-bit activations take a byte each"]),
     "2 bits per token": ([(replace(W4A8, bits=2), "Linear")], ["2-bit codes", "vLLM reads only 4 bits"]),
     "outliers": ([(LLM_INT8, "Linear")], ["outlier columns: only ptqcli reads them"]),
     "Conv1D": ([(W4, "Conv1D")], ["Conv1D layers: ptqcli and vLLM read them"]),
-    "own class": ([(W4, "Linear"), (W4, "OwnLinear")], ["OwnLinear layers: transformers may need"]),
-    "own class with activations": ([(W8A8, "OwnLinear")], ["OwnLinear layers: transformers cannot run them"]),
+    "asymmetric, in two schemes": (
+        [(replace(W4, symmetric=False), "Linear"), (W8, "Linear")],
+        ["asymmetric: vLLM reads it; transformers does not"],
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", NOTED)
 def test_a_user_hears_what_a_reader_cannot_do(kind: str) -> None:
     linears, beginnings = NOTED[kind]
-    found = COMPRESSED_TENSORS.notes([spec(scheme, 64, 64, kind=of) for scheme, of in linears])
+    found = COMPRESSED_TENSORS.notes([spec(scheme, 64, 128, kind=of) for scheme, of in linears])
     assert len(found) == len(beginnings)
     assert all(beginning in note for beginning, note in zip(beginnings, found, strict=True))

@@ -244,6 +244,7 @@ def end_at_once() -> None:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
     """What this process ever held does not matter; what the other one held for a moment does."""
     make_model(tmp_path)
@@ -253,6 +254,7 @@ def test_peak_memory_is_that_of_a_fresh_process(tmp_path: Path) -> None:
     assert BALLAST < peak < 3 * BALLAST
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told() -> None:
     with pytest.raises(PTQError, match="ended early, most likely because memory ran out"):
         peak_memory(end_at_once, 1, 4, 2, CPU)

@@ -145,9 +145,6 @@ def test_a_hopeless_hessian_is_an_error_that_names_the_layer():
     hessian.sums = -hessian.sums
     with pytest.raises(PTQError, match="layer"):
         solve(GPTQ(), weight, hessian, Scheme(4, 64))
-    hessian.sums.zero_()
-    with pytest.raises(PTQError, match="every calibration input is zero"):
-        solve(GPTQ(), weight, hessian, Scheme(4, 64))
 
 
 def test_all_zero_groups_give_zeros_and_are_counted():

@@ -77,6 +77,7 @@ def test_imports_come_from_the_wheel(installed: Path) -> None:
     assert files.split() == [str(installed / name / "__init__.py") for name in SOURCES]
 
 
+@pytest.mark.slow
 def test_every_module_imports_on_its_own(installed: Path) -> None:
     code = (
         "import importlib, pkgutil, ptqcli, ptq_kernels\n"
@@ -89,11 +90,13 @@ def test_every_module_imports_on_its_own(installed: Path) -> None:
     assert {"ptqcli.cli.quantize", "ptqcli.pipeline", "ptqcli.runtime", "ptq_kernels.reference"} <= set(modules)
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_found_without_a_checkout(installed: Path) -> None:
     code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--dry-run', '--json']))"
     assert json.loads(run_installed(installed, code))["linears"]
 
 
+@pytest.mark.slow
 def test_recipes_are_taken_by_name_without_a_checkout(installed: Path) -> None:
     code = "from ptqcli.cli import run; raise SystemExit(run(['quantize', '--recipe', 'w3a16-gptq', '--dry-run', '--json']))"
     assert {linear["scheme"] for linear in json.loads(run_installed(installed, code))["linears"]} == {"w3a16-g128"}

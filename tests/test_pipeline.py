@@ -18,15 +18,18 @@ from transformers import T5Config
 import ptqcli.pipeline.pipeline
 from ptqcli.calibration.hidden import HiddenStates, beyond_budget, new_buffer
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.discovery import find_blocks
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, Scheme
 from ptqcli.pipeline.block import WindowWork
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.output import Marker
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.plan import make_plan
 from ptqcli.recipe import Override, Recipe, load_recipe
@@ -110,7 +113,7 @@ def test_what_stands_in_the_way_is_not_removed(model, tmp_path):
 
 def test_a_file_in_the_place_of_the_growing_folder_is_named(model, tmp_path):
     (tmp_path / "out.partial").write_text("years of work")
-    with pytest.raises(PTQError, match=r"out\.partial: cannot write there: File exists"):
+    with pytest.raises(PTQError, match=r"out\.partial: is in the way and no folder"):
         quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
 
@@ -305,7 +308,7 @@ def test_flags_win_over_the_recipe_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("algo: rtn\nwbits: 3\noverrides:\n  - pattern: down_proj\n    bits: 8\nignore: [gate]\n")
     recipe = load_recipe(file, {"wbits": 8})
-    assert (recipe.algo, recipe.default_scheme) == ("rtn", Scheme(8, 128))
+    assert (recipe.algo, recipe.default_scheme) == ("rtn", Scheme(8, AUTO_GROUP))
     assert recipe.overrides == (Override("down_proj", bits=8),)
     assert recipe.ignore == ("gate",)
 
@@ -369,6 +372,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_keeps_the_old_checkpoint(m
 def test_what_a_killed_run_has_left_is_replaced(model, tmp_path):
     left = tmp_path / "out.partial"
     left.mkdir()
+    Marker(output="out", into=False, replaces=None).write(Directory(left))
     (left / "shard-00001.safetensors").write_bytes(b"half")
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
     assert not left.exists()
@@ -387,7 +391,7 @@ def test_two_runs_do_not_write_into_one_folder(model, tmp_path):
 
 def test_an_output_that_another_run_finishes_meanwhile_is_noticed_before_the_work(model, tmp_path):
     class Late(NoProgress):
-        def planned(self, plan):
+        def planned(self, plan, output):
             quantize(model, small(model, algo="rtn"), tmp_path / "out")
 
     with pytest.raises(UsageError, match="already exists"):
@@ -482,7 +486,8 @@ def test_blocks_are_found_or_asked_for():
 PEAK = """
 import json, sys
 from pathlib import Path
-from ptqcli.pipeline.pipeline import plan_run, quantize
+from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 cheap = {"gptq": {"scale_search": "minmax"}}

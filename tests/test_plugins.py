@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -277,8 +278,8 @@ def test_parts_are_listed_with_their_package_and_options(bench: Bench) -> None:
     shown = {option["name"]: (option["flag"], option["default"]) for option in found["descent"]["options"]}
     assert shown == {"shrink": ("--shrink", 1.0), "sweeps": ("--sweeps", 1)}
     text = " ".join(bench.answers["help"].out.split())
-    assert "descent: share of the largest weight that the grid reaches" in text
-    assert "evenly: the scale" in text
+    assert "options of descent: --shrink X Share of the largest weight that the grid reaches." in text
+    assert re.search("options of evenly: .* The scale", text)
     assert "signed-bytes" in text
 
 

@@ -32,7 +32,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ptqcli.checkpoint.tensors import SafetensorsFolder
-from ptqcli.checkpoint.writer import write_json
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, OUTLIERS_KEY
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
@@ -422,6 +421,6 @@ def test_packed_tensors_without_a_scheme_are_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, random_model(llama()), everything(Scheme(4, 32)))
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["ignore"].append(UP)
-    write_json(tmp_path / "config.json", config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PTQError, match=UP):
         load_quantized(tmp_path)

@@ -12,9 +12,10 @@ from textbook import textbook_codes, textbook_grid
 from ptqcli.errors import UsageError
 from ptqcli.numerics.elements import Codebook, Int
 from ptqcli.numerics.grids import SEARCHES, Clipped, Grid, MinMax, range_search
-from ptqcli.numerics.scheme import EXAMPLES, SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import AUTO_GROUP, EXAMPLES, SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme, usual_schemes
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.rtn import RTN
+from ptqcli.suggest import did_you_mean
 
 KINDS = {
     "both signs": lambda w: w,
@@ -88,7 +89,7 @@ def every_scheme():
     thresholds = strategies.floats(0, exclude_min=True, allow_infinity=False, allow_nan=False)
     activations = strategies.sampled_from([None, TOKEN, TENSOR, STATIC])
     splits = strategies.none() | strategies.builds(OutlierSplit, thresholds, strategies.booleans())
-    groups = strategies.sampled_from([-1, 0]) | strategies.integers(1, 10**6)
+    groups = strategies.sampled_from([-1, 0, AUTO_GROUP]) | strategies.integers(1, 10**6)
     drawn = strategies.tuples(strategies.sampled_from(SUPPORTED_BITS), groups, strategies.booleans(), activations, splits)
     return drawn.map(made).filter(lambda scheme: scheme is not None)
 
@@ -113,7 +114,11 @@ def test_name_and_scheme_are_an_inverse_pair(scheme):
 
 def test_no_two_schemes_share_a_name():
     parts = itertools.product(
-        SUPPORTED_BITS, (-1, 0, 32, 128), (True, False), (None, TOKEN, TENSOR, STATIC), (None, OutlierSplit(), OutlierSplit(6.5, False))
+        SUPPORTED_BITS,
+        (-1, 0, 32, 128, AUTO_GROUP),
+        (True, False),
+        (None, TOKEN, TENSOR, STATIC),
+        (None, OutlierSplit(), OutlierSplit(6.5, False)),
     )
     schemes = {scheme for scheme in map(made, parts) if scheme is not None}
     assert len({str(scheme) for scheme in schemes}) == len(schemes) > 60
@@ -122,7 +127,7 @@ def test_no_two_schemes_share_a_name():
 @pytest.mark.parametrize(
     "text, name, scheme",
     [
-        ("w4a16", "w4a16-g128", Scheme(4, 128)),
+        ("w4a16", "w4a16", Scheme(4, AUTO_GROUP)),
         ("w4a16-g64-sym", "w4a16-g64", Scheme(4, 64)),
         ("W4A16-G64-ASYM", "w4a16-g64-asym", Scheme(4, 64, symmetric=False)),
         ("w4a16-row", "w4a16-row", Scheme(4, -1)),
@@ -162,7 +167,8 @@ WRONG = [
 def test_other_names_are_refused_with_examples(text):
     with pytest.raises(UsageError) as refused:
         Scheme.parse(text)
-    assert str(refused.value) == f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}"
+    expected = f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}{did_you_mean(text, usual_schemes())}"
+    assert str(refused.value) == expected
 
 
 @pytest.mark.parametrize(

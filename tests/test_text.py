@@ -289,6 +289,7 @@ def test_a_parquet_file_without_a_text_column(tmp_path: Path) -> None:
     assert "(columns: a, b, n); name it 'text'" in fails(PTQError, tmp_path / "a.parquet")
 
 
+@pytest.mark.slow
 def test_nothing_is_written_and_nobody_is_asked_for_a_local_file(tmp_path: Path) -> None:
     """In a process of its own, whose home is empty and which may not connect to anything. The built-in text does without datasets."""
     data = tmp_path / "data"
@@ -504,6 +505,7 @@ def test_what_is_missing_offline_says_how_to_get_it(no_hub: Path) -> None:
     assert "mit-han-lab/pile-val-backup val.jsonl.zst" in fails(PTQError, "pile", "calibration")
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_comes_soon(tmp_path: Path) -> None:
     """In a process of its own, because the hub client reads its address once."""
     code = "from ptqcli.calibration.text import documents; documents('c4', 'evaluation')"

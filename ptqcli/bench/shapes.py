@@ -12,8 +12,10 @@ from pathlib import Path
 
 from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.runtime import same_input
+from ptqcli.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def named_shapes(text: str) -> list[Shape]:
     pairs = [(int(size[1]), int(size[2])) for size in sizes if size is not None]
     if len(pairs) < len(sizes):
         raise UsageError(
-            f"--shapes {text}: is no known model and no list of sizes such as 4096x14336 (in x out); known: {', '.join(MODELS)}"
+            f"--shapes {text}: is no known model and no list of sizes such as 4096x14336 (in x out); "
+            f"known: {', '.join(MODELS)}{did_you_mean(name, MODELS)}"
         )
     return [Shape(f"{size[0]}x{size[1]}", *size, pairs.count(size)) for size in dict.fromkeys(pairs)]
 
@@ -96,7 +99,7 @@ def shapes_of(folder: Path) -> list[tuple[Shape, Scheme]]:
     if not packed.schemes:
         raise UsageError(f"{folder}: config.json names no linear of the model as quantized, so there is nothing to time")
     found: dict[tuple[int, int, Scheme], list[str]] = {}
-    for names in same_input(packed.model, packed.schemes):
+    for names in same_input(packed.model, kind_of(packed.config), packed.schemes):
         for scheme in dict.fromkeys(packed.schemes[name] for name in names):
             alike = [packed.spec(name) for name in names if packed.schemes[name] == scheme]
             key = (alike[0].in_features, sum(spec.out_features for spec in alike), scheme)

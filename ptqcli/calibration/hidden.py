@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ptqcli.errors import PTQError
+
+ACTIVATIONS = "activations-"  # how the names of the files begin
 
 
 class HiddenStates:
@@ -32,14 +37,33 @@ class HiddenStates:
 
 
 def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, budget: int, folder: Path) -> Tensor:
-    """An uninitialised tensor on the CPU, one of the two buffers of a stream that may take ``budget`` bytes of memory."""
-    if not beyond_budget(torch.Size(shape).numel() * dtype.itemsize, budget):
-        return torch.empty(shape, dtype=dtype)
+    """An uninitialised tensor on the CPU, one of the two buffers of a stream that may take ``budget`` bytes of memory.
+
+    Raises PTQError if ``folder`` has no room for it.
+    """
     count = torch.Size(shape).numel()
-    # Unlinked at once: the mapping keeps the space for as long as it is used, and no way of ending leaves a file behind.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="activations-") as file:
-        file.truncate(count * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+    size = count * dtype.itemsize
+    if not beyond_budget(size, budget):
+        return torch.empty(shape, dtype=dtype)
+    try:
+        # Unlinked at once: the mapping keeps the space for as long as it is used, and no way of ending leaves a file behind.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=ACTIVATIONS) as file:
+            _allocate(file.fileno(), size)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        room = f"{size / 1e9:.2f} GB of activations, which --activation-budget keeps out of memory"
+        raise PTQError(f"{folder}: cannot hold {room}: {error.strerror}; make room there or raise the budget") from error
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the room on disk now. Where it is missing when a mapped page is first written, the process dies of SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    zeros = bytes(min(size, 16 << 20))  # macOS
+    left = size
+    while left:
+        left -= os.write(descriptor, zeros[:left])
 
 
 def beyond_budget(buffer_bytes: int, budget: int) -> bool:

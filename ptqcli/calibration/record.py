@@ -7,7 +7,8 @@ before the first block and one recorded call per block and batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,32 +18,38 @@ from torch import Tensor, nn
 from ptqcli.errors import PTQError
 from ptqcli.model.discovery import BlockShape, StopForward
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.untrusted import one_line
 
 
 @dataclass(frozen=True)
 class BlockCall:
     """Arguments with which the model called a block, the hidden states left out.
 
-    hidden_key: position or name under which the hidden states were passed.
+    hidden_key: position or name under which the hidden states were passed. where: the block's path in the model.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     hidden_key: int | str
+    where: str = "a block"
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for ``hidden`` [batch, tokens, features], with this call's other arguments."""
+        """The block's output for ``hidden`` [batch, tokens, features], with this call's other arguments.
+
+        Raises PTQError for whatever the block's own code raises.
+        """
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(self.hidden_key, int):
             args[self.hidden_key] = hidden
         else:
             kwargs[self.hidden_key] = hidden
-        output = block(*args, **kwargs)
+        with _named_errors(f"{self.where}: does not run by itself as the model has called it"):
+            output = block(*args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def cast(self, dtype: torch.dtype) -> BlockCall:
         """The same call with every floating tensor among the arguments in ``dtype``."""
-        return BlockCall(_cast(self.args, dtype), _cast(dict(self.kwargs), dtype), self.hidden_key)
+        return BlockCall(_cast(self.args, dtype), _cast(dict(self.kwargs), dtype), self.hidden_key, self.where)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
             if not first:
                 first.append(hidden)
             stripped = tuple(None if position == key else value for position, value in enumerate(args))
-            calls.append(BlockCall(stripped, {k: v for k, v in kwargs.items() if k != key}, key))
+            rest = {k: v for k, v in kwargs.items() if k != key}
+            calls.append(BlockCall(stripped, rest, key, skeleton.block_prefix(index)))
             if len(calls) == len(skeleton.blocks):
                 raise StopForward
             return (hidden, *[None] * shape.extra_outputs) if shape.returns_tuple else hidden
@@ -133,15 +141,25 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
     for index, (block, shape) in enumerate(zip(skeleton.blocks, skeleton.shapes, strict=True)):
         block.forward = recorder(index, shape)
     try:
-        skeleton.kind.call(model, ids)
-    except StopForward:
-        pass
+        with _named_errors(f"{skeleton.where}: the model does not run up to its blocks"), suppress(StopForward):
+            skeleton.kind.call(model, ids)
     finally:
         for block in skeleton.blocks:
             del block.forward
     if len(calls) != len(skeleton.blocks):
         raise PTQError(f"the model ran {len(calls)} of its {len(skeleton.blocks)} blocks; name the list of blocks with --blocks")
     return first[0], calls
+
+
+@contextmanager
+def _named_errors(what: str) -> Iterator[None]:
+    """The code of a model raises whatever it likes; a user is told what was tried, and what does not need it."""
+    try:
+        yield
+    except (PTQError, StopForward, MemoryError):
+        raise
+    except Exception as error:
+        raise PTQError(f"{what} ({type(error).__name__}: {one_line(error)}); use --algo rtn, which needs no calibration") from error
 
 
 def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:

@@ -164,6 +164,14 @@ class InputStatistics:
             tokens=self.tokens,
         )
 
+    @property
+    def all_zero(self) -> bool:
+        """Whether no input other than zero was seen, as far as what was kept tells."""
+        kept = [*self.samples] if self.largest is None else [self.largest]
+        if self.hessian is not None:
+            kept.append(self.hessian.sums.diagonal())
+        return bool(kept) and not any(bool(piece.any()) for piece in kept)
+
     def check_finite(self, where: str) -> None:
         """Raise PTQError if the inputs held NaN or infinity."""
         if self.hessian is not None:

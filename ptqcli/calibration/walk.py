@@ -22,7 +22,7 @@ from ptqcli.calibration.modes import Modes, outside_modes, switch_with_modes
 from ptqcli.calibration.record import BlockCall
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.model.discovery import StopForward
-from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.linears import is_linear, linear_input, linear_weight
 
 
 class CalibratedBlock:
@@ -68,10 +68,10 @@ class CalibratedBlock:
 
     def _leaders(self, hook: Callable[[int, Tensor], None]) -> list[Any]:
         def pre_hook(stage: int) -> Callable[..., None]:
-            return lambda _module, args: hook(stage, args[0])
+            return lambda _module, args, kwargs: hook(stage, linear_input(args, kwargs))
 
         leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
-        return [leader.register_forward_pre_hook(pre_hook(index)) for index, leader in enumerate(leaders)]
+        return [leader.register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index, leader in enumerate(leaders)]
 
     def _empty(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
         leader = self.block.get_submodule(self.stages[stage][0])

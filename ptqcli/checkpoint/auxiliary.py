@@ -1,17 +1,46 @@
-"""The files beside the weights that make a folder a model folder."""
+"""The files beside the weights that make a folder a model folder, each known by its name.
+
+What is not known is not copied: to some reader it would mean another kind of folder (an adapter, a second copy of the weights, the modules
+of another library), and nobody would see that it no longer fits the weights.
+"""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ptqcli.checkpoint.directory import PIECE, Directory, named
+from ptqcli.errors import PTQError
 from ptqcli.untrusted import foreign
 
-# Text files that make a folder of weights a model folder; weights and config.json are written anew.
-AUXILIARY_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
+TEMPLATES = "additional_chat_templates"
 
-NOT_AUXILIARY = ("config.json", "*.index.json", "ptq_report.json", "quantize_config.json")
+# What transformers reads by these names, and mistral-common, for the tokenizer, processors, generation and chat templates; and the licence.
+AUXILIARY_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "tokenizer.model", "tokenizer.model.v*", "tekken.json",
+    "tiktoken.model", "*.tiktoken", "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model", "sentencepiece.bpe.model",
+    "source.spm", "target.spm", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "byte_maps.json",
+    "emoji.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+# What else a quantized model folder holds, finished or not. Anything of another name in one is somebody else's.
+WRITTEN_FILES = (
+    "README.md", "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "shard-*.safetensors", "joined.safetensors",
+)  # fmt: skip
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
+
+
+def belongs_to_a_checkpoint(name: str) -> bool:
+    """Whether a file of this name may have been written by `ptq quantize`, some under a temporary name first."""
+    return _matches(name, AUXILIARY_FILES) or _matches(name.removesuffix(".tmp"), WRITTEN_FILES)
 
 
 def load_tokenizer(folder: Path, config: Any = None) -> Any:
@@ -23,11 +52,48 @@ def load_tokenizer(folder: Path, config: Any = None) -> Any:
         return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
 
 
-def copy_auxiliary_files(source: Path, target: Path) -> None:
+def refuse_adapter(folder: Path) -> None:
+    """Raise PTQError for a folder with an adapter: its weights are not the model's, and readers differ in whether they add it."""
+    found = next((path.name for pattern in ADAPTER_FILES for path in sorted(folder.glob(pattern))), None)
+    if found is not None:
+        merge = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({f'{folder}-merged'!r})"
+        raise PTQError(
+            f"{folder}: holds an adapter ({found}); merge it into the weights and copy the tokenizer files beside them "
+            f'(python -c "from peft import AutoPeftModelForCausalLM; {merge}"), or move it away to work on the base model alone'
+        )
+
+
+def auxiliary_files(folder: Path) -> list[str]:
+    """The names of those in ``folder``, sorted. Raises PTQError for one that is a link to somewhere else.
+
+    Their bytes go into the result, and whoever is handed a model folder does not look for links in it. What the cache of the hub holds
+    is a link into the folder of blobs beside it.
+    """
+    candidates = [name for name in _files(folder) if _matches(name, AUXILIARY_FILES)]
+    for name in ("config.json", *candidates):
+        target, home = (folder / name).resolve(), folder.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if not (target.is_relative_to(home) or target.is_relative_to(blobs.resolve())):
+            raise PTQError(f"{folder / name}: is a link that leads out of the model folder, to {target}; put the file itself there")
+    return candidates
+
+
+def copy_auxiliary_files(source: Path, names: Sequence[str], target: Directory) -> None:
     """Copy tokenizer, generation config, chat template and the like."""
-    for pattern in AUXILIARY_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and not any(file.match(unwanted) for unwanted in NOT_AUXILIARY):
-                copy = target / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+    for name in names:
+        target.write(name, _pieces(source / name))
+
+
+def _files(folder: Path) -> list[str]:
+    found = [path for place in (folder, folder / TEMPLATES) if place.is_dir() for path in place.iterdir() if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with named(path), open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            yield piece

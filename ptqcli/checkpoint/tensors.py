@@ -116,7 +116,13 @@ class SafetensorsFolder(TensorSource):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._index = Stamp(self.folder / INDEX_FILE)
         self._files: dict[str, _File] = _open_folder(self.folder)  # tensor -> the file that holds it
+
+    def check_unchanged(self) -> None:
+        """Raise PTQError, naming it, if a file was replaced, cut or written to since it was opened."""
+        for stamp in (self._index, *dict.fromkeys(file.stamp for file in self._files.values())):
+            stamp.check()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,11 +150,31 @@ class SafetensorsFolder(TensorSource):
         return self._files[name]
 
 
+class Stamp:
+    """What a file was when it was first looked at: where it lies, its size, and when it was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._seen = path, self._look(path)
+
+    @staticmethod
+    def _look(path: Path) -> tuple[int, ...] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise PTQError if it is no longer what it was."""
+        if self._look(self.path) != self._seen:
+            raise PTQError(f"{self.path}: has changed since the run began, so the result would be made of two models; run it again")
+
+
 class _File:
     """One safetensors file, held open. entries: (shape, dtype) by tensor name, as its header gives them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stamp = path, Stamp(path)
         try:
             self._opened: Any = safe_open(path, framework="pt", backend="pread")
             self.entries = {name: self._entry(name) for name in self._opened.keys()}  # noqa: SIM118 - it cannot be iterated

@@ -1,22 +1,26 @@
 """Checkpoint folders, written a finished shard at a time.
 
-The safetensors library writes each file under a temporary name; forced to disk and renamed, it is whole, and nothing copies it again. So
-a checkpoint needs the room of what it holds, and what an interrupted run has finished can be told by the names of its files.
+Each file is written under a temporary name; forced to disk and renamed, it is whole, and nothing copies it again. So a checkpoint needs
+the room of what it holds, and what an interrupted run has finished can be told by the names of its files.
+
+The bytes are those that the safetensors library would write: the length of the header in 8 bytes, the header as JSON filled up with
+spaces to a multiple of 8, then the tensors, those of the larger dtypes first. They are written here because the library opens its file by
+name and follows a link that lies there, and so that their SHA-256 is known before they reach the disk.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load
 from torch import Tensor
 
+from ptqcli.checkpoint.directory import PIECE, Directory
 from ptqcli.checkpoint.tensors import DTYPES, INDEX_FILE, SINGLE_FILE
 from ptqcli.errors import PTQError
 
@@ -25,12 +29,16 @@ DEFAULT_SHARD_BYTES = 4_000_000_000
 # A checkpoint smaller than this is joined into one file at the end: small models are handed around as one, and it costs no time.
 JOIN_BELOW = 64 << 20
 
+# In the order of their tensors in a file.
+FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+DTYPE_NAMES = {DTYPES[name]: name for name in FILE_ORDER}
+
 
 @dataclass(frozen=True)
 class _Shard:
     """A finished file. sizes: bytes of each tensor in it by name."""
 
-    path: Path
+    file: str
     sizes: dict[str, int]
 
 
@@ -43,31 +51,30 @@ class CheckpointWriter:
     Raises PTQError if the folder already holds safetensors files.
     """
 
-    def __init__(self, folder: str | Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Directory, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        self.folder = folder
         self.max_shard_bytes = max_shard_bytes
         self._shards: list[_Shard] = []
         self._written: set[str] = set()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        present = sorted(self.folder.glob("*.safetensors"))
+        present = [name for name in folder.names() if name.endswith(".safetensors")]
         if present:
-            raise PTQError(f"{self.folder} already holds {present[0].name}; choose another folder")
+            raise PTQError(f"{folder.path} already holds {present[0]}; choose another folder")
 
     def write(self, tensors: Mapping[str, Tensor]) -> list[Path]:
         """Store ``tensors`` and return the shards. Raises PTQError for a name that was written before or a dtype that no file can hold."""
         repeated = sorted(self._written & tensors.keys())
         if repeated:
-            raise PTQError(f"tensor {repeated[0]} was written twice to {self.folder}")
+            raise PTQError(f"tensor {repeated[0]} was written twice to {self.folder.path}")
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES.values():
+            if tensor.dtype not in DTYPE_NAMES:
                 raise PTQError(f"tensor {name} has dtype {tensor.dtype}, which a safetensors file cannot hold")
         written = []
         for part in _parts(tensors, self.max_shard_bytes):
-            path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-            _save(path, part)
-            self._shards.append(_Shard(path, {name: tensor.nbytes for name, tensor in part.items()}))
+            shard = _Shard(f"shard-{len(self._shards) + 1:05d}.safetensors", {name: tensor.nbytes for name, tensor in part.items()})
+            _save(self.folder, shard.file, part)
+            self._shards.append(shard)
             self._written.update(part)
-            written.append(path)
+            written.append(self.folder.path / shard.file)
         return written
 
     def finish(self) -> list[Path]:
@@ -77,29 +84,41 @@ class CheckpointWriter:
             self._join()
         count = len(self._shards)
         names = [SINGLE_FILE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        self._shards = [_renamed(shard, self.folder / name) for shard, name in zip(self._shards, names, strict=True)]
-        _sync_folder(self.folder)
+        for shard, name in zip(self._shards, names, strict=True):
+            self.folder.rename(shard.file, name)
+        self.folder.sync()
         if count > 1:
-            weight_map = {tensor: shard.path.name for shard in self._shards for tensor in shard.sizes}
-            write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        return [shard.path for shard in self._shards]
+            weight_map = {tensor: name for shard, name in zip(self._shards, names, strict=True) for tensor in shard.sizes}
+            write_json(self.folder, INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        return [self.folder.path / name for name in names]
 
     def _join(self) -> None:
-        """One shard in the place of several. Their tensors are all in memory at once, which JOIN_BELOW keeps small."""
-        tensors = {name: tensor for shard in self._shards for name, tensor in load_file(shard.path, backend="pread").items()}
-        joined = _Shard(self.folder / "joined.safetensors", {name: size for shard in self._shards for name, size in shard.sizes.items()})
-        _save(joined.path, tensors)
+        """One shard in the place of several. Their tensors are all in memory at once, which JOIN_BELOW keeps small.
+
+        Raises PTQError for a shard that does not hold what was written.
+        """
+        tensors = {name: tensor for shard in self._shards for name, tensor in load(self.folder.read(shard.file)).items()}
+        joined = _Shard("joined.safetensors", {name: size for shard in self._shards for name, size in shard.sizes.items()})
+        _save(self.folder, joined.file, tensors)
         for shard in self._shards:
-            shard.path.unlink()
+            self.folder.remove(shard.file)
         self._shards = [joined]
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write ``obj`` as indented JSON, replacing the file at ``path`` in one step or leaving it as it was."""
-    path, text = Path(path), json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text.encode())
-    _put_in_place(temporary, path)
+def write_json(folder: Directory, name: str, obj: Any) -> None:
+    """Write ``obj`` as indented JSON. Raises FileExistsError if there is anything called ``name``, and OSError for what else fails."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False)
+    if not _is_unicode(text):  # half of a surrogate pair: a path that is no UTF-8, as Python spells it
+        text = json.dumps(obj, indent=2)
+    _put(folder, name, iter([text.encode() + b"\n"]))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parts(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -116,49 +135,33 @@ def _parts(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, 
         yield part
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(_apart(tensors), temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        raise PTQError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
-    _put_in_place(temporary, path)
+def _save(folder: Directory, name: str, tensors: Mapping[str, Tensor]) -> None:
+    _put(folder, name, safetensors_pieces(tensors))
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as the library takes them: contiguous and each in memory of its own. Those that are so already are not copied."""
-    apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        alone = tensor.detach().cpu().contiguous()
-        storage = alone.untyped_storage()
-        if storage.nbytes() != alone.nbytes or storage.data_ptr() in seen:
-            alone = alone.clone()
-        seen.add(alone.untyped_storage().data_ptr())
-        apart[name] = alone
-    return apart
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The bytes of a safetensors file of ``tensors``, a buffer at a time; no tensor is copied that lies contiguous on the CPU."""
+    rank = {name: number for number, name in enumerate(FILE_ORDER)}
+    order = sorted(tensors, key=lambda name: (rank[DTYPE_NAMES[tensors[name].dtype]], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        alone = tensors[name].detach().cpu().contiguous()
+        flat = alone.as_strided((alone.numel(),), (1,)).view(torch.uint8)  # a dimension of one element may have any stride
+        for start in range(0, flat.numel(), PIECE):
+            yield flat[start : start + PIECE].numpy()
 
 
-def _renamed(shard: _Shard, path: Path) -> _Shard:
-    os.replace(shard.path, path)
-    return _Shard(path, shard.sizes)
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Force ``temporary`` to disk and rename it: ``path`` is the whole new file or as it was."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable. Windows cannot open a folder, and there is nothing to do."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _put(folder: Directory, name: str, pieces: Iterator[Any]) -> None:
+    """Write a file under a temporary name, force it to disk and rename it: what has its name is whole."""
+    folder.write(f"{name}.tmp", pieces)
+    folder.rename(f"{name}.tmp", name)
+    folder.sync()

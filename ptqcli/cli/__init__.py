@@ -13,8 +13,6 @@ prints, exits, or reads the environment. Whatever fails ends in one line on stde
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,7 +22,10 @@ from typing import Any
 import click
 
 from ptqcli import __version__
+from ptqcli.cli.signals import end_at_once, was_interrupted
+from ptqcli.cli.streams import output_failure, protect_streams
 from ptqcli.errors import PTQError, printable
+from ptqcli.suggest import did_you_mean
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -34,18 +35,20 @@ COMMANDS = {
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
-    "generate": ("generate", "Let CHECKPOINT continue TEXT."),
+    "generate": ("generate", "Let CHECKPOINT answer or continue TEXT."),
     "algorithms": ("algorithms", "List the parts of --algo with their options."),
     "recipes": ("recipes", "List the recipes that come along."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
+    "completion": ("completion", "Print the script that completes words of ptq in a shell."),
 }
 
 
 @dataclass
 class Session:
-    """What the global flags said."""
+    """One command line at work. debug: what the flag said. result_kept: what was made lies in a folder, whoever reads the output."""
 
     debug: bool = False
+    result_kept: bool = False
 
 
 class LazyGroup(click.Group):
@@ -53,6 +56,11 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{args[0]}'{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -67,7 +75,14 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+EXAMPLES = """\b
+Examples:
+  ptq quantize && ptq eval        # the demo model, then how good the result is
+  ptq quantize ~/models/Llama-3.2-1B --algo gptq --wbits 4 --calib c4
+  ptq COMMAND --help"""
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.option("--debug", is_flag=True, help="On failure, show the traceback too.")
 @click.version_option(__version__, prog_name="ptq")
 @click.pass_obj
@@ -78,37 +93,31 @@ def app(session: Session, debug: bool) -> None:
 
 def main() -> None:
     """Entry point of ``ptq`` and ``ptqcli``."""
-    _clean_up_when_told_to_end()
-    _open_closed_streams()
-    sys.exit(run(sys.argv[1:]))
-
-
-def _clean_up_when_told_to_end() -> None:
-    """Treat a polite request to end as Ctrl-C; by default Python would end at once and leave the half-written folder."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, signal.default_int_handler)
-
-
-def _open_closed_streams() -> None:
-    """Where a shell has closed stdout or stderr (``>&-``), Python has None and the next file would get its number: write to nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; errors have been told on stderr by then."""
+    end_at_once()
+    protect_streams()
     session = Session()
+    sys.exit(run(sys.argv[1:], session) or _told_in_full(session))
+
+
+def _told_in_full(session: Session) -> int:
+    """The exit code of work that was done: 1, told, if its result was output and is lost. A reader who left early has had enough."""
+    failure = output_failure()
+    if failure is None or session.result_kept or isinstance(failure, ConnectionError):
+        return 0
+    _tell(session, f"error: standard output: {failure.strerror}; what was to be shown is lost")
+    return 1
+
+
+def run(arguments: Sequence[str], session: Session | None = None) -> int:
+    """Run one command line and return its exit code; errors have been told on stderr by then."""
+    session = session or Session()
     try:
         return _as_exit_code(app.main(list(arguments), prog_name="ptq", standalone_mode=False, obj=session))
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         help_wanted.show()
         return help_wanted.exit_code
-    except click.Abort:
-        _tell(session, "interrupted; no half-written file is left behind")
-        return INTERRUPTED
+    except click.Abort as error:
+        return _interrupted(session, error.__cause__)
     except click.ClickException as error:
         _tell(session, f"error: {error.format_message()}{_where_to_read(error)}")
         return error.exit_code
@@ -122,8 +131,16 @@ def run(arguments: Sequence[str]) -> int:
         _tell(session, "error: out of memory; see the memory need that `ptq quantize --dry-run` prints")
         return 1
     except Exception as error:  # noqa: BLE001  the last resort: a defect must end in one line, too
+        if was_interrupted():
+            return _interrupted(session, None)
         _tell(session, f"internal error: {type(error).__name__}: {error}; run `ptq --debug ...` to see where")
         return 1
+
+
+def _interrupted(session: Session, cause: BaseException | None) -> int:
+    """cause: may say what became of the work."""
+    _tell(session, f"interrupted; {cause}" if str(cause or "") else "interrupted")
+    return INTERRUPTED
 
 
 def _as_exit_code(result: Any) -> int:

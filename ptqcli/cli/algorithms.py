@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli.console import Output
-from ptqcli.cli.options import json_option
+from ptqcli.cli.options import examples, json_option
 from ptqcli.errors import PTQError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ PART_COLUMNS = ("part", "kind", "what it does", "scheme", "from")
 OPTION_COLUMNS = ("option", "flag", "values", "default", "what it does")
 
 
-@click.command()
+@click.command(epilog=examples("ptq algorithms", "ptq algorithms --json"))
 @json_option
 def command(as_json: bool) -> None:
     """List the parts of --algo with their options.

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.bench_flags import check_flags, check_plot, parse_counts
 from ptqcli.cli.bench_job import USUAL_PROMPT, Job
 from ptqcli.cli.bench_measurement import Measurement
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import device_option, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import device_option, examples, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import track
 from ptqcli.cli.report import baseline_of
 
@@ -20,8 +21,14 @@ DEFAULT_SCHEME = "w4a16"
 SECONDS_BETWEEN_LINES = 15.0
 
 
-@click.command()
-@click.argument("checkpoint", required=False)
+@click.command(
+    epilog=examples(
+        "ptq bench small --device cuda",
+        "ptq bench small --only model --batch 1,8 --prompt 512",
+        "ptq bench --shapes llama3-8b --scheme w4a16 --scheme w8a8 --peers --plot roofline.png",
+    )
+)
+@click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
 @click.option("--only", type=click.Choice(["kernels", "model"]), help="Measure the kernels alone, or the whole model alone.")
 @click.option("--shapes", metavar="NAME|KxN[,KxN...]", help="No checkpoint: the layers of a known model such as llama3-8b, or in x out.")
 @click.option(
@@ -29,6 +36,7 @@ SECONDS_BETWEEN_LINES = 15.0
     "schemes",
     multiple=True,
     metavar="w4a16|w8a8|...",
+    shell_complete=completion.scheme,
     show_default=DEFAULT_SCHEME,
     help="Number format of --shapes, such as w4a16-g64-asym, w8a8, llm-int8; may be given several times.",
 )
@@ -51,7 +59,13 @@ SECONDS_BETWEEN_LINES = 15.0
     help="Model: tokens of a prompt.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True, metavar="N", help="Model: tokens made behind it.")
-@click.option("--baseline", metavar="MODEL", show_default="where the checkpoint came from", help="Model: compare with this one.")
+@click.option(
+    "--baseline",
+    metavar="MODEL",
+    show_default="where the checkpoint came from",
+    shell_complete=completion.model,
+    help="Model: compare with this one.",
+)
 @click.option("--no-baseline", is_flag=True, help="Model: measure the checkpoint alone.")
 @click.option(
     "--seconds",

@@ -46,7 +46,7 @@ class Job:
         from ptqcli.numerics.scheme import Scheme
 
         formats = list(dict.fromkeys(Scheme.parse(text) for text in schemes))
-        self.work = [(shape, scheme) for scheme in formats for shape in named_shapes(shapes)]
+        self.work = [(shape, scheme.resolved(shape.in_features)) for scheme in formats for shape in named_shapes(shapes)]
         self.subject = shapes
 
     def add_checkpoint(self, folder: Path, original: Path | None, only: str | None) -> None:

@@ -22,7 +22,9 @@ from rich.text import Text
 
 from ptqcli.errors import printable
 
-PLAIN_WIDTH = 160  # columns where the output is no terminal, so that no tensor name is cut
+PLAIN_WIDTH = 10_000  # columns where the output is no terminal: nothing is folded, so that each line can be searched for
+USUAL_WIDTH = 80  # of a terminal that does not say
+LEAST_TABLE_WIDTH = 60  # what a narrower terminal wraps is easier to read than columns of three letters
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -30,7 +32,10 @@ def open_console(stderr: bool = False, quiet: bool = False) -> Console:
     """A rich console that neither cuts lines short nor colours numbers."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(file=stream, quiet=quiet, width=width, highlight=False, markup=False)
+    console = Console(file=stream, quiet=quiet, width=width, highlight=False, markup=False)
+    if console.width < 1:  # COLUMNS=0
+        console.width = USUAL_WIDTH
+    return console
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Output:
     console: Console = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "console", open_console(stderr=self.as_json, quiet=self.quiet))
+        console = open_console(stderr=self.as_json, quiet=self.quiet)
+        console.width = max(console.width, LEAST_TABLE_WIDTH)
+        object.__setattr__(self, "console", console)
 
     def say(self, text: str = "") -> None:
         """One plain line."""
@@ -63,6 +70,8 @@ class Output:
         """Names and what is to be said of them, one a line."""
         table = Table(box=None, pad_edge=False, show_header=False)
         for row in rows:
+            while len(table.columns) < len(row):
+                table.add_column(overflow="fold")
             table.add_row(*map(printable, row))
         self._show(table)
 

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ import click
 from packaging.requirements import Requirement
 
 from ptqcli.cli.console import Output, size_text
-from ptqcli.cli.options import data_dir_option, json_option
+from ptqcli.cli.options import data_dir_option, examples, json_option
 
 Status = Literal["ok", "missing", "optional", "info"]
 
@@ -40,7 +40,7 @@ class Check:
     advice: str = ""
 
 
-@click.command()
+@click.command(epilog=examples("ptq doctor", "ptq doctor --data-dir ~/data/wikitext-2-raw --json"))
 @data_dir_option
 @json_option
 @click.pass_context
@@ -52,7 +52,7 @@ def command(ctx: click.Context, data_dir: Path | None, as_json: bool) -> None:
     checks = [_python(), *_packages(), _processor(), _memory(), _disk(), *_gpus(), _wikitext(data_dir)]
     output = Output(as_json=as_json)
     output.facts((check.name, STATUS_WORDS[check.status], check.found, check.advice) for check in checks)
-    output.result([asdict(check) for check in checks])
+    output.result({"checks": [asdict(check) for check in checks]})
     ctx.exit(int(any(check.status == "missing" for check in checks)))
 
 
@@ -76,6 +76,11 @@ def _format_packages() -> dict[str, str]:
     from ptqcli.formats import FORMATS, find_format
 
     return {package: purpose for name in FORMATS for package, purpose in find_format(name).packages.items()}
+
+
+def lacking(needs: Iterable[str]) -> list[str]:
+    """Those of ``needs``, pip requirements, that are not installed, or in another version."""
+    return [need for need in needs if _package(Requirement(need), True, "").status != "ok"]
 
 
 def _package(requirement: Requirement, needed: bool, purpose: str) -> Check:

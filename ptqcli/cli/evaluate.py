@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import data_dir_option, device_option, examples, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
 
@@ -20,8 +21,14 @@ PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torc
 SECONDS_BETWEEN_LINES = 15.0
 
 
-@click.command()
-@click.argument("checkpoint", required=False)
+@click.command(
+    epilog=examples(
+        "ptq eval                        # the newest checkpoint here, on builtin text",
+        "ptq eval small --ppl wikitext2 --ppl notes.txt",
+        "ptq eval small --ppl c4 --baseline ~/models/Llama-3.2-1B --json",
+    )
+)
+@click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
 @click.option(
     "--ppl",
     "texts",
@@ -29,6 +36,7 @@ SECONDS_BETWEEN_LINES = 15.0
     default=["builtin"],
     show_default=True,
     metavar="wikitext2|c4|builtin|PATH",
+    shell_complete=completion.texts(completion.EVALUATION_TEXTS),
     help="Text to measure perplexity on; may be given several times.",
 )
 @click.option(
@@ -39,7 +47,13 @@ SECONDS_BETWEEN_LINES = 15.0
     help="Tokens in a window.",
 )
 @click.option("--stride", type=int, metavar="N", show_default="seqlen: no overlap", help="Tokens from one window to the next.")
-@click.option("--baseline", metavar="MODEL", show_default="where the checkpoint came from", help="Compare with this model.")
+@click.option(
+    "--baseline",
+    metavar="MODEL",
+    show_default="where the checkpoint came from",
+    shell_complete=completion.model,
+    help="Compare with this model.",
+)
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
 @kernel_option

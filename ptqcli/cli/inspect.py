@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.console import Output, path_text, size_text
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import json_option
+from ptqcli.cli.options import examples, json_option
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row
 from ptqcli.pipeline.report import read_report
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from ptqcli.formats.packed_checkpoint import PackedCheckpoint
 
 
-@click.command()
-@click.argument("checkpoint", required=False)
+@click.command(epilog=examples("ptq inspect", "ptq inspect small --json"))
+@click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
 @json_option
 def command(checkpoint: str | None, as_json: bool) -> None:
     """Show what is in CHECKPOINT: schemes, sizes, per-layer error.

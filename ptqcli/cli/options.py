@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ptqcli.cli import completion
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,11 +18,19 @@ data_dir_option = click.option(
     envvar="PTQ_DATA_DIR",
     show_envvar=True,
     metavar="FOLDER",
+    shell_complete=completion.folder,
     help="Where to look for wikitext2, c4 and pile before the hub.",
 )
 KERNELS = ("auto", "triton", "torch", "reference")  # of ptqcli.runtime, whose import takes torch along; a test compares the two
 
-device_option = click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where the arithmetic runs.")
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda[:N]",
+    shell_complete=completion.names(lambda: ("cpu", "cuda")),
+    help="Where the arithmetic runs.",
+)
 kernel_option = click.option(
     "--kernel",
     type=click.Choice(KERNELS),
@@ -37,3 +47,8 @@ def open_device(name: str) -> torch.device:
     from ptqcli import resources
 
     return resources.open_device(name)
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: ``lines`` as they would be typed."""
+    return "\b\nExamples:\n  " + "\n  ".join(lines)

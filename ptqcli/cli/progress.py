@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a bar with the time left on a terminal, one plain line a step where the output goes to a file."""
+"""Progress of long work, on stderr: a bar with the time left on a terminal, one plain line a step where nothing can be redrawn."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ptqcli.cli.console import open_console, time_text
+from ptqcli.cli.signals import clean_up_first
 from ptqcli.errors import printable
 
 # Least seconds between plain lines about the parts of one step.
@@ -43,17 +44,16 @@ class PartClock:
         """How far it is, and what is left: ``NAME 37%, 20 s left``."""
         if name != self._name:
             self._name, self._start = name, time.monotonic()
-        left = time_left(self._start, done, total) if done else ""
-        return ", ".join(filter(None, (f"{name} {done / total:.0%}", left)))
+        return ", ".join(filter(None, (f"{name} {done / total:.0%}", time_left(self._start, done, total))))
 
 
 def time_left(start: float, done: int, total: int) -> str:
-    """What remains if the steps go on as fast as since ``start`` (of the monotonic clock): ``40 s left``; "" at the end.
+    """What remains if the steps go on as fast as since ``start`` (of the monotonic clock): ``40 s left``; "" at both ends.
 
     rich has such a column, but it looks back 30 seconds only, and a block may take minutes.
     """
     spent = time.monotonic() - start
-    return f"{time_text(spent / done * (total - done))} left" if done < total else ""
+    return f"{time_text(spent / done * (total - done))} left" if 0 < done < total else ""
 
 
 class BarTracker:
@@ -67,6 +67,7 @@ class BarTracker:
 
     def say(self, text: str) -> None:
         self._stage_start = time.monotonic()
+        clean_up_first()  # the bar hides the cursor
         self._bar.start()
         self._bar.reset(self._task, total=None, left="", note=printable(text))
 
@@ -117,7 +118,7 @@ class LineTracker:
 def track(unit: str, quiet: bool = False, pause: float = 0.0) -> Iterator[Tracker]:
     """A tracker of steps named ``unit``, shown for as long as the context lasts. pause: least seconds between plain lines."""
     console = open_console(stderr=True, quiet=quiet)
-    if quiet or not console.is_terminal:
+    if quiet or not console.is_terminal or console.is_dumb_terminal:  # which cannot redraw a line
         yield LineTracker(console, unit, pause)
         return
     columns = (

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.console import Output
+from ptqcli.cli.folder_name import default_output
 from ptqcli.cli.load import silence_transformers
-from ptqcli.cli.options import open_device
+from ptqcli.cli.options import examples, open_device
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize_flags import QuantizeCommand, all_flags
-from ptqcli.cli.quantize_report import QuantizeProgress, plan_as_json, show_plan, show_report
+from ptqcli.cli.quantize_report import QuantizeProgress, plan_as_json, show_report
 from ptqcli.errors import UsageError
 from ptqcli.model.locate import find_model
 
 if TYPE_CHECKING:
-    from ptqcli.recipe import Recipe
     from ptqcli.resources import Resources
 
 
-@click.command(cls=QuantizeCommand)
-@click.argument("model", required=False)
+@click.command(
+    cls=QuantizeCommand,
+    epilog=examples(
+        "ptq quantize ~/models/Llama-3.2-1B --algo gptq --wbits 4 --calib c4",
+        "ptq quantize ~/models/Llama-3.2-1B --algo awq+gptq --scheme w3a16-g64-asym --damp 0.05",
+        "ptq quantize ~/models/Llama-3.2-1B --algo smoothquant --output small --overwrite",
+        "ptq quantize ~/models/Llama-3.2-1B --recipe w4a16-awq --override 'down_proj:bits=8' --ignore 'layers\\.0\\.'",
+        "ptq quantize ~/models/Llama-3.2-1B --dry-run      # every decision, the memory and the disk it needs",
+    ),
+)
+@click.argument("model", required=False, shell_complete=completion.model)
 @all_flags
 def command(
     model: str | None,
@@ -45,8 +56,9 @@ def command(
     MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
-    from ptqcli.pipeline.folder import check_output
-    from ptqcli.pipeline.pipeline import plan_run, quantize
+    from ptqcli.pipeline.clock import Clock
+    from ptqcli.pipeline.pipeline import quantize
+    from ptqcli.pipeline.prepare import prepare
     from ptqcli.recipe import load_recipe
     from ptqcli.shipped import find_recipe
 
@@ -55,16 +67,15 @@ def command(
     resources = _resources(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
     silence_transformers()
-    target = output.expanduser() if output else Path(_default_name(model, asked))
-    if dry_run:
-        check_output(target, folder, overwrite)
-        _, plan = plan_run(folder, asked, resources)
-        show_plan(plan, folder, target, words)
-        words.result(plan_as_json(plan))
-        return
+    target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
     with track("block", quiet) as tracker:
-        progress = QuantizeProgress(folder, target, words, tracker)
-        report = quantize(folder, asked, target, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress)
+        progress = QuantizeProgress(folder, words, tracker)
+        run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}
+        if dry_run:
+            words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), **run)))
+            return
+        report = quantize(folder, asked, target, **run)
+    click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())
 
@@ -90,13 +101,3 @@ def _bytes(gib: float) -> int:
     if not math.isfinite(gib * 1024**3):
         raise UsageError(f"--activation-budget {gib} is not a size; give a number of GiB")
     return int(gib * 1024**3)
-
-
-def _default_name(model: str | None, recipe: Recipe) -> str:
-    if model is None:
-        name = "demo"
-    elif Path(model).is_dir():
-        name = Path(model).resolve().name
-    else:
-        name = model.rpartition("/")[2]
-    return f"{name}-{recipe.algo}-{recipe.default_scheme}"

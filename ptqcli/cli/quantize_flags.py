@@ -7,13 +7,14 @@ defaults shown for the fields of ``ptqcli.recipe.Recipe`` are compared with them
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqcli.cli import completion
 from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 
@@ -58,9 +59,19 @@ def _override_value(key: str, value: str, text: str) -> dict[str, Any]:
     numbers = {"bits": "bits", "group": "group_size", "abits": "abits"}
     if key in words and not value:
         return words[key]
+    if (key, value) == ("group", "auto"):
+        return {"group_size": value}
     if key in numbers and re.fullmatch(r"-?[0-9]+", value):
         return {numbers[key]: int(value)}
     raise click.BadParameter(f"{key}{'=' if value else ''}{value} in {text!r} is not understood; write {OVERRIDE_EXAMPLES}")
+
+
+def _parse_group(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if re.fullmatch(r"-?[0-9]{1,18}", value) is None:
+        raise click.BadParameter(f"{value!r} is no group size; give auto, a number of columns, -1 or 0")
+    return int(value)
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, dict[str, object]]:
@@ -85,114 +96,158 @@ def _parse_settings(ctx: click.Context, param: click.Parameter, values: tuple[st
     return parse_settings(values)
 
 
-# Flags of the request and of the run
+# Flags of the request and of the run, in the groups that the help shows
 
-REQUEST = [
-    click.option(
-        "--algo",
-        metavar="NAME[+NAME]",
-        show_default="gptq",
-        help="rtn, gptq, obq, awq, smoothquant, llm-int8, or several joined: transforms, then a solver, such as awq+gptq. "
-        "`ptq algorithms` lists them.",
-    ),
-    click.option("--recipe", metavar="NAME|FILE", help="Where to begin: a recipe of `ptq recipes`, or a YAML file. Flags win over it."),
-    click.option(
-        "--scheme", metavar="TEXT", help="What the numbers are as one word, such as w4a16-g64-asym or w8a8, in place of the next seven."
-    ),
-    click.option("--wbits", type=int, metavar="2|3|4|8", show_default="4; smoothquant, llm-int8: 8", help="Bits per weight."),
-    click.option(
-        "--group-size",
-        type=int,
-        metavar="N",
-        show_default="128; with 8-bit activations: -1",
-        help="Neighbouring columns that share a scale; -1: whole rows; 0: the whole matrix.",
-    ),
-    click.option("--sym/--asym", "symmetric", default=None, show_default="sym", help="Fixed zero point, or one per group."),
-    click.option(
-        "--abits",
-        type=int,
-        metavar="8|16",
-        show_default="16; smoothquant, llm-int8: 8",
-        help="Bits per activation; 16 leaves them as they are.",
-    ),
-    click.option(
-        "--act-scales",
-        metavar="token|tensor|static",
-        show_default="token",
-        help="Scales of 8-bit activations: for each token or for the whole tensor when the model runs, or for the tensor from calibration.",
-    ),
-    click.option(
-        "--outliers",
-        metavar="none|dynamic|static",
-        show_default="none; llm-int8: dynamic",
-        help="Columns with outliers in 16 bit: found when the model runs (the paper's), or fixed by calibration.",
-    ),
-    click.option("--outlier-threshold", type=float, metavar="X", show_default="6.0", help="Magnitude above which an input is an outlier."),
-]
-SETTINGS = [
-    click.option(
-        "--set",
-        "options",
-        multiple=True,
-        callback=_parse_settings,
-        metavar="PART.OPTION=VALUE",
-        help=f"Any option of any part, such as {SET_EXAMPLE}; `ptq algorithms` lists them.",
-    ),
-]
-REST = [
-    click.option(
-        "--sequential/--no-sequential",
-        default=None,
-        show_default="sequential",
-        help="Calibrate later linears of a block behind the quantized earlier ones, or all on the block as it was (less memory).",
-    ),
-    click.option("--calib", metavar="builtin|wikitext2|c4|pile|PATH", show_default="builtin", help="Calibration text."),
-    click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
-    click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
-    click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
-    click.option(
-        "--override",
-        "overrides",
-        multiple=True,
-        callback=_parse_overrides,
-        metavar="REGEX:WHAT",
-        help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
-    ),
-    click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
-    click.option("--format", metavar="|".join(format_names()), show_default=DEFAULT_FORMAT, help="How the checkpoint is stored."),
-    click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
-]
-RUN = [
-    click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", show_default="./MODEL-ALGO-SCHEME", help="Where to write."),
-    click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder."),
-    data_dir_option,
-    device_option,
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16"]),
-        default="auto",
-        show_default=True,
-        help="Of the calibration passes; the checkpoint keeps the model's own. float32 is quicker on a CPU without bfloat16 arithmetic.",
-    ),
-    click.option(
-        "--batch-size", type=click.IntRange(min=1), metavar="N", show_default="by window length", help="Windows in one forward pass."
-    ),
-    click.option(
-        "--activation-budget",
-        type=click.FloatRange(min=0),
-        metavar="GIB",
-        show_default="4",
-        help="Activations beyond this go to a file in the output folder.",
-    ),
-    click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
-    json_option,
-    quiet_option,
-]
+ALGORITHM = "Algorithm"
+FLAGS = {
+    ALGORITHM: [
+        click.option(
+            "--algo",
+            metavar="NAME[+NAME]",
+            show_default="gptq",
+            shell_complete=completion.algorithm,
+            help="rtn, gptq, obq, awq, smoothquant, llm-int8, or several joined: transforms, then a solver, such as awq+gptq. "
+            "`ptq algorithms` lists them.",
+        ),
+        click.option(
+            "--recipe",
+            metavar="NAME|FILE",
+            shell_complete=completion.recipe,
+            help="Where to begin: a recipe of `ptq recipes`, or a YAML file. Flags win over it.",
+        ),
+        click.option(
+            "--sequential/--no-sequential",
+            default=None,
+            show_default="sequential",
+            help="Calibrate later linears of a block behind the quantized earlier ones, or all on the block as it was (less memory).",
+        ),
+        click.option(
+            "--set",
+            "options",
+            multiple=True,
+            callback=_parse_settings,
+            metavar="PART.OPTION=VALUE",
+            help=f"Any option of any part, such as {SET_EXAMPLE}; `ptq algorithms` lists them.",
+        ),
+    ],
+    "Scheme (what the numbers are)": [
+        click.option(
+            "--scheme",
+            metavar="TEXT",
+            shell_complete=completion.scheme,
+            help="What the numbers are as one word, such as w4a16-g64-asym or w8a8, in place of the next seven.",
+        ),
+        click.option(
+            "--wbits",
+            type=int,
+            metavar="2|3|4|8",
+            show_default="4; smoothquant, llm-int8: 8",
+            help="Bits per weight. Recent readers alone take 2 and 3; the plan says which.",
+        ),
+        click.option(
+            "--group-size",
+            callback=_parse_group,
+            metavar="auto|N",
+            show_default="auto",
+            help="Neighbouring columns that share a scale; -1: whole rows; 0: the whole matrix; auto: for each linear the first of 128, "
+            "64, 32 and 16 that divides its width, or whole rows with 8-bit activations.",
+        ),
+        click.option("--sym/--asym", "symmetric", default=None, show_default="sym", help="Fixed zero point, or one per group."),
+        click.option(
+            "--abits",
+            type=int,
+            metavar="8|16",
+            show_default="16; smoothquant, llm-int8: 8",
+            help="Bits per activation; 16 leaves them as they are.",
+        ),
+        click.option(
+            "--act-scales",
+            metavar="token|tensor|static",
+            show_default="token",
+            help="Scales of 8-bit activations: for each token or for the whole tensor when the model runs, or for the tensor from "
+            "calibration.",
+        ),
+        click.option(
+            "--outliers",
+            metavar="none|dynamic|static",
+            show_default="none; llm-int8: dynamic",
+            help="Columns with outliers in 16 bit: found when the model runs (the paper's), or fixed by calibration.",
+        ),
+        click.option(
+            "--outlier-threshold", type=float, metavar="X", show_default="6.0", help="Magnitude above which an input is an outlier."
+        ),
+        click.option(
+            "--override",
+            "overrides",
+            multiple=True,
+            callback=_parse_overrides,
+            metavar="REGEX:WHAT",
+            help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
+        ),
+        click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
+        click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
+    ],
+    "Calibration data": [
+        click.option(
+            "--calib",
+            metavar="builtin|wikitext2|c4|pile|PATH",
+            show_default="builtin",
+            shell_complete=completion.texts(completion.CORPORA),
+            help="Calibration text.",
+        ),
+        click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
+        click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
+        click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
+        data_dir_option,
+    ],
+    "Machine": [
+        device_option,
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            show_default=True,
+            help="Of the calibration passes; the checkpoint keeps the model's own. float32 is quicker on a CPU without bfloat16 "
+            "arithmetic.",
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), metavar="N", show_default="by window length", help="Windows in one forward pass."
+        ),
+        click.option(
+            "--activation-budget",
+            type=click.FloatRange(min=0),
+            metavar="GIB",
+            show_default="4",
+            help="Activations beyond this go to a file in the output folder.",
+        ),
+    ],
+    "Output": [
+        click.option(
+            "--format",
+            metavar="|".join(format_names()),
+            show_default=DEFAULT_FORMAT,
+            shell_complete=completion.names(format_names),
+            help="How the checkpoint is stored.",
+        ),
+        click.option(
+            "--output",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            shell_complete=completion.folder,
+            show_default="./MODEL-ALGO-SCHEME",
+            help="Where to write.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder."),
+        click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
+        json_option,
+        quiet_option,
+    ],
+}
 
 
 def all_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the command with the flags that stand here, in their order."""
-    for add in reversed([*REQUEST, *SETTINGS, *REST, *RUN]):
+    for add in reversed([flag for group in FLAGS.values() for flag in group]):
         function = add(function)
     return function
 
@@ -217,17 +272,34 @@ class QuantizeCommand(click.Command):
         return [(declared, flag) for declared, flag in made if taken.isdisjoint((flag.name, *flag.opts, *flag.secondary_opts))]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Those of the parts stand before ``--set``."""
+        """Those of the parts stand before ``--set``; a shell that completes a word does not wait for them."""
         found = super().get_params(ctx)
+        if ctx.resilient_parsing:
+            return found
         place = next(index for index, param in enumerate(found) if "--set" in param.opts)
         return [*found[:place], *(flag for _, flag in self._part_flags), *found[place:]]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The groups of FLAGS; behind those of the algorithm come those of its parts."""
+        own = iter([param for param in self.params if isinstance(param, click.Option)])  # each flag has made one
+        for title, flags in FLAGS.items():
+            _write_group(ctx, formatter, title, [next(own) for _ in flags])
+            if title == ALGORITHM:
+                for parts in dict.fromkeys(declared.parts for declared, _ in self._part_flags):
+                    of_parts = [flag for declared, flag in self._part_flags if declared.parts == parts]
+                    _write_group(ctx, formatter, f"{ALGORITHM}: options of {', '.join(parts)}", of_parts)
+
+
+def _write_group(ctx: click.Context, formatter: click.HelpFormatter, title: str, options: Sequence[click.Option]) -> None:
+    with formatter.section(title):
+        formatter.write_dl([record for option in options if (record := option.get_help_record(ctx)) is not None])
 
 
 def _flag(declared: Declaration) -> click.Option:
     from ptqcli.options import from_text, kinds
 
     option = declared.option
-    text = f"{', '.join(declared.parts)}: {option.help}."
+    text = f"{option.help[:1].upper()}{option.help[1:]}."
     if kinds(option.hint) == (bool,):
         shown = option.flag if option.default else f"no-{option.flag}"
         return click.Option([f"--{option.flag}/--no-{option.flag}", option.key], default=None, show_default=shown, help=text)

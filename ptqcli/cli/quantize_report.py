@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqcli.cli.console import Output, path_text, size_text, time_text
+from ptqcli.cli.doctor import lacking
 from ptqcli.cli.progress import Tracker
 from ptqcli.cli.report import LAYER_COLUMNS, layer_row
+from ptqcli.cli.signals import clean_up_first, stop_if_interrupted
 from ptqcli.pipeline.report import REPORT_NAME
 
 if TYPE_CHECKING:
+    from ptqcli.formats import Reader
+    from ptqcli.pipeline.prepare import Prepared
     from ptqcli.pipeline.report import Report
     from ptqcli.plan import Plan
 
@@ -23,12 +29,13 @@ MOST_CHOICES = 4
 class QuantizeProgress:
     """Listens to the pipeline and tells a tracker."""
 
-    def __init__(self, model: Path, target: Path, words: Output, tracker: Tracker) -> None:
-        self._model, self._target, self._words, self._tracker = model, target, words, tracker
+    def __init__(self, model: Path, words: Output, tracker: Tracker) -> None:
+        self._model, self._words, self._tracker = model, words, tracker
         self._errors: list[float] = []
 
-    def planned(self, plan: Plan) -> None:
-        show_plan(plan, self._model, self._target, self._words)
+    def planned(self, plan: Plan, output: Path) -> None:
+        clean_up_first()
+        show_plan(plan, self._model, output, self._words)
 
     def phase(self, text: str) -> None:
         self._tracker.say(text)
@@ -45,6 +52,7 @@ class QuantizeProgress:
         self._tracker.part(name, done, total)
 
     def layer_done(self, name: str, error: float) -> None:
+        stop_if_interrupted()
         self._errors.append(error)
         self._tracker.note(f"{name}  error {error:.4f}")
 
@@ -67,9 +75,11 @@ def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
     )
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for ``--dry-run --json``."""
+def plan_as_json(ready: Prepared) -> dict[str, Any]:
+    """What a dry run found, for ``--json``."""
+    plan = ready.plan
     return {
+        "output": str(ready.output),
         "recipe": plan.recipe.stored(),
         "linears": [{"name": linear.name, "scheme": str(linear.scheme)} for linear in plan.linears],
         "skipped": plan.skipped,
@@ -105,10 +115,12 @@ def _transformed(report: Report) -> list[tuple[str, str]]:
 def _handled(report: Report) -> list[tuple[str, str]]:
     """What the solver had to handle anywhere, one row for all layers; nothing if there was nothing."""
     raised = sum(layer.damp_raised for layer in report.layers)
-    inputs = sum(layer.never_activated for layer in report.layers)
+    unreached = [layer.name for layer in report.layers if layer.inputs_all_zero]
+    inputs = sum(layer.never_activated for layer in report.layers if not layer.inputs_all_zero)
     groups = sum(layer.zero_groups for layer in report.layers)
     found = [
         f"damping raised in {raised} linears" if raised else "",
+        f"{len(unreached)} linears rounded to nearest, since all their inputs were zero (first {unreached[0]})" if unreached else "",
         f"{inputs} input columns never activated" if inputs else "",
         f"{groups} groups of zeros" if groups else "",
     ]
@@ -151,3 +163,19 @@ def show_report(report: Report, words: Output) -> None:
             ("peak memory", size_text(report.peak_memory_bytes)),
         ]
     )
+    words.say()
+    words.facts(_next_steps(path_text(Path(report.output)), report.readers))
+
+
+def _next_steps(folder: str, readers: Sequence[Reader]) -> Iterator[tuple[str, str]]:
+    """What a person types next."""
+    quoted = shlex.quote(folder)
+    yield "measure it", f"ptq eval {quoted}"
+    yield "let it speak", f'ptq generate {quoted} "text"'
+    for reader in readers:
+        if reader.refusal is not None:
+            yield f"not in {reader.name}", reader.refusal
+            continue
+        missing = lacking(reader.needs)
+        first = f"   # first: pip install {shlex.join(missing)}" if missing else ""
+        yield f"in {reader.name}", reader.code_for(folder).splitlines()[-1] + first

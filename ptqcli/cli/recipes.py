@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from ptqcli.cli.console import Output
-from ptqcli.cli.options import json_option
+from ptqcli.cli.options import examples, json_option
 
 COLUMNS = ("recipe", "algorithm", "scheme", "what for")
 
 
-@click.command()
+@click.command(epilog=examples("ptq recipes", "ptq quantize ~/models/Llama-3.2-1B --recipe w4a16-awq --wbits 3"))
 @json_option
 def command(as_json: bool) -> None:
     """List the recipes that come along.

@@ -51,7 +51,9 @@ def fold_row(fold: Mapping[str, Any]) -> tuple[str, str, str]:
 def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
     if layer.get("outlier_share") is not None:
         yield f"{layer['outlier_share']:.2%} outlier columns"
-    if layer.get("never_activated"):
+    if layer.get("inputs_all_zero"):
+        yield "inputs all zero: rounded to nearest"
+    elif layer.get("never_activated"):
         yield f"{layer['never_activated']} inputs never active"
     if layer.get("zero_groups"):
         yield f"{layer['zero_groups']} groups of zeros"

@@ -11,6 +11,8 @@ adds one under the entry point group ``ptqcli.formats``, in the same form: ``its
 
 from __future__ import annotations
 
+import json
+import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +22,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.suggest import did_you_mean
 from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:  # a recipe names a format, and must not wait for torch
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ptqcli.checkpoint.tensors import TensorSource
     from ptqcli.numerics.weight import QuantizedWeight
@@ -43,8 +46,9 @@ FORMATS = {
 class LinearSpec:
     """A linear before it has codes.
 
-    name: its path in the model. kind: its class, such as ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored.
-    moving_groups: its groups are not neighbouring columns (act-order without static groups), so that an index is needed.
+    name: its path in the model. aliases: its paths in other classes that a reader may build from the same files. kind: its class, such as
+    ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored. moving_groups: its groups are not neighbouring columns
+    (act-order without static groups), so that an index is needed.
     """
 
     name: str
@@ -54,6 +58,31 @@ class LinearSpec:
     scale_dtype: torch.dtype
     kind: str = "Linear"
     moving_groups: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Another program, and how it loads a checkpoint.
+
+    name: of the program. needs: what to install, one pip requirement each. code: what to write, in python or sh as language says, with
+    ``{folder}`` in the place of the checkpoint's folder. refusal: why it does not load the checkpoint, None if it does.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    code: str = ""
+    language: str = "python"
+    refusal: str | None = None
+
+    def code_for(self, folder: str) -> str:
+        """What to write for a checkpoint in ``folder``."""
+        return self.code.format(folder=json.dumps(folder) if self.language == "python" else shlex.quote(folder))
+
+    @property
+    def install(self) -> str:
+        """The line that installs what it needs."""
+        return f"pip install {shlex.join(self.needs)}"
 
 
 @runtime_checkable
@@ -86,6 +115,20 @@ class Format(Protocol):
         """What a user should know of the readers of such linears, one sentence each."""
         return [f"{self.name}: nothing but ptq reads it"]
 
+    def trial(self, classes: Sequence[nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
+        """What a reader would do with such linears in this very model, found by trying, one sentence each.
+
+        classes: the model on the meta device, in each class that a reader may build of it; it stays as it is.
+        """
+        return []
+
+    def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
+        """The programs that are known to read such linears, or not to.
+
+        auto_class: of transformers, which builds the model. tried: what ``trial`` found.
+        """
+        return []
+
     @abstractmethod
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Names of the tensors that hold the linear ``name``."""
@@ -100,7 +143,7 @@ class Format(Protocol):
 
     @abstractmethod
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """File name -> keys to merge into its JSON. untouched: paths of all linears that are not quantized, the output head too."""
+        """File name -> keys to merge into its JSON. untouched: all other matrices, by every name that a reader may know them under."""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``quantization_config`` entry of config.json is of this format."""
@@ -127,7 +170,7 @@ def find_format(name: str) -> Format:
     """
     found = [entry for entry in _entries() if entry.name == name]
     if not found:
-        raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}")
+        raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}{did_you_mean(name, format_names())}")
     if len(found) > 1:
         packages = ", ".join(_package(entry) for entry in found)
         raise PTQError(f"format '{name}' comes from more than one package: {packages}; uninstall all but one")

@@ -33,11 +33,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import FLOATING, TensorSource
 from ptqcli.errors import PTQError
-from ptqcli.formats import Format, LinearSpec, bitstream, compressed_tensors_config, compressed_tensors_readers
+from ptqcli.formats import Format, LinearSpec, Reader, bitstream, compressed_tensors_config, compressed_tensors_readers
 from ptqcli.formats.compressed_tensors_config import NAME
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
@@ -63,6 +63,14 @@ class CompressedTensors(Format):
     def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
         """What a user should know of the readers of such linears, one sentence each."""
         return compressed_tensors_readers.notes(specs)
+
+    def trial(self, classes: Sequence[nn.Module], specs: Sequence[LinearSpec]) -> list[str]:
+        """What transformers would do with such linears in this very model, in one sentence or none."""
+        return compressed_tensors_readers.trial(classes, specs, {spec.name for spec in specs if spec.scheme.activations is None})
+
+    def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
+        """transformers and vLLM, with the versions that these schemes need."""
+        return compressed_tensors_readers.readers(specs, auto_class, bool(tried))
 
     def stored_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear's stored tensors, those of outlier columns left out."""
@@ -93,7 +101,7 @@ class CompressedTensors(Format):
 
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The entry of config.json. Raises UsageError if nothing is quantized."""
-        schemes = {spec.name: spec.scheme for spec in specs}
+        schemes = {name: spec.scheme for spec in specs for name in (spec.name, *spec.aliases)}
         conv1d = any(spec.kind == "Conv1D" for spec in specs)
         return {"config.json": {"quantization_config": compressed_tensors_config.quantization_config(schemes, untouched, conv1d)}}
 

@@ -38,11 +38,14 @@ def stored_as(scheme: Scheme) -> str:
 def quantization_config(schemes: Mapping[str, Scheme], ignored: Sequence[str], conv1d: bool = False) -> dict[str, Any]:
     """The ``quantization_config`` entry of config.json.
 
-    schemes: the scheme of each quantized linear by module name. ignored: module names of all other linears, the output head too.
-    conv1d: some quantized linears are ``Conv1D``, so that transformers has to be stopped. Raises UsageError if nothing is quantized.
+    schemes: the scheme of each quantized linear by module name. ignored: module names of all other matrices, the output head too.
+    conv1d: some quantized linears are ``Conv1D``, so that transformers has to be stopped. Raises UsageError if nothing is quantized,
+    PTQError if a name stands for a quantized linear in one class of readers and for another matrix elsewhere.
     """
     if not schemes:
         raise UsageError("no linear layer is quantized, so there is nothing to describe")
+    for name in sorted(schemes.keys() & set(ignored)):
+        raise PTQError(f"{name}: is quantized in one of the classes that read the file and is not in another; {NAME} cannot say so")
     names: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         names.setdefault(scheme, []).append(name)

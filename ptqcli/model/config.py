@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ptqcli.checkpoint.auxiliary import refuse_adapter
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
 from ptqcli.untrusted import foreign, read_json, shown
@@ -43,11 +44,15 @@ FEWEST_MODULES = 1_000
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What stands in config.json, without keys that select code, which transformers would fetch or run as the file asks: attention and
-    expert kernels, Python files of the folder, its own private state. Raises PTQError or UsageError, naming the file, if it is no JSON."""
+    expert kernels, Python files of the folder, its own private state.
+
+    Raises PTQError or UsageError, naming the file, if it is missing, is no JSON, or stands beside an adapter.
+    """
     from transformers import PreTrainedConfig
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such model folder")
+    refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
@@ -140,20 +145,41 @@ def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
     for far more modules than ``stored`` tensors can fill.
     """
     import transformers
-    from accelerate import init_empty_weights
 
     kind = kind_of(config)
+    auto_class = getattr(transformers, kind.auto_class)
+    most = None if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)
+    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False), most)
+
+
+def build_named_class(config: Any, name: str) -> nn.Module | None:
+    """As ``build_on_meta``, in the class ``name`` of transformers, the one that config.json names; None if there is no such model class.
+
+    It can hold more than the model that is quantized: images, say. Raises PTQError if transformers cannot build it.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    wanted: Any = found.config_class  # type: ignore[attr-defined]
+    return _build(config, name, found) if wanted is not None and isinstance(config, wanted) else None
+
+
+def _build(config: Any, what: str, make: Callable[[Any], nn.Module], most: int | None = None) -> nn.Module:
+    from accelerate import init_empty_weights
+
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with (
         BUILDING,
-        foreign(f"{config.name_or_path}: transformers cannot build a {kind.name} from its config.json"),
-        _at_most(None if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES), config.name_or_path),
+        foreign(f"{config.name_or_path or 'the model in memory'}: transformers cannot build a {what} from this config"),
+        _at_most(most, config.name_or_path),
         init_empty_weights(include_buffers=False),
         _quiet_transformers(),
     ):
-        model: nn.Module = getattr(transformers, kind.auto_class).from_config(config, trust_remote_code=False)
+        model = make(config)
     return model.eval()
 
 

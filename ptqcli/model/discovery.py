@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.kinds import kind_of
-from ptqcli.model.linears import is_linear
+from ptqcli.model.kinds import ModelKind
+from ptqcli.model.linears import is_linear, linear_input, linear_weight
 from ptqcli.untrusted import one_line
 
-# Tokens of the pass of empty tensors; more than one, so that code which treats single-token decoding apart is not taken.
-PROBE_TOKENS = 8
+# Windows and tokens of the probe; more than one, so that code which treats single-token decoding apart is not taken, and two different
+# numbers, so that they are told apart in the shape of the hidden states.
+PROBE_WINDOWS, PROBE_TOKENS = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """What the pass of empty tensors told of one block.
+    """What the probe told of one block.
 
     stages: linears in the order in which they run, those that read the same tensor together (local names).
-    returns_tuple / extra_outputs: how the block returns its hidden states. unused: linears that did not run. repeated: linears that
-    ran more than once.
+    returns_tuple / extra_outputs: how the block returns its hidden states. hidden: their shape behind it, of PROBE_WINDOWS windows of
+    PROBE_TOKENS tokens; None if it did not run. unused: linears that did not run. repeated: linears that ran more than once. read:
+    linears whose weight other code has asked for, so that no other layer can take their place.
     """
 
     stages: tuple[tuple[str, ...], ...]
     returns_tuple: bool
     extra_outputs: int
+    hidden: tuple[int, ...] | None
     unused: tuple[str, ...]
     repeated: tuple[str, ...]
+    read: tuple[str, ...]
 
     @property
     def fused_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -47,122 +52,140 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the pass of empty tensors told. blocks: a shape for each. late: names of the modules that first ran behind the blocks."""
+    """What a pass without the model's weights told.
 
-    blocks: list[BlockShape]
-    late: frozenset[str]
+    order: names of modules as they started to run. calls: what linears read: (name, tensor, how often that had been written to), the
+    tensors kept alive so that their identities stay distinct. outputs: of every entry of a list. read: linears whose weight other code
+    than their own has asked for.
+    """
+
+    model: nn.Module
+    order: Sequence[str]
+    calls: Sequence[tuple[str, Tensor, int]]
+    outputs: Mapping[str, Any]
+    read: AbstractSet[str]
+
+    def shape(self, block: str) -> BlockShape:
+        """What became of the block of this name."""
+        prefix = block + "."
+        calls = [(name.removeprefix(prefix), tensor, version) for name, tensor, version in self.calls if name.startswith(prefix)]
+        names = [local for local, _, _ in calls]
+        stages: dict[tuple[int, int], list[str]] = {}
+        for local, tensor, version in calls:
+            stages.setdefault((id(tensor), version), []).append(local)
+        linears = [local for local, module in self.model.get_submodule(block).named_modules() if is_linear(module)]
+        output = self.outputs.get(block)
+        returns_tuple = isinstance(output, tuple)
+        hidden = output[0] if isinstance(output, tuple) and output else output
+        return BlockShape(
+            stages=tuple(tuple(stage) for stage in stages.values()),
+            returns_tuple=returns_tuple,
+            extra_outputs=len(output) - 1 if isinstance(output, tuple) else 0,
+            hidden=tuple(hidden.shape) if isinstance(hidden, Tensor) else None,
+            unused=tuple(local for local in linears if local not in names),
+            repeated=tuple(local for local in linears if names.count(local) > 1),
+            read=tuple(local for local in linears if prefix + local in self.read),
+        )
+
+    def behind(self, block: str) -> frozenset[str]:
+        """Names of the modules that first ran behind the last run of this block."""
+        last = max((place for place, name in enumerate(self.order) if name == block), default=len(self.order))
+        return frozenset(self.order[last:]) - frozenset(self.order[:last])
 
 
-def find_blocks(model: nn.Module, wanted: str | None = None) -> str:
+def find_blocks(model: nn.Module, wanted: str | None = None, ran: Sequence[str] = ()) -> str:
     """Name of the ModuleList whose entries are the repeated blocks.
 
-    The candidates are the outermost lists of modules of one class that hold linears; the largest is taken. Raises UsageError with the
-    list of candidates when there is none, when another has more than half of its size, or when ``wanted`` is not a candidate.
+    The candidates are the outermost lists of modules that hold linears, of one class or of several, and of them those that run at all,
+    going by ``ran``, the names of modules that do; the largest is taken. Raises UsageError with the list of candidates when there is
+    none, when another has more than half of its size, or when ``wanted`` is none.
     """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(entry) for entry in module}) == 1
-        and any(is_linear(inner) for inner in module[0].modules())
-    }
+    sizes = {name: linear_size(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = [name for name, size in sizes.items() if size > 0]
     if wanted is not None:
         if wanted not in lists:
-            raise UsageError(f"--blocks {wanted}: no such list of blocks; candidates are {listed(list(lists)) or 'none'}")
+            raise UsageError(f"--blocks {wanted}: no such list of blocks; candidates are {listed(lists) or 'none'}")
         return wanted
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    running = [name for name in lists if not ran or f"{name}.0" in ran]
+    outermost = [name for name in running if not any(name.startswith(other + ".") for other in running)]
     if not outermost:
         raise UsageError("found no list of repeated blocks with linear layers in this model; name it with --blocks")
-    sizes = {name: sum(p.numel() for p in lists[name].parameters()) for name in outermost}
-    largest = max(sizes, key=lambda name: sizes[name])
+    largest = max(outermost, key=lambda name: sizes[name])
     rivals = [name for name in outermost if name != largest and sizes[name] * 2 > sizes[largest]]
     if rivals:
         raise UsageError(f"several lists of blocks of similar size: {listed([largest, *rivals])}; choose one with --blocks")
     return largest
 
 
+def linear_size(module: nn.Module) -> int:
+    """Weights in the linears of ``module``, each module once."""
+    return sum(linear_weight(inner).numel() for inner in module.modules() if is_linear(inner))
+
+
 class StopForward(Exception):
     """Raised inside a forward pass once everything of interest has been seen."""
 
 
-def probe_model(model: nn.Module, blocks: Sequence[nn.Module]) -> Probe:
-    """Run the model once on tensors without data and note, block by block, which linears run in which order on which tensors.
+def probe_model(model: nn.Module, kind: ModelKind) -> Probe:
+    """Run a model without weights once and note which linears run in which order on which tensors.
 
-    Raises PTQError when the model cannot run on the meta device.
+    Its tokens and all that it computes from them are real, so that it may decide by values, as some rotary embeddings do; its weights are
+    zeros that take no memory, and its linears return zeros without multiplying. Raises PTQError if the model does not run that way.
     """
-    kind = kind_of(model.config)
-    names = {id(module): name for name, module in model.named_modules()}
-    mode = FakeTensorMode()
     twin = copy.deepcopy(model)
-    probes = [_BlockProbe(twin.get_submodule(names[id(block)])) for block in blocks]
-    order = _running_order(twin)
-    try:
-        with mode, torch.no_grad():
-            _fill_with_fakes(twin, mode)
-            kind.call(twin, torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise PTQError(f"the model does not run on empty tensors, so its structure cannot be discovered: {one_line(error)}") from error
-    last = max((place for place, name in enumerate(order) if name == names[id(blocks[-1])]), default=len(order))
-    return Probe([probe.shape() for probe in probes], frozenset(order[last:]) - frozenset(order[:last]))
-
-
-def _running_order(model: nn.Module) -> list[str]:
-    """A list that fills with the names of modules as they start to run."""
     order: list[str] = []
-    for name, module in model.named_modules():
+    calls: list[tuple[str, Tensor, int]] = []
+    outputs: dict[str, Any] = {}
+    read: set[str] = set()
+    entries = {id(entry) for module in twin.modules() if isinstance(module, nn.ModuleList) for entry in module}
+    for name, module in twin.named_modules():
         module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
-    return order
+        if id(module) in entries:
+            module.register_forward_hook(lambda _module, _args, output, name=name: outputs.update({name: output}))
+        _fill_with_zeros(module)
+        if is_linear(module):
+            module.register_forward_pre_hook(partial(_note_call, calls, name), with_kwargs=True)
+            _stand_in(module, partial(read.add, name))
+    try:
+        with torch.no_grad():
+            kind.call(twin, torch.zeros(PROBE_WINDOWS, PROBE_TOKENS, dtype=torch.long))
+    except Exception as error:  # whatever the code of a model raises
+        raise PTQError(
+            f"the model does not run on {PROBE_TOKENS} tokens with all weights zero, so its structure cannot be discovered: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    return Probe(model, order, calls, outputs, read)
 
 
-def _fill_with_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Tensors with a shape but no data, which unlike meta tensors answer the questions that mask building asks of its inputs."""
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[leaf] = mode.from_tensor(buffer)
+def _note_call(calls: list[tuple[str, Tensor, int]], name: str, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    inputs = linear_input(args, kwargs)
+    calls.append((name, inputs, inputs._version))
 
 
-@dataclass
-class _BlockProbe:
-    """Hooks on one block of the empty twin; keeps the seen tensors alive so that their identities stay distinct."""
+def _fill_with_zeros(module: nn.Module) -> None:
+    """Parameters that are one zero, seen as a whole matrix."""
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None:
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
 
-    block: nn.Module
-    calls: list[tuple[str, Tensor, int]] = field(default_factory=list)  # the last: how often the tensor had been written to
-    output: Any = None
 
-    def __post_init__(self) -> None:
-        self.block.register_forward_hook(self._returned)
-        for local, module in self.block.named_modules():
-            if is_linear(module):
-                module.register_forward_pre_hook(self._entered(local))
+def _stand_in(linear: nn.Module, was_read: Callable[[], None]) -> None:
+    """Let a linear return as many zeros as it would numbers, and tell when other code asks for its weight, which it may write into."""
+    weight = linear.weight
+    out_features = linear_weight(linear).shape[0]
 
-    def _entered(self, local: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.calls.append((local, args[0], args[0]._version))
+    def read(_self: nn.Module) -> Tensor:
+        was_read()
+        return torch.zeros(weight.shape, dtype=weight.dtype)  # type: ignore[arg-type]
 
-        return hook
+    linear.__class__ = type(type(linear).__name__, (type(linear),), {"weight": property(read)})
+    linear.forward = partial(_zeros, out_features)
 
-    def _returned(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.output = output
 
-    def shape(self) -> BlockShape:
-        names = [local for local, _, _ in self.calls]
-        stages: dict[tuple[int, int], list[str]] = {}
-        for local, tensor, version in self.calls:
-            stages.setdefault((id(tensor), version), []).append(local)
-        linears = [local for local, module in self.block.named_modules() if is_linear(module)]
-        returns_tuple = isinstance(self.output, tuple)
-        return BlockShape(
-            stages=tuple(tuple(stage) for stage in stages.values()),
-            returns_tuple=returns_tuple,
-            extra_outputs=len(self.output) - 1 if returns_tuple else 0,
-            unused=tuple(local for local in linears if local not in names),
-            repeated=tuple(local for local in linears if names.count(local) > 1),
-        )
+def _zeros(features: int, *args: Any, **kwargs: Any) -> Tensor:
+    inputs = linear_input(args, kwargs)
+    return inputs.new_zeros((*inputs.shape[:-1], features))
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,6 +38,13 @@ def linear_weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return rows_first(module, weight)
+
+
+def linear_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a linear is called with, [..., in]: its one argument, by position or by name."""
+    inputs = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(inputs, Tensor)
+    return inputs
 
 
 def rows_first(linear: nn.Module, weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.suggest import did_you_mean_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -28,7 +29,7 @@ def find_model(name: str | None) -> Path:
     if folder.is_file():
         raise UsageError(f"{name} is a file; give the folder that holds it")
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
-        raise UsageError(f"{name}: no such folder (a model on the hub is named owner/name)")
+        raise UsageError(f"{name}: no such folder (a model on the hub is named owner/name){did_you_mean_folder(folder)}")
     return _fetch(name)
 
 

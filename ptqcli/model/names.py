@@ -19,26 +19,25 @@ class DiskNames:
         renamings, conversions = _declared_renamings(model)
         self._disk: dict[str, str] = {}
         self.unmatched: list[str] = []
+        self._assembled: list[str] = []
         for name in stored:
             target = next((t for t in _candidates(name, prefix, renamings) if t in memory), None)
-            if target is None:
-                self._refuse_conversion(name, conversions)
-                self.unmatched.append(name)
-            else:
+            if target is not None:
                 self._disk.setdefault(target, name)
-        for tied, source in _tied(model, memory):
-            # The file holds one of the two, most often but not always the embedding.
-            for name, twin in ((tied, source), (source, tied)):
-                if twin in self._disk:
-                    self._disk.setdefault(name, self._disk[twin])
+            elif any(conversion.rename_source_key(name)[1] is not None for conversion in conversions):
+                self._assembled.append(name)
+            else:
+                self.unmatched.append(name)
+        # transformers' own list of parameters that are one. The file holds one of the two, most often but not always the source.
+        tied = getattr(model, "all_tied_weights_keys", {}).items()
+        for name, twin in (*((source, target) for target, source in tied), *tied):
+            if name in memory and twin in self._disk:
+                self._disk.setdefault(name, self._disk[twin])
 
-    @staticmethod
-    def _refuse_conversion(name: str, conversions: Sequence[Any]) -> None:
-        for conversion in conversions:
-            if conversion.rename_source_key(name)[1] is not None:
-                raise PTQError(
-                    f"tensor {name}: transformers assembles this parameter from several stored tensors, which is not supported yet"
-                )
+    def refuse_assembled(self) -> None:
+        """Raises PTQError if transformers makes a parameter of the model from several stored tensors."""
+        for name in self._assembled:
+            raise PTQError(f"tensor {name}: transformers assembles this parameter from several stored tensors, which is not supported yet")
 
     def disk(self, name: str) -> str | None:
         """Stored name of ``name``, or None."""
@@ -66,14 +65,3 @@ def _candidates(name: str, prefix: str, renamings: Sequence[Any]) -> Iterator[st
         yield candidate
         yield prefix + candidate
         yield candidate.removeprefix(prefix)
-
-
-def _tied(model: nn.Module, memory: set[str]) -> Iterator[tuple[str, str]]:
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    names = {module: name for name, module in model.named_modules()}
-    if head in names and embedding in names:
-        tied, source = f"{names[head]}.weight", f"{names[embedding]}.weight"
-        if tied in memory and source in memory:
-            yield tied, source

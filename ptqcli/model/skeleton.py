@@ -1,7 +1,7 @@
 """A model without its weights, and one unit's weights at a time.
 
 ``Skeleton`` builds the transformers model on the meta device (no memory), finds the repeated blocks and their linears by looking
-at the module tree, learns from one pass of empty tensors in which order the linears run and which of them read the very same
+at the module tree, learns from one pass without weights in which order the linears run and which of them read the very same
 tensor, and maps every parameter's name in memory to its name in the file. Nothing here knows an architecture by name.
 
 The stored tensors fall into units, each tensor into one: what runs before the blocks, each block, and all that is left. A unit is
@@ -11,17 +11,18 @@ parameter of the same dtype on the CPU is the stored tensor itself, and is there
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import FLOATING
-from ptqcli.errors import PTQError
-from ptqcli.model.config import build_on_meta
-from ptqcli.model.discovery import find_blocks, listed, probe_model
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.config import build_named_class, build_on_meta
+from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
 from ptqcli.model.names import DiskNames
@@ -52,12 +53,19 @@ class Skeleton:
         self._kept: dict[str, Tensor] = {}  # stored tensors of the units at work
         self.model = build_on_meta(self.config, len(self._tensors.names))
         self.names = DiskNames(self.model, self._tensors.names)
-        self.blocks_name = find_blocks(self.model, blocks)
-        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
-        self._refuse_fused_experts()
+        self.names.refuse_assembled()
+        self.classes = [(self.model, self.names)]  # and the one that config.json names, if that is another
+        self.unbuilt: str | None = None  # why that one is not here
+        self._build_named_class()
         self._refuse_missing()
-        probe = probe_model(self.model, self.blocks)
-        self.shapes, self._late = probe.blocks, probe.late
+        self._refuse_stacks()
+        probe = probe_model(self.model, self.kind)
+        self.blocks_name = find_blocks(self.model, blocks, probe.order)
+        if blocks is None:
+            self._refuse_few(probe)
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.blocks_name).children())
+        self.shapes = [probe.shape(self.block_prefix(index)) for index in range(len(self.blocks))]
+        self._late = probe.behind(self.block_prefix(len(self.blocks) - 1))
         self.linears = [site for index in range(len(self.blocks)) for site in self._sites(index)]
         self.before, self.units, self.after = self._units()
 
@@ -75,13 +83,59 @@ class Skeleton:
                     kind=type(module).__name__,
                 )
 
-    def _refuse_fused_experts(self) -> None:
-        for name, parameter in self.model.get_submodule(self.blocks_name).named_parameters():
-            if parameter.dim() == 3 and parameter.numel() > 0 and min(parameter.shape) > 1:
-                raise PTQError(
-                    f"{self.blocks_name}.{name}: fused expert weights {list(parameter.shape)} are not supported yet; "
-                    "choose a model without mixture-of-experts layers"
-                )
+    def _build_named_class(self) -> None:
+        """The class that config.json names can hold more than the one that is quantized, under other names."""
+        named = self.source.config_json().get("architectures")
+        name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else type(self.model).__name__
+        if name == type(self.model).__name__:
+            return
+        try:
+            model = build_named_class(self.config, name)
+        except PTQError as error:
+            model, self.unbuilt = None, str(error)
+        if model is None:
+            self.unbuilt = self.unbuilt or f"transformers has no class {name}, which config.json names"
+        else:
+            self.classes.append((model, DiskNames(model, self._tensors.names)))
+
+    @cached_property
+    def stacks(self) -> dict[str, int]:
+        """Size of each parameter that is a stack of matrices, as those of fused experts are; kernels of convolutions are none."""
+        convolutions = (nn.Conv1d, nn.ConvTranspose1d)
+        return {
+            name: parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(_owner(self.model, name)[0], convolutions)
+        }
+
+    @cached_property
+    def matrix_size(self) -> int:
+        """Weights in all matrices of the model, stacks too; neither embeddings nor the output head."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return linear_size(self.model) - (0 if head is None else linear_size(head)) + sum(self.stacks.values())
+
+    def _refuse_stacks(self) -> None:
+        share = sum(self.stacks.values()) / max(self.matrix_size, 1)
+        if share > 0.5:
+            largest = max(self.stacks, key=lambda name: self.stacks[name])
+            raise PTQError(
+                f"{largest}: {share:.0%} of the weights in the model's matrices are in stacks like this one of "
+                f"{list(self.model.get_parameter(largest).shape)}, as fused experts are, which are not supported yet"
+            )
+
+    def _refuse_few(self, probe: Probe) -> None:
+        """Quantizing the linears of the blocks must be quantizing what runs on text."""
+        ran = {name for name, _, _ in probe.calls if not self._is_head(name)}
+        total = sum(linear_size(self.model.get_submodule(name)) for name in ran)
+        inside = sum(linear_size(self.model.get_submodule(name)) for name in ran if name.startswith(self.blocks_name + "."))
+        if 2 * inside < total:
+            raise UsageError(
+                f"the largest list of blocks, {self.blocks_name}, holds {100 * inside // total} % of the linear weights that run on text, "
+                f"and the rest would stay as it is; use --blocks {self.blocks_name} if that is meant, or name another list"
+            )
+
+    def _is_head(self, name: str) -> bool:
+        return self.model.get_submodule(name) is self.model.get_output_embeddings()  # type: ignore[operator]
 
     def _refuse_missing(self) -> None:
         missing = [name for name, _ in self.model.named_parameters() if self.names.disk(name) is None]
@@ -119,6 +173,47 @@ class Skeleton:
         if name.startswith(self.blocks_name + "."):
             return 1 + int(name.removeprefix(self.blocks_name + ".").partition(".")[0])
         return len(self.blocks) + 1 if name.rpartition(".")[0] in self._late else 0
+
+    # Names
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Linears of the blocks whose weight runs in several places -> the first other place."""
+        modules = {module: name for name, module in self.model.named_modules()}
+        places: dict[str, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if is_linear(module):
+                places.setdefault(self.stored_name(f"{modules[module]}.weight"), []).append(name)
+        found = {name: named for named in places.values() if len(named) > 1 for name in named}
+        return {name: next(other for other in named if other != name) for name, named in found.items()}
+
+    @cached_property
+    def _names_of(self) -> dict[str, list[str]]:
+        """Stored tensor -> its names in all classes."""
+        found: dict[str, list[str]] = {}
+        for _, names in self.classes:
+            for name, stored in names.items():
+                found.setdefault(stored, []).append(name)
+        return found
+
+    def aliases(self, name: str) -> tuple[str, ...]:
+        """Other names of the linear ``name``: in the class that config.json names or, where that is not known, in the file."""
+        stored = self.stored_name(f"{name}.weight")
+        names = [*self._names_of[stored], *([stored] if self.unbuilt else [])]
+        return tuple(dict.fromkeys(linear for linear in (other.removesuffix(".weight") for other in names) if linear != name))
+
+    def plain_names(self, quantized: Iterable[str]) -> tuple[str, ...]:
+        """All matrices but those of the linears ``quantized``, by every name that a reader may know: its class's, or the file's."""
+        packed = {self.stored_name(f"{name}.weight") for name in quantized}
+        linears = [
+            name
+            for model, names in self.classes
+            for name, module in model.named_modules()
+            if is_linear(module) and names.disk(f"{name}.weight") not in packed
+        ]
+        matrices = [name for name in self._tensors.names if name not in packed and len(self._tensors.shape(name)) == 2]
+        stored = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+        return tuple(dict.fromkeys([*linears, *stored]))
 
     # Stored tensors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ptqcli.checkpoint.auxiliary import copy_auxiliary_files, load_tokenizer
-from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, TensorSource
+from ptqcli.checkpoint.auxiliary import auxiliary_files, copy_auxiliary_files, load_tokenizer
+from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, Stamp, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.model.config import load_config, read_config
 
@@ -40,21 +42,29 @@ class ModelSource(Protocol):
     def config_json(self) -> dict[str, Any]:
         """What stands in config.json."""
 
-    def write_auxiliary(self, folder: Path) -> None:
+    def write_auxiliary(self, folder: Directory) -> None:
         """Put tokenizer, generation config, chat template and the like into ``folder``."""
+
+    def check_unchanged(self) -> None:
+        """Raise PTQError, naming the file, if one that the model is read from is not what it was when the model was opened."""
 
 
 class ModelFolder:
-    """A local folder with config.json and safetensors. Raises PTQError or UsageError for one that holds no model."""
+    """A local folder with config.json and safetensors.
+
+    Raises PTQError or UsageError for one that holds no model, an adapter, or links to files that are elsewhere, see ``auxiliary_files``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder
         self._folder = folder
         self.where = str(folder)
         self.config = load_config(folder)
+        self._auxiliary = auxiliary_files(folder)
+        self._stamps = [Stamp(folder / name) for name in ("config.json", *self._auxiliary)]
 
     @cached_property
-    def tensors(self) -> TensorSource:
+    def tensors(self) -> SafetensorsFolder:
         """The tensors of its safetensors files. Raises PTQError for missing or damaged ones."""
         return SafetensorsFolder(self._folder)
 
@@ -66,9 +76,15 @@ class ModelFolder:
         """What stands in config.json, but for keys that select code."""
         return read_config(self._folder)
 
-    def write_auxiliary(self, folder: Path) -> None:
+    def write_auxiliary(self, folder: Directory) -> None:
         """Copy the files beside the weights."""
-        copy_auxiliary_files(self._folder, folder)
+        copy_auxiliary_files(self._folder, self._auxiliary, folder)
+
+    def check_unchanged(self) -> None:
+        """Raise PTQError, naming it, if a file was replaced, cut or written to since the model was opened."""
+        self.tensors.check_unchanged()
+        for stamp in self._stamps:
+            stamp.check()
 
 
 class ModelInMemory:
@@ -110,8 +126,13 @@ class ModelInMemory:
         values: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=True))
         return {"architectures": [type(self._model).__name__], **values, "dtype": str(self._model.dtype).removeprefix("torch.")}
 
-    def write_auxiliary(self, folder: Path) -> None:
+    def write_auxiliary(self, folder: Directory) -> None:
         """Save tokenizer and generation config."""
-        for part in (self._tokenizer, getattr(self._model, "generation_config", None)):
-            if part is not None:
-                part.save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as saved:
+            for part in (self._tokenizer, getattr(self._model, "generation_config", None)):
+                if part is not None:
+                    part.save_pretrained(saved)
+            copy_auxiliary_files(Path(saved), auxiliary_files(Path(saved)), folder)
+
+    def check_unchanged(self) -> None:
+        """Nothing of it is on disk."""

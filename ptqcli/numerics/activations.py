@@ -18,7 +18,7 @@ def activation_scale(inputs: Tensor, scheme: ActivationScheme) -> Tensor:
 def static_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale that is fixed for inputs whose columns reach up to ``largest``, float [in]: [1] in ``dtype``, in which it is stored."""
     scale = activation_scale(largest, ActivationScheme(per_token=False))
-    return scale.clamp(min=SMALLEST_SCALE.get(dtype, 0.0)).to(dtype)
+    return scale.clamp(min=SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny)).to(dtype)
 
 
 def round_activations(inputs: Tensor, scheme: ActivationScheme, input_scale: Tensor | None = None) -> Tensor:

@@ -21,21 +21,23 @@ during calibration (static).
 Notation: ``str(scheme)`` and ``Scheme.parse`` are an inverse pair over one name for each scheme,
 
     w4a16-g128, w4a16-g64-asym, w3a16-row-asym      weights only: groups of columns, or whole rows; with zero points
+    w4a16, w4a16-asym                               for each linear groups of the first of AUTO_GROUPS that divides its width
     w8a8, w8a8-tensor                               8-bit activations, too: a weight scale a row, or one for the whole matrix
     w8a8-act-tensor, w8a8-static                    activation scales: one for the tensor instead of one a token; from calibration
     w8a8-outliers6, w8a8-outliers4.5-static         inputs beyond the number in 16 bit: found when the layer runs, or by calibration
 
-Parsing takes short forms as well: ``w4a16`` for groups of 128, ``llm-int8`` and ``llm-int8-static`` for w8a8 with outliers6, and
-``-sym`` or ``-row`` where that is what it would be anyway.
+Parsing takes short forms as well: ``llm-int8`` and ``llm-int8-static`` for w8a8 with outliers6, and ``-sym`` or ``-row`` where that is
+what it would be anyway.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ptqcli.errors import UsageError
+from ptqcli.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from ptqcli.numerics.elements import Element
@@ -46,7 +48,9 @@ WHOLE_ROW = -1  # group sizes that are no number of columns
 
 WHOLE_MATRIX = 0
 
-DEFAULT_GROUP = 128  # of a name that does not say
+AUTO_GROUP = -(1 << 31)  # not chosen yet, see ``Scheme.resolved``
+
+AUTO_GROUPS = (128, 64, 32, 16)  # what it can become, best first
 
 # One of each kind, to show how names are made.
 EXAMPLES = ("w4a16-g128", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
@@ -99,8 +103,9 @@ class OutlierSplit:
 class Scheme:
     """Number format of one linear.
 
-    bits: code width, one of 2, 3, 4, 8. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix. symmetric: zero point
-    fixed in the middle. activations: None leaves them in floating point. outliers: columns in 16 bit, None for none.
+    bits: code width, one of 2, 3, 4, 8. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix, AUTO_GROUP for what
+    goes with a linear's width, which is chosen by ``resolved`` before anything is computed. symmetric: zero point fixed in the middle.
+    activations: None leaves them in floating point. outliers: columns in 16 bit, None for none.
     Raises UsageError for a width, group size or combination that does not exist: integer activations are multiplied with symmetric
     weights that have one scale a row or one in all, and only they have outliers to split off.
     """
@@ -114,7 +119,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
             raise UsageError(f"{self.bits} bits per weight is not supported; choose one of {SUPPORTED_BITS}")
-        if self.group_size < WHOLE_ROW:
+        if self.group_size < WHOLE_ROW and self.group_size != AUTO_GROUP:
             raise UsageError(f"group size {self.group_size} is not valid; give a positive number, or -1 for whole rows")
         if self.activations is None:
             if self.group_size == WHOLE_MATRIX:
@@ -124,7 +129,7 @@ class Scheme:
             return
         if not self.symmetric:
             raise UsageError("8-bit activations need symmetric weights; give --sym, or --abits 16")
-        if self.group_size > 0:
+        if self.group_size not in (WHOLE_ROW, WHOLE_MATRIX):
             raise UsageError(f"8-bit activations need one scale for a whole row, not group size {self.group_size}; give --group-size -1")
         if self.outliers is not None and not self.activations.dynamic:
             raise UsageError("an outlier split needs activation scales computed at run time, not static ones")
@@ -139,8 +144,23 @@ class Scheme:
         """The zero point of a symmetric scheme, 2^(bits-1)."""
         return 1 << (self.bits - 1)
 
+    def resolved(self, in_features: int) -> Scheme:
+        """This scheme for a linear of so many input features: AUTO_GROUP becomes the first of AUTO_GROUPS that divides them.
+
+        Raises UsageError if none does.
+        """
+        if self.group_size != AUTO_GROUP:
+            return self
+        size = next((size for size in AUTO_GROUPS if in_features % size == 0), None)
+        if size is None:
+            *most, last = map(str, AUTO_GROUPS)
+            raise UsageError(f"no group of {', '.join(most)} or {last} columns divides {in_features} input features")
+        return replace(self, group_size=size)
+
     def columns_per_group(self, in_features: int) -> int:
-        """Group size with -1 and 0 resolved to the row length."""
+        """Group size with -1 and 0 resolved to the row length. Raises UsageError if it is still to be chosen."""
+        if self.group_size == AUTO_GROUP:
+            raise UsageError(f"the group size of scheme {self} depends on the linear; choose one such as {self.resolved(AUTO_GROUPS[0])}")
         return self.group_size if self.group_size > 0 else in_features
 
     def group_count(self, in_features: int) -> int:
@@ -160,8 +180,8 @@ class Scheme:
     def __str__(self) -> str:
         """The one name of the scheme, see the module."""
         if self.activations is None:
-            group = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
-            return f"w{self.bits}a16-{group}{'' if self.symmetric else '-asym'}"
+            group = {WHOLE_ROW: "-row", AUTO_GROUP: ""}.get(self.group_size, f"-g{self.group_size}")
+            return f"w{self.bits}a16{group}{'' if self.symmetric else '-asym'}"
         name = f"w{self.bits}a{self.activations.bits}{'-tensor' if self.group_size == WHOLE_MATRIX else ''}"
         if not self.activations.dynamic:
             name += "-static"
@@ -177,11 +197,20 @@ class Scheme:
         """The scheme that ``text`` names, see the module; in capitals as well. Raises UsageError for anything else."""
         found = _NAME.fullmatch(re.sub(r"^llm-int8(?=-|$)", "w8a8-outliers", text.strip().lower()))
         if found is None:
-            raise UsageError(f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}")
+            raise UsageError(
+                f"scheme {text!r} is no number format; write one such as {', '.join(EXAMPLES)}{did_you_mean(text, usual_schemes())}"
+            )
         try:
             return _scheme_of(found)
         except UsageError as error:
             raise UsageError(f"scheme {text!r}: {error}") from error
+
+
+def usual_schemes() -> list[str]:
+    """Names that a person is likely to want, for advice and completion."""
+    groups = ("g128", "g64", "g32", "row")
+    weights_only = [f"w{bits}a16-{group}{zero}" for bits in SUPPORTED_BITS for group in groups for zero in ("", "-asym")]
+    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static"]
 
 
 def _scheme_of(name: re.Match[str]) -> Scheme:
@@ -190,7 +219,7 @@ def _scheme_of(name: re.Match[str]) -> Scheme:
         activations = ActivationScheme(int(name["abits"]), per_token=name["scales"] is None, dynamic=name["scales"] != "static")
     elif name["scales"]:
         raise UsageError(f"activations in 16 bit have no scales; write a8, or leave -{name['scales']} out")
-    whole = {"row": WHOLE_ROW, "tensor": WHOLE_MATRIX, None: DEFAULT_GROUP if activations is None else WHOLE_ROW}
+    whole = {"row": WHOLE_ROW, "tensor": WHOLE_MATRIX, None: AUTO_GROUP if activations is None else WHOLE_ROW}
     outliers = None
     if name["split"]:
         outliers = OutlierSplit(float(name["threshold"] or OutlierSplit.threshold), dynamic=name["fixed"] is None)

@@ -1,106 +1,297 @@
-"""The output folder: claimed, grown beside its final name, and put in its place when everything is in it."""
+"""The output folder: claimed, grown, and put in its place when everything is in it.
+
+A checkpoint grows in ``OUT.partial``, beside its final name, which a rename gives it at the end: ``OUT`` is the whole new checkpoint or as
+it was. A checkpoint that is replaced changes places with the new one in one step; where the system cannot do that, it is moved aside, and
+back if the run ends there, or when the next one begins. It is removed last. An output that is there and empty is written into, since it may
+be a volume, or the folder that somebody works in; it is finished when its marker has gone.
+
+Nothing is removed for its name alone. The working folder holds a marker (``output.Marker``), no other run can have it meanwhile
+(``flock``), and it is reached by a descriptor, not by its path. A run that ends removes what it has made. What an earlier run has left is
+removed only from a folder with a marker, or from the one that the marker of a finished checkpoint names by its inode, and never if there
+is a file with a name that no checkpoint has.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.report import REPORT_NAME
+from ptqcli.checkpoint.directory import Directory, named
+from ptqcli.errors import PTQError
+from ptqcli.pipeline.output import MARKER, PARTIAL, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+
+EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+CLAIMS = 20  # attempts to claim a folder that other runs remove meanwhile
 
 
-def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
-    """Raise UsageError when ``output`` must not be written. model: the folder of the model, None for one in memory."""
-    try:
-        resolved = output.resolve()
-    except (OSError, RuntimeError) as error:  # before Python 3.13 a RuntimeError
-        raise UsageError(f"{output}: is a link that leads back to itself; choose another --output") from error
-    if model is not None and resolved == model.resolve():
-        raise UsageError(f"{output}: is the model itself; choose another --output")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UsageError(f"{output}: is a file; choose another --output")
-    if not overwrite:
-        raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
-    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
-        raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
+def check_room(output: Path, needed: int) -> None:
+    """Raise PTQError where ``output`` cannot be written, or its disk has less than ``needed`` bytes free. Makes nothing."""
+    place = output.resolve()
+    if not is_written_into(place):
+        place = next(above for above in place.parents if above.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise PTQError(f"{place}: cannot write there; choose another --output")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise PTQError(f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
 
 
 @contextmanager
-def growing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
-    """A folder beside ``output`` that becomes ``output`` when the context ends well and is removed when it does not."""
-    output = output.resolve()  # a link stays, and the folder that it leads to is replaced
-    folder = output.with_name(output.name + ".partial")
-    parent = output.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise PTQError(f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; choose another --output")
-        lock = _claim(folder)
-    except OSError as error:
-        raise PTQError(f"{error.filename or parent}: cannot write there: {error.strerror}; choose another --output") from error
-    try:
-        if output.exists() and not overwrite:  # another run has finished since the first look
-            raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
-        yield folder
-        if overwrite and output.exists():
-            _replace(output, folder)
-        else:
-            folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+def growing(output: Path, model: Path | None, overwrite: bool, needed: int, inputs: Sequence[Path] = ()) -> Iterator[Directory]:
+    """The folder in which ``output`` grows. It is put in its place when the context ends well, and removed when it does not.
 
-
-def _replace(output: Path, folder: Path) -> None:
-    """Put ``folder`` in the place of ``output``, which is moved aside first and removed last."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    output.rename(aside / "old")
-    folder.rename(output)
-    shutil.rmtree(aside)
-
-
-def _claim(folder: Path) -> int | None:
-    """Make ``folder`` and lock it; return what holds the lock. What a killed run has left in it goes.
-
-    Raises PTQError if another run holds it, or if it holds something else.
-    """
-    folder.mkdir(exist_ok=True)
-    lock = _lock(folder)
-    leftovers = sorted(folder.iterdir())
-    if leftovers and not any(left.match("*.safetensors*") for left in leftovers):  # a run's first file is one of weights
-        _unlock(lock)
-        raise PTQError(f"{folder}: is in the way and holds {leftovers[0].name}; move it, or choose another --output")
-    for left in leftovers:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return lock
-
-
-def _lock(folder: Path) -> int | None:
-    """An open descriptor that holds a lock on ``folder``, which ends with the process, however it ends.
-
-    None on Windows, which opens no folder: there a second run into the same folder is not noticed.
+    model, inputs: what the run reads, see ``check_output``. needed: bytes of room. Raises PTQError or UsageError for a place that cannot
+    be had, and for a folder that was moved, deleted or replaced meanwhile. What ends the context is raised again; if anything of the run
+    is left on disk, the message says so.
     """
     if sys.platform == "win32":
-        return None
+        raise PTQError("folders are written on Linux and macOS only; on Windows use WSL")
+    run = _Growing(output)
+    try:
+        run.begin(lambda: check_output(output, model, overwrite, inputs), needed)
+        yield run.folder
+        run.place()
+    except BaseException as error:
+        told = _told(error, run.end())
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        run.close()
+
+
+class _Growing:
+    """One run's hold on its output. into: whether the output itself is the working folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output.resolve()  # a link stays, and the folder that it leads to is replaced
+        self.into = is_written_into(self.output)
+        self.name = self.output.name + ("" if self.into else PARTIAL)
+        self.work = self.output.with_name(self.name)
+        self._new_parents: list[Path] = []
+        self._made = False  # whether the working folder is ours to remove
+        self._finishing = False  # whether everything is in it
+        self._keep = False  # whether it is finished and cannot have its name
+        self._parent: Directory | None = None
+        self._folder: Directory | None = None
+        self._replaces: tuple[int, int] | None = None
+
+    @property
+    def parent(self) -> Directory:
+        assert self._parent is not None
+        return self._parent
+
+    @property
+    def folder(self) -> Directory:
+        assert self._folder is not None
+        return self._folder
+
+    def close(self) -> None:
+        for folder in (self._folder, self._parent):
+            if folder is not None:
+                folder.close()
+
+    # The beginning
+
+    def begin(self, check: Callable[[], None], needed: int) -> None:
+        """Claim the working folder. check: is asked again when no other run can write there any more."""
+        above = self.output.parent
+        try:
+            self._new_parents = [place for place in (above, *above.parents) if not place.exists()]
+            above.mkdir(parents=True, exist_ok=True)
+            check_room(self.output, needed)
+            self._parent = Directory(above)
+            for _ in range(CLAIMS):
+                if self._claim(check):
+                    return
+        except OSError as error:
+            raise PTQError(f"{error.filename}: cannot write there: {error.strerror}; choose another --output") from error
+        raise PTQError(f"{self.work}: other runs take it again and again; choose another --output")
+
+    def _claim(self, check: Callable[[], None]) -> bool:
+        """Make or take the working folder, lock it and mark it; False if another run, which had made it, has removed it meanwhile."""
+        self._made = True  # before it is so: an interruption may come right behind the call
+        try:
+            self.parent.make_folder(self.name)
+        except FileExistsError:
+            self._made = False
+        try:
+            self._folder = Directory(self.name, self.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise PTQError(f"{self.work}: is in the way and no folder; move it away, or choose another --output") from error
+        _lock(self.folder)
+        self._settle()
+        if self.parent.identity_of(self.name) == self.folder.identity:
+            self._clear_leftovers()
+            self._made = not self.into
+            check()
+            self._replaces = None if self.into else self.parent.identity_of(self.output.name)
+            with suppress(FileNotFoundError):
+                Marker(output=self.output.name, into=self.into, replaces=self._replaces).write(self.folder)
+                return True
+        self._folder.close()
+        self._folder = None
+        return False
+
+    def _settle(self) -> None:
+        """A checkpoint that has its name and still its marker: the run was ended before what it replaced was gone, which goes now."""
+        if self.into or not self.output.is_dir():
+            return
+        placed = Directory(self.output.name, self.parent)
+        try:
+            marker = Marker.read(placed, self.output.name)
+            if marker is not None and not marker.into:
+                _lock(placed)
+                self._remove_replaced(placed, marker.replaces)
+                placed.remove(MARKER)
+        finally:
+            placed.close()
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a run that was killed has left in the working folder. Raises PTQError for anything else."""
+        names = [name for name in self.folder.names() if name not in VOLUME_FILES]
+        if not names:
+            return
+        marker = Marker.read(self.folder, self.output.name)
+        if (marker is None or marker.into != self.into) and names != [MARKER]:  # a marker alone may be half-written
+            raise PTQError(f"{self.work}: is in the way and holds {names[0]}; move it away, or choose another --output")
+        if marker is not None:
+            self._restore(marker.replaces)
+        remove_checkpoint(self.folder)
+
+    # The end
+
+    def place(self) -> None:
+        """Give the folder its final name; what had it goes."""
+        self.folder.sync()
+        if self.parent.identity_of(self.name) != self.folder.identity:
+            raise PTQError(f"{self.work}: was moved or removed while the run was at work; run it again")
+        self._finishing = True
+        if not self.into:
+            try:
+                self._rename()
+            except (OSError, PTQError):
+                self._keep = True
+                raise
+            self.parent.sync()
+            self._remove_replaced(self.folder, self._replaces)
+        self.folder.remove(MARKER)
+        self.folder.sync()
+
+    def _rename(self) -> None:
+        name = self.output.name
+        if self.parent.identity_of(name) != self._replaces:
+            raise PTQError(f"{self.output}: has changed while the run was at work, and is left as it is")
+        if self._replaces is None:
+            self.parent.rename(self.name, name)
+        elif not _exchange(self.parent, self.name, name) and not self._is_placed():
+            self._move(self.parent, name, self.folder, REPLACED)
+            self.parent.rename(self.name, name)  # if this fails, end() moves the other back
+
+    def end(self) -> str:
+        """Undo what is not finished; what there is to say of the folders, "" if the disk is as it was."""
+        if self._folder is None:
+            if self._made and self._parent is not None:
+                with suppress(OSError):  # not empty: another run has it
+                    os.rmdir(self.name, dir_fd=self.parent.descriptor)
+            self._remove_parents()
+            return ""
+        try:
+            if self._is_placed():
+                if not self.into:
+                    self._remove_replaced(self.folder, self._replaces)
+                    self.folder.remove(MARKER)
+                return f"{self.output} is complete"
+            self._restore(self._replaces)
+            if self._keep:
+                self.folder.remove(MARKER)
+                return f"the finished checkpoint lies in {self.work}"
+            self.folder.remove_made()
+            if self._made:
+                self.parent.remove_folder(self.name, self.folder.identity)
+            self._remove_parents()
+        except (OSError, PTQError, KeyboardInterrupt) as error:
+            reason = _reason(error)
+            return (
+                f"{self.output} is complete, but not what it replaced gone ({reason})"
+                if self._is_placed()
+                else f"{self.work} is left ({reason})"
+            )
+        return ""
+
+    def _is_placed(self) -> bool:
+        """Whether the output is finished, as the disk has it: an interruption may come between a step and our note of it."""
+        if self.into:
+            return self._finishing and self.folder.identity_of(MARKER) is None
+        return self.parent.identity_of(self.output.name) == self.folder.identity
+
+    def _restore(self, replaces: tuple[int, int] | None) -> None:
+        """Move the checkpoint that was to be replaced back to its place, if it was moved aside."""
+        if replaces is not None and self.folder.identity_of(REPLACED) == replaces:
+            if self.parent.identity_of(self.output.name) is not None:
+                raise PTQError(f"{self.work / REPLACED}: is what {self.output} was; move it away, or choose another --output")
+            self._move(self.folder, REPLACED, self.parent, self.output.name)
+            self.parent.sync()
+
+    def _move(self, home: Directory, name: str, other: Directory, new: str) -> None:
+        with named(other.path / new):
+            os.rename(name, new, src_dir_fd=home.descriptor, dst_dir_fd=other.descriptor)
+
+    def _remove_replaced(self, placed: Directory, replaces: tuple[int, int] | None) -> None:
+        """Remove the checkpoint whose place another has taken, wherever it is now."""
+        for home, name in ((self.parent, self.output.name + PARTIAL), (placed, REPLACED)):
+            if replaces is not None and home.identity_of(name) == replaces:
+                old = Directory(name, home)
+                try:
+                    remove_checkpoint(old)
+                    home.remove_folder(name, replaces)
+                finally:
+                    old.close()
+
+    def _remove_parents(self) -> None:
+        """The folders above the output that were made for it, as far as nobody else uses them."""
+        with suppress(OSError):
+            for place in self._new_parents:
+                place.rmdir()
+
+
+def _told(error: BaseException, left: str) -> BaseException:
+    """``error``, or one that also says what it has left on disk."""
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(left or "nothing of it is left on disk")
+    return PTQError(f"{_reason(error)}; {left}") if left and isinstance(error, Exception) else error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) if isinstance(error, PTQError) else f"{type(error).__name__} {error}".strip()
+
+
+def _exchange(parent: Directory, one: str, other: str) -> bool:
+    """Let two names in ``parent`` change places in one step; False where that cannot be done."""
+    library = ctypes.CDLL(None)
+    call = getattr(library, "renameat2", None) or getattr(library, "renameatx_np", None)
+    descriptor = parent.descriptor
+    return call is not None and call(descriptor, os.fsencode(one), descriptor, os.fsencode(other), EXCHANGE) == 0
+
+
+def _lock(folder: Directory) -> None:
+    """Lock ``folder`` for as long as it is open; the lock ends with the process, however it ends."""
     import fcntl
 
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with named(folder.path):
+            fcntl.flock(folder.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(lock)
-        raise PTQError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
-    return lock
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+        raise PTQError(f"{folder.path}: another run is writing there; wait for it, or choose another --output") from error

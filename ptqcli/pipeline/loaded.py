@@ -113,12 +113,13 @@ class LoadedBlock:
         self.run.progress.layer_done(task.name, error)
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
-        outliers = solution.notes.outlier_columns
+        outliers, seen = solution.notes.outlier_columns, self.statistics.get(linear.site.local)
         self._layers[linear.name] = LayerReport(
             name=linear.name,
             scheme=str(linear.scheme),
             bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
             relative_error=error,
+            inputs_all_zero=seen is not None and seen.all_zero,
             outlier_share=None if outliers is None else outliers / linear.site.in_features,
             **asdict(solution.notes),
         )

@@ -13,64 +13,54 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ptqcli.calibration.text import calibration_windows, documents
-from ptqcli.checkpoint.writer import write_json
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.formats import find_format
-from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelFolder, ModelSource
+from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
-from ptqcli.pipeline.folder import check_output, growing
+from ptqcli.pipeline.folder import growing
 from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
+from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import REPORT_NAME, Report, make_report
+from ptqcli.pipeline.report import Report, make_report
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
-from ptqcli.plan import Plan, make_plan
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
 
 
-def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
-    """Open the model and decide everything that can be decided without its weights."""
-    skeleton = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
-    return skeleton, make_plan(recipe, skeleton, resources)
-
-
 def quantize(
     model: Path | ModelSource,
     recipe: Recipe,
-    output: Path,
+    output: Output,
     *,
     overwrite: bool = False,
     resources: Resources | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``.
+    """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``, which a function may name by the plan.
 
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
-    check_output(output, folder, overwrite)
-    with clock.measure("plan"):
-        skeleton, plan = plan_run(model, recipe, resources)
-    progress.planned(plan)
-    with growing(output, overwrite, plan.disk_bytes) as growing_folder, torch.no_grad():
-        work = _Quantization(skeleton, plan, resources, growing_folder, progress, clock)
-        work.run(data_dir)
+    ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
+    with growing(ready.output, folder, overwrite, ready.plan.disk_bytes, ready.inputs) as growing_folder, torch.no_grad():
+        work = _Quantization(ready, resources, growing_folder, progress, clock)
+        work.run()
         report = make_report(
-            plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.written.bytes
+            ready.plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.written.bytes
         )
-        write_json(growing_folder / REPORT_NAME, report.stored())
+        with clock.measure("write"):
+            work.written.finish(report)
     return replace(
         report,
-        output=str(output),
+        output=str(ready.output),
         seconds=time.perf_counter() - clock.start,
         peak_memory_bytes=peak_memory(resources.device),
         seconds_by_step=clock.spent,
@@ -80,10 +70,12 @@ def quantize(
 class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, resources: Resources, folder: Path, progress: Progress, clock: Clock) -> None:
-        self.skeleton, self.plan, self.progress, self.clock, self.folder = skeleton, plan, progress, clock, folder
+    def __init__(self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock) -> None:
+        self.skeleton, self.plan, self.windows = ready.skeleton, ready.plan, ready.windows
+        self.progress, self.clock, self.folder = progress, clock, folder
+        plan = self.plan
         self.state = Run(
-            skeleton=skeleton,
+            skeleton=self.skeleton,
             plan=plan,
             format=find_format(plan.recipe.format),
             resources=resources,
@@ -94,10 +86,10 @@ class _Quantization:
         self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
 
-    def run(self, data_dir: Path | None) -> None:
-        """Everything but the report."""
-        if self.plan.needs_calibration:
-            self._calibrate(data_dir)
+    def run(self) -> None:
+        """Everything up to the last tensor."""
+        if self.windows is not None:
+            self._record(self.windows)
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.before)
         window = self.state.solver.window
@@ -105,19 +97,14 @@ class _Quantization:
             self._quantize_window(range(len(self.skeleton.blocks))[start : start + window])
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after)
-            self.written.finish()
 
-    def _calibrate(self, data_dir: Path | None) -> None:
-        """Read the calibration text and record how the model calls its blocks on it."""
-        recipe, state = self.plan.recipe, self.state
-        self.progress.phase(f"reading calibration text from {recipe.calib}")
-        with self.clock.measure("text"):
-            texts = documents(recipe.calib, "calibration", data_dir)
-            windows = calibration_windows(texts, self.skeleton.source.tokenizer(), recipe.nsamples, self.plan.seqlen, recipe.seed)
+    def _record(self, windows: Tensor) -> None:
+        """How the model calls its blocks on the calibration ``windows``, int64 [windows, tokens]."""
+        state = self.state
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms)
-            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder, original, excerpts)
+            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder.path, original, excerpts)
 
     def _quantize_window(self, indices: Sequence[int]) -> None:
         """Load, solve, write and release the blocks ``indices``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from ptqcli.plan import Plan
@@ -10,8 +11,8 @@ from ptqcli.plan import Plan
 class Progress(Protocol):
     """Who wants to know how far the work is."""
 
-    def planned(self, plan: Plan) -> None:
-        """Everything is decided; work begins."""
+    def planned(self, plan: Plan, output: Path) -> None:
+        """Everything is decided, and ``output`` will hold the checkpoint; the inputs are opened, and work begins."""
 
     def phase(self, text: str) -> None:
         """What is being done now, in words."""
@@ -35,7 +36,7 @@ class Progress(Protocol):
 class NoProgress:
     """A progress that ignores everything."""
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: Plan, output: Path) -> None:
         pass
 
     def phase(self, text: str) -> None:

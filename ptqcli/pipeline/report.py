@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 import ptqcli
 from ptqcli.errors import PTQError
+from ptqcli.formats import Reader
 from ptqcli.untrusted import read_json, shown
 
 if TYPE_CHECKING:  # the commands that show a report must not wait for torch
@@ -26,8 +27,9 @@ RECIPE_TYPES = {"algo": str, "calib": str, "nsamples": int}
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
-    linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. The other fields
-    are those of ``solvers.SolveNotes``."""
+    linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. inputs_all_zero:
+    calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. The other fields are those of
+    ``solvers.SolveNotes``."""
 
     name: str
     scheme: str
@@ -39,6 +41,7 @@ class LayerReport:
     damp_raised: bool
     outlier_columns: int | None
     outlier_share: float | None
+    inputs_all_zero: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,8 @@ class Report:
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
     error_kind: output or weight, see ``LayerReport``. folds: what transforms did.
-    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it.
+    readers: how other programs load the checkpoint, which its model card tells.
+    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
     """
 
     source: str | None
@@ -75,6 +79,7 @@ class Report:
     bits_per_weight: float
     error_kind: str
     folds: list[FoldReport] = field(default_factory=list)
+    readers: tuple[Reader, ...] = ()
     output: str = ""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -86,7 +91,7 @@ class Report:
 
     def stored(self) -> dict[str, Any]:
         """What is written beside the checkpoint: the same bytes for the same work."""
-        volatile = ("output", "seconds", "peak_memory_bytes", "seconds_by_step")
+        volatile = ("readers", "output", "seconds", "peak_memory_bytes", "seconds_by_step")
         return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
 
 
@@ -104,6 +109,7 @@ def make_report(plan: Plan, source: str | None, layers: list[LayerReport], folds
         bits_per_weight=bits / sum(sizes.values()),
         error_kind="output" if plan.needs_calibration else "weight",
         folds=folds,
+        readers=plan.readers,
     )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.skeleton import Unit
+from ptqcli.pipeline.card import CARD_NAME, model_card
 from ptqcli.pipeline.loaded import Run
+from ptqcli.pipeline.report import REPORT_NAME, Report
 
 # Of tensors that are only carried over, so many bytes are in memory at once, or the largest of them.
 CARRIED_BYTES = 1 << 30
@@ -20,7 +22,7 @@ CARRIED_BYTES = 1 << 30
 class WrittenUnits:
     """What a run has written into ``folder``. bytes: of all tensors so far."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    def __init__(self, run: Run, folder: Directory) -> None:
         self._run, self._folder, self.bytes = run, folder, 0
         limit = {} if run.resources.max_shard_bytes is None else {"max_shard_bytes": run.resources.max_shard_bytes}
         self._writer = CheckpointWriter(folder, **limit)
@@ -50,17 +52,24 @@ class WrittenUnits:
         if piece:
             yield tuple(piece)
 
-    def finish(self) -> None:
-        """Give the shards their names, write what stands beside them, and open it all as a reader would. Raises PTQError if that fails."""
+    def finish(self, report: Report) -> None:
+        """Give the shards their names and write what stands beside them; then read it all as it lies on the disk.
+
+        Raises PTQError if that is not what was written, if a reader would refuse it, or if the model's files have changed meanwhile.
+        """
+        source, folder = self._run.skeleton.source, self._folder
         self._writer.finish()
-        self._run.skeleton.source.write_auxiliary(self._folder)
+        source.write_auxiliary(folder)
         for file, entries in self._described().items():
-            write_json(self._folder / file, entries)
-        open_checkpoint(self._folder)
+            write_json(folder, file, entries)
+        write_json(folder, REPORT_NAME, report.stored())
+        folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])
+        folder.check()
+        open_checkpoint(folder.path)
+        source.check_unchanged()
 
     def _described(self) -> dict[str, dict[str, Any]]:
         """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""
         plan = self._run.plan
-        left = [*(name for name, _ in plan.skipped), *plan.outside]
-        added = self._run.format.describe([linear.spec for linear in plan.linears], left)
+        added = self._run.format.describe([linear.spec for linear in plan.linears], plan.plain)
         return {**added, "config.json": {**self._run.skeleton.source.config_json(), **added.get("config.json", {})}}

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from ptqcli.errors import PTQError
 from ptqcli.model.discovery import find_blocks, probe_model
+from ptqcli.model.kinds import ModelKind
 from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 
-def same_input(model: nn.Module, schemes: Mapping[str, Scheme]) -> list[list[str]]:
+def same_input(model: nn.Module, kind: ModelKind, schemes: Mapping[str, Scheme]) -> list[list[str]]:
     """The quantized linears, those of a block that read the same tensor together, in the order of ``schemes``."""
     try:
-        blocks = find_blocks(model)
-        shapes = probe_model(model, list(model.get_submodule(blocks).children())).blocks
+        probe = probe_model(model, kind)
+        blocks = find_blocks(model, ran=probe.order)
     except PTQError:  # nothing is known of this model's inputs: its layers run one by one
         return [[name] for name in schemes]
-    stages = [[f"{blocks}.{index}.{local}" for local in stage] for index, shape in enumerate(shapes) for stage in shape.stages]
+    prefixes = [f"{blocks}.{index}" for index, _ in enumerate(model.get_submodule(blocks).children())]
+    stages = [[f"{prefix}.{local}" for local in stage] for prefix in prefixes for stage in probe.shape(prefix).stages]
     stage_of = {name: place for place, stage in enumerate(stages) for name in stage}
     found: dict[int | str, list[str]] = {}
     for name in schemes:

@@ -22,6 +22,7 @@ from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.model.config import read_generation_config
+from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.resources import open_device
 from ptqcli.runtime.joined import alike, joined_bias, joined_weight, same_input
@@ -82,7 +83,7 @@ class _Loader:
 
     def run(self, fuse: bool) -> None:
         schemes = self.checkpoint.schemes
-        together = same_input(self.model, schemes) if fuse else [[name] for name in schemes]
+        together = same_input(self.model, kind_of(self.checkpoint.config), schemes) if fuse else [[name] for name in schemes]
         for names in together:
             self._replace(names)
         for name, stored in self.checkpoint.plain().items():

@@ -2,7 +2,8 @@
 
 ``damp`` times the mean of the diagonal is added to the diagonal (Frantar et al. 2022, section 3.3). An input column that calibration
 never activated has a zero row and column; damping gives it a diagonal of its own, and with no damping at all it gets the mean, so that
-it is tied to no other column. Where the factorisation fails, the damping is multiplied by 10 (and is at least SMALLEST_DAMP).
+it is tied to no other column. If calibration activated none at all, each is a column by itself: the Hessian becomes the identity, and
+every solver rounds to nearest. Where the factorisation fails, the damping is multiplied by 10 (and is at least SMALLEST_DAMP).
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def check_damp(damp: float) -> None:
 def factorise(hessian: Tensor, damp: float, where: str) -> Damped:
     """Damp ``hessian`` [in, in] in place and factor it. Raises PTQError, naming ``where``, if no damping makes it positive definite."""
     diagonal = hessian.diagonal().clone()
+    dead = diagonal < torch.finfo(diagonal.dtype).tiny  # smaller ones have lost their digits, and their inverse overflows
+    if dead.all():
+        diagonal.fill_(1)
     mean = diagonal.mean()
-    if not mean > 0:
-        raise PTQError(f"{where}: every calibration input is zero; give calibration text that reaches this layer")
-    dead = diagonal <= 0
     diagonal += dead * (mean if damp == 0 else 0)
     while damp <= LARGEST_DAMP:
         hessian.diagonal().copy_(diagonal + damp * mean)

@@ -95,8 +95,6 @@ class StageWork:
             hessian = None if self.statistics is None else self.statistics.hessian
             if hessian is not None and threshold is not None:
                 hessian = hessian.without(self._largest() > threshold)
-                if not hessian.sums.diagonal().any():
-                    hessian.sums.fill_diagonal_(1)  # calibration reached none of these columns: each is rounded by itself
             self._prepared[threshold] = self.solver.prepare(hessian, self.where)
         return self._prepared[threshold]
 

@@ -62,7 +62,7 @@ class AWQ(BlockTransform):
             outliers = block.outliers(local)
             if split is not None and outliers is not None and not split.dynamic:
                 weight, samples = weight[:, ~outliers], samples[:, ~outliers]
-            if weight.shape[1]:
+            if samples.any():  # otherwise there is no error to search by, and the solver's own search is used
                 block.ranges[local] = Clipped(clip_limits(weight, samples, spec))
 
 

@@ -278,16 +278,18 @@ def verified(block: nn.Module, search: FoldSearch, run: Run, seed: int = 0) -> F
         run=lambda twin: run(twin, torch.float32),
     )
     expected = folded.output()
+    whole = float(expected.norm())  # 0 for a block that gives nothing on this text
     generator = torch.Generator().manual_seed(seed)
     kept, rejected = [], list(search.rejected)
     for fold in search.folds:
         folded.scale(fold, _random_scales(fold.width, generator).to(device))
-        error = float((folded.output() - expected).norm() / expected.norm())
+        change = float((folded.output() - expected).norm())
         folded.undo()
-        if error <= BOUND:
+        if change <= BOUND * whole:
             kept.append(fold)
         else:
-            rejected.append((fold.producer, f"folding it into {', '.join(fold.readers)} changes the block's output by {error:.1e}"))
+            share = change / whole if whole else torch.inf
+            rejected.append((fold.producer, f"folding it into {', '.join(fold.readers)} changes the block's output by {share:.1e}"))
     return FoldSearch(tuple(kept), tuple(rejected))
 
 

@@ -95,13 +95,24 @@ def test_a_file_that_is_no_object(copy: Path, file: str, kind: str) -> None:
     assert len(str(caught.value)) < 1_000
 
 
-VALUES = ["[" * 90 + "]" * 90, "9" * 4_000, '"\\ud800"', "NaN", "-1", "1e999", "null", "[]", '{"a": 1}', '"x"', "true", "[[1]]", "3.5"]
+VALUES = [
+    "[" * 90 + "]" * 90, "9" * 4_000, '"\\ud800"', "NaN", "-1", "1e999", "null", "[]", '{"a": 1}', '"x"', "true", "[[1]]", "3.5",
+]  # fmt: skip
 KEYS = [
     ("config.json", "model_type"), ("config.json", "architectures"), ("config.json", "hidden_size"), ("config.json", "num_hidden_layers"),
-    ("config.json", "max_position_embeddings"), ("config.json", "dtype"), ("config.json", "rope_parameters"), ("config.json", "eos_token_id"),
+    ("config.json", "max_position_embeddings"), ("config.json", "dtype"), ("config.json", "rope_parameters"),
     ("config.json", "quantization_config"), ("ptq_report.json", "layers"), ("ptq_report.json", "folds"), ("ptq_report.json", "recipe"),
     ("ptq_report.json", "bytes_before"), ("ptq_report.json", "source"), ("ptq_report.json", "error_kind"),
 ]  # fmt: skip
+
+
+def refusal(folder: Path) -> str:
+    """What is said of the report in ``folder``, "" if it is read."""
+    try:
+        read_report(folder)
+    except PTQError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
@@ -109,12 +120,9 @@ def test_a_value_of_another_type_does_not_break_inspect(ptq: Ptq, copy: Path, fi
     whole = json.loads((copy / file).read_text())
     for value in VALUES:
         (copy / file).write_text(json.dumps({**whole, key: "@"}).replace('"@"', value))
-        if file == "ptq_report.json":  # what is refused needs no whole command
-            try:
-                read_report(copy)
-            except PTQError as error:
-                assert str(copy / file) in str(error)
-                continue
+        if file == "ptq_report.json" and (said := refusal(copy)):  # what is refused needs no whole command
+            assert str(copy / file) in said
+            continue
         answer = ptq("inspect", copy)
         assert answer.code in (0, 1, 2), answer
         if answer.code:

@@ -18,10 +18,9 @@ from tiny import make_model
 from torch import Tensor
 
 from ptqcli.errors import PTQError
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
-from ptqcli.pipeline.pipeline import plan_run
-from ptqcli.recipe import Recipe
-from ptqcli.resources import Resources
 from ptqcli.runtime.load import load_quantized
 
 NORM, EMBEDDING, DOWN = "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.mlp.down_proj"
@@ -44,7 +43,7 @@ def test_a_source_model(source: Path, tmp_path: Path, name: str, dtype: torch.dt
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PTQError, match=f"tensor {name} is stored as {dtype}"):
-        plan_run(tmp_path, Recipe(algo="rtn", group_size=32), Resources())
+        Skeleton(ModelFolder(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ class Originals:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        (folder / "packed").mkdir(parents=True)
         model = random_model(llama(layers=1))
         write_checkpoint(folder / "packed", model, everything(Scheme.parse("w4a16-g32")))
         self.config = json.loads((folder / "packed" / "config.json").read_text())

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SECONDS = 10.0
+SECONDS = 10.0  # of the processor, so that a busy machine makes nothing unexpected
+SILENT_SECONDS = 60.0  # after which a child hangs, whatever it does
 EXTRA_BYTES = 512 << 20
 START_SECONDS = 120.0  # for imports and the originals
 
@@ -35,6 +36,8 @@ class Tally:
     unexpected: dict[int, str] = field(default_factory=dict)
 
     def add(self, number: int, outcome: str, seconds: float, extra: int, text: str) -> None:
+        if seconds > SECONDS:
+            outcome, text = "hang", f"{seconds:.0f} s; {text}"
         self.counts[outcome] += 1
         self.slowest = max(self.slowest, seconds)
         if extra > EXTRA_BYTES:
@@ -80,10 +83,10 @@ def _one_child(todo: list[tuple[str, int]], tallies: dict[str, Tally]) -> int:
             try:
                 for done, (name, number) in enumerate(todo):
                     child.stdin.write(json.dumps([name, number]) + "\n")
-                    line = child.stdout.readline() if ready.select(START_SECONDS if not done else SECONDS) else None
+                    line = child.stdout.readline() if ready.select(START_SECONDS if not done else SILENT_SECONDS) else None
                     if not line:
                         how = "hang" if line is None else "died"
-                        tallies[name].add(number, how, SECONDS if line is None else 0.0, 0, how)
+                        tallies[name].add(number, how, 0.0, 0, how)
                         return done + 1
                     tallies[name].add(number, *json.loads(line))
                 return len(todo)
@@ -111,7 +114,7 @@ def outcome(folder: Path, name: str, number: int) -> tuple[str, float, int, str]
     place = folder / "input"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    before, start = _reset_peak(), time.perf_counter()
+    before, start = _reset_peak(), time.process_time()
     try:
         reader.call(place, Source(name, number))
         result, text = "right", ""
@@ -123,7 +126,7 @@ def outcome(folder: Path, name: str, number: int) -> tuple[str, float, int, str]
         if isinstance(error, KeyboardInterrupt):
             raise
         result, text = "unexpected", traceback.format_exc()
-    return result, time.perf_counter() - start, _peak() - before, text
+    return result, time.process_time() - start, _peak() - before, text
 
 
 def _reset_peak() -> int:

@@ -1,0 +1,144 @@
+"""The model card, ``README.md`` in the checkpoint: what the model is, how it was made, how each reader loads it.
+
+The hub reads its front matter. The same work gives the same card, wherever it was done: no path of the machine stands in it, and of a
+local model only the folder's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import ptqcli
+from ptqcli.formats import Reader
+from ptqcli.pipeline.report import REPORT_NAME, Report
+from ptqcli.plan import Plan
+
+CARD_NAME = "README.md"
+FOLDER = "path/to/this/folder"  # in what a reader is told to write
+WORST_LAYERS = 5
+MOST_NAMES = 8
+# Keys that a card hands on to the card of what is made of the model, where they are one plain word or address.
+CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+CARD_BYTES = 1 << 16  # of the model's own card that are looked at
+
+
+def model_card(plan: Plan, report: Report, source: Path | None) -> str:
+    """The card of what ``plan`` has become. source: the folder of the model, None for one in memory."""
+    base, name = _hub_id(source), _name(source)
+    schemes = ", ".join(str(scheme) for scheme in plan.schemes())
+    lines = [
+        "---",
+        *_front_matter(plan, base, source),
+        "---",
+        "",
+        f"# {name}, {schemes}",
+        "",
+        f"{base or name} quantized by ptqcli with `{plan.recipe.algo}`: {len(plan.linears)} linears in {schemes}, the rest as it was.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {what} | {value} |" for what, value in _facts(plan, report, base or name)),
+        "",
+        "## Loading it",
+        "",
+        *_loading(plan.readers),
+        "## Worst layers",
+        "",
+        *_worst_layers(report),
+    ]
+    if plan.notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in plan.notes)]
+    lines += ["", "## Recipe", "", *(f"    {line}" for line in _recipe(plan).splitlines())]
+    return "\n".join(lines) + "\n"
+
+
+def _hub_id(source: Path | None) -> str | None:
+    """``owner/name`` of a model that lies in the hub's cache: ``models--owner--name/snapshots/REVISION``."""
+    if source is None:
+        return None
+    found = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", source.resolve().parent.parent.name)
+    return f"{found[1]}/{found[2]}" if found and source.resolve().parent.name == "snapshots" else None
+
+
+def _name(source: Path | None) -> str:
+    base = _hub_id(source)
+    found = base.partition("/")[2] if base else "" if source is None else source.resolve().name
+    return re.sub(r"[^\w .+-]", "_", found) or "a model in memory"
+
+
+def _front_matter(plan: Plan, base: str | None, source: Path | None) -> Iterator[str]:
+    if base is not None:
+        yield f"base_model: {base}"
+        yield "base_model_relation: quantized"
+    yield "library_name: transformers"
+    carried = _carried(source)
+    yield from (f"{key}: {value}" for key, value in carried.items())
+    yield "tags:"
+    algorithm = [part.name for part in plan.recipe.algorithm.parts]
+    yield from (f"- {tag}" for tag in ["ptqcli", "quantized", plan.recipe.format, *algorithm, *map(str, plan.schemes())])
+
+
+def _carried(source: Path | None) -> dict[str, str]:
+    """What the model's own card says that is true of this one, too."""
+    if source is None or not (source / CARD_NAME).is_file():
+        return {}
+    with open(source / CARD_NAME, encoding="utf-8", errors="replace") as file:
+        text = file.read(CARD_BYTES)
+    front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    pairs = [found for line in lines if (found := re.fullmatch(r"(\w+): *[\"']?([\w.:/+-]+)[\"']?", line))]
+    return {found[1]: found[2] for found in pairs if found[1] in CARRIED_KEYS}
+
+
+def _facts(plan: Plan, report: Report, base: str) -> Iterator[tuple[str, str]]:
+    recipe = plan.recipe
+    yield "made from", base
+    yield "algorithm", recipe.algo
+    yield "linears", ", ".join(f"{scheme} x {count}" for scheme, count in plan.schemes().items())
+    yield "bits per weight", f"{report.bits_per_weight:.3f} in them, everything stored for them counted"
+    if plan.skipped:
+        more = f" and {len(plan.skipped) - MOST_NAMES} more" if len(plan.skipped) > MOST_NAMES else ""
+        yield "left as they are", ", ".join(f"`{name}` ({reason})" for name, reason in plan.skipped[:MOST_NAMES]) + more
+    if plan.needs_calibration:
+        yield "calibration", f"{recipe.nsamples} windows of {plan.seqlen} tokens from {Path(recipe.calib).name}, seed {recipe.seed}"
+    yield "size", f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after"
+    yield "made with", f"ptqcli {ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
+    for reader in readers:
+        if reader.refusal is not None:
+            yield f"{reader.name} does not load it: {reader.refusal}."
+            yield ""
+            continue
+        yield from (f"In {reader.name} (`{reader.install}`):", "", f"```{reader.language}")
+        yield from (reader.code_for(FOLDER), "```", "")
+    yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", f'ptq generate {FOLDER} "text"', "```", "")
+
+
+def _worst_layers(report: Report) -> Iterator[str]:
+    yield f"By relative {report.error_kind} error; all layers are in `{REPORT_NAME}`."
+    yield from ("", "| layer | scheme | error |", "|---|---|---|")
+    for layer in sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]:
+        yield f"| `{layer.name}` | {layer.scheme} | {layer.relative_error:.4f} |"
+
+
+def _recipe(plan: Plan) -> str:
+    """The request as YAML; of a path to a text only its name."""
+    stored: dict[str, Any] = {key: value for key, value in plan.recipe.stored().items() if value not in (None, (), [], {})}
+    stored["calib"] = Path(plan.recipe.calib).name
+    return yaml.safe_dump(_plain(stored), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in lists and dictionaries, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

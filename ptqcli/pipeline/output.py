@@ -1,0 +1,191 @@
+"""Whether an output may be written or replaced, and the marker by which a working folder is known to be ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ptqcli
+from ptqcli.calibration.hidden import ACTIVATIONS
+from ptqcli.checkpoint.auxiliary import TEMPLATES, belongs_to_a_checkpoint
+from ptqcli.checkpoint.directory import Directory
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.pipeline.report import REPORT_NAME, read_report
+
+PARTIAL = ".partial"  # ends the name of the folder in which a checkpoint grows
+REPLACED = "replaced"  # in that folder, the checkpoint that is being replaced, where two folders cannot change places in one step
+MARKER = ".ptq-quantize.json"
+MARKER_BYTES = 4096
+VOLUME_FILES = {"lost+found/"}  # what an empty volume holds
+
+PATH_BYTES = 4096  # longest path that Linux takes, its end included
+LONGEST_INSIDE = 64  # bytes of the names that are made in the folder, but for the model's own files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """What a run says of its working folder, in a file in it.
+
+    output: the name of the output. into: whether the folder is the output itself, which was empty. replaces: device and inode of the folder
+    that the output was when the run began.
+    """
+
+    output: str
+    into: bool
+    replaces: tuple[int, int] | None
+
+    def write(self, folder: Directory) -> None:
+        """Put it into ``folder``. Raises FileExistsError if anything has its name."""
+        about = "`ptq quantize` is writing here, or was ended while it did; its next run with this output removes what is left"
+        text = json.dumps({"about": about, "ptqcli": ptqcli.__version__, **asdict(self)}, indent=2)
+        folder.write(MARKER, [text.encode()])
+
+    @classmethod
+    def read(cls, folder: Directory, output: str) -> Marker | None:
+        """The marker in ``folder`` for this output; None if there is none, or something else: a link, a file of another user."""
+        try:
+            found = os.stat(MARKER, dir_fd=folder.descriptor, follow_symlinks=False)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_size > MARKER_BYTES:
+                return None
+            values = json.loads(b"".join(folder.pieces(MARKER)))
+            replaces = values["replaces"]
+            marker = cls(output=values["output"], into=values["into"] is True, replaces=None if replaces is None else tuple(replaces))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return marker if marker.output == output else None
+
+
+def check_output(output: Path, model: Path | None, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise UsageError when ``output`` must not be written.
+
+    model: the folder of the model, None for one in memory. inputs: what else the run reads.
+    """
+    try:
+        resolved = output.resolve()
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a RuntimeError
+        raise UsageError(f"{output}: is a link that leads back to itself; choose another --output") from error
+    except ValueError as error:
+        raise UsageError(f"{str(output)!r}: is no path ({error}); choose another --output") from error
+    _check_names(output, resolved)
+    if not os.path.lexists(resolved):
+        return
+    if not resolved.is_dir():
+        raise UsageError(f"{output}: is a file; choose another --output")
+    if is_written_into(resolved):
+        return
+    _check_sources(output, resolved, model, inputs)
+    if not overwrite:
+        raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
+    _check_replaceable(output, resolved)
+
+
+def is_written_into(output: Path) -> bool:
+    """Whether ``output`` is a folder that stays: it is empty, or a run began to write into it when it was."""
+    if not os.path.isdir(output):
+        return False
+    folder = Directory(output)
+    try:
+        marker = Marker.read(folder, output.name)
+        return set(folder.names()) <= {MARKER, *VOLUME_FILES} or (marker is not None and marker.into)
+    finally:
+        folder.close()
+
+
+def foreign_names(folder: Directory) -> Iterator[str]:
+    """What `ptq quantize` cannot have written into ``folder``, going by the names."""
+    for name in folder.names():
+        if name == f"{TEMPLATES}/":
+            inside = Directory(TEMPLATES, folder)
+            try:
+                yield from (f"{name}{leaf}" for leaf in inside.names() if not belongs_to_a_checkpoint(f"{name}{leaf}"))
+            finally:
+                inside.close()
+        elif name in VOLUME_FILES:
+            continue
+        elif not (belongs_to_a_checkpoint(name) or name in (MARKER, REPORT_NAME, f"{REPORT_NAME}.tmp") or name.startswith(ACTIVATIONS)):
+            yield name
+
+
+def remove_checkpoint(folder: Directory) -> None:
+    """Remove all files of a checkpoint, finished or not; the folder stays.
+
+    Raises PTQError, before anything goes, if there is anything else in it. To be called for a folder that is proved to be ours.
+    """
+    foreign = next(foreign_names(folder), None)
+    if foreign is not None:
+        raise PTQError(f"{folder.path}: holds {foreign}, which ptq quantize did not write; move it away, or choose another --output")
+    for name in sorted(set(folder.names()) - VOLUME_FILES, key=lambda name: name == MARKER):  # the proof goes last
+        if name.endswith("/"):
+            inside = Directory(name[:-1], folder)
+            try:
+                for leaf in inside.names():
+                    inside.remove(leaf)
+                folder.remove_folder(name[:-1], inside.identity)
+            finally:
+                inside.close()
+        else:
+            folder.remove(name)
+
+
+def _check_names(output: Path, resolved: Path) -> None:
+    """Every name that will be made is checked before the work, the longest of them being a temporary one."""
+    parent = next(place for place in resolved.parents if os.path.isdir(place))
+    made = [*resolved.relative_to(parent).parts[:-1], resolved.name + PARTIAL]
+    longest = max(made, key=lambda name: len(os.fsencode(name)))
+    limit = os.pathconf(parent, "PC_NAME_MAX")
+    if len(os.fsencode(longest)) > limit:
+        more = f" with {PARTIAL}, under which it is written" if longest == made[-1] else ""
+        raise UsageError(
+            f"{output}: {longest[:40]}... takes {len(os.fsencode(longest))} bytes{more}, and names there {limit}; choose a shorter --output"
+        )
+    if len(os.fsencode(resolved)) + len(PARTIAL) + LONGEST_INSIDE >= PATH_BYTES:
+        raise UsageError(f"{str(output)[:40]}...: the path is too long for the files in it; choose a shorter --output")
+
+
+def _check_sources(output: Path, resolved: Path, model: Path | None, inputs: Sequence[Path]) -> None:
+    """Nothing that the run reads may go with what it replaces, by whatever links or mounts it is reached."""
+    if model is not None and os.path.samefile(model, resolved):
+        raise UsageError(f"{output}: is the model itself; choose another --output")
+    for source in filter(None, (model, *inputs)):
+        for file in (source, *(source.iterdir() if source.is_dir() else ())):
+            real = file.resolve()
+            if any(os.path.samefile(place, resolved) for place in (real, *real.parents) if place.exists()):
+                raise UsageError(f"{output}: holds {real}, which this run reads; choose another --output")
+
+
+def _check_replaceable(output: Path, resolved: Path) -> None:
+    try:
+        written = read_report(resolved) is not None
+    except PTQError as error:
+        raise UsageError(f"{output}: will not be replaced, since its report is damaged ({error}); choose another --output") from error
+    folder = Directory(resolved)
+    try:
+        marker = Marker.read(folder, resolved.name)
+        ours = marker is not None and marker.replaces is not None and folder.identity_of(REPLACED) == marker.replaces
+        foreign = next((name for name in foreign_names(folder) if not (ours and name == f"{REPLACED}/")), None)
+    finally:
+        folder.close()
+    if not written:
+        raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
+    if foreign is not None:
+        raise UsageError(f"{output}: holds {foreign}, which ptq quantize did not write; move it away, or choose another --output")
+    if _is_mount_point(resolved):
+        raise UsageError(f"{output}: is a mount point and cannot be replaced; empty it, or choose a folder in it: --output {output}/NAME")
+    if not os.access(resolved, os.W_OK | os.X_OK):
+        raise UsageError(f"{output}: what is in it may not be removed by this user; choose another --output")
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Also for a folder that is mounted on another one of the same device, which ``os.path.ismount`` takes for a plain folder."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False  # not Linux
+    escaped = os.fsencode(folder).replace(b"\\", b"\\134").replace(b" ", b"\\040").replace(b"\t", b"\\011").replace(b"\n", b"\\012")
+    return any(line.split(b" ")[4] == escaped for line in lines)

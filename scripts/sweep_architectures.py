@@ -1,0 +1,406 @@
+"""Every causal language model of transformers, tiny and random: quantized, loaded by every reader, compared with the dequantized model.
+
+    python scripts/sweep_architectures.py [TYPE ...] [--jobs 2] [--results sweep.jsonl] [--write] [--seconds 180] [--gib 8]
+
+For each model type of transformers' mapping for causal language models a small configuration is made (``tiny_config``) and a random model
+of it is saved in the class that a file of that type names: the one with images where there is one. It is quantized by ``rtn`` and
+by ``gptq``. The truth is a third folder, in which every packed matrix is replaced by what the compressed-tensors library itself reads
+from the file. Its logits, from transformers, must be those of the quantized folder loaded by transformers, in the class that config.json
+names and in the one that the auto class builds, and by ``ptqcli.load_quantized``. What the plan says of readers must be what happens.
+
+Each type runs in a process of its own, with limits of time and memory. Finished ones stand in the results file and are not run again.
+--write: put the table into docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import tempfile
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import compressed_tensors
+import torch
+import transformers
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import save_file
+from tiny_config import tiny_configs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
+
+import ptqcli
+from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.errors import PTQError
+from ptqcli.pipeline.prepare import plan_run
+from ptqcli.recipe import load_recipe
+from ptqcli.resources import Resources
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "architectures.md"
+TOKENS = {"vocab_size": 320, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+TOLERANCE = 1e-3  # of the largest logit: two orders of adding up in float32 differ by less, a wrong matrix by far more
+TOO_LARGE = 20_000_000  # parameters
+# What each type is put through. Two schemes are told apart by names alone, which every reader has to find in its own model.
+REQUESTS: dict[str, dict[str, Any]] = {
+    "rtn": {"algo": "rtn"},
+    "gptq": {"algo": "gptq"},
+    "two schemes": {"algo": "rtn", "overrides": [{"pattern": r"\.0\.", "bits": 8}]},
+}
+
+# Refusals for a reason that is true of the model, by what the message says; the first that matches names it.
+REASONS = {
+    "mixture of experts": r"expert",
+    "not a causal language model alone": r"is not a causal language model",
+    "weights assembled from several tensors": r"assembles this parameter",
+    "too little of it is in the blocks": r"of the linear weights|no list of repeated blocks|lists of blocks of similar size",
+    "blocks that do not hand one state on": r"hand each block's output|hidden states",
+    "a package is missing": r"requires? the .* (library|package)",
+    "one linear that runs several times": r"runs more than once|run more than once",
+}
+
+
+@dataclass
+class Outcome:
+    """What became of one type under one request. result: right, dequantize only, refused, wrong, crash, not tried."""
+
+    result: str
+    reason: str = ""
+
+
+@dataclass
+class Row:
+    """One model type. file: the class that its file names. built: the one that the auto class for causal models builds."""
+
+    kind: str
+    file: str
+    built: str
+    outcomes: dict[str, Outcome]
+
+
+def sweep(kind: str, folder: Path) -> Row:
+    """Everything about one model type, in ``folder``."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    file = file_class(kind)
+    row = Row(kind, file.__name__ if file else "", "", {})
+    try:
+        built, seen = make_model(kind, file, folder / "model")
+    except Exception as error:  # noqa: BLE001  transformers' own failure, or this script's
+        refusal = refused_config(kind)
+        outcome = Outcome("refused", refusal) if refusal else Outcome("not tried", f"no tiny model: {one_line(error)}")
+        row.outcomes = dict.fromkeys(REQUESTS, outcome)
+        return row
+    row.built = built
+    for request, changes in REQUESTS.items():
+        try:
+            row.outcomes[request] = quantized(folder, changes, file, seen)
+        except PTQError as error:
+            row.outcomes[request] = Outcome("refused", str(error))
+        except Exception as error:  # noqa: BLE001  what this script is looking for
+            row.outcomes[request] = Outcome("crash", f"{one_line(error)} {place(error)}")
+        for made in ("out", "dequantized"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+    return row
+
+
+def file_class(kind: str) -> Any:
+    """The class that a file of this type names: with images, sound or an encoder where the type has one."""
+    tables = (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+    name = next(table[kind] for table in tables if kind in table)
+    return getattr(transformers, name if isinstance(name, str) else name[0], None)
+
+
+def make_model(kind: str, file: Any, folder: Path) -> tuple[str, torch.Tensor]:
+    """Save a random model; return the name of the class that the auto class builds of it, and the logits of the file's own class."""
+    last: Exception = RuntimeError("no configuration is accepted")
+    for config in tiny_configs(transformers.CONFIG_MAPPING[kind], **TOKENS):
+        try:
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in file(config).parameters())
+            if size > TOO_LARGE:
+                raise RuntimeError(f"the configuration does not get smaller than {size / 1e6:.0f} million parameters")
+            torch.manual_seed(0)
+            model = file(config).float().eval()
+            draw(model)
+            logits = run(model)
+            if not torch.isfinite(logits).all():
+                model = file(config).float().eval()
+                logits = run(model)
+        except Exception as error:  # noqa: BLE001  the next configuration may do
+            last = error
+            continue
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            built = type(AutoModelForCausalLM.from_config(config)).__name__
+        return built, logits
+    raise last
+
+
+@torch.no_grad()
+def draw(model: torch.nn.Module) -> None:
+    """Wider weights than transformers draws, so that the logits depend on every layer."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and name.endswith("weight"):
+            parameter.normal_(std=0.5 if id(parameter) in embeddings else 1.5 / parameter.shape[1] ** 0.5)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0  # as in trained models; some classes set it to zero whenever they load
+
+
+@torch.no_grad()
+def run(model: Any) -> torch.Tensor:
+    """Logits of 24 tokens in two windows, float32 [2, 24, words]."""
+    ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+def quantized(folder: Path, request: dict[str, Any], file: Any, before: torch.Tensor) -> Outcome:
+    """Quantize the model in ``folder`` and compare what every reader makes of it. before: logits of the original."""
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"{number} models weigh {number * 7 % 31}" for number in range(600)))
+    changes = {**request, "calib": str(text), "nsamples": 4, "seqlen": 32, "group_size": 16}
+    try:
+        ptqcli.quantize(folder / "model", output=folder / "out", **changes)
+    except PTQError as error:
+        if "does not divide" not in str(error):
+            raise
+        changes["group_size"] = -1
+        ptqcli.quantize(folder / "model", output=folder / "out", **changes)
+    notes = plan_run(folder / "model", load_recipe(flags=changes), Resources())[1].notes
+    dequantize(folder / "out", folder / "dequantized", file)
+    truth = load(file, folder / "dequantized")
+    seen = run(truth)
+    if relative(seen, before) < TOLERANCE:
+        return Outcome("wrong", "nothing that the logits depend on was quantized")
+    transformers_readers = [("transformers", file), ("transformers", AutoModelForCausalLM)]
+    wrong = compared(folder, transformers_readers, {})
+    ours = compared(folder, [("ptqcli", None)], {})
+    if ours:
+        return Outcome("wrong", ours)
+    said = next((note for note in notes if "dequantize=True" in note or "transformers does not" in note), "")
+    if not wrong:
+        return Outcome("wrong", f"transformers reads it, but the plan says: {said}") if said else Outcome("right")
+    if not said:
+        return Outcome("wrong", f"{wrong}, and no note says so")
+    if "dequantize" not in said:
+        return Outcome("refused by transformers", said)
+    still = compared(folder, transformers_readers, {"quantization_config": CompressedTensorsConfig(dequantize=True)})
+    return Outcome("wrong", f"{still}, although the plan says: {said}") if still else Outcome("dequantize only", wrong)
+
+
+def compared(folder: Path, readers: list[tuple[str, Any]], choice: dict[str, Any]) -> str:
+    """What the first reader does wrong, or nothing. Readers are compared with their own class's reading of the dequantized folder."""
+    for who, kind in readers:
+        name = "ptqcli" if kind is None else kind.__name__
+        truth = run(load(kind or AutoModelForCausalLM, folder / "dequantized"))
+        try:
+            model = ptqcli.load_quantized(folder / "out") if kind is None else load(kind, folder / "out", **choice)
+            found = run(model)
+        except Exception as error:  # noqa: BLE001  a reader's failure is a result
+            return f"{who} ({name}): {one_line(error)} {place(error)}"
+        error = relative(found, truth)
+        if not error < TOLERANCE:
+            return f"{who} ({name}): relative error {error:.2g}"
+    return ""
+
+
+def load(kind: Any, folder: Path, **choice: Any) -> Any:
+    """A folder as transformers loads it. Raises RuntimeError for tensors that do not find their place."""
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **choice)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise RuntimeError(f"missing {sorted(info['missing_keys'])[:2]}, mismatched {sorted(info['mismatched_keys'])[:2]}")
+    return model.eval()
+
+
+def dequantize(folder: Path, target: Path, file: Any) -> None:
+    """Write the folder again with every packed matrix as compressed-tensors reads it. Its scheme is told by the shapes, not by names."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    reader = SafetensorsFolder(folder)
+    stored = {name: reader.read(name) for name in reader.names}
+    with torch.device("meta"):  # GPT-2's own class holds its matrices the other way round
+        turned = {name for name, module in file(AutoConfig.from_pretrained(folder)).named_modules() if type(module).__name__ == "Conv1D"}
+    library = BaseCompressor.get_value_from_registry("pack-quantized")
+    for name in [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]:
+        parts = {leaf: stored.pop(f"{name}.{leaf}") for leaf in ("weight_packed", "weight_scale", "weight_shape")}
+        columns, groups = int(parts["weight_shape"][1]), parts["weight_scale"].shape[1]
+        size = {"strategy": "channel"} if groups == 1 else {"strategy": "group", "group_size": columns // groups}
+        weights = QuantizationArgs(num_bits=parts["weight_packed"].shape[1] * 32 // columns, symmetric=True, **size)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
+        weight = library.decompress(parts, scheme)["weight"]
+        stored[f"{name}.weight"] = weight.t() if name in turned else weight
+    target.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference over the largest logit."""
+    return float((found - truth).abs().max() / truth.abs().max())
+
+
+def refused_config(kind: str) -> str:
+    """What ptqcli says of the type's default configuration, or nothing if it would go on."""
+    from ptqcli.model.kinds import kind_of
+
+    try:
+        kind_of(transformers.CONFIG_MAPPING[kind]())
+    except PTQError as error:
+        return str(error)
+    except Exception:  # noqa: BLE001
+        return ""
+    return ""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte and one for the end of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({**{symbol: index for index, symbol in enumerate(alphabet)}, "<|end|>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240]
+
+
+def place(error: BaseException) -> str:
+    """Where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"({Path(last.filename).name}:{last.lineno})"
+
+
+def in_child(kind: str, seconds: float, gib: float) -> Row:
+    """``sweep`` in a process of its own."""
+    context = multiprocessing.get_context("fork")  # the libraries are imported already
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
+        process = context.Process(target=_child, args=(kind, Path(folder), gib, sender))
+        process.start()
+        sender.close()
+        try:
+            if receiver.poll(seconds):
+                return receiver.recv()
+            outcome = Outcome("crash", f"not done after {seconds:.0f} s")
+        except EOFError:
+            outcome = Outcome("crash", "the process died")
+        finally:
+            process.kill()
+            process.join()
+    return Row(kind, "", "", dict.fromkeys(REQUESTS, outcome))
+
+
+def _child(kind: str, folder: Path, gib: float, sender: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30),) * 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sender.send(sweep(kind, folder))
+
+
+def read(results: Path) -> dict[str, Row]:
+    """What is known already."""
+    rows = {}
+    if results.is_file():
+        for line in results.read_text().splitlines():
+            entry = json.loads(line)
+            outcomes = {name: Outcome(**outcome) for name, outcome in entry.pop("outcomes").items()}
+            rows[entry["kind"]] = Row(**entry, outcomes=outcomes)
+    return rows
+
+
+def summary(row: Row) -> tuple[str, str]:
+    """One result for a type, and its reason: the worst of its outcomes."""
+    order = ["crash", "wrong", "refused by transformers", "refused", "not tried", "dequantize only", "right"]
+    request, worst = min(row.outcomes.items(), key=lambda item: order.index(item[1].result))
+    first = next(iter(row.outcomes.values()))
+    reason = worst.reason
+    if worst.result == "refused by transformers" and first.result == "dequantize only":
+        return first.result, f"{first.reason}; several schemes: refused, and said"
+    if worst.result == "refused":
+        reason = next((name for name, pattern in REASONS.items() if re.search(pattern, worst.reason)), worst.reason)
+        if first.result in ("right", "dequantize only"):
+            return f"{first.result}; {request} refused", reason
+    return worst.result, reason
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The page: counts, then a line for each type."""
+    kinds = {kind: summary(row) for kind, row in sorted(rows.items())}
+    counts = collections.Counter(result if result != "refused" else f"refused: {reason}" for result, reason in kinds.values())
+    lines = [
+        "# Architectures",
+        "",
+        "Every model type that transformers builds as a causal language model, as `scripts/sweep_architectures.py` found it: a tiny random model",
+        "of each, in the class that its files name, quantized by `rtn`, by `gptq` and in two schemes at once, then loaded by transformers (in the",
+        "file's class and in the one that `AutoModelForCausalLM` builds) and by ptqcli, and compared with the dequantized model.",
+        "",
+        f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, compressed-tensors {compressed_tensors.__version__}.",
+        "",
+        "| result | types |",
+        "|---|---|",
+        *(f"| {name} | {count} |" for name, count in counts.most_common()),
+        f"| all | {len(rows)} |",
+        "",
+        "| type | class of its files | result | why |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {kind} | {rows[kind].file} | {result} | {reason.replace('|', ' ')} |" for kind, (result, reason) in kinds.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is not known yet, print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="TYPE", help="model types; all when none is named")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("sweep.jsonl"), help="one line a finished type")
+    parser.add_argument("--seconds", type=float, default=180, help="limit of time for each type")
+    parser.add_argument("--gib", type=float, default=16, help="limit of address space for each type")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {TABLE.relative_to(ROOT)}")
+    options = parser.parse_args()
+    rows = read(options.results)
+    wanted = [kind for kind in options.kinds or modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in rows]
+    with ThreadPoolExecutor(options.jobs) as pool, options.results.open("a") as log:
+        for number, row in enumerate(pool.map(lambda kind: in_child(kind, options.seconds, options.gib), wanted), 1):
+            rows[row.kind] = row
+            log.write(json.dumps(asdict(row)) + "\n")
+            log.flush()
+            print(f"{number}/{len(wanted)} {row.kind}:", *summary(row), flush=True)
+    page = table(rows)
+    print(page.partition("\n| type |")[0])
+    if options.write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

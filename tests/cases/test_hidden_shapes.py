@@ -1,0 +1,97 @@
+"""What lies between the blocks is not always [windows, tokens, features], and a block does not always run by itself.
+
+Both used to end in an internal error in the middle of the work. They are refused in one line: the first before any text is read, the
+second with the block's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import Ptq, one_line
+from sweep_architectures import file_class, make_model
+from tiny import ARCHITECTURES, ROTARY, write_text
+from tiny import make_model as make_text_model
+from torch import Tensor, nn
+
+from ptqcli.calibration.record import BlockCall
+from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.discovery import StopForward
+
+# Four hidden states side by side, and linears of 4 columns that mix them.
+FOUR_STREAMS = {
+    **ROTARY,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 16,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 257,
+    "laurel_rank": 16,
+    "num_kv_shared_layers": 0,
+    "intermediate_size": [128, 128],
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
+
+
+def test_hidden_states_of_four_dimensions_are_refused_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ptq: Ptq
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "streams", ("Gemma3nTextConfig", FOUR_STREAMS))
+    make_text_model(tmp_path / "model", "streams")
+    arguments = [
+        "quantize",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "out",
+        "--group-size",
+        "16",
+        "--ignore",
+        "altup",
+        "--calib",
+        "builtin",
+    ]
+    answer = ptq(*arguments, "--algo", "gptq", "--dry-run")
+    assert answer.code == UsageError.exit_code
+    assert "model.layers.0: gives [4, 2, 8, 64] for 2 windows of 8 tokens" in one_line(answer)
+    assert "--algo rtn" in one_line(answer)
+    assert ptq(*arguments, "--algo", "rtn").code == 0
+
+
+def test_a_model_that_does_not_run_up_to_its_blocks_is_refused_in_one_line(tmp_path: Path, ptq: Ptq) -> None:
+    """Reformer's blocks return two named states, which a block that is only looked at does not."""
+    make_model("reformer", file_class("reformer"), tmp_path / "model")
+    text = write_text(tmp_path / "text.txt")
+    arguments = ("quantize", tmp_path / "model", "--output", tmp_path / "out", "--group-size", "16", "--algo", "gptq", "--calib", text)
+    answer = ptq(*arguments, "--nsamples", "2", "--seqlen", "32")
+    assert answer.code == PTQError.exit_code
+    assert "does not run up to its blocks (AttributeError: " in one_line(answer)
+    assert not (tmp_path / "out").exists()
+
+
+class Failing(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("cache"), IndexError("list index"), AttributeError("no\nsuch"), RuntimeError("shape"), ZeroDivisionError()]
+)
+def test_whatever_a_block_raises_is_told_with_its_name(error: Exception) -> None:
+    call = BlockCall((None,), {}, 0, "model.layers.3")
+    with pytest.raises(PTQError, match=rf"^model.layers.3: does not run by itself .*\({type(error).__name__}: ") as raised:
+        call.run(Failing(error), torch.zeros(1, 2, 4))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [StopForward(), PTQError("our own"), MemoryError()])
+def test_what_is_not_the_blocks_fault_passes_through(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        BlockCall((None,), {}, 0).run(Failing(error), torch.zeros(1, 2, 4))
+    assert raised.value is error

@@ -1,0 +1,57 @@
+"""Kind: output for machines that has another form than elsewhere. Every command's --json prints one object on stdout
+and nothing beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commandline import Ptq
+from tiny import make_model, write_text
+
+from ptqcli.bench import machine
+from ptqcli.bench.machine import Machine
+from ptqcli.cli import COMMANDS, run
+
+# command line -> keys that its object must have
+LINES = {
+    "quantize model --algo rtn --group-size 32 --output new": {"recipe", "layers", "output"},
+    "quantize model --group-size 32 --dry-run": {"recipe", "linears", "memory_bytes"},
+    "eval done --ppl text.txt --seqlen 64": {"checkpoint", "results"},
+    "bench --shapes 128x32 --tokens 1 --seconds 0.0001": {"kernels", "machine"},
+    "inspect done": {"checkpoint", "layers"},
+    "generate done hello --max-new-tokens 2": {"checkpoint", "answer"},
+    "algorithms": {"parts"},
+    "recipes": {"recipes"},
+    "doctor": {"checks"},
+}
+NOT_FOR_MACHINES = {"completion"}  # prints a script
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("json")
+    make_model(folder / "model", dtype=torch.bfloat16)
+    write_text(folder / "text.txt", words=500)
+    line = ["quantize", str(folder / "model"), "--algo", "rtn", "--group-size", "32", "--output", str(folder / "done"), "--quiet"]
+    assert run(line) == 0
+    return folder
+
+
+def test_every_command_is_here() -> None:
+    assert {line.split()[0] for line in LINES} == set(COMMANDS) - NOT_FOR_MACHINES
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_one_object(ptq: Ptq, at_work: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    limits = Machine(
+        name="a processor", device="cpu", threads=1, cache_bytes=1, bandwidth=1e10, arithmetic={"bfloat16": 1e11, "float32": 1e11}
+    )
+    monkeypatch.setattr(machine, "measure", lambda device: limits)
+    answer = ptq(*line.split(), "--json")
+    found = json.loads(answer.out)
+    assert answer.code == 0
+    assert isinstance(found, dict)
+    assert found.keys() >= LINES[line]
