@@ -308,7 +308,7 @@ BAD_INDEXES = {
     "no map": (b"{}", "is not a safetensors index"),
     "a list": (b'{"weight_map": []}', "is not a safetensors index"),
     "not a name": (b'{"weight_map": {"a": 3}}', "is not a safetensors index"),
-    "a missing file": (b'{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors, which is missing"),
+    "a missing file": (b'{"weight_map": {"a": "gone.safetensors"}}', r"'gone\.safetensors', which is missing"),
     "another folder": (b'{"weight_map": {"a": "../x.safetensors"}}', "not a file name in the same folder"),
     "a missing tensor": (b'{"weight_map": {"z": "here.safetensors"}}', "tensor z in here.safetensors"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -148,25 +149,25 @@ def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
 
     kind = kind_of(config)
     auto_class = getattr(transformers, kind.auto_class)
-    most = None if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)
-    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False), most)
+    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False), stored)
 
 
-def build_named_class(config: Any, name: str) -> nn.Module | None:
+def build_named_class(config: Any, name: str, stored: int) -> nn.Module | None:
     """As ``build_on_meta``, in the class ``name`` of transformers, the one that config.json names; None if there is no such model class.
 
     It can hold more than the model that is quantized: images, say. Raises PTQError if transformers cannot build it.
     """
     import transformers
 
-    found = getattr(transformers, name, None)
+    with foreign(f"{config.name_or_path}: the class {name} cannot be imported"):
+        found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         return None
     wanted: Any = found.config_class  # type: ignore[attr-defined]
-    return _build(config, name, found) if wanted is not None and isinstance(config, wanted) else None
+    return _build(config, name, found, stored) if wanted is not None and isinstance(config, wanted) else None
 
 
-def _build(config: Any, what: str, make: Callable[[Any], nn.Module], most: int | None = None) -> nn.Module:
+def _build(config: Any, what: str, make: Callable[[Any], nn.Module], stored: int | None) -> nn.Module:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(config)
@@ -175,7 +176,7 @@ def _build(config: Any, what: str, make: Callable[[Any], nn.Module], most: int |
     with (
         BUILDING,
         foreign(f"{config.name_or_path or 'the model in memory'}: transformers cannot build a {what} from this config"),
-        _at_most(most, config.name_or_path),
+        _modules_for(stored, config.name_or_path),
         init_empty_weights(include_buffers=False),
         _quiet_transformers(),
     ):
@@ -184,14 +185,15 @@ def _build(config: Any, what: str, make: Callable[[Any], nn.Module], most: int |
 
 
 @contextmanager
-def _at_most(most: int | None, where: str) -> Iterator[None]:
-    """Stop this thread with a PTQError when it has put together more than ``most`` modules."""
+def _modules_for(stored: int | None, where: str) -> Iterator[None]:
+    """Stop this thread with a PTQError when it has put together far more modules than ``stored`` tensors can fill; None for no limit."""
     thread, made = threading.get_ident(), 0
+    most = math.inf if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)
 
     def count(*_: Any) -> None:
         nonlocal made
         made += threading.get_ident() == thread
-        if most is not None and made > most:
+        if made > most:
             raise PTQError(f"{where}: config.json asks for more than {most} modules, far more than the tensors of the file can fill")
 
     hook = register_module_module_registration_hook(count)

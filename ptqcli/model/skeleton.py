@@ -90,7 +90,7 @@ class Skeleton:
         if name == type(self.model).__name__:
             return
         try:
-            model = build_named_class(self.config, name)
+            model = build_named_class(self.config, name, len(self._tensors.names))
         except PTQError as error:
             model, self.unbuilt = None, str(error)
         if model is None:
