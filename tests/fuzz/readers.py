@@ -356,7 +356,7 @@ READERS = [
     Reader("tokenizer", 2, ("tokenizer", "config.json"), tokenizer),
     Reader("generation_config", 8, ("generation_config.json",), generation),
     Reader("report (ptq inspect)", 2, ("ptq_report.json",), inspect),
-    Reader("recipe", 6, ("recipe.yaml", "pattern", "regular expression", "override", "'"), recipe),
+    Reader("recipe", 6, ("recipe.yaml", "pattern", "regular expression", "override", "group size", "nsamples", "seed", "'"), recipe),
     Reader("overrides", 10, ("pattern", "regular expression", "override"), overrides),
     *(Reader(f"calibration .{kind}", 2 if "csv" in kind else 4, (f"a.{kind}",), functools.partial(calibration, kind)) for kind in KINDS),
     Reader("calibration folder", 4, ("/",), saved),
