@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.algorithms import find_algorithm
+from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
@@ -79,6 +80,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seqlen: int | None = None,
     stride: int | None = None,
+    bos: str = "auto",
     device: str | torch.device = "cpu",
     kernel: str = "auto",
     data_dir: str | Path | None = None,
@@ -90,6 +92,7 @@ def evaluate(
     baseline: what it is compared with; None for the model that the checkpoint was made from, if that is still there.
     tokenizer: of a model in memory; a folder has its own.
     seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
+    bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
     device: where folders are loaded; a model in memory stays where it is.
     kernel: what packed weights are multiplied by, see ``load_quantized``.
     data_dir: where files of known corpora are looked for first.
@@ -117,6 +120,7 @@ def evaluate(
         load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
         seqlen,
         stride,
+        bos=window_bos(tokenizer, bos),
     )
     return list(measured)
 

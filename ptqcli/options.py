@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ptqcli.errors import UsageError
+from ptqcli.suggest import did_you_mean
 
 KEY = "ptqcli.option"  # of the metadata of a field
 PLACEHOLDERS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
@@ -102,7 +103,8 @@ def check_choices(part: Any) -> None:
     for declared in options_of(type(part)):
         value = getattr(part, declared.name)
         if declared.choices and value not in (*declared.choices, declared.default):
-            raise UsageError(f"{declared.words} {value!r} is unknown; use {', '.join(declared.choices[:-1])} or {declared.choices[-1]}")
+            known = f"use {', '.join(declared.choices[:-1])} or {declared.choices[-1]}"
+            raise UsageError(f"{declared.words} {value!r} is unknown; {known}{did_you_mean(str(value), declared.choices)}")
 
 
 def kinds(hint: Any) -> tuple[type, ...]:

@@ -8,7 +8,7 @@ matches nothing, parts of one fused matrix in different schemes, something that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
+
+CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
+TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
-    _check_patterns_match(recipe, skeleton, hits)
+    _check_patterns_match(recipe, skeleton, outside, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     _check_groups(linears, recipe)
@@ -120,7 +123,14 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         bytes_after=bytes_after(chosen, linears, skeleton),
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
-        notes=(*_group_notes(linears, recipe), *_model_notes(skeleton, linears), *chosen.notes(specs), *tried, *_fused_notes(fused)),
+        notes=(
+            *_group_notes(linears, recipe),
+            *_calibration_notes(recipe, linears),
+            *_model_notes(skeleton, linears),
+            *chosen.notes(specs),
+            *tried,
+            *_fused_notes(fused),
+        ),
         readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
     )
 
@@ -165,10 +175,6 @@ def _choose(
     return linears, skipped
 
 
-def _size(linear: PlannedLinear) -> int:
-    return linear.site.in_features * linear.site.out_features
-
-
 def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     """Why a linear stays as it is, whatever is asked for, or None."""
     shape = skeleton.shapes[site.block]
@@ -179,7 +185,7 @@ def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     if site.local in shape.read:
         return "code outside of it reads its weight"
     if site.name in skeleton.shared:
-        return f"its weight is that of {skeleton.shared[site.name]}, too"
+        return f"its weight also runs in {skeleton.shared[site.name].removesuffix('.' + site.local)}"
     return None
 
 
@@ -198,14 +204,29 @@ def _outside(skeleton: Skeleton) -> list[str]:
     return [name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear) and name not in inside]
 
 
-def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, hits: Hits) -> None:
+def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str], hits: Hits) -> None:
     names = [site.name for site in skeleton.linears]
     for override in recipe.overrides:
         if hits[override.pattern].isdisjoint(names):
-            raise UsageError(f"override '{override.pattern}' matches no linear; the linears are named like {names[0]}")
+            other = _other_match(override.pattern, skeleton, outside)
+            if other is None or not override.skip:  # what stays as it is may be skipped
+                raise UsageError(f"override '{override.pattern}' {other or f'matches no linear; the linears are named like {names[0]}'}")
     for pattern in recipe.ignore:
-        if not hits[pattern]:
+        if hits[pattern].isdisjoint(names) and _other_match(pattern, skeleton, outside) is None:
             raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
+
+
+def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> str | None:
+    """What ``pattern``, which finds no linear of the blocks, finds in the model instead, and why that has no scheme."""
+    modules = dict(skeleton.model.named_modules())
+    hits = found([pattern], [name for name in modules if name])[pattern]
+    for name in outside:
+        if name in hits:
+            return f"matches {name}, a linear outside the blocks; it stays in 16 bit for now, so leave the override out"
+    for name, module in modules.items():
+        if name in hits and next(module.parameters(recurse=False), None) is not None:
+            return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"
+    return None
 
 
 def _too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
@@ -329,6 +350,15 @@ def _group_notes(linears: Sequence[PlannedLinear], recipe: Recipe) -> list[str]:
     ]
 
 
+def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
+    """What is asked for of the calibration text although nothing looks at it."""
+    usual = {entry.name: entry.default for entry in fields(Recipe)}
+    asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
+    if not asked or needs_calibration(recipe, linears):
+        return []
+    return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
+
+
 def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
     """What is not quantized and might be thought to be."""
     notes = []
@@ -337,9 +367,13 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
-    share = sum(map(_size, linears)) / skeleton.matrix_size
-    if share < 0.5:
-        notes.append(f"only {share:.0%} of the weights in the model's matrices are quantized, embeddings and output head not counted")
+    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
+    if share < TOLD_BELOW:
+        only = "only " if share < 0.5 else ""
+        notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")
+    if skeleton.only_named:
+        auto, own = skeleton.kind.auto_class, type(skeleton.model).__name__
+        notes.append(f"transformers' {auto} does not find the tensors of this model, quantized or not; load it as {own}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes

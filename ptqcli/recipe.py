@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import yaml
 
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
+from ptqcli.calibration.bos import check_bos
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
@@ -103,7 +104,8 @@ class Recipe:
     static, columns with inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
     sequential: later linears of a block are calibrated behind the quantized earlier ones.
     calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
-    with seed. ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
+    with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
+    ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
     Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
     """
@@ -123,6 +125,7 @@ class Recipe:
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
+    bos: str = "auto"
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
@@ -142,6 +145,7 @@ class Recipe:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
+        check_bos(self.bos)
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:
@@ -276,6 +280,8 @@ def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] 
     values["overrides"] = tuple(_override(entry, where) for entry in _as_list(values.get("overrides", ()), "overrides", where))
     values["ignore"] = tuple(_as_list(values.get("ignore", ()), "ignore", where))
     values.pop("options", None)
+    if isinstance(values.get("bos"), bool):
+        values["bos"] = "yes" if values["bos"] else "no"  # as YAML reads these words
     _check_types(Recipe, values, where)
     algorithm = find_algorithm(str(values.get("algo", Recipe.algo)))
     options = _options(written, algorithm, f"{where}: ")

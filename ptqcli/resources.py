@@ -15,7 +15,8 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """How a run uses the machine; none of it changes what is asked for.
+    """How a run uses the machine. None of it changes what is asked for, but batch_size, device and dtype change the last digits of sums,
+    and with them codes.
 
     batch_size: windows per forward pass, None for what makes about TOKENS_PER_BATCH tokens. activation_budget: bytes of activations to hold
     in memory; more go to a file. dtype: of the calibration passes, None for the model's own (float16 becomes float32 on a CPU, where its

@@ -61,7 +61,7 @@ CASES = [
     "--algo llm-int8 --outliers static --outlier-threshold 4",
     "--algo llm-int8+gptq --outliers static",
     "--algo gptq --no-act-order --wbits 2 --group-size 64",
-    "--algo gptq --no-static-groups --no-act-order --wbits 3 --asym",
+    "--algo gptq --no-act-order --wbits 3 --asym",
     "--algo gptq --scale-search minmax --damp 0.05 --wbits 3",
     "--algo rtn --scale-search minmax --wbits 3",
     "--algo awq --no-awq-clip --wbits 3",

@@ -27,7 +27,7 @@ ALLOWED = {
     "untrusted": {"errors"},
     "patterns": {"errors", "untrusted"},
     "suggest": set(),
-    "options": {"errors"},
+    "options": {"errors", "suggest"},
     "shipped": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},
     "resources": {"errors"},
@@ -38,7 +38,7 @@ ALLOWED = {
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},

@@ -227,7 +227,7 @@ def test_a_damaged_weight_is_an_error(model: LlamaForCausalLM, ids: Tensor) -> N
 def test_a_loss_whose_exponential_overflows() -> None:
     windows = plan_windows(8, 4)
     assert result(600.0, windows, 4, None) == PerplexityResult(
-        perplexity=math.exp(100), mean_nll=100.0, tokens=6, windows=2, seqlen=4, stride=4
+        perplexity=math.exp(100), mean_nll=100.0, tokens=6, windows=2, seqlen=4, stride=4, bos=False
     )
     with pytest.raises(PTQError, match=r"perplexity is not finite: the mean loss is 1000 nats"):
         result(6000.0, windows, 4, None)

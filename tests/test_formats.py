@@ -722,7 +722,7 @@ NOTED: dict[str, tuple[list[tuple[Scheme, str]], list[str]]] = {
     "Conv1D": ([(W4, "Conv1D")], ["Conv1D layers: ptqcli and vLLM read them"]),
     "asymmetric, in two schemes": (
         [(replace(W4, symmetric=False), "Linear"), (W8, "Linear")],
-        ["asymmetric: vLLM reads it; transformers does not"],
+        ["asymmetric: vLLM reads it; transformers from 5.23 on does not"],
     ),
 }
 

@@ -71,8 +71,8 @@ def quantize_rows(
 ):  # fmt: skip
     """Token ``program_id(0)`` of ``x`` to ``codes`` and ``scales``.
 
-    SCALE: "token": from the row. "tensor": from GIVEN maxima in ``given``. "static": ``given``, stored for each token, as NaN where the token
-    is not finite. WHOLE: a block is no shorter than a row.
+    SCALE: "token": from the row. "tensor": from GIVEN maxima in ``given``. "static": ``given``, stored for each token, NaN where it is not
+    finite. WHOLE: a block is no shorter than a row.
     """
     if PDL:
         gdc_launch_dependents()

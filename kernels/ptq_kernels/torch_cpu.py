@@ -3,6 +3,9 @@
 At a few tokens they read the packed weight where ``reference`` first expands it, and take a twentieth to a hundredth of the time. That
 grows with the tokens, though, while expanding costs the same for any number, so that above MOST_TOKENS the weight is expanded here, too.
 The kernels for bfloat16 use vector instructions; those for the other dtypes do not, and win at one token only.
+
+The two do not give the same numbers: expanding rounds a weight to the dtype of its scale, as transformers does, and the kernels do not. So
+a measurement expands always (``always_expand``), or it would depend on how many tokens run at once.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptq_kernels.autocast import without_autocast
 from ptq_kernels.reference import expanding_linear
 
 GROUP_SIZES = (256, 128, 64, 32)  # those of torch's kernel
@@ -41,6 +45,7 @@ class TorchInt4WeightOnly(nn.Module):
 
     kernel = "torch"
     bits = 4
+    always_expand = False  # for any number of tokens, so that one window gives what many give
 
     packed: Tensor
     scale_and_shift: Tensor
@@ -76,8 +81,10 @@ class TorchInt4WeightOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]. Raises TypeError or ValueError for another dtype or number of columns."""
+        if torch.is_autocast_enabled(x.device.type):
+            return without_autocast(self, x)
         tokens = _tokens(x, self.in_features, self.scale_and_shift.dtype)
-        if self.block is not None and len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
+        if self.block is not None and (self.always_expand or len(tokens) > MOST_TOKENS[self.bits][x.dtype]):
             return expanding_linear(x, self.out_features, self.expanded, self.bias)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, self.group_size, self.scale_and_shift)
         if product.shape[1] > self.out_features:
@@ -85,6 +92,11 @@ class TorchInt4WeightOnly(nn.Module):
         if self.bias is not None:
             product = product + self.bias
         return product.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def scale(self) -> Tensor:
+        """[G, N], as the kernel takes them."""
+        return self.scale_and_shift[:, : self.out_features, 0]
 
     def expanded(self, rows: slice) -> Tensor:
         """``rows`` of the weight, from a multiple of 64 on, in the dtype of the scales, rounded once: [rows, K]."""
@@ -134,6 +146,7 @@ class TorchInt8WeightOnly(nn.Module):
 
     kernel = "torch"
     bits = 8
+    always_expand = False  # as above
 
     codes: Tensor
     scale: Tensor
@@ -155,8 +168,10 @@ class TorchInt8WeightOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]. Raises TypeError or ValueError for another dtype or number of columns."""
+        if torch.is_autocast_enabled(x.device.type):
+            return without_autocast(self, x)
         tokens = _tokens(x, self.in_features, self.scale.dtype)
-        if len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
+        if self.always_expand or len(tokens) > MOST_TOKENS[self.bits][x.dtype]:
             return expanding_linear(x, self.out_features, self.expanded, self.bias)
         product = torch.ops.aten._weight_int8pack_mm(tokens, self.codes, self.scale)
         if self.bias is not None:

@@ -1,6 +1,6 @@
 """Text files and folders to documents.
 
-    .txt                 one document
+    .txt .md             one document
     .raw                 WikiText's raw form: one document, its lines joined with blank lines (see ``corpora.py``)
     .jsonl .json         one document a line; or the whole file is one array of objects
     .csv                 one document a row, below a row of column names
@@ -8,8 +8,8 @@
     folder               all files of one of these kinds, by name; or a data set saved by ``datasets``
 
 All but the last two kinds may be packed: .gz, .bz2, .xz, and .zst but for CSV. A .json or .csv file often describes the files
-beside it, so in a folder it counts only where there is no other kind. Files of rows need a column ``text``, or have exactly one
-column of strings. When the name of every file in a folder says its split (``test-00000-of-00001.parquet``), only the files of one
+beside it, so in a folder it counts only where there is no other kind, and so does .md. Which column of rows is read, and what it may
+hold, stands in ``rows.py``. When the name of every file in a folder says its split (``test-00000-of-00001.parquet``), only the files of one
 split are read. All text is UTF-8; line ends become "\\n".
 
 Files are streamed: only what the documents asked for need is read, nothing is cached and nobody is asked over the network. CSV is read
@@ -36,10 +36,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import IO, TYPE_CHECKING, Any
 
 from ptqcli.calibration import tables
 from ptqcli.calibration.builtin import Part
+from ptqcli.calibration.rows import Rows, evident_column
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.untrusted import foreign
 
@@ -55,9 +57,8 @@ SPLIT_WORDS = {
     "test": "test",
 }
 
-KINDS = ".txt .raw .jsonl .json .csv (also packed: .gz .bz2 .xz, but for .csv .zst) .parquet .arrow"
-MOST_COLUMNS_SHOWN = 20
-CHAT_COLUMNS = ("messages", "conversations")
+KINDS = ".txt .md .raw .jsonl .json .csv (also packed: .gz .bz2 .xz, but for .csv .zst) .parquet .arrow"
+BESIDE = (".json", ".csv", ".md")  # kinds that often describe the other files of a folder
 # Text becomes 3 to 6 times as large when it is unpacked, repetitive text perhaps 50 times; a file that is made to fill the memory, 1,000
 # times and more.
 LARGEST_RATIO = 200
@@ -65,33 +66,33 @@ SMALL_BYTES = 64 << 20  # what may come out of any file, whatever its size
 MOST_BYTES_AT_ONCE = 1 << 30  # of a line, or of a file that is one document
 
 
-def read_path(path: Path, part: Part) -> list[str]:
-    """The documents of an existing file or folder, from its split for this part if it has several.
+def read_path(path: Path, part: Part, rows: Rows) -> list[str]:
+    """The documents of an existing file or folder, from its split for this part if it has several. rows: how those of tables are read.
 
     Raises UsageError for a kind that is not read, a folder without text or without a split for this part; PTQError for a file
     that is damaged, empty, not UTF-8, or has rows without text.
     """
     if not path.is_dir():
-        return read_file(path)
+        return read_file(path, rows=rows)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _not_empty(_saved_dataset(path, part), path)
-    return [text for file in _files_of_part(path, part) for text in read_file(file)]
+        return _not_empty(_saved_dataset(path, part, rows), path)
+    return [text for file in _files_of_part(path, part) for text in read_file(file, rows=rows)]
 
 
-def read_file(path: Path, limit: int | None = None) -> list[str]:
+def read_file(path: Path, limit: int | None = None, rows: Rows | None = None) -> list[str]:
     """The first ``limit`` documents of a file, by default all. Raises what ``read_path`` raises."""
     reader = _reader(path)
     if reader is None:
         raise UsageError(f"{path} is of a kind that is not read; give one of {KINDS}")
-    return _not_empty(_file_texts(path, reader, limit), path)
+    return _not_empty(_file_texts(path, reader, rows or Rows(), limit), path)
 
 
-def _file_texts(path: Path, reader: Callable[[Path], Iterator[str]], limit: int | None = None) -> list[str]:
+def _file_texts(path: Path, reader: Callable[[Path, Rows], Iterator[str]], rows: Rows, limit: int | None = None) -> list[str]:
     if not os.path.isfile(path):  # where Path would raise if no file can have that name
         raise UsageError(f"{path} does not exist or is no file but a pipe, a device or the like")
     with foreign(f"{path} cannot be read", "; correct it, or copy or download it again"):
         try:
-            return list(itertools.islice(reader(path), limit))
+            return list(itertools.islice(reader(path, rows), limit))
         except UnicodeDecodeError as error:
             raise PTQError(f"{path}: not UTF-8 ({_wrong_byte(error)}); convert it to UTF-8") from error
 
@@ -106,7 +107,7 @@ def first_line(error: Exception) -> str:
 
 def _files_of_part(folder: Path, part: Part) -> list[Path]:
     texts = sorted(file for file in folder.iterdir() if file.is_file() and _reader(file))
-    files = [file for file in texts if file.suffix not in (".json", ".csv")] or texts
+    files = [file for file in texts if file.suffix not in BESIDE] or [file for file in texts if file.suffix != ".md"] or texts
     if not files:
         raise UsageError(f"folder {folder} has no text: no file of the kinds {KINDS}, and no saved data set")
     if len({_reader(file) for file in files}) > 1:
@@ -131,10 +132,10 @@ def _choose_split(splits: set[str], part: Part, folder: Path) -> str:
     return fitting[0] if fitting else min(splits)
 
 
-def _saved_dataset(folder: Path, part: Part) -> list[str]:
+def _saved_dataset(folder: Path, part: Part, rows: Rows) -> list[str]:
     splits = tables.saved_splits(folder)
     place = folder if splits is None else folder / _choose_split(set(splits), part, folder)
-    return [text for file in tables.saved_files(place) for text in _file_texts(file, _table)]
+    return [text for file in tables.saved_files(place) for text in _file_texts(file, _table, rows)]
 
 
 # Files
@@ -221,24 +222,48 @@ def _bounded(piece: bytes, where: str) -> bytes:
     return piece
 
 
-def _plain_text(path: Path) -> Iterator[str]:
+def _plain_text(path: Path, _rows: Rows) -> Iterator[str]:
     with _open(path) as file:
         yield _decode(_bounded(file.read(MOST_BYTES_AT_ONCE + 1), str(path)), str(path))
 
 
-def _raw_wikitext(path: Path) -> Iterator[str]:
-    for text in _plain_text(path):
+def _raw_wikitext(path: Path, rows: Rows) -> Iterator[str]:
+    for text in _plain_text(path, rows):
         yield "\n\n".join(row if row.strip() else "" for row in io.StringIO(text))
 
 
-def _json(path: Path) -> Iterator[str]:
-    column = None
+def _json(path: Path, rows: Rows) -> Iterator[str]:
+    column, undecided = None, []
     for where, row in _json_rows(path):
-        if not isinstance(row, dict):
+        if not isinstance(row, (dict, NoneType)):
             raise PTQError(f'{where}: not a JSON object; it must look like {{"text": "..."}}')
         if column is None:
-            column = _column_of_row(row, where)
-        yield _text(row.get(column), column, where)
+            undecided.append((where, row or {}))
+            if not row or not _tells_columns(row, rows.column):
+                continue
+            column = rows.column_of(_holding_text(row), path, where)
+            yield from _json_texts(undecided, column, rows)
+        else:
+            yield from _json_texts([(where, row or {})], column, rows)
+    if column is None and undecided:
+        everything = {name: value for _, row in undecided for name, value in row.items() if value is not None}
+        yield from _json_texts(undecided, rows.column_of(_holding_text(everything), path, str(path)), rows) if everything else ()
+
+
+def _tells_columns(row: Mapping[str, object], wanted: str | None) -> bool:
+    """Whether a row says which column to read: where it holds null, there may be text in another row."""
+    if wanted is not None:
+        return wanted in row
+    return evident_column(_holding_text(row)) is not None or None not in row.values()
+
+
+def _json_texts(found: Iterable[tuple[str, Mapping[str, object]]], column: str, rows: Rows) -> Iterator[str]:
+    return rows.texts(((where, row.get(column)) for where, row in found), column)
+
+
+def _holding_text(row: Mapping[str, object]) -> dict[str, bool]:
+    """Whether each column of a row holds text; a null in the column of that name counts."""
+    return {name: isinstance(value, str) or (name == "text" and value is None) for name, value in row.items()}
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -259,7 +284,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
                 yield where, _parsed(_decode(line, where).rstrip("\n"), where)
 
 
-def _csv(path: Path) -> Iterator[str]:
+def _csv(path: Path, rows: Rows) -> Iterator[str]:
     from datasets.packaged_modules.csv.csv import Csv
 
     if "::" in str(path.absolute()):
@@ -274,18 +299,22 @@ def _csv(path: Path) -> Iterator[str]:
             if any(name.startswith("__index_level_") for name in row):  # the reader takes cells without a name for an index
                 raise PTQError(f"{path}: rows have more cells than there are column names; put texts with commas into quotes")
             if column is None:
-                column = _column_of_row(row, str(path))
-            yield _unix_line_ends(_text(row[column], column, f"{path}, row {number}"))
+                column = rows.column_of(_holding_text(row), path, str(path))
+            yield from map(_unix_line_ends, rows.texts([(f"{path}, row {number}", row[column])], column))
 
 
-def _table(path: Path) -> Iterator[str]:
-    column = _choose_column(tables.text_columns(path), str(path))
-    return _texts(tables.column_values(path, column), column, path)
+def _table(path: Path, rows: Rows) -> Iterator[str]:
+    column = rows.column_of(tables.text_columns(path), path, str(path))
+    return rows.texts(_numbered(tables.column_values(path, column), path), column)
+
+
+def _numbered(values: Iterable[object], path: Path) -> Iterator[tuple[str, object]]:
+    return ((f"{path}, row {number}", value) for number, value in enumerate(values, start=1))
 
 
 _PACKINGS = ("", ".gz", ".bz2", ".xz")
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    **{f".txt{packing}": _plain_text for packing in (*_PACKINGS, ".zst")},
+_READERS: dict[str, Callable[[Path, Rows], Iterator[str]]] = {
+    **{f".{kind}{packing}": _plain_text for kind in ("txt", "md") for packing in (*_PACKINGS, ".zst")},
     **{f".raw{packing}": _raw_wikitext for packing in (*_PACKINGS, ".zst")},
     **{f".{kind}{packing}": _json for kind in ("jsonl", "json") for packing in (*_PACKINGS, ".zst")},
     **{f".csv{packing}": _csv for packing in _PACKINGS},
@@ -294,44 +323,11 @@ _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[str]] | None:
+def _reader(path: Path) -> Callable[[Path, Rows], Iterator[str]] | None:
     return next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
 
 
-# Columns and values
-
-
-def _column_of_row(row: Mapping[str, object], where: str) -> str:
-    return _choose_column({name: isinstance(value, str) for name, value in row.items()}, where)
-
-
-def _choose_column(is_text: dict[str, bool], where: str) -> str:
-    texts = [name for name, text in is_text.items() if text]
-    if "text" in texts:
-        return "text"
-    chat = next((name for name in CHAT_COLUMNS if name in is_text), None)
-    if chat is not None:
-        raise PTQError(f"{where}: column {chat!r} holds chats, which are not read; write each out as one string in a column 'text'")
-    if len(texts) != 1:
-        more = ["..."] if len(is_text) > MOST_COLUMNS_SHOWN else []
-        columns = ", ".join([*itertools.islice(is_text, MOST_COLUMNS_SHOWN), *more]) or "none"
-        raise PTQError(f"{where}: which column holds the text is not clear (columns: {columns}); name it 'text'")
-    return texts[0]
-
-
-def _texts(values: Iterable[object], column: str, path: Path) -> Iterator[str]:
-    for number, value in enumerate(values, start=1):
-        yield _text(value, column, f"{path}, row {number}")
-
-
-def _text(value: object, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise PTQError(f"{where}: no text in column {column!r}; correct or remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may escape one
-        raise PTQError(f"{where}: half a surrogate pair in column {column!r}, which is no character; correct or remove it") from error
-    return value
+# Contents
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.errors import PTQError
-from ptqcli.model.discovery import BlockShape, StopForward
+from ptqcli.model.discovery import BlockShape, StopForward, first_output
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.untrusted import one_line
 
@@ -44,8 +44,8 @@ class BlockCall:
         else:
             kwargs[self.hidden_key] = hidden
         with _named_errors(f"{self.where}: does not run by itself as the model has called it"):
-            output = block(*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            behind: Tensor = first_output(block(*args, **kwargs))
+        return behind
 
     def cast(self, dtype: torch.dtype) -> BlockCall:
         """The same call with every floating tensor among the arguments in ``dtype``."""
@@ -134,7 +134,7 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
             calls.append(BlockCall(stripped, rest, key, skeleton.block_prefix(index)))
             if len(calls) == len(skeleton.blocks):
                 raise StopForward
-            return (hidden, *[None] * shape.extra_outputs) if shape.returns_tuple else hidden
+            return hidden if shape.container is None else shape.container([hidden, *[None] * shape.extra_outputs])
 
         return forward
 

@@ -7,10 +7,12 @@ A source is ``builtin``, the name of a corpus that the field measures with, or a
     wikitext2   train split for calibration, test split for evaluation: the rows joined with blank lines
     c4          a train shard for calibration, the first 1,100 documents of a validation shard for evaluation
     pile        the Pile's validation split, for calibration only, as in AWQ
-    PATH        a file or folder, see ``files.py``
+    PATH        a file or folder, see ``files.py``; of a table, PATH:COLUMN reads the column of that name
 
 Evaluation joins the documents with blank lines, whatever the source. For WikiText-2 that is the published protocol; the
 published C4 evaluation joins the same 1,100 documents with a space.
+
+Windows begin with the beginning-of-sequence token where ``bos.py`` says so; the text itself is tokenized without special tokens.
 
 Calibration joins documents with the end-of-text token and draws windows from a fixed grid, so that no two overlap and short
 documents count too. GPTQ's published calibration on C4 instead draws stretches at random places of random documents that are
@@ -19,7 +21,7 @@ longer than a window.
 
 from __future__ import annotations
 
-import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +31,10 @@ from torch import Tensor
 
 from ptqcli.calibration import builtin, corpora, files
 from ptqcli.calibration.builtin import Part
+from ptqcli.calibration.chat import chat_writer
+from ptqcli.calibration.rows import Rows
 from ptqcli.errors import UsageError
+from ptqcli.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,65 +46,86 @@ PIECE_CHARACTERS = 65_536
 PIECES_PER_CALL = 32
 
 
-def documents(source: str, part: Part, data_dir: Path | None = None) -> list[str]:
+def documents(source: str, part: Part, data_dir: Path | None = None, rows: Rows | None = None) -> list[str]:
     """The documents of a source, in its own order.
 
     part: which of its texts. A path with splits gives ``train`` for calibration, ``test`` or else ``validation`` for
     evaluation, and its only split for both. data_dir: the folder in which the files of known corpora are looked for first.
+    rows: how tables are read; it counts their rows without text, which are left out.
 
-    Raises UsageError for a source, file kind or part that does not exist; PTQError for text that cannot be had or read.
+    Raises UsageError for a source, file kind, column or part that does not exist; PTQError for text that cannot be had or read.
     """
     if source == "builtin":
         return builtin.documents(part)
     if source in corpora.CORPORA:
         return corpora.read_corpus(source, part, data_dir)
-    if Path(source).exists():
-        return files.read_path(Path(source), part)
-    raise UsageError(_unknown_source(source, ["builtin", *corpora.CORPORA]))
+    path = source_path(source)
+    if path is None:
+        raise UsageError(_unknown_source(source, ["builtin", *corpora.CORPORA]))
+    rows = rows or Rows()
+    if str(path) != source and not os.path.exists(source):
+        rows.column = source.rpartition(":")[2]
+    texts = files.read_path(path, part, rows)
+    if part == "evaluation" or len(texts) == 1:
+        return texts  # blank rows are part of a text whose rows are joined
+    written = [text for text in texts if text.strip()]
+    rows.skipped += len(texts) - len(written)
+    return written
 
 
-def calibration_windows(docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
+def source_path(source: str) -> Path | None:
+    """The file or folder that ``source`` names, a column behind it left out; None for a name, and for a path that does not exist."""
+    if source == "builtin" or source in corpora.CORPORA:
+        return None
+    return next((Path(path) for path in (source, source.rpartition(":")[0]) if path and os.path.exists(path)), None)
+
+
+def calibration_windows(
+    docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int, bos: int | None = None
+) -> Tensor:
     """A seeded random choice of full windows without overlap, int64 [nsamples, seqlen], in random order.
 
     Documents are tokenized as they are, without special tokens, in a seeded order, and joined with the end-of-text token where
     the tokenizer has one. The row of tokens is cut into windows, of which nsamples are drawn without replacement. Tokenizing
     stops when there are CALIBRATION_SLACK times the tokens needed. Documents of more than PIECE_CHARACTERS count as several,
     cut after a line where possible; blank ones do not count. The same arguments give the same windows.
+    bos: a token that every window begins with, of ``bos.window_bos``.
 
     Raises UsageError if the text has fewer than nsamples windows.
     """
-    if nsamples < 1 or seqlen < 1:
+    room = seqlen - (bos is not None)  # tokens of the text in a window
+    if nsamples < 1 or room < 1:
         raise UsageError(f"{nsamples} windows of {seqlen} tokens cannot be cut; both numbers must be 1 or more")
     generator = torch.Generator().manual_seed(seed)
-    tokens = _shuffled_tokens(docs, tokenizer, CALIBRATION_SLACK * nsamples * seqlen, generator)
-    windows = len(tokens) // seqlen
+    tokens = _shuffled_tokens(docs, tokenizer, CALIBRATION_SLACK * nsamples * room, generator)
+    windows = len(tokens) // room
     if windows < nsamples:
         raise UsageError(
             f"the calibration text has {len(tokens)} tokens, enough for {windows} windows of {seqlen}, "
             f"and {nsamples} are asked for; lower --nsamples or --seqlen, or give more text"
         )
-    grid = torch.tensor(tokens[: windows * seqlen]).view(windows, seqlen)  # [windows, seqlen]
-    return grid[torch.randperm(windows, generator=generator)[:nsamples]]  # [nsamples, seqlen]
+    grid = torch.tensor(tokens[: windows * room]).view(windows, room)  # [windows, room]
+    chosen = grid[torch.randperm(windows, generator=generator)[:nsamples]]  # [nsamples, room]
+    return chosen if bos is None else torch.cat([torch.full((nsamples, 1), bos), chosen], dim=1)
 
 
-def evaluation_ids(source: str, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None = None) -> Tensor:
+def evaluation_ids(source: str, tokenizer: PreTrainedTokenizerBase, data_dir: Path | None = None, rows: Rows | None = None) -> Tensor:
     """The evaluation text of a source as one row of token ids, int64 [tokens].
 
-    The documents are joined with blank lines and tokenized at once, with the special tokens that the tokenizer adds by
-    default (Llama's one at the front). Raises what ``documents`` raises.
+    The documents are joined with blank lines and tokenized at once, without special tokens, which windows have (``bos.py``).
+    rows: as in ``documents``, whose errors are raised here, too.
     """
-    text = "\n\n".join(documents(source, "evaluation", data_dir))
+    rows = rows or Rows(write_chat=chat_writer(tokenizer))
+    text = "\n\n".join(documents(source, "evaluation", data_dir, rows))
     # Not verbose: the text is longer than the model's context by intent, and the tokenizer would warn about it.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def _unknown_source(source: str, names: list[str]) -> str:
     known = f"{', '.join(names)}, or the path of a file or folder"
     if len(Path(source).parts) > 1 or Path(source).suffix:
         return f"text {source} does not exist; give {known}"
-    close = difflib.get_close_matches(source, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"no text is called {source!r}; {hint}give {known}"
+    return f"no text is called {source!r}; give {known}{did_you_mean(source, names)}"
 
 
 def _shuffled_tokens(docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, wanted: int, generator: torch.Generator) -> list[int]:

@@ -1,4 +1,4 @@
-"""``ptq algorithms``: the parts of ``--algo``, made from what they declare."""
+"""``ptq algorithms``: the parts of ``--algo``, made from what they declare, and the formats of ``--format``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTION_COLUMNS = ("option", "flag", "values", "default", "what it does")
 @click.command(epilog=examples("ptq algorithms", "ptq algorithms --json"))
 @json_option
 def command(as_json: bool) -> None:
-    """List the parts of --algo with their options.
+    """List the parts of --algo with their options, and the formats of --format.
 
     An algorithm is any number of transforms, then one solver, joined by +, such as awq+gptq. A part's option is given by its flag, by
     --set part.option=value, or in a recipe.
@@ -40,10 +40,26 @@ def command(as_json: bool) -> None:
         for option in part["options"]
     ]
     words.table("Options", OPTION_COLUMNS, rows, words=True)
-    broken = [(part["name"], part["from"], part["error"]) for part in found if part["error"] is not None]
+    formats = _formats()
+    words.table("Formats", ("format", "from"), ([each["name"], each["from"]] for each in formats if each["error"] is None), words=True)
+    broken = [(each["name"], each["from"], each["error"]) for each in (*found, *formats) if each["error"] is not None]
     if broken:
         words.table("Broken", ("part", "from", "why"), broken, words=True)
-    words.result({"parts": found})
+    words.result({"parts": found, "formats": formats})
+
+
+def _formats() -> list[dict[str, Any]]:
+    """The formats, as ``_described`` has the parts."""
+    from ptqcli.formats import find_format, format_names
+
+    found = []
+    for name in format_names():
+        try:
+            package, error = type(find_format(name)).__module__.partition(".")[0], None
+        except PTQError as reason:
+            package, error = "", str(reason)
+        found.append({"name": name, "from": package, "error": error})
+    return found
 
 
 def _described(part: Part) -> dict[str, Any]:

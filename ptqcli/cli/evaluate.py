@@ -48,6 +48,13 @@ SECONDS_BETWEEN_LINES = 15.0
 )
 @click.option("--stride", type=int, metavar="N", show_default="seqlen: no overlap", help="Tokens from one window to the next.")
 @click.option(
+    "--bos",
+    metavar="auto|yes|no",
+    default="auto",
+    show_default=True,
+    help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
+)
+@click.option(
     "--baseline",
     metavar="MODEL",
     show_default="where the checkpoint came from",
@@ -65,6 +72,7 @@ def command(
     texts: tuple[str, ...],
     seqlen: int | None,
     stride: int | None,
+    bos: str,
     baseline: str | None,
     no_baseline: bool,
     data_dir: Path | None,
@@ -78,6 +86,9 @@ def command(
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
     weights are used as they are.
     """
+    from ptqcli.calibration.bos import window_bos
+    from ptqcli.calibration.chat import chat_writer
+    from ptqcli.calibration.rows import Rows
     from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluation.measure import measure
     from ptqcli.runtime.models import load_model, load_tokenizer
@@ -90,11 +101,17 @@ def command(
     folder = find_checkpoint(checkpoint)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
-    rows = {text: evaluation_ids(text, tokenizer, data_dir) for text in texts}  # a text that is not there is told before models are loaded
+    begin = window_bos(tokenizer, bos)
+    tables = {text: Rows(write_chat=chat_writer(tokenizer)) for text in texts}
+    # a text that is not there is told before models are loaded
+    rows = {text: evaluation_ids(text, tokenizer, data_dir, tables[text]) for text in texts}
+    for text, table in tables.items():
+        if table.skipped:
+            output.say(f"{text}: {table.skipped:,} rows without text are left out")
     model = load_model(folder, place, kernel)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        measured = measure(model, rows, original, seqlen, stride, _telling(tracker))
+        measured = measure(model, rows, original, seqlen, stride, _telling(tracker), begin)
         results = [{key: value for key, value in asdict(each).items() if value is not None} for each in measured]
     output.say(f"checkpoint  {path_text(folder)}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
@@ -116,7 +133,8 @@ def _telling(tracker: Tracker) -> Callable[[str, int, int], None]:
 
 
 def _show(results: list[dict[str, Any]], output: Output) -> None:
-    title = f"Perplexity over windows of {results[0]['seqlen']} tokens"
+    begun = ", each with the beginning-of-sequence token in front" if results[0]["bos"] else ""
+    title = f"Perplexity over windows of {results[0]['seqlen']} tokens{begun}"
     if "mean_kl" in results[0]:
         columns = ("text", "tokens", "original", "checkpoint", "rise", "mean KL (nats)", "same top-1")
         output.table(title, columns, (_comparison_row(result) for result in results))

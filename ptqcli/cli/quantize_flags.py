@@ -197,6 +197,12 @@ FLAGS = {
         ),
         click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
         click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
+        click.option(
+            "--bos",
+            metavar="auto|yes|no",
+            show_default="auto",
+            help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
+        ),
         click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
         data_dir_option,
     ],
@@ -211,7 +217,11 @@ FLAGS = {
             "arithmetic.",
         ),
         click.option(
-            "--batch-size", type=click.IntRange(min=1), metavar="N", show_default="by window length", help="Windows in one forward pass."
+            "--batch-size",
+            type=click.IntRange(min=1),
+            metavar="N",
+            show_default="by window length",
+            help="Windows in one forward pass; another number gives other last digits, so other codes of equal quality. The report has it.",
         ),
         click.option(
             "--activation-budget",

@@ -45,6 +45,7 @@ def compare(
     stride: int | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
+    bos: int | None = None,
 ) -> Comparison:
     """Perplexity of both models, KL divergence and top-1 agreement, in one pass over the text.
 
@@ -58,11 +59,11 @@ def compare(
             f"the model has a vocabulary of {ours} tokens and the baseline one of {theirs}, so they cannot be compared; "
             "give the baseline that the model was made from"
         )
-    windows = plan_windows(len(ids), seqlen, stride)
-    sums = sum_over_windows(_measure, [model, baseline], ids, windows, batch_size, on_progress)
+    windows = plan_windows(len(ids), seqlen, stride, bos is not None)
+    sums = sum_over_windows(_measure, [model, baseline], ids, windows, batch_size, on_progress, bos)
     loss, baseline_loss, divergence, agreeing = sums
-    of_model = result(loss, windows, seqlen, stride)
-    of_baseline = result(baseline_loss, windows, seqlen, stride)
+    of_model = result(loss, windows, seqlen, stride, bos)
+    of_baseline = result(baseline_loss, windows, seqlen, stride, bos)
     return Comparison(model=of_model, baseline=of_baseline, mean_kl=divergence / of_model.tokens, top1_agreement=agreeing / of_model.tokens)
 
 

@@ -22,7 +22,7 @@ class Evaluation:
     """A model on one text.
 
     perplexity: exp of mean_nll, which is in nats a token, over ``tokens`` scored tokens in ``windows`` windows of ``seqlen`` tokens, each
-    ``stride`` tokens behind the one before it.
+    ``stride`` tokens of the text behind the one before it. bos: every window begins with the beginning-of-sequence token.
     baseline_perplexity, mean_kl, top1_agreement: beside the baseline, see ``divergence``; None without one.
     """
 
@@ -33,6 +33,7 @@ class Evaluation:
     windows: int
     seqlen: int
     stride: int
+    bos: bool
     baseline_perplexity: float | None = None
     mean_kl: float | None = None
     top1_agreement: float | None = None
@@ -45,12 +46,14 @@ def measure(
     seqlen: int | None = None,
     stride: int | None = None,
     on_window: OnWindow | None = None,
+    bos: int | None = None,
 ) -> Iterator[Evaluation]:
     """``model`` (of transformers) on each text of ``rows``, one after the other.
 
     rows: name -> token ids, int64 [tokens], of ``calibration.text.evaluation_ids``.
     baseline: the original model, to be run on the same windows. seqlen: tokens in a window, by default PUBLISHED_SEQLEN, or the model's
-    positions if it has fewer. Raises what ``perplexity`` and ``compare`` raise.
+    positions if it has fewer. bos: the token that every window begins with, of ``calibration.bos``.
+    Raises what ``perplexity`` and ``compare`` raise.
     """
     window = default_seqlen(model) if seqlen is None else seqlen
     for text, ids in rows.items():
@@ -60,9 +63,9 @@ def measure(
                 on_window(text, done, total)
 
         if baseline is None:
-            yield Evaluation(text=text, **asdict(perplexity(model, ids, window, stride, on_progress=step)))
+            yield Evaluation(text=text, **asdict(perplexity(model, ids, window, stride, on_progress=step, bos=bos)))
             continue
-        both = compare(model, baseline, ids, window, stride, on_progress=step)
+        both = compare(model, baseline, ids, window, stride, on_progress=step, bos=bos)
         yield Evaluation(
             text=text,
             **asdict(both.model),

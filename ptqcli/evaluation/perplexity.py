@@ -5,6 +5,10 @@
 Which tokens are scored is decided in ``windows.py``. Without a stride all windows score equally many, so the mean over tokens is
 also the mean of the windows' mean losses.
 
+The layers of a packed model run as they do on many tokens, however many run at once, so that a batch of another size gives the same but
+for the order of sums. Schemes that take a number from all tokens of a call (a scale for the tensor, outlier columns) are run window by
+window.
+
 Losses are computed in float32, whatever the dtype of the model, and summed in float64. The float32 copy of the logits is made
 for some rows at a time: for one window of 2,048 tokens and a vocabulary of 128,000 it would take 1 GB.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.windows import Batch, Window, batches, plan_windows
+from ptqcli.runtime.layers import expanding, mixes_tokens
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +40,8 @@ LOGITS_PER_CHUNK = 1 << 22
 class PerplexityResult:
     """perplexity = exp(mean_nll); mean_nll: nats per token, over ``tokens`` scored tokens in ``windows`` windows.
 
-    stride equals seqlen where windows do not overlap.
+    stride: tokens of the text from one window to the next; where windows do not overlap, those in one. bos: windows begin with the
+    beginning-of-sequence token.
     """
 
     perplexity: float
@@ -44,6 +50,7 @@ class PerplexityResult:
     windows: int
     seqlen: int
     stride: int
+    bos: bool
 
 
 def perplexity(
@@ -53,19 +60,21 @@ def perplexity(
     stride: int | None = None,
     batch_size: int | None = None,
     on_progress: Progress | None = None,
+    bos: int | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal language model on a text.
 
     ids: int64 [tokens], the whole text. seqlen: tokens in a window. stride: tokens from one window to the next, by default
-    seqlen. batch_size: windows in one forward pass, by default as many as make TOKENS_PER_BATCH tokens. on_progress: called
-    with the number of windows done and of all windows. The model's train or eval mode is restored.
+    seqlen. batch_size: windows in one forward pass, by default as many as make TOKENS_PER_BATCH tokens, or one where windows that run
+    together would change each other. on_progress: called with the number of windows done and of all windows. bos: a token that every
+    window begins with, see ``windows``. The model's train or eval mode is restored.
 
     Raises UsageError for a text shorter than a window, a window longer than the model's positions, a stride or batch size that
     does not work; PTQError for ids that the model does not have and for a loss that is not finite.
     """
-    windows = plan_windows(len(ids), seqlen, stride)
-    [loss] = sum_over_windows(_loss, [model], ids, windows, batch_size, on_progress)
-    return result(loss, windows, seqlen, stride)
+    windows = plan_windows(len(ids), seqlen, stride, bos is not None)
+    [loss] = sum_over_windows(_loss, [model], ids, windows, batch_size, on_progress, bos)
+    return result(loss, windows, seqlen, stride, bos)
 
 
 def _loss(targets: Tensor, log_probs: Tensor) -> Tensor:
@@ -84,6 +93,7 @@ def sum_over_windows(
     windows: list[Window],
     batch_size: int | None,
     on_progress: Progress | None,
+    bos: int | None,
 ) -> list[float]:
     """Sums of numbers of the scored tokens, over all windows, with all models run over the same batch.
 
@@ -92,17 +102,17 @@ def sum_over_windows(
 
     Raises UsageError and PTQError as ``perplexity`` does.
     """
-    longest = max(window.length for window in windows)
+    longest = max(window.length for window in windows) + (bos is not None)
     for model in models:
         _check_fits(model, ids, longest)
-    if batch_size is None:
-        batch_size = max(1, TOKENS_PER_BATCH // longest)
+    if batch_size is None:  # windows that run together must not change each other
+        batch_size = 1 if any(map(mixes_tokens, models)) else max(1, TOKENS_PER_BATCH // longest)
     elif batch_size < 1:
         raise UsageError(f"a batch of {batch_size} windows does not work; give 1 or more")
     sums: list[Tensor] = []
     done = 0
     with _evaluating(models):
-        for batch in batches(ids, windows, batch_size):
+        for batch in batches(ids, windows, batch_size, bos):
             logits = [_scored_logits(model, batch) for model in models]
             sums.append(_finite(torch.stack([measure(*rows) for rows in _row_chunks(batch, logits)]).sum(0), batch))
             done += len(batch.windows)
@@ -112,7 +122,7 @@ def sum_over_windows(
     return totals
 
 
-def result(loss: float, windows: list[Window], seqlen: int, stride: int | None) -> PerplexityResult:
+def result(loss: float, windows: list[Window], seqlen: int, stride: int | None, bos: int | None = None) -> PerplexityResult:
     """loss: of all scored tokens of the windows, summed, in nats. Raises PTQError if exp of the mean overflows."""
     tokens = sum(window.scored for window in windows)
     mean = loss / tokens
@@ -120,7 +130,10 @@ def result(loss: float, windows: list[Window], seqlen: int, stride: int | None) 
         value = math.exp(mean)
     except OverflowError as error:
         raise PTQError(f"perplexity is not finite: the mean loss is {mean:.4g} nats; quantize with more bits") from error
-    return PerplexityResult(perplexity=value, mean_nll=mean, tokens=tokens, windows=len(windows), seqlen=seqlen, stride=stride or seqlen)
+    apart = min(stride or seqlen, windows[0].length)
+    return PerplexityResult(
+        perplexity=value, mean_nll=mean, tokens=tokens, windows=len(windows), seqlen=seqlen, stride=apart, bos=bos is not None
+    )
 
 
 def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
@@ -138,12 +151,14 @@ def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
 
 @contextmanager
 def _evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
-    """No gradients and no dropout; each model's mode comes back at the end."""
+    """No gradients and no dropout, and one kernel for any number of tokens; each model's mode comes back at the end."""
     modes = [model.training for model in models]
     for model in models:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
+            for model in models:
+                stack.enter_context(expanding(model))
             yield
     finally:
         for model, mode in zip(models, modes, strict=True):

@@ -74,7 +74,9 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
     found = []
     if any(not spec.scheme.symmetric for spec in specs):
-        found.append(f"asymmetric: vLLM reads it; {_dequantized(specs)}")
+        several = "from 5.23 on does not, since its dequantize=True expands all schemes as the first"
+        choice = several if _several(specs) else "needs CompressedTensorsConfig(dequantize=True)"
+        found.append(f"asymmetric: vLLM reads it; transformers {choice}")
     if any(spec.scheme.outliers is not None for spec in specs):
         found.append(f"{OUTLIERS}; their size is known only after calibration")
     found += _activation_notes(list(dict.fromkeys(spec.scheme for spec in specs)))
@@ -98,13 +100,13 @@ def _transformers(specs: Sequence[LinearSpec], auto_class: str, must_expand: boo
     expand = must_expand or any(not spec.scheme.symmetric for spec in specs)
     if any(spec.kind == "Conv1D" for spec in specs):
         return Reader(name="transformers", refusal=CONV1D)
-    if expand and len({spec.scheme for spec in specs}) > 1:
+    if expand and _several(specs):
         return Reader(name="transformers", refusal=EXPANDED_AS_ONE)
     names, options = [auto_class, *(["CompressedTensorsConfig"] if expand else [])], "{folder}"
     if expand:
         options += ", quantization_config=CompressedTensorsConfig(dequantize=True)"
     code = f"from transformers import {', '.join(names)}\n\nmodel = {auto_class}.from_pretrained({options})"
-    return Reader(name="transformers", needs=("transformers", LIBRARY), code=code)
+    return Reader(name="transformers", needs=("transformers>=5.23" if must_expand else "transformers", LIBRARY), code=code)
 
 
 def _vllm(schemes: Sequence[Scheme]) -> Reader:
@@ -165,7 +167,9 @@ def trial(classes: Sequence[nn.Module], specs: Sequence[LinearSpec], packed: Abs
                 del module.weight
         failure = _initialization_failure(twin)
         if failure is not None:
-            return [f"{type(model).__name__} does not take packed weights ({failure}): {_dequantized(specs)}"]
+            several = "does not read it, since its dequantize=True expands all schemes as the first"
+            choice = several if _several(specs) else "needs CompressedTensorsConfig(dequantize=True), from version 5.23 on"
+            return [f"{type(model).__name__} does not take packed weights ({failure}): transformers {choice}"]
     return []
 
 
@@ -181,11 +185,8 @@ def _initialization_failure(model: nn.Module) -> str | None:
     return None
 
 
-def _dequantized(specs: Sequence[LinearSpec]) -> str:
-    """How transformers reads linears that it must expand while loading: it takes the scheme of the first group for all of them."""
-    if len({spec.scheme for spec in specs}) > 1:
-        return EXPANDED_AS_ONE
-    return "transformers needs CompressedTensorsConfig(dequantize=True)"
+def _several(specs: Sequence[LinearSpec]) -> bool:
+    return len({spec.scheme for spec in specs}) > 1
 
 
 def _activation_notes(schemes: Sequence[Scheme]) -> list[str]:

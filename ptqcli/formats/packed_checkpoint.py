@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, format_of
-from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.classes import build_classes
+from ptqcli.model.config import load_config
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.names import DiskNames
 from ptqcli.numerics.scheme import Scheme
@@ -39,8 +41,7 @@ class PackedCheckpoint:
         self.folder, self.config, self.model, self.format, self.tensors = folder, config, model, stored_as, tensors
         self.schemes = dict(schemes)
         self._quantized = set(stored_as.stored_linears(tensors.names))
-        plain = [name for name in tensors.names if not self._belongs(name)]
-        self.names = DiskNames(model, [*plain, *(f"{linear}.weight" for linear in sorted(self._quantized))])
+        self.names = DiskNames(model, _as_plain(stored_as, tensors.names))
         self._specs = {name: self._spec(name, scheme) for name, scheme in self.schemes.items()}
         self._refuse_unexpected()
 
@@ -96,20 +97,27 @@ class PackedCheckpoint:
             raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but {missing} is not stored")
         return linear
 
-    def _belongs(self, tensor: str) -> bool:
-        """Whether the stored ``tensor`` is part of a quantized weight: a linear has nothing else but a bias."""
-        linear, _, leaf = tensor.rpartition(".")
-        return linear in self._quantized and leaf != "bias"
-
     def _refuse_unexpected(self) -> None:
         for name, stored in self.plain().items():
             if stored.removesuffix(".weight") in self._quantized:
                 raise PTQError(f"{self.folder}: {name} is stored quantized, but config.json gives it no scheme")
         known = {tensor for name, scheme in self.schemes.items() for tensor in self._tensor_names(name, scheme)}
-        stray = [name for name in self.tensors.names if self._belongs(name) and name not in known]
+        stray = [name for name in self.tensors.names if _belongs(name, self._quantized) and name not in known]
         if stray:
             more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
             raise PTQError(f"{self.folder}: nothing in the model takes the tensor {stray[0]}{more}")
+
+
+def _belongs(tensor: str, linears: AbstractSet[str]) -> bool:
+    """Whether the stored ``tensor`` is part of a quantized weight: a linear has nothing else but a bias."""
+    linear, _, leaf = tensor.rpartition(".")
+    return linear in linears and leaf != "bias"
+
+
+def _as_plain(stored_as: Format, names: Sequence[str]) -> list[str]:
+    """The names that the tensors would have if no linear were quantized."""
+    linears = set(stored_as.stored_linears(names))
+    return [*(name for name in names if not _belongs(name, linears)), *(f"{linear}.weight" for linear in sorted(linears))]
 
 
 def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> PackedCheckpoint:
@@ -127,7 +135,7 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     stored_as = format_of(entry)
     tensors = SafetensorsFolder(folder)
     config.dtype = dtype or config.dtype or _stored_dtype(tensors)
-    model = build_on_meta(config, len(tensors.names))
+    model, _ = build_classes(config, _as_plain(stored_as, tensors.names), config.architectures).built[0]
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     return PackedCheckpoint(folder, config, model, stored_as, tensors, stored_as.schemes(entry, tensors, linears))
 

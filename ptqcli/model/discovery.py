@@ -27,13 +27,13 @@ class BlockShape:
     """What the probe told of one block.
 
     stages: linears in the order in which they run, those that read the same tensor together (local names).
-    returns_tuple / extra_outputs: how the block returns its hidden states. hidden: their shape behind it, of PROBE_WINDOWS windows of
-    PROBE_TOKENS tokens; None if it did not run. unused: linears that did not run. repeated: linears that ran more than once. read:
-    linears whose weight other code has asked for, so that no other layer can take their place.
+    container / extra_outputs: how the block returns its hidden states: as the first of a tuple or list, or alone (None). hidden: their
+    shape behind it, of PROBE_WINDOWS windows of PROBE_TOKENS tokens; None if it did not run. unused: linears that did not run. repeated:
+    linears that ran more than once. read: linears whose weight other code has asked for, so that no other layer can take their place.
     """
 
     stages: tuple[tuple[str, ...], ...]
-    returns_tuple: bool
+    container: type[tuple[Any, ...]] | type[list[Any]] | None
     extra_outputs: int
     hidden: tuple[int, ...] | None
     unused: tuple[str, ...]
@@ -74,13 +74,13 @@ class Probe:
         for local, tensor, version in calls:
             stages.setdefault((id(tensor), version), []).append(local)
         linears = [local for local, module in self.model.get_submodule(block).named_modules() if is_linear(module)]
-        output = self.outputs.get(block)
-        returns_tuple = isinstance(output, tuple)
-        hidden = output[0] if isinstance(output, tuple) and output else output
+        output: Any = self.outputs.get(block)
+        container = next((kind for kind in (tuple, list) if isinstance(output, kind)), None)
+        hidden = first_output(output)
         return BlockShape(
             stages=tuple(tuple(stage) for stage in stages.values()),
-            returns_tuple=returns_tuple,
-            extra_outputs=len(output) - 1 if isinstance(output, tuple) else 0,
+            container=container,
+            extra_outputs=0 if container is None else len(output) - 1,
             hidden=tuple(hidden.shape) if isinstance(hidden, Tensor) else None,
             unused=tuple(local for local in linears if local not in names),
             repeated=tuple(local for local in linears if names.count(local) > 1),
@@ -120,6 +120,11 @@ def find_blocks(model: nn.Module, wanted: str | None = None, ran: Sequence[str] 
 def linear_size(module: nn.Module) -> int:
     """Weights in the linears of ``module``, each module once."""
     return sum(linear_weight(inner).numel() for inner in module.modules() if is_linear(inner))
+
+
+def first_output(output: Any) -> Any:
+    """The hidden states among what a block returns: the first of a tuple or list, or all of it."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 class StopForward(Exception):

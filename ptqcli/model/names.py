@@ -11,7 +11,10 @@ from ptqcli.errors import PTQError
 
 
 class DiskNames:
-    """Parameter and buffer names in memory -> tensor names in the file."""
+    """Parameter and buffer names in memory -> tensor names in the file.
+
+    unmatched: tensors that the model has no use for. missing: parameters that the file has no tensor for.
+    """
 
     def __init__(self, model: nn.Module, stored: Sequence[str]) -> None:
         memory = set(model.state_dict())
@@ -33,6 +36,7 @@ class DiskNames:
         for name, twin in (*((source, target) for target, source in tied), *tied):
             if name in memory and twin in self._disk:
                 self._disk.setdefault(name, self._disk[twin])
+        self.missing = [name for name, _ in model.named_parameters() if name not in self._disk]
 
     def refuse_assembled(self) -> None:
         """Raises PTQError if transformers makes a parameter of the model from several stored tensors."""

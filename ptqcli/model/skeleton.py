@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.config import build_named_class, build_on_meta
+from ptqcli.model.classes import build_classes
 from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
-from ptqcli.model.names import DiskNames
 from ptqcli.model.source import ModelSource
 
 
@@ -51,12 +50,10 @@ class Skeleton:
         self.kind = kind_of(self.config)
         self._tensors = source.tensors
         self._kept: dict[str, Tensor] = {}  # stored tensors of the units at work
-        self.model = build_on_meta(self.config, len(self._tensors.names))
-        self.names = DiskNames(self.model, self._tensors.names)
+        classes = build_classes(self.config, self._tensors.names, source.config_json().get("architectures"))
+        self.classes, self.unbuilt, self.only_named = classes.built, classes.unbuilt, classes.only_named
+        self.model, self.names = self.classes[0]
         self.names.refuse_assembled()
-        self.classes = [(self.model, self.names)]  # and the one that config.json names, if that is another
-        self.unbuilt: str | None = None  # why that one is not here
-        self._build_named_class()
         self._refuse_missing()
         self._refuse_stacks()
         probe = probe_model(self.model, self.kind)
@@ -82,21 +79,6 @@ class Skeleton:
                     out_features=out_features,
                     kind=type(module).__name__,
                 )
-
-    def _build_named_class(self) -> None:
-        """The class that config.json names can hold more than the one that is quantized, under other names."""
-        named = self.source.config_json().get("architectures")
-        name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else type(self.model).__name__
-        if name == type(self.model).__name__:
-            return
-        try:
-            model = build_named_class(self.config, name, len(self._tensors.names))
-        except PTQError as error:
-            model, self.unbuilt = None, str(error)
-        if model is None:
-            self.unbuilt = self.unbuilt or f"transformers has no class {name}, which config.json names"
-        else:
-            self.classes.append((model, DiskNames(model, self._tensors.names)))
 
     @cached_property
     def stacks(self) -> dict[str, int]:
@@ -138,10 +120,9 @@ class Skeleton:
         return self.model.get_submodule(name) is self.model.get_output_embeddings()  # type: ignore[operator]
 
     def _refuse_missing(self) -> None:
-        missing = [name for name, _ in self.model.named_parameters() if self.names.disk(name) is None]
-        if missing:
+        if self.names.missing:
             raise PTQError(
-                f"{self.where}: the safetensors files hold no tensor for {listed(missing)}; "
+                f"{self.where}: the safetensors files hold no tensor for {listed(self.names.missing)}; "
                 "the download may be incomplete or the model type may not match config.json"
             )
         for name, wanted in self.model.state_dict().items():

@@ -25,7 +25,7 @@ from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import Report, make_report
+from ptqcli.pipeline.report import CalibrationReport, Report, make_report
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -54,7 +54,12 @@ def quantize(
         work = _Quantization(ready, resources, growing_folder, progress, clock)
         work.run()
         report = make_report(
-            ready.plan, None if folder is None else str(folder.resolve()), work.state.layers, work.state.folds, work.written.bytes
+            ready.plan,
+            None if folder is None else str(folder.resolve()),
+            work.state.layers,
+            work.state.folds,
+            work.written.bytes,
+            work.calibration_report(),
         )
         with clock.measure("write"):
             work.written.finish(report)
@@ -71,7 +76,7 @@ class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
     def __init__(self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock) -> None:
-        self.skeleton, self.plan, self.windows = ready.skeleton, ready.plan, ready.windows
+        self.skeleton, self.plan, self.calibration = ready.skeleton, ready.plan, ready.calibration
         self.progress, self.clock, self.folder = progress, clock, folder
         plan = self.plan
         self.state = Run(
@@ -88,8 +93,8 @@ class _Quantization:
 
     def run(self) -> None:
         """Everything up to the last tensor."""
-        if self.windows is not None:
-            self._record(self.windows)
+        if self.calibration is not None:
+            self._record(self.calibration.windows)
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.before)
         window = self.state.solver.window
@@ -97,6 +102,18 @@ class _Quantization:
             self._quantize_window(range(len(self.skeleton.blocks))[start : start + window])
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after)
+
+    def calibration_report(self) -> CalibrationReport | None:
+        """What the codes depend on beside the request, None where nothing was calibrated."""
+        if self.calibration is None:
+            return None
+        return CalibrationReport(
+            seqlen=self.plan.seqlen,
+            bos=self.calibration.bos,
+            skipped_rows=self.calibration.skipped_rows,
+            batch_size=self.state.resources.windows_per_batch(self.plan.seqlen),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
 
     def _record(self, windows: Tensor) -> None:
         """How the model calls its blocks on the calibration ``windows``, int64 [windows, tokens]."""

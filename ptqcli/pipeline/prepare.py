@@ -6,10 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ptqcli.calibration.text import calibration_windows, documents
+from ptqcli.calibration.bos import window_bos
+from ptqcli.calibration.chat import chat_writer
+from ptqcli.calibration.rows import Rows
+from ptqcli.calibration.text import calibration_windows, documents, source_path
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.clock import Clock
@@ -25,16 +29,27 @@ Output = Path | Callable[[Plan], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A run that can begin. inputs: files and folders that it reads beside the model. windows: of the calibration text, int64
-    [windows, tokens], None when nothing looks at it.
+class CalibrationSet:
+    """What a run is calibrated on.
+
+    windows: token ids, int64 [windows, tokens]. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of the
+    text's tables that hold none.
     """
+
+    windows: Tensor
+    bos: bool
+    skipped_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that can begin. inputs: files and folders that it reads beside the model. calibration: None when nothing looks at it."""
 
     skeleton: Skeleton
     plan: Plan
     output: Path
     inputs: list[Path]
-    windows: Tensor | None
+    calibration: CalibrationSet | None
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
@@ -59,7 +74,7 @@ def prepare(
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
     folder = model if isinstance(model, Path) else model.folder
-    inputs = [path for path in (Path(recipe.calib), data_dir) if path is not None and os.path.exists(path)]
+    inputs = [path for path in (source_path(recipe.calib), data_dir) if path is not None and os.path.exists(path)]
     if isinstance(output, Path):  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
@@ -69,10 +84,19 @@ def prepare(
         check_output(output, folder, overwrite, inputs)
     progress.planned(plan, output)
     check_room(output, plan.disk_bytes)
-    windows = None
+    calibration = None
     if plan.needs_calibration:
         progress.phase(f"reading calibration text from {recipe.calib}")
         with clock.measure("text"):
-            texts = documents(recipe.calib, "calibration", data_dir)
-            windows = calibration_windows(texts, skeleton.source.tokenizer(), recipe.nsamples, plan.seqlen, recipe.seed)
-    return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, windows=windows)
+            calibration = _calibration_set(plan, skeleton.source.tokenizer(), data_dir)
+        if calibration.skipped_rows:
+            progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
+    return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)
+
+
+def _calibration_set(plan: Plan, tokenizer: Any, data_dir: Path | None) -> CalibrationSet:
+    recipe, rows = plan.recipe, Rows(write_chat=chat_writer(tokenizer))
+    bos = window_bos(tokenizer, recipe.bos)
+    texts = documents(recipe.calib, "calibration", data_dir, rows)
+    windows = calibration_windows(texts, tokenizer, recipe.nsamples, plan.seqlen, recipe.seed, bos)
+    return CalibrationSet(windows=windows, bos=bos is not None, skipped_rows=rows.skipped)

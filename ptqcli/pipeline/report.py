@@ -59,13 +59,28 @@ class FoldReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """How the calibration text was run through the model; with the request, the model and the machine it settles the codes.
+
+    seqlen: tokens in a window. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of tables that hold no
+    text. batch_size: windows in one forward pass. dtype: of the passes.
+    """
+
+    seqlen: int
+    bos: bool
+    skipped_rows: int
+    batch_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did.
 
     source: the folder that the model came from, None for one in memory. recipe: the request, every option of every part with it.
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
-    error_kind: output or weight, see ``LayerReport``. folds: what transforms did.
+    error_kind: output or weight, see ``LayerReport``. folds: what transforms did. calibration: None where there was none.
     readers: how other programs load the checkpoint, which its model card tells.
     output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
     """
@@ -80,6 +95,7 @@ class Report:
     error_kind: str
     folds: list[FoldReport] = field(default_factory=list)
     readers: tuple[Reader, ...] = ()
+    calibration: CalibrationReport | None = None
     output: str = ""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -95,7 +111,14 @@ class Report:
         return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
 
 
-def make_report(plan: Plan, source: str | None, layers: list[LayerReport], folds: list[FoldReport], bytes_after: int) -> Report:
+def make_report(
+    plan: Plan,
+    source: str | None,
+    layers: list[LayerReport],
+    folds: list[FoldReport],
+    bytes_after: int,
+    calibration: CalibrationReport | None,
+) -> Report:
     """The report of a run. source: the folder that the model came from, None for one in memory."""
     sizes = {linear.name: linear.site.in_features * linear.site.out_features for linear in plan.linears}
     bits = sum(layer.bits_per_weight * sizes[layer.name] for layer in layers)
@@ -110,6 +133,7 @@ def make_report(plan: Plan, source: str | None, layers: list[LayerReport], folds
         error_kind="output" if plan.needs_calibration else "weight",
         folds=folds,
         readers=plan.readers,
+        calibration=calibration,
     )
 
 

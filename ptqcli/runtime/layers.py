@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from ptq_kernels import (
@@ -123,6 +125,29 @@ def _integer_layer(
     columns = weight.outliers.weight.to(dtype)
     threshold = scheme.outliers.threshold if scheme.outliers.dynamic else None
     return LLMInt8Linear(codes, scale, weight.outliers.index, columns, threshold, activations.per_token, bias, reference)
+
+
+def mixes_tokens(model: nn.Module) -> bool:
+    """Whether a layer takes a number from all tokens of a call: a dynamic scale of the tensor, or columns in which any is an outlier."""
+    return any(
+        (isinstance(layer, W8A8Linear) and layer.input_scale is None and not layer.per_token)
+        or (isinstance(layer, LLMInt8Linear) and (layer.threshold is not None or not layer.per_token))
+        for layer in model.modules()
+    )
+
+
+@contextmanager
+def expanding(model: nn.Module) -> Iterator[None]:
+    """While inside, layers that take another kernel for few tokens take the one for many, whose numbers differ in the last digits."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (TorchInt4WeightOnly, TorchInt8WeightOnly))]
+    before = [layer.always_expand for layer in layers]
+    for layer in layers:
+        layer.always_expand = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.always_expand = was
 
 
 def kernels_in(model: nn.Module) -> Counter[str]:

@@ -14,6 +14,7 @@ import transformers
 from ptqcli.checkpoint import auxiliary
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.classes import build_classes
 from ptqcli.model.config import load_config, read_generation_config
 from ptqcli.model.kinds import kind_of
 from ptqcli.resources import free_bytes
@@ -37,13 +38,14 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
 
 
 def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
-    kind = kind_of(config)
     tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
+    classes = build_classes(config, tensors.names, config.architectures)
+    name = type(classes.built[0][0]).__name__ if classes.only_named else kind_of(config).auto_class
     if tensors.total_bytes < free_bytes(device):
-        return _read(folder, kind.auto_class, config).to(device)
+        return _read(folder, name, config).to(device)
     offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
     try:
-        model = _read(folder, kind.auto_class, config, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
+        model = _read(folder, name, config, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
     except BaseException:
         shutil.rmtree(offloaded)
         raise
@@ -51,10 +53,11 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     return model
 
 
-def _read(folder: Path, auto_class: str, config: Any, **placed: Any) -> Any:
-    """The model of ``config``, with all its tensors from the files. placed: what transformers is told of where to put them."""
+def _read(folder: Path, name: str, config: Any, **placed: Any) -> Any:
+    """The model of ``config`` in the class ``name`` of transformers, with all its tensors from the files. placed: what says where to put
+    them."""
     with foreign(f"{folder}: transformers cannot load it"):
-        model, loading = getattr(transformers, auto_class).from_pretrained(
+        model, loading = getattr(transformers, name).from_pretrained(
             folder,
             config=config,
             generation_config=read_generation_config(folder),

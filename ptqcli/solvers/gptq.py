@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.errors import UsageError
 from ptqcli.numerics.grids import Grid, RangeSearch, range_search
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
@@ -82,6 +83,8 @@ class GPTQ(MatrixSolver):
     def __post_init__(self) -> None:
         check_damp(self.damp)
         check_choices(self)
+        if not self.act_order and not self.static_groups:
+            raise UsageError("static groups have no effect without act order, where groups are neighbours anyway; leave one of the two out")
 
     def moves_groups(self, scheme: Scheme) -> bool:
         """With act-order and without static groups, groups are neighbours in the new order only."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ptqcli.calibration.files import read_file, read_path
+from ptqcli.calibration.rows import Rows
 from ptqcli.errors import PTQError
 
 TEXTS = [f"text number {number}" for number in range(8)]
@@ -68,10 +69,10 @@ def test_strings_that_are_not_utf8(tmp_path: Path, kind: pa.DataType) -> None:
 def test_a_saved_data_set_is_read_by_the_same_reader(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
     (tmp_path / "a.arrow").write_bytes(arrow_bytes(pa.array(TEXTS)))
-    assert read_path(tmp_path, "calibration") == TEXTS
+    assert read_path(tmp_path, "calibration", Rows()) == TEXTS
     (tmp_path / "a.arrow").write_bytes(arrow_bytes(not_text(pa.string())))
     with pytest.raises(PTQError, match=r"a\.arrow cannot be read"):
-        read_path(tmp_path, "calibration")
+        read_path(tmp_path, "calibration", Rows())
 
 
 @pytest.mark.parametrize("name", ["../a.arrow", "/etc/passwd", "", "..", 3, None])
@@ -81,7 +82,7 @@ def test_a_saved_data_set_names_files_of_its_own_folder(tmp_path: Path, name: ob
     (tmp_path / "a.arrow").write_bytes(arrow_bytes(pa.array(TEXTS)))
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     with pytest.raises(PTQError, match=r"state\.json: does not list Arrow files beside it"):
-        read_path(folder, "calibration")
+        read_path(folder, "calibration", Rows())
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
     with pytest.raises(PTQError, match=r"dataset_dict\.json: splits is"):
-        read_path(folder, "calibration")
+        read_path(folder, "calibration", Rows())

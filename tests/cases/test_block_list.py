@@ -1,6 +1,7 @@
 """The blocks are the list that holds the model's linear weights, whatever the classes of its entries; anything less is an error or said.
 
-A list of blocks of two classes used to be passed over for a tiny list of adapters inside one of them, and the run "succeeded" on two linears.
+A list of blocks of two classes used to be passed over for a tiny list of adapters inside one of them, and the run "succeeded" on two
+linears.
 """
 
 from __future__ import annotations
@@ -70,9 +71,8 @@ def test_a_model_that_shares_a_block_is_quantized_but_for_the_shared_one(tmp_pat
     assert len({type(block) for block in skeleton.blocks}) == 2
     plan = plan_of(tmp_path)
     shared = {name: reason for name, reason in plan.skipped if "shared_transformer" in name}
-    assert shared["model.layers.2.shared_transformer.self_attn.q_proj"] == (
-        "its weight is that of model.layers.5.shared_transformer.self_attn.q_proj, too"
-    )
+    assert shared["model.layers.2.shared_transformer.self_attn.q_proj"] == "its weight also runs in model.layers.5"
+    assert shared["model.layers.5.shared_transformer.self_attn.q_proj"] == "its weight also runs in model.layers.2"
     mixers = {linear.name for linear in plan.linears if linear.name.endswith("in_proj")}
     assert len(mixers) == len(skeleton.blocks)
     assert not {linear.name for linear in plan.linears} & set(shared)
@@ -85,8 +85,10 @@ def test_little_in_the_blocks_is_an_error_and_where_it_is_meant_it_is_said(tmp_p
     make_text_model(tmp_path, "narrow")
     with pytest.raises(UsageError, match=r"model.decoder.layers, holds 20 % of the linear weights.*use --blocks model.decoder.layers"):
         plan_of(tmp_path)
-    [note] = [note for note in plan_of(tmp_path, blocks="model.decoder.layers").notes if "only" in note]
-    assert note.startswith("only 20%")
+    [note] = plan_of(tmp_path, blocks="model.decoder.layers").notes
+    assert note == "only 20% of the weights in the model's matrices, embeddings and output head apart, are quantized"
+    [note] = plan_of(tmp_path, blocks="model.decoder.layers", ignore=["fc2"]).notes
+    assert note.startswith("only 15%")
 
 
 def test_most_of_a_model_in_the_blocks_needs_no_word(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources
+from ptqcli.runtime.models import load_model
 
 REQUESTS: dict[str, dict[str, Any]] = {"one scheme": {}, "two schemes": {"overrides": [{"pattern": r"\.0\.", "bits": 8}]}}
 
@@ -77,6 +78,23 @@ def test_both_classes_find_the_packed_linears_and_no_others(kind: str, request_n
             assert relative(run(load(reader, tmp_path / "out")), run(load(reader, tmp_path / "dequantized"))) < 1e-3
 
 
+def test_where_only_the_files_own_class_finds_its_tensors_that_one_is_quantized(tmp_path: Path) -> None:
+    """transformers' auto class would build another class, with random weights, from the original files, too."""
+    file = file_class("emu3")
+    built, _ = make_model("emu3", file, tmp_path / "model")
+    _, plan = plan_run(tmp_path / "model", load_recipe(flags={"algo": "rtn", "group_size": 16}), Resources())
+    assert any(f"load it as {file.__name__}" in note for note in plan.notes)
+    entry = quantized(tmp_path, **REQUESTS["two schemes"])
+    targets = {target for group in entry["config_groups"].values() for target in group["targets"]}
+    assert all(target.startswith("model.text_model.layers.") for target in targets)
+    dequantize(tmp_path / "out", tmp_path / "dequantized", file)
+    truth = run(load(file, tmp_path / "dequantized"))
+    ours, theirs = load_model(tmp_path / "out"), load(file, tmp_path / "out")
+    assert type(ours).__name__ == type(theirs).__name__ == file.__name__ != built
+    assert max(relative(run(ours), truth), relative(run(theirs), truth)) < 1e-3
+    assert type(load_model(tmp_path / "model")) is file
+
+
 def test_a_text_model_has_one_name_for_each_linear(tmp_path: Path) -> None:
     make_text_model(tmp_path / "model")
     entry = quantized(tmp_path, **REQUESTS["two schemes"])
@@ -106,5 +124,5 @@ def test_for_a_class_that_is_not_there_the_stored_names_count(named: str, tmp_pa
 
 
 def test_a_name_that_means_two_things_is_refused() -> None:
-    with pytest.raises(PTQError, match="layers.0: is quantized in one of the classes"):
+    with pytest.raises(PTQError, match=r"layers\.0: is quantized in one of the classes"):
         quantization_config({"layers.0": Scheme(4, 32)}, ["layers.0", "lm_head"])

@@ -6,6 +6,7 @@ second with the block's name.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,15 @@ def test_hidden_states_of_four_dimensions_are_refused_before_any_text_is_read(
 ) -> None:
     monkeypatch.setitem(ARCHITECTURES, "streams", ("Gemma3nTextConfig", FOUR_STREAMS))
     make_text_model(tmp_path / "model", "streams")
-    arguments = [
-        "quantize",
-        tmp_path / "model",
-        "--output",
-        tmp_path / "out",
-        "--group-size",
-        "16",
-        "--ignore",
-        "altup",
-        "--calib",
-        "builtin",
-    ]
+    arguments = ["quantize", tmp_path / "model", "--output", tmp_path / "out", "--calib", "builtin"]
     answer = ptq(*arguments, "--algo", "gptq", "--dry-run")
     assert answer.code == UsageError.exit_code
     assert "model.layers.0: gives [4, 2, 8, 64] for 2 windows of 8 tokens" in one_line(answer)
     assert "--algo rtn" in one_line(answer)
+    assert "--group-size" not in answer.err
     assert ptq(*arguments, "--algo", "rtn").code == 0
+    left = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {f"model.layers.{layer}.altup.{name}_coefs" for layer in range(2) for name in ("correction", "prediction")} <= set(left)
 
 
 def test_a_model_that_does_not_run_up_to_its_blocks_is_refused_in_one_line(tmp_path: Path, ptq: Ptq) -> None:

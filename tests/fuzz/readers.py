@@ -25,6 +25,7 @@ from safetensors.torch import save
 from tiny import byte_tokenizer
 
 from ptqcli.calibration.files import read_path
+from ptqcli.calibration.rows import Rows
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.cli import run
@@ -340,7 +341,7 @@ def saved(folder: Path, random: mutate.Source) -> object:
 
 
 def documents(path: Path) -> list[str]:
-    texts = read_path(path, "calibration")
+    texts = read_path(path, "calibration", Rows())
     assert texts
     assert all(isinstance(text, str) and text.encode() is not None for text in texts)
     return texts

@@ -1,0 +1,15 @@
+"""Layers inside ``torch.autocast``, where an input may come in another dtype than the layer's, as a norm in float32 hands it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(layer: Any, x: Tensor) -> Tensor:
+    """``layer`` on ``x`` in the dtype of its scales, for which its codes were chosen; ``nn.Linear`` would take autocast's own."""
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = layer(x.to(layer.scale.dtype))
+        return out
