@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "arguments", "numerics", "suggest"}
+BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "estimate"}
 
@@ -24,6 +24,8 @@ PLAN = ROOMS | {"plan", "estimate"}
 ALLOWED = {
     "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
+    "untrusted": {"errors"},
+    "patterns": {"errors", "untrusted"},
     "suggest": set(),
     "arguments": {"errors"},
     "options": {"errors", "suggest"},

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.errors import PTQError
-from ptqcli.model.config import first_line
 from ptqcli.model.discovery import BlockShape, StopForward, first_output
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.untrusted import one_line
 
 WAY_OUT = "use --algo rtn, which needs no calibration"
 
@@ -164,7 +164,7 @@ def _named_errors(what: str) -> Iterator[None]:
     except (PTQError, StopForward, MemoryError):
         raise
     except Exception as error:
-        raise PTQError(f"{what} ({type(error).__name__}: {first_line(error)}); {WAY_OUT}") from error
+        raise PTQError(f"{what} ({type(error).__name__}: {one_line(error)}); {WAY_OUT}") from error
 
 
 def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:

@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.classes import build_classes
 from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
@@ -26,8 +27,6 @@ from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
 from ptqcli.model.names import DiskNames
 from ptqcli.model.source import ModelSource
-
-FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,16 @@ class Skeleton:
                 f"{self.where}: the safetensors files hold no tensor for {listed(self.names.missing)}; "
                 "the download may be incomplete or the model type may not match config.json"
             )
-        for name, parameter in self.model.named_parameters():
-            stored = self._tensors.shape(self.stored_name(name))
-            if tuple(stored) != tuple(parameter.shape):
-                raise PTQError(
-                    f"{self.where}: tensor {self.stored_name(name)} has shape {list(stored)} but config.json asks for "
-                    f"{list(parameter.shape)}"
-                )
-            if parameter.is_floating_point() and not self.dtype(name).is_floating_point:
-                raise PTQError(
-                    f"{self.where}: tensor {self.stored_name(name)} is stored as {self.dtype(name)}, which is already quantized or not a "
-                    "weight; start from the original model"
-                )
+        for name, wanted in self.model.state_dict().items():
+            stored = self.names.disk(name)
+            if stored is None:
+                continue  # a persistent buffer that old files do not carry
+            shape, dtype = list(self._tensors.shape(stored)), self._tensors.dtype(stored)
+            if shape != list(wanted.shape):
+                raise PTQError(f"{self.where}: tensor {stored} has shape {shape} but config.json asks for {list(wanted.shape)}")
+            if (dtype not in FLOATING) if wanted.is_floating_point() else dtype.is_floating_point:
+                kind = "already quantized or not a weight" if wanted.is_floating_point() else "no whole number"
+                raise PTQError(f"{self.where}: tensor {stored} is stored as {dtype}, which is {kind}; start from the original model")
 
     def _units(self) -> tuple[Unit, list[Unit], Unit]:
         """Each stored tensor in the first unit that wants it; what no parameter takes is carried over in the last."""
