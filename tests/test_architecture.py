@@ -29,6 +29,7 @@ ALLOWED = {
     "suggest": set(),
     "arguments": {"errors"},
     "options": {"errors", "suggest"},
+    "recipe_file": {"errors", "untrusted"},
     "shipped": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},
     "resources": {"errors"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "recipe_file"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
