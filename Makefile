@@ -2,6 +2,7 @@
 # make test    check, then the test suite, all but what follows
 # make test-kernels   the GPU kernels: Triton interprets them, and compiles them for GPUs that are not there
 # make test-slow   what takes minutes: quality on the demo model, memory, processes of their own
+# make fuzz    20,000 broken and hostile inputs for everything that reads a file, with a table of what became of them
 # make check   lint, format and types
 # make test-oldest   what make test runs, with the oldest transformers that is supported, in an environment of its own
 # make clean   remove what the others made, the virtual environment included
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 # What Python compiled and pytest made of the assertions is kept: made anew, it costs each of the suite's processes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-kernels test-oldest check clean
+.PHONY: demo test test-slow test-kernels test-oldest fuzz check clean
 
 demo: $(READY)
 	$(BIN)/ptq quantize --algo gptq --wbits 4 --group-size 128 --output $(DEMO) --overwrite
@@ -42,6 +43,10 @@ test-oldest: $(READY)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
 	  --editable '.[test]' 'transformers==5.17.*'
 	$(OLDEST)/bin/pytest -m "not triton"
+
+FUZZ_INPUTS := 20000
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_INPUTS)
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)

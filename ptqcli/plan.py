@@ -7,13 +7,13 @@ matches nothing, parts of one fused matrix in different schemes, something that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
+from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
@@ -21,6 +21,7 @@ from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import AUTO_GROUP, AUTO_GROUPS, Scheme
+from ptqcli.patterns import found
 from ptqcli.recipe import AUTO, Override, Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
@@ -92,9 +93,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
     """
     _check_window(recipe)
-    linears, skipped = _choose(recipe, skeleton, assigned or {})
     outside = _outside(skeleton)
-    _check_patterns_match(recipe, skeleton, outside)
+    hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
+    linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
+    _check_patterns_match(recipe, skeleton, outside, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     _check_groups(linears, recipe)
@@ -141,14 +143,19 @@ def model_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
-def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
+Hits = Mapping[str, frozenset[str]]  # pattern -> names that it finds
+
+
+def _choose(
+    recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme], hits: Hits
+) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
     unknown = sorted(assigned.keys() - {site.name for site in skeleton.linears})
     if unknown:
         raise UsageError(f"a scheme is assigned to {unknown[0]}, which is no linear of the model's blocks")
     linears, skipped = [], []
     solver = as_block_solver(recipe.solver())
     for site in skeleton.linears:
-        scheme, reason = _scheme_for(recipe, site.name)
+        scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
         reason = reason or _obstacle(site, skeleton) or _too_narrow(scheme, site)
         if reason is not None:
@@ -156,8 +163,6 @@ def _choose(recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme]) 
             continue
         scheme = scheme.resolved(site.in_features)
         dtype = skeleton.dtype(f"{site.name}.weight")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise PTQError(f"{site.name}: is stored as {dtype}, which is already quantized or not a weight; start from the original model")
         spec = LinearSpec(
             name=site.name,
             scheme=scheme,
@@ -186,11 +191,11 @@ def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     return None
 
 
-def _scheme_for(recipe: Recipe, name: str) -> tuple[Scheme, str | None]:
+def _scheme_for(recipe: Recipe, name: str, hits: Hits) -> tuple[Scheme, str | None]:
     scheme = recipe.default_scheme
-    reason = "ignored" if any(re.search(pattern, name) for pattern in recipe.ignore) else None
+    reason = "ignored" if any(name in hits[pattern] for pattern in recipe.ignore) else None
     for override in recipe.overrides:
-        if re.search(override.pattern, name):
+        if name in hits[override.pattern]:
             scheme = override.apply(scheme)
             reason = "skipped" if override.skip else (None if reason == "skipped" else reason)
     return scheme, reason
@@ -201,25 +206,27 @@ def _outside(skeleton: Skeleton) -> list[str]:
     return [name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear) and name not in inside]
 
 
-def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str]) -> None:
+def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str], hits: Hits) -> None:
     names = [site.name for site in skeleton.linears]
     for override in recipe.overrides:
-        if not any(re.search(override.pattern, name) for name in names):
-            found = _other_match(override.pattern, skeleton, outside)
-            if found is None or not override.skip:  # what stays as it is may be skipped
-                raise UsageError(f"override '{override.pattern}' {found or f'matches no linear; the linears are named like {names[0]}'}")
+        if hits[override.pattern].isdisjoint(names):
+            other = _other_match(override.pattern, skeleton, outside)
+            if other is None or not override.skip:  # what stays as it is may be skipped
+                raise UsageError(f"override '{override.pattern}' {other or f'matches no linear; the linears are named like {names[0]}'}")
     for pattern in recipe.ignore:
-        if not any(re.search(pattern, name) for name in names) and _other_match(pattern, skeleton, outside) is None:
+        if hits[pattern].isdisjoint(names) and _other_match(pattern, skeleton, outside) is None:
             raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
 
 
 def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> str | None:
     """What ``pattern``, which finds no linear of the blocks, finds in the model instead, and why that has no scheme."""
+    modules = dict(skeleton.model.named_modules())
+    hits = found([pattern], [name for name in modules if name])[pattern]
     for name in outside:
-        if re.search(pattern, name):
+        if name in hits:
             return f"matches {name}, a linear outside the blocks; it stays in 16 bit for now, so leave the override out"
-    for name, module in skeleton.model.named_modules():
-        if name and re.search(pattern, name) and next(module.parameters(recurse=False), None) is not None:
+    for name, module in modules.items():
+        if name in hits and next(module.parameters(recurse=False), None) is not None:
             return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"
     return None
 
@@ -254,7 +261,9 @@ def _check_groups(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
 
 def _group_source(recipe: Recipe, name: str) -> Override | None:
     """The override that says the group size of the linear ``name``, None where the recipe does."""
-    saying = [override for override in recipe.overrides if override.group_size is not None and re.search(override.pattern, name)]
+    sized = [override for override in recipe.overrides if override.group_size is not None]
+    hits = found([override.pattern for override in sized], [name])
+    saying = [override for override in sized if hits[override.pattern]]
     return saying[-1] if saying else None
 
 
@@ -309,10 +318,7 @@ def _check_hidden_states(skeleton: Skeleton) -> None:
     for index, shape in enumerate(skeleton.shapes):
         if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
             found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
-            raise UsageError(
-                f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features], which calibration needs; "
-                "use --algo rtn, which needs none"
-            )
+            raise UsageError(f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features]; {WAY_OUT}")
 
 
 def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:

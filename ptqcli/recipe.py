@@ -5,14 +5,11 @@ Importing this imports no torch; parts are imported when a request is made.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
-
-import yaml
 
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.calibration.bos import check_bos
@@ -20,7 +17,10 @@ from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.options import SchemeDefaults, fits, kind_text
+from ptqcli.patterns import check_pattern
+from ptqcli.recipe_file import read_recipe_file
 from ptqcli.suggest import did_you_mean
+from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
@@ -145,8 +145,13 @@ class Recipe:
         check_bos(self.bos)
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
-        for pattern in (*self.ignore, *(override.pattern for override in self.overrides)):
-            _check_pattern(pattern)
+        for pattern in self.patterns:
+            check_pattern(pattern)
+
+    @property
+    def patterns(self) -> list[str]:
+        """All regular expressions of ``ignore`` and ``overrides``."""
+        return [*self.ignore, *(override.pattern for override in self.overrides)]
 
     @property
     def algorithm(self) -> Algorithm:
@@ -254,14 +259,7 @@ def _check_options(options: PartOptions, algorithm: Algorithm, where: str = "") 
                 listed = f"its options are {', '.join(known)}" if known else "it has none"
                 raise UsageError(f"{where}{name} has no option '{key}'; {listed}{did_you_mean(key, known)}")
             if not fits(value, known[key].hint):
-                raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {value!r}")
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"'{pattern}' is not a regular expression: {error}") from error
+                raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {shown(value)}")
 
 
 def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] | None = None) -> Recipe:
@@ -292,7 +290,7 @@ def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] 
 def _written(start: Path | Recipe | None) -> dict[str, object]:
     if isinstance(start, Recipe):
         return {name: getattr(start, name) for name in _fields()}
-    return {} if start is None else _read_yaml(start)
+    return {} if start is None else read_recipe_file(start)
 
 
 def _fields() -> list[str]:
@@ -335,35 +333,9 @@ def _spread(declared: Declaration, value: object, algorithm: Algorithm, found: d
 
 
 def _section(value: object, key: str, where: str) -> dict[str, object]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{where}'{key}' must be a section of options such as {key}: {{option: value}}, not {value!r}")
-    return {str(name): entry for name, entry in value.items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """As YAML's safe loader, which of a key that stands twice takes the last without a word; here it is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"'{twice}' is given twice; give it once")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: Path) -> dict[str, object]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{file}: cannot read the recipe: {reason}") from error
-    try:
-        values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"{file}: is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{file}: a recipe is a list of 'key: value' lines; see configs/ for examples")
-    return {str(key): value for key, value in values.items()}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{where}'{key}' must be a section of options such as {key}: {{option: value}}, not {shown(value)}")
+    return dict(value)
 
 
 def _as_list(value: object, key: str, where: str) -> list[Any]:
@@ -377,12 +349,16 @@ def _override(entry: object, where: str) -> Override:
         return entry
     known = {item.name for item in fields(Override)}
     if not isinstance(entry, dict) or "pattern" not in entry or not set(entry) <= known:
-        raise UsageError(f"{where}: an override has the keys {', '.join(sorted(known))}, of which pattern is required; found {entry!r}")
+        keys = ", ".join(sorted(known))
+        raise UsageError(f"{where}: an override has the keys {keys}, of which pattern is required; found {shown(entry)}")
     _check_types(Override, entry, where)
     return Override(**entry)
 
 
+_hints = cache(get_type_hints)  # of a recipe with thousands of overrides
+
+
 def _check_types(kind: type, values: Mapping[str, object], where: str) -> None:
-    for key, hint in get_type_hints(kind).items():
+    for key, hint in _hints(kind).items():
         if key in values and not fits(values[key], hint):
-            raise UsageError(f"{where}: '{key}' must be {kind_text(hint)}, not {values[key]!r}")
+            raise UsageError(f"{where}: '{key}' must be {kind_text(hint)}, not {shown(values[key])}")

@@ -31,9 +31,9 @@ def w8a8(inputs: ActivationScheme, group_size: int = -1, split: OutlierSplit | N
     return Scheme(8, group_size, True, inputs, split)
 
 
-def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaConfig:
+def llama(dtype: torch.dtype = torch.float32, tied: bool = False, layers: int = 2) -> LlamaConfig:
     return LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
         max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=tied, dtype=dtype, bos_token_id=0, eos_token_id=1,
         attention_bias=True,
     )  # fmt: skip

@@ -304,11 +304,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
 
 
 BAD_INDEXES = {
-    "not json": (b"{", "is not a safetensors index"),
+    "not json": (b"{", "is not valid JSON"),
     "no map": (b"{}", "is not a safetensors index"),
     "a list": (b'{"weight_map": []}', "is not a safetensors index"),
     "not a name": (b'{"weight_map": {"a": 3}}', "is not a safetensors index"),
-    "a missing file": (b'{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors, which is missing"),
+    "a missing file": (b'{"weight_map": {"a": "gone.safetensors"}}', r"'gone\.safetensors', which is missing"),
     "another folder": (b'{"weight_map": {"a": "../x.safetensors"}}', "not a file name in the same folder"),
     "a missing tensor": (b'{"weight_map": {"z": "here.safetensors"}}', "tensor z in here.safetensors"),
 }

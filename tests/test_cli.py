@@ -123,9 +123,9 @@ REFUSED = [
     ("quantize model --scheme w4a16 --wbits 4", 2, "scheme w4a16 says what the numbers are, so leave wbits out"),
     ("quantize model --recipe w4a16-aqw", 2, "did you mean 'w4a16-awq'?"),
     ("quantize model --recipe nowhere", 2, "recipe 'nowhere' is neither a file nor one of those that come along; `ptq recipes` lists them"),
-    ("quantize model --recipe nowhere.yaml", 2, "nowhere.yaml: cannot read the recipe: No such file"),
-    ("quantize model --recipe empty", 2, "empty: cannot read the recipe: Is a directory"),
-    ("quantize model --recipe binary.txt", 2, "binary.txt: cannot read the recipe"),
+    ("quantize model --recipe nowhere.yaml", 2, "nowhere.yaml: cannot be read: No such file"),
+    ("quantize model --recipe empty", 2, "empty: cannot be read: Is a directory"),
+    ("quantize model --recipe binary.txt", 2, "binary.txt: is not UTF-8 text"),
     ("quantize model --recipe typo.yaml", 2, "typo.yaml: unknown key 'wbit'"),
     ("quantize model --recipe broken.yaml", 2, "broken.yaml: is not valid YAML"),
     ("quantize model --group-size 32 --calib nowhere.txt", 2, "nowhere.txt"),
@@ -225,7 +225,7 @@ def test_no_checkpoint_here(ptq: Ptq, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_damaged_report(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:
     shutil.copytree(workshop / "done", tmp_path / "done")
     (tmp_path / "done" / REPORT_NAME).write_text("{")
-    assert f"{REPORT_NAME}: not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
+    assert f"{REPORT_NAME}: is not valid JSON" in one_line(ptq("inspect", tmp_path / "done"))
 
 
 def test_a_report_of_another_program(ptq: Ptq, workshop: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_an_unknown_format_is_refused_with_those_that_there_are(monkeypatch: pyt
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
     with pytest.raises(UsageError, match=r"^format 'zip' is unknown; use compressed-tensors, plain-bytes$"):
         find_format("zip")
-    for config, method in (({"quant_method": "zip"}, "zip"), ({}, "None")):
+    for config, method in (({"quant_method": "zip"}, "'zip'"), ({}, "None")):
         with pytest.raises(PTQError, match=f"quant_method {method} is not read; what is read: compressed-tensors, plain-bytes$"):
             format_of(config)
 
@@ -128,7 +128,7 @@ def test_a_broken_format_fails_only_when_it_is_used(monkeypatch: pytest.MonkeyPa
     assert format_of({"quant_method": "plain-bytes"}) is PLAIN
     with pytest.raises(PTQError, match=f"^format 'broken' {message}"):
         find_format("broken")
-    with pytest.raises(PTQError, match=f"quant_method zip is not read; .*; format 'broken' {message}"):
+    with pytest.raises(PTQError, match=f"quant_method 'zip' is not read; .*; format 'broken' {message}"):
         format_of({"quant_method": "zip"})
 
 
@@ -218,7 +218,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another method": (
         lambda folder: change_config(folder, lambda config: config["quantization_config"].update(quant_method="gptq")),
-        "quant_method gptq is not read; what is read: compressed-tensors",
+        "quant_method 'gptq' is not read; what is read: compressed-tensors",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "no codes": (

@@ -261,7 +261,7 @@ def test_raw_wikitext_has_the_rows_of_the_datasets_library(tmp_path: Path) -> No
         ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 50, PTQError, "a.jsonl.gz cannot be read ("),
         ("a.jsonl.zst", b"no zstd", PTQError, "a.jsonl.zst cannot be read ("),
         ("a.rst", b"x", UsageError, "a.rst is of a kind that is not read; give one of .txt .md "),
-        ("a::b.txt", b"x", UsageError, "a::b.txt cannot be opened, as datasets takes '::' for a file inside another one; rename it"),
+        ("a::b.csv", b"x", UsageError, "a::b.csv cannot be opened, as datasets takes '::' for a file inside another one; rename it"),
         ("a.csv.zst", b"x", UsageError, "a.csv.zst is of a kind that is not read; give one of .txt "),
         ("a.parquet.gz", b"x", UsageError, "a.parquet.gz is of a kind that is not read; give one of .txt "),
     ],
@@ -410,7 +410,7 @@ def test_saved_datasets_that_do_not_work(tmp_path: Path) -> None:
     assert "the text is empty" in fails(PTQError, tmp_path / "empty")
     assert "has the splits one, two, none for evaluation" in fails(UsageError, tmp_path / "splits")
     (tmp_path / "empty/state.json").write_text("{")
-    assert f"the data set in {tmp_path / 'empty'} cannot be read (" in fails(PTQError, tmp_path / "empty")
+    assert f"{tmp_path / 'empty' / 'state.json'}: is not valid JSON (" in fails(PTQError, tmp_path / "empty")
 
 
 # Names

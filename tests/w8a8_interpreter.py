@@ -127,7 +127,7 @@ def check_quantize() -> None:
             got = quantize_rows.quantize(x, per_token, input_scale, counters)
             scale = reference.activation_scale(x.float(), per_token) if input_scale is None else input_scale
             codes = torch.round(x.float() / scale).clamp(-128, 127).to(torch.int8)
-            assert torch.equal(got.scale, scale.flatten()), (dtype, M, K)
+            assert torch.equal(got.scale, scale.flatten() if input_scale is None else scale.expand(M)), (dtype, M, K)
             assert torch.equal(got.codes[:, :K], codes), (dtype, M, K)
             assert not got.codes[:, K:].any()
             assert not counters.any()
@@ -135,11 +135,12 @@ def check_quantize() -> None:
 
 def check_nan() -> None:
     """A value that is not finite makes its whole token not finite, and no other."""
-    for value in (float("nan"), float("inf"), -float("inf")):
-        case = Case(3, 32, 64)
-        case.x[1, 5] = value
-        out = w8a8.launch(case.x, case.codes, case.scale, config=replace(PLAIN, split_k=1))
-        assert out.isfinite().all(dim=1).tolist() == [True, False, True], value
+    for value, K in product((float("nan"), float("inf"), -float("inf")), (64, 4099)):
+        case = Case(3, 32, K)
+        case.x[1, K - 5] = value
+        for scale, per_token in ((None, True), (torch.tensor([0.05]), False)):
+            out = w8a8.launch(case.x, case.codes, case.scale, scale, per_token, config=replace(PLAIN, split_k=1))
+            assert out.isfinite().all(dim=1).tolist() == [True, False, True], (value, K, scale)
 
 
 def check_integers() -> None:

@@ -27,7 +27,7 @@ class ReferenceWeightOnly(nn.Module):
 
     codes: uint8 [N, K] below 2^bits. scale: floating [N, G]. zero: uint8 [N, G], or None for 2^(bits-1) everywhere. group_size:
     neighbouring columns per scale, -1 for whole rows. bias: [N]. g_idx: int32 [K], the group of each column.
-    Raises TypeError or ValueError, naming the argument, when a dtype or shape does not fit.
+    Raises TypeError or ValueError, naming the argument, when a dtype, a shape or a range does not fit.
     """
 
     kernel = "reference"
@@ -59,6 +59,9 @@ class ReferenceWeightOnly(nn.Module):
         self.register_buffer("g_idx", g_idx)
         probe = scale.new_empty((1, self.in_features), device="meta")
         check_arguments(probe, self.packed, scale, zero, bits, group_size, bias, g_idx)
+        _check_zero(zero, bits)
+        if g_idx is not None and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < scale.shape[1]:
+            raise ValueError(f"g_idx must be below {scale.shape[1]}, the number of groups, found {int(g_idx.min())} to {int(g_idx.max())}")
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
@@ -103,6 +106,7 @@ class TritonWeightOnly(nn.Module):
             group_size = -1
         self.bits = bits
         self.group_size = group_size
+        _check_zero(zero, bits)
         perm = None if g_idx is None else _column_order(g_idx, codes, scale)
         self.register_buffer("packed", pack_tiles(codes if perm is None else codes[:, perm.long()], bits))
         self.register_buffer("scale", pack_groups(scale, scale.dtype))
@@ -137,6 +141,11 @@ def _column_order(g_idx: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if int(g_idx.min()) < 0 or g_idx.bincount(minlength=groups).tolist() != [in_features // groups] * groups:
         raise ValueError(f"g_idx must give each of {groups} groups {in_features // groups} columns")
     return g_idx.argsort(stable=True).to(torch.int32)
+
+
+def _check_zero(zero: Tensor | None, bits: int) -> None:
+    if zero is not None and zero.numel() and int(zero.max()) >= 1 << bits:
+        raise ValueError(f"zero must be below {1 << bits}, found {int(zero.max())}")
 
 
 class W8A8Linear(nn.Module):

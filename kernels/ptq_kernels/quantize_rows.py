@@ -75,7 +75,7 @@ def quantize(x: Tensor, per_token: bool, input_scale: Tensor | None, counters: T
 
     counters: int32 [2^n] to set to zero on the way. pdl: let the launch that comes next begin before this one ends.
     """
-    quantized = _allocate(x, per_token)
+    quantized = _allocate(x, per_token or input_scale is not None)
     given = _maxima(x, Flags(kind="none")) if input_scale is None and not per_token else input_scale
     kind = "token" if per_token else "tensor" if input_scale is None else "static"
     kernels.quantize_rows[(len(x),)](**_arguments(x, quantized, kind, given, counters, pdl))

@@ -23,6 +23,7 @@ _ROWS_AT_ONCE = tl.constexpr(64)
 _FEW_ROWS = tl.constexpr(FEW_ROWS)
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23
 _NO_SIGN = tl.constexpr(0x7FFFFFFF)
+_INFINITY = tl.constexpr(0x7F800000)  # its bits; those of NaN are above
 # Scales between these leave the residual of any value that does not round to zero, some 2^-25 of the scale, a normal number.
 _SMALL_SCALE = tl.constexpr(1e-27)
 _LARGE_SCALE = tl.constexpr(1e27)
@@ -70,7 +71,8 @@ def quantize_rows(
 ):  # fmt: skip
     """Token ``program_id(0)`` of ``x`` to ``codes`` and ``scales``.
 
-    SCALE: "token": from the row. "tensor": from GIVEN maxima in ``given``. "static": ``given``. WHOLE: a block is no shorter than a row.
+    SCALE: "token": from the row. "tensor": from GIVEN maxima in ``given``. "static": ``given``, stored for each token, NaN where it is not
+    finite. WHOLE: a block is no shorter than a row.
     """
     if PDL:
         gdc_launch_dependents()
@@ -88,12 +90,18 @@ def quantize_rows(
         for start in range(BLOCK, stop, BLOCK):
             largest = tl.maximum(largest, _bits(_load(x, K, start, BLOCK)))
         scale = _scale_of(_maximum(largest))
-    _store_scale(scales, scale, SCALE)
+    if SCALE != "static":
+        _store_scale(scales, scale, SCALE)
     inverse = tl.div_rn(1.0, scale)
+    seen = tl.zeros([BLOCK // 32, 32], tl.int32)
     for start in range(0, stop, BLOCK):
         if not WHOLE:
             raw = _load(x, K, start, BLOCK)
+        if SCALE == "static":
+            seen = tl.maximum(seen, _bits(raw))
         _store_codes(codes, codes_stride, start, raw.to(tl.float32), scale, inverse, FMA and SCALE != "static", BLOCK)
+    if SCALE == "static":
+        tl.store(scales + row, tl.where(_maximum(seen) >= _INFINITY, float("nan"), scale))
     _clear(counters, COUNTERS)
 
 

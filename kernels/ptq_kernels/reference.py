@@ -9,8 +9,10 @@ Int8 linear (Xiao et al. 2022, SmoothQuant, section 2; with one scale a token an
 
     s_x = max|x| / 127.5        q_x = clamp(round(x / s_x), -128, 127)        y = s_x s_w (q_x q_w^T) + b
 
-The product is one of integers, with sums that are exact; scaling and bias are float32, rounded once to the dtype of ``x``. (transformers
-multiplies the rounded values ``s_x q_x`` and ``s_w q_w`` as floats instead, and in a 16-bit model rounds both to 16 bits before.)
+A token that holds NaN or infinity, which have no code, has NaN for its scale and so for all its outputs; where all tokens share a scale
+that is taken from them, they all have. The product is one of integers, with sums that are exact; scaling and bias are float32, rounded
+once to the dtype of ``x``. (transformers multiplies the rounded values ``s_x q_x`` and ``s_w q_w`` as floats instead, and in a 16-bit
+model rounds both to 16 bits before.)
 
 LLM.int8 linear (Dettmers et al. 2022, section 3.2): the columns of ``x`` with outliers are set to zero before that, and multiplied with
 16-bit columns of the weight; both products are added in float32. Outliers are the columns in which any input of the call exceeds a
@@ -203,7 +205,10 @@ def int_mm_is_fast_and_exact() -> bool:
 def _int8_product(x: Tensor, codes: Tensor, scale: Tensor, input_scale: Tensor | None, per_token: bool) -> Tensor:
     """The product without bias, float32 [..., N], of ``x`` float32 [..., K]."""
     tokens = x.reshape(-1, x.shape[-1])  # [M, K]
-    token_scale = activation_scale(tokens, per_token) if input_scale is None else input_scale.float()  # [M, 1] or [1]
+    if input_scale is None:
+        token_scale = activation_scale(tokens, per_token)  # [M, 1] or [1], not finite where a token is not
+    else:
+        token_scale = input_scale.float() + (tokens * 0).sum(dim=-1, keepdim=True)  # [M, 1], NaN where a token is not finite
     quantized = torch.round(tokens / token_scale).clamp_(-128, 127).to(torch.int8)
     product = integer_product(quantized, codes).float() * token_scale * scale.float()
     return product.view(*x.shape[:-1], codes.shape[0])

@@ -1,4 +1,4 @@
-"""Text files and folders to documents. The ``datasets`` library opens them.
+"""Text files and folders to documents.
 
     .txt .md             one document
     .raw                 WikiText's raw form: one document, its lines joined with blank lines (see ``corpora.py``)
@@ -12,34 +12,38 @@ beside it, so in a folder it counts only where there is no other kind, and so do
 hold, stands in ``rows.py``. When the name of every file in a folder says its split (``test-00000-of-00001.parquet``), only the files of one
 split are read. All text is UTF-8; line ends become "\\n".
 
-Files are streamed: only what the documents asked for need is read, nothing is cached and nobody is asked over the network. That
-is why the builders of ``datasets`` are called themselves: its ``load_dataset`` counts every call at its server.
+Files are streamed: only what the documents asked for need is read, nothing is cached and nobody is asked over the network. CSV is read
+by the builder of the ``datasets`` library; its ``load_dataset`` would count every call at its server. Its other builders are not used:
+that for JSON turns texts that look like dates into dates, refuses rows with a column that the first 10 MB lack, and does not say which
+line is damaged; that for text reads packed files in the encoding of the locale; those for tables validate nothing (``tables.py``).
 
-Two of its builders are not used, as they change texts; of JSON and plain text the library gives the bytes. The builder for JSON
-turns texts that look like dates into dates, refuses rows with a column that the first 10 MB lack, and does not say which line is
-damaged. The builder for text reads packed files in the encoding of the locale.
+A file may be broken, or meant to do harm: packed, a few MB can stand for a TB. What is unpacked is measured against the file.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
+import gzip
 import io
 import itertools
 import json
 import logging
 import lzma
+import os
 import re
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import IO, TYPE_CHECKING, Any
 
+from ptqcli.calibration import tables
 from ptqcli.calibration.builtin import Part
 from ptqcli.calibration.rows import Rows, evident_column
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.untrusted import foreign
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -55,8 +59,11 @@ SPLIT_WORDS = {
 
 KINDS = ".txt .md .raw .jsonl .json .csv (also packed: .gz .bz2 .xz, but for .csv .zst) .parquet .arrow"
 BESIDE = (".json", ".csv", ".md")  # kinds that often describe the other files of a folder
-# How many rows of a table are read at once.
-CHUNK_ROWS = 1_000
+# Text becomes 3 to 6 times as large when it is unpacked, repetitive text perhaps 50 times; a file that is made to fill the memory, 1,000
+# times and more.
+LARGEST_RATIO = 200
+SMALL_BYTES = 64 << 20  # what may come out of any file, whatever its size
+MOST_BYTES_AT_ONCE = 1 << 30  # of a line, or of a file that is one document
 
 
 def read_path(path: Path, part: Part, rows: Rows) -> list[str]:
@@ -77,16 +84,17 @@ def read_file(path: Path, limit: int | None = None, rows: Rows | None = None) ->
     reader = _reader(path)
     if reader is None:
         raise UsageError(f"{path} is of a kind that is not read; give one of {KINDS}")
-    if "::" in str(path.absolute()):
-        raise UsageError(f"{path} cannot be opened, as datasets takes '::' for a file inside another one; rename it")
-    try:
-        with _quietly():
-            texts = list(itertools.islice(reader(path, rows or Rows()), limit))
-    except UnicodeDecodeError as error:
-        raise PTQError(f"{path}: not UTF-8 ({_wrong_byte(error)}); convert it to UTF-8") from error
-    except _damage() as error:
-        raise PTQError(f"{path} cannot be read ({first_line(error)}); correct it, or copy or download it again") from error
-    return _not_empty(texts, path)
+    return _not_empty(_file_texts(path, reader, rows or Rows(), limit), path)
+
+
+def _file_texts(path: Path, reader: Callable[[Path, Rows], Iterator[str]], rows: Rows, limit: int | None = None) -> list[str]:
+    if not os.path.isfile(path):  # where Path would raise if no file can have that name
+        raise UsageError(f"{path} does not exist or is no file but a pipe, a device or the like")
+    with foreign(f"{path} cannot be read", "; correct it, or copy or download it again"):
+        try:
+            return list(itertools.islice(reader(path, rows), limit))
+        except UnicodeDecodeError as error:
+            raise PTQError(f"{path}: not UTF-8 ({_wrong_byte(error)}); convert it to UTF-8") from error
 
 
 def first_line(error: Exception) -> str:
@@ -125,17 +133,9 @@ def _choose_split(splits: set[str], part: Part, folder: Path) -> str:
 
 
 def _saved_dataset(folder: Path, part: Part, rows: Rows) -> list[str]:
-    import datasets
-
-    try:
-        with _quietly():
-            dataset = datasets.load_from_disk(str(folder))
-            if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset[_choose_split(set(dataset), part, folder)]
-            column = _column_of_features(dataset.features, folder, rows)
-            return list(rows.texts(_numbered(dataset[column][:], folder), column))
-    except _damage() as error:
-        raise PTQError(f"the data set in {folder} cannot be read ({first_line(error)}); save it again") from error
+    splits = tables.saved_splits(folder)
+    place = folder if splits is None else folder / _choose_split(set(splits), part, folder)
+    return [text for file in tables.saved_files(place) for text in _file_texts(file, _table, rows)]
 
 
 # Files
@@ -173,31 +173,58 @@ def _quietly() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged file or data set raises."""
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
+class _Unpacked(io.RawIOBase):
+    """The bytes that ``file`` unpacks from ``path``. Reading raises PTQError where they are out of proportion."""
 
-    return OSError, EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, DatasetsError, ArrowException
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path, self._count = file, path, 0
+        self._most = max(SMALL_BYTES, LARGEST_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        self._count += len(data)
+        if self._count > self._most:
+            raise PTQError(f"{self._path}: unpacks to more than {LARGEST_RATIO} times its size, as no text does; unpack it if it is one")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _open(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked while they are read."""
-    from datasets.download.streaming_download_manager import xopen
+    unpackers: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+    if path.suffix not in unpackers:
+        return path.open("rb")
+    return io.BufferedReader(_Unpacked(unpackers[path.suffix](path), path), 1 << 20)
 
-    protocol = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix)
-    if path.suffix == ".zst":
-        # ``datasets`` needs one of two more packages for this, and with one of them it stops after the first frame.
-        from pyarrow import input_stream
 
-        return io.BufferedReader(input_stream(str(path), compression="zstd"))
-    # Packed files have one file inside, whatever it is called.
-    return xopen(f"{protocol}://rows::{path.absolute()}" if protocol else str(path.absolute()), "rb")
+def _open_zstd(path: Path) -> IO[bytes]:
+    # What Python itself has from 3.14 on.
+    from pyarrow import input_stream
+
+    return input_stream(str(path), compression="zstd")
+
+
+def _lines(file: IO[bytes], where: str) -> Iterator[bytes]:
+    while line := file.readline(MOST_BYTES_AT_ONCE + 1):
+        yield _bounded(line, where)
+
+
+def _bounded(piece: bytes, where: str) -> bytes:
+    if len(piece) > MOST_BYTES_AT_ONCE:
+        raise PTQError(f"{where}: holds more than {MOST_BYTES_AT_ONCE >> 30} GiB in one piece; cut it into several documents")
+    return piece
 
 
 def _plain_text(path: Path, _rows: Rows) -> Iterator[str]:
     with _open(path) as file:
-        yield _decode(file.read(), str(path))
+        yield _decode(_bounded(file.read(MOST_BYTES_AT_ONCE + 1), str(path)), str(path))
 
 
 def _raw_wikitext(path: Path, rows: Rows) -> Iterator[str]:
@@ -242,15 +269,16 @@ def _holding_text(row: Mapping[str, object]) -> dict[str, bool]:
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Pairs of a place in the file and the value there: a line, or a row of the array that the file is."""
     with _open(path) as file:
-        blank, first = 0, file.readline()
+        lines = _lines(file, str(path))
+        blank, first = 0, next(lines, b"")
         while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-            blank, first = blank + 1, file.readline()
+            blank, first = blank + 1, next(lines, b"")
         if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             # With the blank lines, the parser counts as an editor does.
-            array = _decode(first + file.read(), str(path))
+            array = _decode(_bounded(first + file.read(MOST_BYTES_AT_ONCE), str(path)), str(path))
             yield from ((f"{path}, row {row}", value) for row, value in enumerate(_parsed("\n" * blank + array, str(path)), start=1))
             return
-        for number, line in enumerate(itertools.chain([first], file), start=blank + 1):
+        for number, line in enumerate(itertools.chain([first], lines), start=blank + 1):
             where = f"{path}, line {number}"
             if line.strip():
                 yield where, _parsed(_decode(line, where).rstrip("\n"), where)
@@ -259,38 +287,25 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _csv(path: Path, rows: Rows) -> Iterator[str]:
     from datasets.packaged_modules.csv.csv import Csv
 
+    if "::" in str(path.absolute()):
+        raise UsageError(f"{path} cannot be opened, as datasets takes '::' for a file inside another one; rename it")
+    with _open(path) as file:  # the library unpacks without a limit, so it gets nothing that has none
+        while file.read(1 << 20):
+            pass
     column = None
-    # Without the filter, texts like "NA" and "null" would not count as text.
-    for number, row in enumerate(_stream(Csv, path, na_filter=False, chunksize=CHUNK_ROWS), start=1):
-        if any(name.startswith("__index_level_") for name in row):  # the reader takes cells without a name for an index
-            raise PTQError(f"{path}: rows have more cells than there are column names; put texts with commas into quotes")
-        if column is None:
-            column = rows.column_of(_holding_text(row), path, str(path))
-        yield from map(_unix_line_ends, rows.texts([(f"{path}, row {number}", row[column])], column))
+    with _quietly():
+        # Without the filter, texts like "NA" and "null" would not count as text.
+        for number, row in enumerate(_stream(Csv, path, na_filter=False, chunksize=tables.CHUNK_ROWS), start=1):
+            if any(name.startswith("__index_level_") for name in row):  # the reader takes cells without a name for an index
+                raise PTQError(f"{path}: rows have more cells than there are column names; put texts with commas into quotes")
+            if column is None:
+                column = rows.column_of(_holding_text(row), path, str(path))
+            yield from map(_unix_line_ends, rows.texts([(f"{path}, row {number}", row[column])], column))
 
 
-def _parquet(path: Path, rows: Rows) -> Iterator[str]:
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    column = _column_of_features(_stream(Parquet, path).features, path, rows)
-    table = _stream(Parquet, path, columns=[column], batch_size=CHUNK_ROWS)
-    return rows.texts(_numbered((value for batch in table.iter(CHUNK_ROWS) for value in batch[column]), path), column)
-
-
-def _arrow(path: Path, rows: Rows) -> Iterator[str]:
-    from datasets.packaged_modules.arrow.arrow import Arrow
-
-    table = _stream(Arrow, path)
-    column = _column_of_features(table.features, path, rows)
-    batches = table.select_columns([column]).iter(CHUNK_ROWS)
-    return rows.texts(_numbered((value for batch in batches for value in batch[column]), path), column)
-
-
-def _column_of_features(features: Mapping[str, object], path: Path, rows: Rows) -> str:
-    from datasets import Value
-
-    texts = (Value("string"), Value("large_string"))
-    return rows.column_of({name: feature in texts for name, feature in features.items()}, path, str(path))
+def _table(path: Path, rows: Rows) -> Iterator[str]:
+    column = rows.column_of(tables.text_columns(path), path, str(path))
+    return rows.texts(_numbered(tables.column_values(path, column), path), column)
 
 
 def _numbered(values: Iterable[object], path: Path) -> Iterator[tuple[str, object]]:
@@ -303,8 +318,8 @@ _READERS: dict[str, Callable[[Path, Rows], Iterator[str]]] = {
     **{f".raw{packing}": _raw_wikitext for packing in (*_PACKINGS, ".zst")},
     **{f".{kind}{packing}": _json for kind in ("jsonl", "json") for packing in (*_PACKINGS, ".zst")},
     **{f".csv{packing}": _csv for packing in _PACKINGS},
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": _table,
+    ".arrow": _table,
 }
 
 
@@ -323,6 +338,8 @@ def _parsed(text: str, where: str) -> Any:
         raise PTQError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}); correct or remove it") from error
     except RecursionError as error:
         raise PTQError(f"{where}: too many brackets inside each other; correct or remove it") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise PTQError(f"{where}: not valid JSON ({first_line(error)}); correct or remove it") from error
 
 
 def _decode(data: bytes, where: str) -> str:

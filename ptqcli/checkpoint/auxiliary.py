@@ -13,6 +13,7 @@ from typing import Any
 
 from ptqcli.checkpoint.directory import PIECE, Directory, named
 from ptqcli.errors import PTQError
+from ptqcli.untrusted import foreign
 
 TEMPLATES = "additional_chat_templates"
 
@@ -42,15 +43,13 @@ def belongs_to_a_checkpoint(name: str) -> bool:
     return _matches(name, AUXILIARY_FILES) or _matches(name.removesuffix(".tmp"), WRITTEN_FILES)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``. Raises PTQError when there is none or it needs code from the folder."""
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer in ``folder``. config: its configuration, None to read it from there. Raises PTQError when there is none, it is broken,
+    or it needs code from the folder."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PTQError(f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files into the folder") from error
+    with foreign(f"{folder}: cannot load a tokenizer", "; copy the model's tokenizer files into the folder"):
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -71,7 +70,7 @@ def auxiliary_files(folder: Path) -> list[str]:
     is a link into the folder of blobs beside it.
     """
     candidates = [name for name in _files(folder) if _matches(name, AUXILIARY_FILES)]
-    for name in ("config.json", *candidates):
+    for name in ("config.json", "README.md", *candidates):
         target, home = (folder / name).resolve(), folder.resolve()
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         if not (target.is_relative_to(home) or target.is_relative_to(blobs.resolve())):

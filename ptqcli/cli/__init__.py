@@ -24,7 +24,7 @@ import click
 from ptqcli import __version__
 from ptqcli.cli.signals import end_at_once, was_interrupted
 from ptqcli.cli.streams import output_failure, protect_streams
-from ptqcli.errors import PTQError
+from ptqcli.errors import PTQError, printable
 from ptqcli.suggest import did_you_mean
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -151,7 +151,7 @@ def _as_exit_code(result: Any) -> int:
 def _tell(session: Session, message: str) -> None:
     if session.debug:
         traceback.print_exc()
-    print(" ".join(message.split()), file=sys.stderr)
+    print(printable(" ".join(message.split())), file=sys.stderr)
 
 
 def _where_to_read(error: click.ClickException) -> str:

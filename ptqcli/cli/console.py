@@ -1,5 +1,8 @@
 """What the commands show: lines, tables, and the one JSON object.
 
+Names, reports and generated text come from files of others, and a terminal obeys what it is sent. So all text goes through ``printable``,
+which shows control characters instead of sending them; JSON escapes them by itself.
+
 With ``--json`` stdout carries the JSON object and nothing else; all that is for people goes to stderr. With ``--quiet`` nothing is
 shown but errors.
 """
@@ -16,6 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ptqcli.errors import printable
 
 PLAIN_WIDTH = 10_000  # columns where the output is no terminal: nothing is folded, so that each line can be searched for
 USUAL_WIDTH = 80  # of a terminal that does not say
@@ -48,7 +53,7 @@ class Output:
 
     def say(self, text: str = "") -> None:
         """One plain line."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(printable(text)), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> None:
         """A table of numbers under a title; every column but the first is right-aligned. words: no numbers, so that none is."""
@@ -56,9 +61,9 @@ class Output:
         for index, name in enumerate(columns):
             table.add_column(name, justify="right" if index and not words else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         self.say()
-        self.console.print(title, style="bold")
+        self.console.print(printable(title), style="bold")
         self._show(table)
 
     def facts(self, rows: Iterable[Sequence[str]]) -> None:
@@ -67,7 +72,7 @@ class Output:
         for row in rows:
             while len(table.columns) < len(row):
                 table.add_column(overflow="fold")
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         self._show(table)
 
     def result(self, value: Any) -> None:

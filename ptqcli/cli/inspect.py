@@ -97,8 +97,9 @@ def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, A
 
 
 def _recipe_text(recipe: Mapping[str, Any], error_kind: object) -> str:
-    calibration = f", calibrated on {recipe['nsamples']} windows of {recipe['calib']}" if error_kind == "output" else ""
-    return f"{recipe['algo']}{calibration}"
+    windows, text = recipe.get("nsamples", "unknown"), recipe.get("calib", "unknown text")
+    calibration = f", calibrated on {windows} windows of {text}" if error_kind == "output" else ""
+    return f"{recipe.get('algo', 'an unknown algorithm')}{calibration}"
 
 
 def _scheme_rows(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptqcli.cli.console import open_console, time_text
 from ptqcli.cli.signals import clean_up_first
+from ptqcli.errors import printable
 
 # Least seconds between plain lines about the parts of one step.
 PART_PAUSE = 10.0
@@ -68,17 +69,17 @@ class BarTracker:
         self._stage_start = time.monotonic()
         clean_up_first()  # the bar hides the cursor
         self._bar.start()
-        self._bar.reset(self._task, total=None, left="", note=text)
+        self._bar.reset(self._task, total=None, left="", note=printable(text))
 
     def note(self, text: str) -> None:
-        self._bar.update(self._task, note=text)
+        self._bar.update(self._task, note=printable(text))
 
     def part(self, name: str, done: int, total: int) -> None:
         self.note(self._parts.text(name, done, total))
 
     def step(self, done: int, total: int, text: str) -> None:
         left = time_left(self._stage_start, done, total)
-        self._bar.update(self._task, completed=done, total=total, left=left, note=text)
+        self._bar.update(self._task, completed=done, total=total, left=left, note=printable(text))
 
 
 class LineTracker:
@@ -93,7 +94,7 @@ class LineTracker:
 
     def say(self, text: str) -> None:
         self._stage_start = self._last_line = time.monotonic()
-        self._console.print(text, soft_wrap=True)
+        self._console.print(printable(text), soft_wrap=True)
 
     def note(self, text: str) -> None:
         pass
@@ -102,7 +103,7 @@ class LineTracker:
         text, now = self._parts.text(name, done, total), time.monotonic()
         if now - max(self._last_part, self._last_line) >= PART_PAUSE:
             self._last_part = now
-            self._console.print(text, soft_wrap=True)
+            self._console.print(printable(text), soft_wrap=True)
 
     def step(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()
@@ -110,7 +111,7 @@ class LineTracker:
             return
         self._last_line = now
         parts = filter(None, (text, time_left(self._stage_start, done, total)))
-        self._console.print(f"{self._unit} {done}/{total}: {', '.join(parts)}", soft_wrap=True)
+        self._console.print(f"{self._unit} {done}/{total}: {printable(', '.join(parts))}", soft_wrap=True)
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def track(unit: str, quiet: bool = False, pause: float = 0.0) -> Iterator[Tracke
         MofNCompleteColumn(),
         BarColumn(bar_width=24),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}  {task.fields[note]}"),
+        TextColumn("{task.fields[left]}  {task.fields[note]}", markup=False),
     )
     bar = Progress(*columns, console=console, transient=True)
     try:

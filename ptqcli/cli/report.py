@@ -38,13 +38,14 @@ def layer_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
 
 def fold_row(fold: Mapping[str, Any]) -> tuple[str, str, str]:
     """One fold of a report: producer, readers (the part of their names that differs from it), and what was chosen or why not."""
-    prefix = fold["producer"] or fold["readers"][0]
+    prefix = fold["producer"] or next(iter(fold["readers"]), "")
     common = prefix.rpartition(".")[0].rpartition(".")[0] + "."
     readers = ", ".join(reader.removeprefix(common) for reader in fold["readers"])
     choices = ", ".join(
-        f"{name}: {choice}" + ("" if error is None else f" (error {error:.0%} of unscaled)") for name, choice, error in fold["choices"]
+        f"{name}: {choice}" + ("" if error is None else f" (error {error:.0%} of unscaled)")
+        for name, choice, error in fold.get("choices", ())
     )
-    return fold["producer"] or "none", readers, fold["left_alone"] or choices
+    return fold["producer"] or "none", readers, fold.get("left_alone") or choices
 
 
 def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
@@ -56,5 +57,5 @@ def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
         yield f"{layer['never_activated']} inputs never active"
     if layer.get("zero_groups"):
         yield f"{layer['zero_groups']} groups of zeros"
-    if layer.get("damp_raised"):
+    if layer.get("damp_raised") and layer.get("damp") is not None:
         yield f"damping raised to {layer['damp']:g}"

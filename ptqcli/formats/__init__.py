@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.suggest import did_you_mean
+from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:  # a recipe names a format, and must not wait for torch
     import torch
@@ -188,7 +189,9 @@ def format_of(config: Mapping[str, Any]) -> Format:
         if candidate.recognises(config):
             return candidate
     read = ", ".join(format_names())
-    raise PTQError(f"quantization_config: quant_method {config.get('quant_method')} is not read; what is read: {read}{''.join(broken)}")
+    raise PTQError(
+        f"quantization_config: quant_method {shown(config.get('quant_method'))} is not read; what is read: {read}{''.join(broken)}"
+    )
 
 
 def _entries() -> list[EntryPoint]:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.tensors import TensorSource
+from ptqcli.checkpoint.tensors import FLOATING, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, Reader, bitstream, compressed_tensors_config, compressed_tensors_readers
 from ptqcli.formats.compressed_tensors_config import NAME
@@ -174,7 +174,7 @@ def _read_packed(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> Qu
     _expect_readable(name, scheme, out_features, in_features)
     groups = scheme.group_count(in_features)
     _expect_words(f"{name}.weight_packed", packed, (out_features, bitstream.word_count(in_features, scheme.bits)))
-    _expect_floats(f"{name}.weight_scale", scale, (out_features, groups))
+    _expect_scales(f"{name}.weight_scale", scale, (out_features, groups), scheme.levels)
     codes = bitstream.unpack(packed, scheme.bits, in_features)
     if scheme.symmetric:
         return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme)
@@ -211,11 +211,11 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
     scale = read(f"{name}.weight_scale")
     if scheme.group_size == WHOLE_MATRIX and scale.numel() == 1:  # [1] or [1, 1]
         scale = scale.reshape(1, 1).expand(out_features, 1).clone()
-    _expect_floats(f"{name}.weight_scale", scale, (out_features, 1))
+    _expect_scales(f"{name}.weight_scale", scale, (out_features, 1), scheme.levels)
     input_scale = None
     if "input_scale" in _leaves(scheme):
         input_scale = read(f"{name}.input_scale")
-        _expect_floats(f"{name}.input_scale", input_scale, (1,))
+        _expect_scales(f"{name}.input_scale", input_scale, (1,), scheme.levels)
     outliers = None if scheme.outliers is None else _read_outliers(name, read, out_features, in_features)
     return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme, input_scale=input_scale, outliers=outliers)
 
@@ -242,8 +242,19 @@ def _expect_readable(name: str, scheme: Scheme, out_features: int, in_features: 
 
 
 def _expect_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+    if tuple(tensor.shape) != shape or tensor.dtype not in FLOATING:
         raise PTQError(f"{name}: expected floating {list(shape)}, found {_describe(tensor)}")
+
+
+def _expect_scales(name: str, scale: Tensor, shape: tuple[int, ...], levels: int) -> None:
+    """Positive, and normal as float32, in which kernels divide by scales (the subnormal ones of float16 are); and not so large that what
+    the codes stand for is infinite."""
+    _expect_floats(name, scale, shape)
+    smallest, largest = map(float, scale.aminmax())
+    if not smallest >= torch.finfo(torch.float32).tiny:
+        raise PTQError(f"{name}: holds {smallest:g}, and a scale is a positive number; the file is damaged")
+    if not largest * levels <= torch.finfo(scale.dtype).max:
+        raise PTQError(f"{name}: holds {largest:g}, with which weights leave the range of {scale.dtype}; the file is damaged")
 
 
 def _expect_words(name: str, words: Tensor, shape: tuple[int, int]) -> None:

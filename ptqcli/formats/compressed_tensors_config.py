@@ -6,12 +6,13 @@ tensors look like is told in ``compressed_tensors``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.scheme import WHOLE_MATRIX, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.patterns import found
+from ptqcli.untrusted import one_line, shown
 
 NAME = "compressed-tensors"
 PACKED = "pack-quantized"
@@ -109,35 +110,42 @@ def schemes_of(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[s
     """
     try:
         _refuse_unread(config)
-        targets = _targets(config)
-        ignore = config.get("ignore") or []
+        targets, names = _targets(config), list(linear_names)
+        ignored = set().union(*_reached(_strings(config.get("ignore") or [], "ignore"), names).values())
         ordered = sorted(targets, key=lambda target: (target == "Linear", target.startswith("re:"), target))
-        matched = {
-            name: next((target for target in ordered if _matches(name, target)), None)
-            for name in linear_names
-            if not any(_matches(name, pattern) for pattern in ignore)
-        }
-    except (KeyError, TypeError, AttributeError, re.error) as error:
-        raise PTQError(f"quantization_config is malformed: {error!r}") from error
-    return {name: targets[target] for name, target in matched.items() if target is not None}
+        reached = _reached(ordered, names)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise PTQError(f"quantization_config is malformed: {type(error).__name__}: {one_line(error)}") from error
+    except UsageError as error:
+        raise PTQError(f"quantization_config: {error}") from error
+    target_of = {name: target for target in reversed(ordered) for name in reached[target]}
+    return {name: targets[target_of[name]] for name in names if name in target_of and name not in ignored}
 
 
-def _matches(name: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target in (name, "Linear")
+def _reached(targets: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Which of ``names`` each target reaches."""
+    listed = list(targets)
+    hits = found([target.removeprefix("re:") for target in listed if target.startswith("re:")], names, from_start=True)
+    exact = {"Linear": frozenset(names), **{name: frozenset([name]) for name in names}}
+    return {target: hits[target[3:]] if target.startswith("re:") else exact.get(target, frozenset()) for target in listed}
+
+
+def _strings(value: Any, key: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise PTQError(f"quantization_config: {key} is {shown(value)}, not a list of names")
+    return value
 
 
 def _refuse_unread(config: Mapping[str, Any]) -> None:
     status = config.get("quantization_status")
     if status != "compressed":
-        raise PTQError(f"quantization_config: quantization_status is {status}; only 'compressed' files can be loaded")
+        raise PTQError(f"quantization_config: quantization_status is {shown(status)}; only 'compressed' files can be loaded")
     for key in ("kv_cache_scheme", "transform_config"):
         if config.get(key):
             raise PTQError(f"quantization_config: {key} is not supported")
     sparsity = config.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
-        raise PTQError(f"quantization_config: sparsity_config with format {sparsity['format']} is not supported")
+        raise PTQError(f"quantization_config: sparsity_config with format {shown(sparsity['format'])} is not supported")
 
 
 def _targets(config: Mapping[str, Any]) -> dict[str, Scheme]:
@@ -150,7 +158,7 @@ def _targets(config: Mapping[str, Any]) -> dict[str, Scheme]:
             scheme = _group_scheme(group, group.get("format") or config.get("format"))
         except (PTQError, UsageError) as error:
             raise PTQError(f"quantization_config: {name}: {error}") from error
-        targets.update(dict.fromkeys(group["targets"], scheme))
+        targets.update(dict.fromkeys(_strings(group["targets"], f"{name}: targets"), scheme))
     return targets
 
 
@@ -164,19 +172,23 @@ def _group_scheme(group: Mapping[str, Any], layout: str | None) -> Scheme:
     _expect("weights", weights, type=("int",), dynamic=(False, None), actorder=(None, False, "weight", "static"))
     _expect("weights", weights, symmetric=(True, False))
     if type(weights["num_bits"]) is not int:
-        raise PTQError(f"weights with num_bits {weights['num_bits']!r} are not read")
+        raise PTQError(f"weights with num_bits {shown(weights['num_bits'])} are not read")
     activations = _activations(group.get("input_activations"))
     if layout == PACKED:
         if activations is not None:
             raise PTQError(f"input_activations are read in format {INTEGER}, not in {PACKED}")
         return Scheme(weights["num_bits"], _group_size(weights, ("channel", "group")), weights.get("symmetric", True))
     if layout not in READ_AS_INTEGER:
-        raise PTQError(f"format {layout} is not read; expected {PACKED} or {INTEGER}")
+        raise PTQError(f"format {shown(layout)} is not read; expected {PACKED} or {INTEGER}")
     if activations is None:
         raise PTQError(f"format {layout} without input_activations is not read; expected {PACKED}")
     _expect("weights beside input_activations", weights, symmetric=(True,))
     split = group.get(OUTLIERS_KEY)
-    outliers = None if split is None else OutlierSplit(split["threshold"], split["dynamic"])
+    outliers = None
+    if split is not None:
+        if type(split["threshold"]) not in (int, float) or type(split["dynamic"]) is not bool:
+            raise PTQError(f"{OUTLIERS_KEY} is {shown(split)}, which is not read")
+        outliers = OutlierSplit(split["threshold"], split["dynamic"])
     return Scheme(weights["num_bits"], _group_size(weights, ("channel", "tensor")), True, activations, outliers)
 
 
@@ -197,12 +209,12 @@ def _group_size(weights: Mapping[str, Any], read: tuple[str, str]) -> int:
         return WHOLE_ROW if strategy == "channel" else WHOLE_MATRIX
     if strategy in read and type(size) is int and size > 0:
         return size
-    raise PTQError(f"weights with strategy {strategy}, group_size {size} are not read here")
+    raise PTQError(f"weights with strategy {shown(strategy)}, group_size {shown(size)} are not read here")
 
 
 def _expect(what: str, entry: Mapping[str, Any], **read: tuple[Any, ...]) -> None:
     """Each value of ``entry`` is among those given, of the same type; left out, it is the first of them, as in the library."""
     for key, values in read.items():
-        found = entry.get(key, values[0])
-        if not any(found == value and type(found) is type(value) for value in values):
-            raise PTQError(f"{what} with {key} {found!r} are not read")
+        given = entry.get(key, values[0])
+        if not any(given == value and type(given) is type(value) for value in values):
+            raise PTQError(f"{what} with {key} {shown(given)} are not read")

@@ -3,91 +3,204 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
-import re
+import math
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ptqcli.checkpoint.auxiliary import refuse_adapter
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
+from ptqcli.untrusted import foreign, read_json, shown
 
-# What transformers raises, depending on the model type, for a value in config.json that makes no sense.
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError)
+CONFIG_FILE = "config.json"
+
+# Keys with which a file tells transformers what code to run or to fetch, beside those that ``_selects_code`` tells by their form.
+CODE_KEYS = {
+    "auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config", "allow_all_kernels",
+    "compile_config",
+}  # fmt: skip
+
+# What of generation_config.json must be a token or several, and what a number.
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
+NUMBER_KEYS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_return_sequences",
+)  # fmt: skip
+
+# Real models store a tensor for every second module or so. One that has this many times more modules than the file has tensors is not
+# the model in the file, and building it could take hours.
+MODULES_PER_TENSOR = 16
+FEWEST_MODULES = 1_000
 
 
-def load_config(folder: Path) -> Any:
-    """The transformers configuration in ``folder``.
+def read_config(folder: Path) -> dict[str, Any]:
+    """What stands in config.json, without keys that select code, which transformers would fetch or run as the file asks: attention and
+    expert kernels, Python files of the folder, its own private state.
 
-    Raises PTQError when it is missing, broken, needs code from the folder, or stands beside an adapter.
+    Raises PTQError or UsageError, naming the file, if it is missing, is no JSON, or stands beside an adapter.
     """
-    from transformers import AutoConfig
+    from transformers import PreTrainedConfig
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such model folder")
     refuse_adapter(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
-    try:
+    values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
+    return values
+
+
+def _data(value: Any, config_class: type) -> Any:
+    """``value`` without keys that select code, at any depth."""
+    if isinstance(value, list):
+        return [_data(entry, config_class) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: entry if key == "quantization_config" else _data(entry, config_class)
+        for key, entry in value.items()
+        if not _selects_code(key, config_class)
+    }
+
+
+def _selects_code(key: str, config_class: type) -> bool:
+    # transformers sets every key as an attribute: one with the name of a method would take its place.
+    return key.startswith("_") or key.endswith("_implementation") or key in CODE_KEYS or callable(getattr(config_class, key, None))
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers configuration in ``folder``, of ``read_config``. Raises PTQError when it is missing, broken, or needs code from
+    the folder."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = read_config(folder)
+    file, model_type = folder / CONFIG_FILE, values.get("model_type")
+    if not isinstance(model_type, str):
+        raise PTQError(f"{file}: model_type is {shown(model_type)}; transformers needs the name of an architecture there")
+    if model_type not in CONFIG_MAPPING and "auto_map" in read_json(file):
+        raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run")
+    # transformers reads a file, not values, and looks for others beside it.
+    with foreign(f"{file}: transformers cannot read it"), tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, *CONFIG_ERRORS) as error:
-        if "trust_remote_code" in str(error):
-            raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run") from error
-        raise PTQError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from error
+            config = AutoConfig.from_pretrained(alone, local_files_only=True, trust_remote_code=False)
+        config.name_or_path = str(folder)
+    _check_read_here(config, file)
     return config
+
+
+def _check_read_here(config: Any, file: Path) -> None:
+    """The values that are read in this package, which transformers takes as they come."""
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise PTQError(f"{file}: architectures is {shown(names)}, not a list of names")
+    if config.dtype is not None and not (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point):
+        raise PTQError(f"{file}: dtype is {shown(config.dtype)}, not a floating dtype")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and not (type(positions) is int and 0 < positions < 2**31):
+        raise PTQError(f"{file}: max_position_embeddings is {shown(positions)}, not a number of tokens")
+
+
+def read_generation_config(folder: Path) -> Any:
+    """What generation_config.json in ``folder`` says of tokens and sampling, without keys that select code; None where there is no such
+    file. Raises PTQError, naming the key, if it is broken."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    values = _data(read_json(file), GenerationConfig)
+    for key in TOKEN_KEYS:
+        tokens = values.get(key)
+        if tokens is not None and not all(type(token) is int and 0 <= token < 2**31 for token in _as_list(tokens)):
+            raise PTQError(f"{file}: {key} is {shown(tokens)}, not a token or a list of tokens")
+    for key in NUMBER_KEYS:
+        if not isinstance(values.get(key), (int, float, type(None))):
+            raise PTQError(f"{file}: {key} is {shown(values[key])}, not a number")
+    with foreign(f"{file}: transformers cannot read it"), _quiet_transformers():
+        return GenerationConfig.from_dict(values)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 # While accelerate builds without weights it replaces a method of all modules; two threads at once would leave it replaced.
 BUILDING = threading.Lock()
 
 
-def build_on_meta(config: Any) -> nn.Module:
-    """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU."""
+def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
+    """The model of ``config`` with parameters on the meta device and its constant buffers computed on the CPU.
+
+    stored: how many tensors its file holds, where there is one. Raises PTQError for a config that transformers cannot build, or that asks
+    for far more modules than ``stored`` tensors can fill.
+    """
     import transformers
 
     kind = kind_of(config)
     auto_class = getattr(transformers, kind.auto_class)
-    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False))
+    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False), stored)
 
 
-def build_named_class(config: Any, name: str) -> nn.Module | None:
+def build_named_class(config: Any, name: str, stored: int) -> nn.Module | None:
     """As ``build_on_meta``, in the class ``name`` of transformers, the one that config.json names; None if there is no such model class.
 
     It can hold more than the model that is quantized: images, say. Raises PTQError if transformers cannot build it.
     """
     import transformers
 
-    found = getattr(transformers, name, None)
+    with foreign(f"{config.name_or_path}: the class {name} cannot be imported"):
+        found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         return None
     wanted: Any = found.config_class  # type: ignore[attr-defined]
-    return _build(config, name, found) if wanted is not None and isinstance(config, wanted) else None
+    return _build(config, name, found, stored) if wanted is not None and isinstance(config, wanted) else None
 
 
-def _build(config: Any, what: str, make: Callable[[Any], nn.Module]) -> nn.Module:
+def _build(config: Any, what: str, make: Callable[[Any], nn.Module], stored: int | None) -> nn.Module:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with BUILDING, init_empty_weights(include_buffers=False), _quiet_transformers():
-            model = make(config)
-    except (ImportError, RuntimeError, *CONFIG_ERRORS) as error:
-        raise PTQError(f"transformers cannot build a {what} from this config: {first_line(error)}") from error
+    with (
+        BUILDING,
+        foreign(f"{config.name_or_path or 'the model in memory'}: transformers cannot build a {what} from this config"),
+        _modules_for(stored, config.name_or_path),
+        init_empty_weights(include_buffers=False),
+        _quiet_transformers(),
+    ):
+        model = make(config)
     return model.eval()
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message as one line of bounded length."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+@contextmanager
+def _modules_for(stored: int | None, where: str) -> Iterator[None]:
+    """Stop this thread with a PTQError when it has put together far more modules than ``stored`` tensors can fill; None for no limit."""
+    thread, made = threading.get_ident(), 0
+    most = math.inf if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > most:
+            raise PTQError(f"{where}: config.json asks for more than {most} modules, far more than the tensors of the file can fill")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.config import first_line
 from ptqcli.model.kinds import ModelKind
 from ptqcli.model.linears import is_linear, linear_input, linear_weight
+from ptqcli.untrusted import one_line
 
 # Windows and tokens of the probe; more than one, so that code which treats single-token decoding apart is not taken, and two different
 # numbers, so that they are told apart in the shape of the hidden states.
@@ -157,7 +157,7 @@ def probe_model(model: nn.Module, kind: ModelKind) -> Probe:
     except Exception as error:  # whatever the code of a model raises
         raise PTQError(
             f"the model does not run on {PROBE_TOKENS} tokens with all weights zero, so its structure cannot be discovered: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
     return Probe(model, order, calls, outputs, read)
 

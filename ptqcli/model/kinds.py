@@ -36,5 +36,6 @@ def kind_of(config: Any) -> ModelKind:
 
     # Of encoder-decoders transformers would build the decoder alone.
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise PTQError(f"a model of type {config.model_type} is not a {CAUSAL.name}, which is all that is supported")
+        where = config.name_or_path or "the model in memory"
+        raise PTQError(f"{where}: a model of type {config.model_type} is not a {CAUSAL.name}, which is all that is supported")
     return CAUSAL

@@ -11,7 +11,7 @@ parameter of the same dtype on the CPU is the stored tensor itself, and is there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +19,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.classes import build_classes
 from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
+from ptqcli.model.names import DiskNames
 from ptqcli.model.source import ModelSource
-
-FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,16 @@ class Skeleton:
                 f"{self.where}: the safetensors files hold no tensor for {listed(self.names.missing)}; "
                 "the download may be incomplete or the model type may not match config.json"
             )
-        for name, parameter in self.model.named_parameters():
-            stored = self._tensors.shape(self.stored_name(name))
-            if tuple(stored) != tuple(parameter.shape):
-                raise PTQError(
-                    f"{self.where}: tensor {self.stored_name(name)} has shape {list(stored)} but config.json asks for "
-                    f"{list(parameter.shape)}"
-                )
-            if parameter.is_floating_point() and not self.dtype(name).is_floating_point:
-                raise PTQError(
-                    f"{self.where}: tensor {self.stored_name(name)} is stored as {self.dtype(name)}, which is already quantized or not a "
-                    "weight; start from the original model"
-                )
+        for name, wanted in self.model.state_dict().items():
+            stored = self.names.disk(name)
+            if stored is None:
+                continue  # a persistent buffer that old files do not carry
+            shape, dtype = list(self._tensors.shape(stored)), self._tensors.dtype(stored)
+            if shape != list(wanted.shape):
+                raise PTQError(f"{self.where}: tensor {stored} has shape {shape} but config.json asks for {list(wanted.shape)}")
+            if (dtype not in FLOATING) if wanted.is_floating_point() else dtype.is_floating_point:
+                kind = "already quantized or not a weight" if wanted.is_floating_point() else "no whole number"
+                raise PTQError(f"{self.where}: tensor {stored} is stored as {dtype}, which is {kind}; start from the original model")
 
     def _units(self) -> tuple[Unit, list[Unit], Unit]:
         """Each stored tensor in the first unit that wants it; what no parameter takes is carried over in the last."""
@@ -162,23 +160,19 @@ class Skeleton:
 
     @cached_property
     def shared(self) -> dict[str, str]:
-        """Linears of the blocks whose weight runs in several places -> the first other place."""
-        modules = {module: name for name, module in self.model.named_modules()}
-        places: dict[str, list[str]] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            if is_linear(module):
-                places.setdefault(self.stored_name(f"{modules[module]}.weight"), []).append(name)
-        found = {name: named for named in places.values() if len(named) > 1 for name in named}
-        return {name: next(other for other in named if other != name) for name, named in found.items()}
+        """Linears of the blocks whose weight has another place in the model -> the first other place."""
+        places = _by_stored_name([self.names])
+        found = {}
+        for site in self.linears:
+            others = [name for name in places[self.stored_name(f"{site.name}.weight")] if name != f"{site.name}.weight"]
+            if others:
+                found[site.name] = others[0].removesuffix(".weight")
+        return found
 
     @cached_property
     def _names_of(self) -> dict[str, list[str]]:
         """Stored tensor -> its names in all classes."""
-        found: dict[str, list[str]] = {}
-        for _, names in self.classes:
-            for name, stored in names.items():
-                found.setdefault(stored, []).append(name)
-        return found
+        return _by_stored_name([names for _, names in self.classes])
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Other names of the linear ``name``: in the class that config.json names or, where that is not known, in the file."""
@@ -287,6 +281,14 @@ class Skeleton:
             for module in self.blocks[self.units.index(unit)].modules():
                 for leaf in module._parameters:
                     _empty(module, leaf)
+
+
+def _by_stored_name(classes: Sequence[DiskNames]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for names in classes:
+        for name, stored in names.items():
+            found.setdefault(stored, []).append(name)
+    return found
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -16,7 +16,7 @@ from ptqcli.checkpoint.auxiliary import auxiliary_files, copy_auxiliary_files, l
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, Stamp, TensorSource
 from ptqcli.errors import PTQError
-from ptqcli.model.config import load_config
+from ptqcli.model.config import load_config, read_config
 
 
 class ModelSource(Protocol):
@@ -70,12 +70,11 @@ class ModelFolder:
 
     def tokenizer(self) -> Any:
         """The tokenizer in the folder. Raises PTQError when there is none."""
-        return load_tokenizer(self._folder)
+        return load_tokenizer(self._folder, self.config)
 
     def config_json(self) -> dict[str, Any]:
-        """What stands in config.json."""
-        values: dict[str, Any] = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
-        return values
+        """What stands in config.json, but for keys that select code."""
+        return read_config(self._folder)
 
     def write_auxiliary(self, folder: Directory) -> None:
         """Copy the files beside the weights."""

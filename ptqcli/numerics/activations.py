@@ -24,9 +24,10 @@ def static_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 def round_activations(inputs: Tensor, scheme: ActivationScheme, input_scale: Tensor | None = None) -> Tensor:
     """``inputs``, float [..., in], as a layer with 8-bit activations sees them: quantized and read back.
 
-    input_scale: [1], for static activations, which have no scale of their own.
+    input_scale: [1], for static activations, which have no scale of their own. What is not finite becomes NaN, which has no code.
     """
     scale = activation_scale(inputs, scheme) if scheme.dynamic else input_scale
     assert scale is not None
     middle = 1 << (scheme.bits - 1)
-    return torch.round(inputs / scale).clamp_(-middle, middle - 1) * scale
+    rounded = torch.round(inputs / scale).clamp_(-middle, middle - 1) * scale
+    return rounded + inputs * 0 if input_scale is not None else rounded

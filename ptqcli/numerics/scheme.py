@@ -95,7 +95,7 @@ class OutlierSplit:
     dynamic: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < float("inf"):
+        if not 0 < self.threshold < 1e38:
             raise UsageError(f"outlier threshold {self.threshold} is not valid; give a positive number (the paper's is 6.0)")
 
 

@@ -83,16 +83,16 @@ class LoadedBlock:
     # Linears
 
     def task(self, name: str) -> LinearTask:
-        """The linear ``name``, to be given codes. Raises PTQError if its weight is not finite."""
+        """The linear ``name``, to be given codes. Raises PTQError if the transforms have left its weight not finite."""
         linear = self.planned[name]
         local = linear.site.local
         if self.folded is not None:
             weight = self.folded.weight(local)
+            if not torch.isfinite(weight).all():
+                raise PTQError(f"{name}: the weight that the transforms have scaled holds NaN or infinity")
         else:
             stored = self.stored(f"{local}.weight")
             weight = (stored.t() if linear.site.transposed else stored).float()
-        if not torch.isfinite(weight).all():
-            raise PTQError(f"{name}: the weight holds NaN or infinity; the model file is broken")
         ranges = None if self.folded is None else self.folded.ranges.get(local)
         return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, ranges=ranges)
 

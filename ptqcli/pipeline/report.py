@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import ptqcli
 from ptqcli.errors import PTQError
 from ptqcli.formats import Reader
+from ptqcli.untrusted import read_json, shown
 
 if TYPE_CHECKING:  # the commands that show a report must not wait for torch
     from ptqcli.plan import Plan
 
 REPORT_NAME = "ptq_report.json"
+PARTIAL = ".partial"  # ends the name of the folder in which a checkpoint grows
 REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
+
+
+# What is shown of the recipe, which is stored whole.
+RECIPE_TYPES = {"algo": str, "calib": str, "nsamples": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +143,38 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     path = folder / REPORT_NAME
     if not path.is_file():
         return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PTQError(f"{path}: not valid JSON; delete it, or quantize again") from error
-    if not isinstance(report, dict) or not report.keys() >= REPORT_KEYS:
+    report = read_json(path)
+    if not report.keys() >= REPORT_KEYS:
         raise PTQError(f"{path}: not a report of ptq quantize; delete it, or quantize again")
+    wrong = _wrong(report, {**get_type_hints(Report), "ptqcli": str}) or _wrong(report["recipe"], RECIPE_TYPES)
+    if wrong is not None:
+        raise PTQError(f"{path}: {wrong}, which no report of ptq quantize says; delete it, or quantize again")
     return report
+
+
+def _wrong(entry: Mapping[str, Any], hints: Mapping[str, Any]) -> str | None:
+    """What in ``entry`` is not of the type that its key has among ``hints``; keys that are not there, or not known, may be."""
+    unfit = next((key for key, hint in hints.items() if key in entry and not _fits(entry[key], hint)), None)
+    return None if unfit is None else f"{unfit} is {shown(entry[unfit])}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value``, from JSON, is what a field annotated with ``hint`` becomes there."""
+    inner = get_args(hint)
+    if get_origin(hint) in (types.UnionType, Union):
+        return any(_fits(value, each) for each in inner)
+    if is_dataclass(hint):
+        needed = {each.name for each in fields(hint) if each.default is MISSING}
+        return isinstance(value, dict) and value.keys() >= needed and _wrong(value, get_type_hints(hint)) is None
+    if get_origin(hint) is list or inner[1:] == (...,):
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if hint is float:
+        return type(value) in (int, float) and not abs(value) > 1e300  # NaN is one of ours
+    if hint is int:
+        return type(value) is int and abs(value) < 2**63
+    return hint is Any or type(value) is (get_origin(hint) or hint)
 
 
 def read_source(folder: Path) -> Path | None:

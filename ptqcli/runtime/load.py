@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from ptqcli.model.config import read_generation_config
 from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.resources import open_device
@@ -48,8 +50,7 @@ def load_quantized(
     checkpoint = open_checkpoint(path, dtype)
     model: Any = checkpoint.model
     _Loader(checkpoint, place, kernel).run(fuse)
-    if (checkpoint.folder / "generation_config.json").is_file():
-        _set_generation_config(model, checkpoint.folder)
+    model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
     model.hf_quantizer = _Packed(checkpoint)
     return model.to(place)  # the buffers that the model computed for itself
 
@@ -111,10 +112,15 @@ class _Loader:
 
     def _read_linear(self, name: str) -> tuple[QuantizedWeight, Tensor | None]:
         weight = self.checkpoint.weight(name)
+        columns = None if weight.outliers is None else weight.outliers.weight
+        for part, values in (("scales", weight.scale), ("input scale", weight.input_scale), ("outlier columns", columns)):
+            if values is not None:
+                self._check_range(f"{name}: its {part}", values, None if values is columns else weight.scheme.levels)
         stored_bias = self.checkpoint.names.disk(f"{name}.bias")
-        if self.model.get_submodule(name).bias is not None and stored_bias is None:
+        expected: Tensor | None = self.model.get_submodule(name).bias  # type: ignore[assignment]
+        if expected is not None and stored_bias is None:
             raise PTQError(f"{self.checkpoint.folder}: no tensor is stored for {name}.bias")
-        return weight, None if stored_bias is None else self.checkpoint.tensors.read(stored_bias).to(self.dtype)
+        return weight, None if stored_bias is None else self._read(f"{name}.bias", stored_bias, expected)
 
     def _fill(self, name: str, stored: str) -> None:
         path, _, leaf = name.rpartition(".")
@@ -132,14 +138,24 @@ class _Loader:
         if expected is None or value.shape != expected.shape:
             wanted = "nothing" if expected is None else str(list(expected.shape))
             raise PTQError(f"{self.checkpoint.folder}: {name} is stored as {list(value.shape)}, but config.json asks for {wanted}")
-        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+        if (value.dtype not in FLOATING) if expected.is_floating_point() else value.is_floating_point():
+            wanted = "a floating tensor" if expected.is_floating_point() else "whole numbers"
+            raise PTQError(f"{self.checkpoint.folder}: {name} is stored as {value.dtype}, but the model takes {wanted}")
+        if not value.is_floating_point():
+            return value.to(self.device)
+        self._check_range(name, value)
+        return value.to(self.device, self.dtype)
+
+    def _check_range(self, name: str, values: Tensor, levels: int | None = None) -> None:
+        """Raise PTQError if ``values`` are no longer finite in the dtype of the model, or, being scales of so many ``levels``, become zero
+        or take the weights out of its range."""
+        if values.dtype == self.dtype or not values.numel():
+            return
+        smallest, largest = values.to(self.dtype).aminmax()
+        lost = levels is not None and not (smallest > 0 and torch.isfinite(largest * levels))
+        if lost or not (torch.isfinite(smallest) and torch.isfinite(largest)):
+            raise PTQError(f"{self.checkpoint.folder}: {name} leave the range of {self.dtype}; load the model in another dtype")
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _set_generation_config(model: Any, folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -15,10 +15,11 @@ from ptqcli.checkpoint import auxiliary
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.classes import build_classes
-from ptqcli.model.config import load_config
+from ptqcli.model.config import load_config, read_generation_config
 from ptqcli.model.kinds import kind_of
 from ptqcli.resources import free_bytes
 from ptqcli.runtime.load import load_quantized
+from ptqcli.untrusted import foreign
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "auto") -> Any:
@@ -41,10 +42,10 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     classes = build_classes(config, tensors.names, config.architectures)
     name = type(classes.built[0][0]).__name__ if classes.only_named else kind_of(config).auto_class
     if tensors.total_bytes < free_bytes(device):
-        return _read(folder, name).to(device)
+        return _read(folder, name, config).to(device)
     offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
     try:
-        model = _read(folder, name, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
+        model = _read(folder, name, config, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
     except BaseException:
         shutil.rmtree(offloaded)
         raise
@@ -52,11 +53,14 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     return model
 
 
-def _read(folder: Path, name: str, **placed: Any) -> Any:
-    """The model in the class ``name`` of transformers, with all its tensors from the files. placed: what says where to put them."""
-    try:
+def _read(folder: Path, name: str, config: Any, **placed: Any) -> Any:
+    """The model of ``config`` in the class ``name`` of transformers, with all its tensors from the files. placed: what says where to put
+    them."""
+    with foreign(f"{folder}: transformers cannot load it"):
         model, loading = getattr(transformers, name).from_pretrained(
             folder,
+            config=config,
+            generation_config=read_generation_config(folder),
             dtype="auto",
             local_files_only=True,
             use_safetensors=True,
@@ -64,13 +68,14 @@ def _read(folder: Path, name: str, **placed: Any) -> Any:
             ignore_mismatched_sizes=True,  # they are told of here, with names and shapes
             **placed,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PTQError(f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})") from error
     for name, stored, wanted in sorted(loading["mismatched_keys"]):
         raise PTQError(f"{folder}: {name} is stored as {list(stored)}, but config.json asks for {list(wanted)}")
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers fills them with random numbers, and whatever were measured would mean nothing
         raise PTQError(f"{folder}: the safetensors files hold no tensor for {missing[0]}, {len(missing)} missing in all")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.numel() and not torch.isfinite(torch.stack(parameter.detach().aminmax())).all():
+            raise PTQError(f"{folder}: {name} holds NaN or infinity; the file is damaged, or the training diverged")
     return model
 
 
@@ -84,5 +89,4 @@ def _room(device: torch.device) -> dict[int | str, int]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises PTQError for a folder that is no model's, or has no tokenizer."""
-    load_config(folder)
-    return auxiliary.load_tokenizer(folder)
+    return auxiliary.load_tokenizer(folder, load_config(folder))

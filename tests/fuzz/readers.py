@@ -1,0 +1,364 @@
+"""Everything that reads somebody else's file, with inputs that are right. A reader mutates one, writes it, reads it."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import functools
+import gzip
+import io
+import json
+import lzma
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mutate
+import pyarrow
+import torch
+from packed import everything, llama, random_model, write_checkpoint
+from pyarrow import parquet
+from safetensors.torch import save
+from tiny import byte_tokenizer
+
+from ptqcli.calibration.files import read_path
+from ptqcli.calibration.rows import Rows
+from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.cli import run
+from ptqcli.errors import PTQError
+from ptqcli.formats import format_of
+from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
+from ptqcli.model.config import build_on_meta, load_config, read_generation_config
+from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.weight import round_to_nearest
+from ptqcli.patterns import found
+from ptqcli.pipeline.report import FoldReport, LayerReport, Report
+from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.runtime.load import load_quantized
+
+LINEARS = [f"model.layers.{index}.{name}" for index in range(24) for name in ("self_attn.q_proj", "mlp.down_proj", "a" * 60)]
+SCHEMES = {
+    "packed": Scheme.parse("w3a16-g32-asym"),
+    "integer": Scheme.parse("w8a8-static"),
+    "outliers": Scheme.parse("w8a8-outliers6-static"),
+}
+TEXTS = ["One document.", "Two lines\nof another, with a comma.", "A third: é, \u4e2d.", ""]
+RECIPE = """algo: awq+gptq
+wbits: 4
+group_size: 64
+symmetric: false
+calib: builtin
+nsamples: 16
+seed: 3
+gptq: {damp: 0.1}
+ignore: [lm_head, "layers.0.*down"]
+overrides:
+  - {pattern: down_proj, bits: 8}
+  - {pattern: q_proj, skip: true}
+"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """share: of all inputs. names: one of them must stand in every refusal. call: writes a mutated input into a folder and reads it."""
+
+    name: str
+    share: int
+    names: tuple[str, ...]
+    call: Callable[[Path, mutate.Source], object]
+
+
+class Originals:
+    """What is mutated, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "packed").mkdir(parents=True)
+        model = random_model(llama(layers=1))
+        write_checkpoint(folder / "packed", model, everything(Scheme.parse("w4a16-g32")))
+        self.config = json.loads((folder / "packed" / "config.json").read_text())
+        byte_tokenizer().save_pretrained(folder / "packed")
+        (folder / "packed" / "ptq_report.json").write_text(json.dumps(report()))
+        (folder / "packed" / "generation_config.json").write_text(json.dumps(GENERATION))
+
+
+GENERATION = {
+    "bos_token_id": 0,
+    "eos_token_id": [1, 2],
+    "pad_token_id": 1,
+    "temperature": 0.7,
+    "top_k": 20,
+    "do_sample": True,
+    "max_length": 64,
+}
+
+
+def report() -> dict[str, Any]:
+    layer = LayerReport(
+        name="model.layers.0.mlp.down_proj", scheme="w4a16-g32", bits_per_weight=4.5, relative_error=0.1, never_activated=1, zero_groups=2,
+        damp=0.1, damp_raised=True, outlier_columns=None, outlier_share=0.01,
+    )  # fmt: skip
+    fold = FoldReport(producer="a.norm", readers=("a.q", "a.k"), choices=(("awq", "0.5", 0.9),))
+    whole = Report(
+        source="model", recipe={**Recipe().stored()}, layers=[layer], skipped=[("x", "y")], bytes_before=10, bytes_after=5,
+        bits_per_weight=4.5, error_kind="output", folds=[fold],
+    )  # fmt: skip
+    return {"ptqcli": "0.1", **json.loads(json.dumps(asdict(whole)))}
+
+
+@functools.cache
+def originals(folder: Path) -> Originals:
+    return Originals(folder)
+
+
+# Weights
+
+
+def index(folder: Path, random: mutate.Source) -> object:
+    (folder / "1.safetensors").write_bytes(save({"a": torch.ones(2), "b": torch.ones(3)}))
+    (folder / "2.safetensors").write_bytes(save({"c": torch.ones(2)}))
+    value = {"metadata": {"total_size": 28}, "weight_map": {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_bytes(mutate.json_bytes(value, random))
+    return read_all(folder)
+
+
+def header(folder: Path, random: mutate.Source) -> object:
+    tensors = {"a": torch.ones(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.arange(4), "d": torch.ones(0)}
+    data = save(tensors)
+    length = struct.unpack("<Q", data[:8])[0]
+    if random.random() < 0.7:
+        head = mutate.json_bytes(json.loads(data[8 : 8 + length]), random)
+        wrong = random.choice((0, 0, 0, 0, 1, -1, 8, 2**40, 2**63)) * random.changes
+        data = struct.pack("<Q", (len(head) + wrong) % 2**64) + head + data[8 + length :]
+    else:
+        data = mutate.raw_bytes(data, random)
+    (folder / "model.safetensors").write_bytes(data)
+    return read_all(folder)
+
+
+def read_all(folder: Path) -> int:
+    tensors = SafetensorsFolder(folder)
+    for name in tensors.names:
+        tensor = tensors.read(name)
+        assert tuple(tensor.shape) == tensors.shape(name)
+        assert not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    return tensors.total_bytes
+
+
+def packed(folder: Path, random: mutate.Source) -> object:
+    kind = random.choice(list(SCHEMES))
+    scheme = SCHEMES[kind]
+    weight = round_to_nearest(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), scheme, torch.float32, MinMax())
+    from dataclasses import replace
+
+    from ptqcli.numerics.weight import OutlierColumns
+
+    if kind == "integer":
+        weight = replace(weight, input_scale=torch.ones(1))
+    if kind == "outliers":
+        weight = replace(weight, outliers=OutlierColumns(torch.tensor([1, 5], dtype=torch.int32), torch.ones(8, 2)))
+    tensors = COMPRESSED_TENSORS.pack("m", weight)
+    for _ in range(random.choice((1, 1, 2)) if random.changes else 0):
+        name = random.choice(sorted(tensors))
+        tensors[name] = wrong_tensor(tensors[name].clone(), random)
+    (folder / "model.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    read = SafetensorsFolder(folder)
+    result = COMPRESSED_TENSORS.unpack("m", read.read, scheme)
+    assert bool((result.scale > 0).all())
+    assert bool(torch.isfinite(result.dequantize()).all())
+    return result
+
+
+def wrong_tensor(tensor: torch.Tensor, random: mutate.Source) -> torch.Tensor:
+    deed = random.randrange(6)
+    if deed == 0:
+        return tensor.to(random.choice((torch.int64, torch.float64, torch.bool, torch.int32, torch.float16, torch.int8, torch.uint8)))
+    if deed == 1:
+        return random.choice((tensor[:-1], tensor.flatten(), tensor.unsqueeze(0), tensor[:0], tensor.repeat(2, *[1] * (tensor.dim() - 1))))
+    if deed == 2 and tensor.is_floating_point() and tensor.numel():
+        value = random.choice((float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-45, 3e38))
+        tensor.view(-1)[random.randrange(tensor.numel())] = value
+    elif tensor.numel():
+        bits = tensor.contiguous().view(torch.uint8).view(-1)
+        bits[random.randrange(bits.numel())] ^= 1 << random.randrange(8)
+    return tensor
+
+
+def checkpoint(folder: Path, random: mutate.Source) -> object:
+    source = originals(folder.parent / "originals").folder / "packed"
+    for file in ("config.json", "model.safetensors", "generation_config.json"):
+        shutil.copy(source / file, folder / file)
+    file = folder / random.choice(("config.json", "model.safetensors", "model.safetensors"))
+    file.write_bytes(mutate.raw_bytes(file.read_bytes(), random))
+    with torch.no_grad():
+        logits = load_quantized(folder)(torch.arange(1, 5).unsqueeze(0)).logits
+    assert logits.shape[:2] == (1, 4)
+    return logits
+
+
+# JSON beside them
+
+
+def config(folder: Path, random: mutate.Source) -> object:
+    value = {key: entry for key, entry in originals(folder.parent / "originals").config.items() if key != "quantization_config"}
+    (folder / "config.json").write_bytes(mutate.json_bytes(value, random))
+    read = load_config(folder)
+    assert read._attn_implementation is None
+    return build_on_meta(read, 20)
+
+
+def quantization(folder: Path, random: mutate.Source) -> object:
+    entry = originals(folder.parent / "originals").config["quantization_config"]
+    (folder / "config.json").write_bytes(mutate.json_bytes(entry, random))
+    from ptqcli.untrusted import read_json
+
+    entry = read_json(folder / "config.json")
+    schemes = format_of(entry).schemes(entry, None, LINEARS)  # type: ignore[arg-type]
+    assert set(schemes) <= set(LINEARS)
+    return schemes
+
+
+def tokenizer(folder: Path, random: mutate.Source) -> object:
+    source = originals(folder.parent / "originals").folder / "packed"
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(source / file, folder / file)
+    file = folder / random.choice(("tokenizer.json", "tokenizer_config.json"))
+    file.write_bytes(mutate.json_bytes(json.loads(file.read_bytes()), random))
+    return load_tokenizer(folder, load_config(folder))
+
+
+def generation(folder: Path, random: mutate.Source) -> object:
+    (folder / "generation_config.json").write_bytes(mutate.json_bytes(GENERATION, random))
+    return read_generation_config(folder)
+
+
+def inspect(folder: Path, random: mutate.Source) -> object:
+    """The command itself, as what it shows of a report is read nowhere else."""
+    source = originals(folder.parent / "originals").folder / "packed"
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(source / file, folder / file)
+    (folder / "ptq_report.json").write_bytes(mutate.json_bytes(report(), random))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as told:
+        code = run(["inspect", str(folder)])
+    if code:
+        message = told.getvalue().strip()
+        if not message.startswith("error: "):
+            raise AssertionError(message)
+        raise PTQError(message)
+    assert "\x1b" not in out.getvalue()
+    return out
+
+
+# Requests
+
+
+def recipe(folder: Path, random: mutate.Source) -> object:
+    (folder / "recipe.yaml").write_bytes(
+        mutate.text(RECIPE, random).encode("utf-8", "surrogatepass") if random.random() < 0.7 else mutate.raw_bytes(RECIPE.encode(), random)
+    )
+    return load_recipe(folder / "recipe.yaml")
+
+
+def overrides(folder: Path, random: mutate.Source) -> object:
+    patterns = [mutate.text(random.choice(("down_proj", "layers\\.[0-9]+", "^(?!.*q_proj)", "(q|k)_proj$")), random) for _ in range(3)]
+    request = load_recipe(None, {"ignore": patterns[:2], "overrides": [Override(patterns[2], bits=8)]})
+    hits = found(request.patterns, LINEARS)
+    return {pattern: sorted(names) for pattern, names in hits.items()}
+
+
+# Text
+
+
+def _jsonl() -> bytes:
+    return "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
+
+
+def _json() -> bytes:
+    return json.dumps([{"text": text, "n": 1} for text in TEXTS]).encode()
+
+
+def _table() -> pyarrow.Table:
+    return pyarrow.table({"text": TEXTS * 8, "n": list(range(len(TEXTS) * 8))})
+
+
+def _parquet() -> bytes:
+    parquet.write_table(_table(), sink := pyarrow.BufferOutputStream())
+    return sink.getvalue().to_pybytes()
+
+
+def _arrow() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, _table().schema) as stream:
+        stream.write_table(_table())
+    return sink.getvalue().to_pybytes()
+
+
+CSV = b'text,n\n"One, two",1\n"three ""four""\nfive",2\nsix,3\n'
+KINDS: dict[str, Callable[[], bytes]] = {
+    "txt": lambda: "\n".join(TEXTS).encode(),
+    "raw": lambda: b" = A = \n\n Text . \n",
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": lambda: CSV,
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "jsonl.gz": lambda: gzip.compress(_jsonl(), mtime=0),
+    "txt.bz2": lambda: bz2.compress(_jsonl()),
+    "json.xz": lambda: lzma.compress(_json()),
+    "jsonl.zst": lambda: pyarrow.compress(_jsonl(), "zstd", asbytes=True),
+    "csv.gz": lambda: gzip.compress(CSV, mtime=0),
+}
+
+
+def calibration(kind: str, folder: Path, random: mutate.Source) -> object:
+    path = folder / f"a.{kind}"
+    if kind in ("jsonl", "json") and random.random() < 0.5:
+        path.write_bytes(mutate.json_bytes({"text": "a", "n": 1} if kind == "jsonl" else [{"text": "a"}, {"text": "b"}], random))
+    else:
+        path.write_bytes(mutate.raw_bytes(KINDS[kind](), random))
+    return documents(path)
+
+
+def saved(folder: Path, random: mutate.Source) -> object:
+    """A folder as ``datasets`` saves it."""
+    (folder / "train").mkdir()
+    files = {
+        "dataset_dict.json": json.dumps({"splits": ["train"]}).encode(),
+        "train/state.json": json.dumps({"_data_files": [{"filename": "data.arrow"}], "_split": "train"}).encode(),
+        "train/data.arrow": _arrow(),
+    }
+    changed = random.choice(list(files))
+    for name, data in files.items():
+        if name == changed:
+            data = mutate.raw_bytes(data, random) if name.endswith("arrow") else mutate.json_bytes(json.loads(data), random)
+        (folder / name).write_bytes(data)
+    return documents(folder)
+
+
+def documents(path: Path) -> list[str]:
+    texts = read_path(path, "calibration", Rows())
+    assert texts
+    assert all(isinstance(text, str) and text.encode() is not None for text in texts)
+    return texts
+
+
+READERS = [
+    Reader("safetensors index", 8, ("index.json", "safetensors"), index),
+    Reader("safetensors header", 12, ("model.safetensors", "/"), header),
+    Reader("packed tensors", 10, ("m.", "m:", "safetensors"), packed),
+    Reader("whole checkpoint", 1, ("/", "quantization_config"), checkpoint),
+    Reader("config.json", 6, ("config.json", "/"), config),
+    Reader("quantization_config", 12, ("quantization_config", "config.json"), quantization),
+    Reader("tokenizer", 2, ("tokenizer", "config.json"), tokenizer),
+    Reader("generation_config", 8, ("generation_config.json",), generation),
+    Reader("report (ptq inspect)", 2, ("ptq_report.json",), inspect),
+    Reader("recipe", 6, ("recipe.yaml", "pattern", "regular expression", "override", "group size", "nsamples", "seed", "'"), recipe),
+    Reader("overrides", 10, ("pattern", "regular expression", "override"), overrides),
+    *(Reader(f"calibration .{kind}", 2 if "csv" in kind else 4, (f"a.{kind}",), functools.partial(calibration, kind)) for kind in KINDS),
+    Reader("calibration folder", 4, ("/",), saved),
+]
