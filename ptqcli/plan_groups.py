@@ -34,12 +34,12 @@ def check_groups(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
             wrong.setdefault((linear.scheme.group_size, columns), []).append(linear.name)
     if not wrong:
         return
-    found = ", and ".join(
+    reasons = ", and ".join(
         f"group size {size} does not divide the {columns} input features of {listed(names, 1)}" for (size, columns), names in wrong.items()
     )
     sources = dict.fromkeys(_group_source(recipe, name) for names in wrong.values() for name in names)
     advice = [_group_advice(linears, recipe) if source is None else f"group=auto in the override '{source.pattern}'" for source in sources]
-    raise UsageError(f"{found}; use {' and '.join(advice)}")
+    raise UsageError(f"{reasons}; use {' and '.join(advice)}")
 
 
 def _group_source(recipe: Recipe, name: str) -> Override | None:
