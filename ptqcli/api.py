@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.algorithms import find_algorithm
+from ptqcli.arguments import as_path, check_argument
 from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
@@ -61,13 +62,15 @@ def quantize(
 
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
+    target = as_path(output, "output")
+    check_argument(overwrite, "overwrite", bool)
     return pipeline.quantize(
         _source(model, tokenizer),
         _recipe(recipe, changes),
-        Path(output).expanduser(),
+        target,
         overwrite=overwrite,
         resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
-        data_dir=None if data_dir is None else Path(data_dir),
+        data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
         progress=progress,
     )
 
@@ -99,6 +102,13 @@ def evaluate(
 
     Raises UsageError and PTQError for what cannot be loaded, read or measured.
     """
+    for name, number in (("seqlen", seqlen), ("stride", stride)):
+        check_argument(number, name, int, optional=True)
+    sources = [texts] if isinstance(texts, (str, Path)) else texts
+    check_argument(sources, "texts", str, Path, Sequence)
+    for source in sources:
+        check_argument(source, "a text", str, Path)
+    searched = None if data_dir is None else as_path(data_dir, "data_dir")
     folder = find_model(str(model)) if isinstance(model, (str, Path)) else None
     for given in (model, baseline):
         if not isinstance(given, (str, Path)) and (given is not None or given is model):
@@ -112,8 +122,7 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
-    sources = [str(text) for text in ([texts] if isinstance(texts, (str, Path)) else texts)]
-    rows = {source: evaluation_ids(source, tokenizer, None if data_dir is None else Path(data_dir)) for source in sources}
+    rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources}
     measured = measure(
         model if folder is None else load_model(folder, place, kernel),
         rows,
@@ -148,6 +157,10 @@ def solve(
     another width; PTQError for values that are not finite and for a Hessian that no damping makes positive definite.
     """
     _check_matrix(weight, inputs)
+    check_argument(scheme, "scheme", str, Scheme)
+    check_argument(solver, "solver", str)
+    check_argument(options, "options", Mapping, optional=True)
+    check_argument(scale_dtype, "scale_dtype", torch.dtype)
     part = find_algorithm(solver)
     if part.transforms:
         raise UsageError(f"solver '{solver}': transforms work on blocks; name a solver alone")

@@ -15,11 +15,19 @@ from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.recipe import Recipe
-from ptqcli.resources import Resources
+from ptqcli.resources import Resources, process_bytes
 from ptqcli.solvers.per_matrix import as_block_solver, statistics_for
 
 # Tokens on which transforms try their choices out, in whole windows.
 TRIED_TOKENS = 1024
+
+# What libraries take when they are first used, measured on Linux with torch 2.13: tokenizers and BLAS; the readers of text files.
+LIBRARY_BYTES = 64 << 20
+TEXT_READER_BYTES = 64 << 20
+# glibc keeps freed tensors of up to so many bytes for reuse: of the largest matrix in float32 about so many copies. A run with calibration
+# keeps as much, but not on top of all that it ever needs at once.
+LARGEST_KEPT = 32 << 20
+KEPT_COPIES = 10
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,22 @@ def _streams(recipe: Recipe) -> int:
 
 
 def memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, resources: Resources) -> int:
-    """Peak of a run beyond Python and torch themselves: activations, one block, and the solver's copies of the largest matrix."""
+    """Peak of a run: what the process holds already, activations, one block, and the solver's copies of the largest matrix.
+
+    On a GPU it is the peak there, without what libraries hold.
+    """
+    needed = _tensor_bytes(recipe, linears, skeleton, seqlen, resources)
+    if resources.device.type != "cpu":
+        return needed
+    if needs_calibration(recipe, linears):
+        beside = 0 if recipe.calib == "builtin" else TEXT_READER_BYTES
+    else:
+        largest = max(linear.site.in_features * linear.site.out_features for linear in linears) * 4
+        beside = KEPT_COPIES * min(largest, LARGEST_KEPT)
+    return process_bytes() + LIBRARY_BYTES + beside + needed
+
+
+def _tensor_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, resources: Resources) -> int:
     itemsize = resources.calibration_dtype(linears[0].scale_dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)

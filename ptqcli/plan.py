@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ptqcli.errors import UsageError
+from ptqcli.calibration.record import WAY_OUT
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
@@ -42,7 +43,7 @@ class Plan:
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
     readers: how other programs load the result, or why they do not.
-    disk_bytes, memory_bytes: estimates of the room that the run needs, and of its peak beyond what Python and torch need themselves.
+    disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
 
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
     """
+    _check_window(recipe)
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
@@ -276,6 +278,12 @@ def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
     return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
 
 
+def _check_window(recipe: Recipe) -> None:
+    window = as_block_solver(recipe.solver()).window
+    if not isinstance(window, int) or window < 1:
+        raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
+
+
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
     for linear in linears:
         reason = chosen.refusal(linear.spec)
@@ -310,10 +318,7 @@ def _check_hidden_states(skeleton: Skeleton) -> None:
     for index, shape in enumerate(skeleton.shapes):
         if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
             found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
-            raise UsageError(
-                f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features], which calibration needs; "
-                "use --algo rtn, which needs none"
-            )
+            raise UsageError(f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features]; {WAY_OUT}")
 
 
 def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:

@@ -11,27 +11,22 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import yaml
-
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.calibration.bos import check_bos
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.options import SchemeDefaults, fits, kind_text
 from ptqcli.patterns import check_pattern
+from ptqcli.recipe_file import read_recipe_file
 from ptqcli.suggest import did_you_mean
-from ptqcli.untrusted import one_line, read_text, shown
+from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
     from ptqcli.transforms import BlockTransform
 
 DEFAULT_BITS = 4
-
-# A line for each of 3,000 linears. YAML takes seconds for a MB.
-MOST_RECIPE_BYTES = 256 << 10
-LARGEST_BITS = 512  # of a number; Python writes none of more than 4,300 digits
 
 DEFAULT_THRESHOLD = 6.0
 
@@ -69,6 +64,7 @@ class Override:
     abits: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(Override, vars(self), "override")
         changes = any(value is not None for value in (self.bits, self.group_size, self.symmetric, self.abits))
         if self.skip == changes:
             raise UsageError(f"override '{self.pattern}' must either skip or change bits, abits, group_size or symmetric")
@@ -132,6 +128,7 @@ class Recipe:
     blocks: str | None = None
 
     def __post_init__(self) -> None:
+        _check_types(Recipe, vars(self), "recipe")
         _check_options(self.options, self.algorithm)
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:
@@ -293,7 +290,7 @@ def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] 
 def _written(start: Path | Recipe | None) -> dict[str, object]:
     if isinstance(start, Recipe):
         return {name: getattr(start, name) for name in _fields()}
-    return {} if start is None else _read_yaml(start)
+    return {} if start is None else read_recipe_file(start)
 
 
 def _fields() -> list[str]:
@@ -339,45 +336,6 @@ def _section(value: object, key: str, where: str) -> dict[str, object]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise UsageError(f"{where}'{key}' must be a section of options such as {key}: {{option: value}}, not {shown(value)}")
     return dict(value)
-
-
-class _Loader(yaml.SafeLoader):
-    """As YAML's safe loader, but for two things that it takes without a word: a key that stands twice, of which the last counts, and
-    aliases (``*name``), with which ten lines can stand for billions of values. Here both are errors."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"'*{self.peek_event().anchor}' stands for what is written elsewhere; write it out")
-        return super().compose_node(parent, index)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)
-        if value.bit_length() > LARGEST_BITS:
-            raise yaml.YAMLError(f"a number of {value.bit_length()} bits is none that a recipe needs")
-        return value
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key in seen:
-                raise yaml.YAMLError(f"'{key}' is given twice; give it once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _read_yaml(file: Path) -> dict[str, object]:
-    try:
-        values = yaml.load(read_text(file, MOST_RECIPE_BYTES), _Loader)
-    except PTQError as error:
-        raise UsageError(str(error)) from error
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # the last two of dates and numbers that do not exist
-        raise UsageError(f"{file}: is not valid YAML: {one_line(error)}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"{file}: a recipe is a list of 'key: value' lines; see configs/ for examples")
-    return values
 
 
 def _as_list(value: object, key: str, where: str) -> list[Any]:

@@ -65,6 +65,13 @@ def open_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def process_bytes() -> int:
+    """Memory that this process holds now, libraries included."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_bytes(device: torch.device | str) -> int:
     """Memory of ``device`` that is not taken, in bytes."""
     device = torch.device(device)

@@ -44,7 +44,8 @@ import ptqcli.pipeline.written as written_module
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.cli import run, signals
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import MARKER, PARTIAL, Marker
+from ptqcli.pipeline.output import MARKER, Marker
+from ptqcli.pipeline.report import PARTIAL
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import make_model

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "untrusted", "patterns", "numerics", "suggest"}
+BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "estimate"}
 
@@ -27,7 +27,9 @@ ALLOWED = {
     "untrusted": {"errors"},
     "patterns": {"errors", "untrusted"},
     "suggest": set(),
+    "arguments": {"errors"},
     "options": {"errors", "suggest"},
+    "recipe_file": {"errors", "untrusted"},
     "shipped": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},
     "resources": {"errors"},
@@ -38,7 +40,7 @@ ALLOWED = {
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "recipe_file"},
     "estimate": ROOMS,
     "plan": ROOMS | {"estimate"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},

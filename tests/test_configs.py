@@ -73,7 +73,7 @@ def test_a_path_is_a_file_and_no_name(tmp_path: Path, monkeypatch: pytest.Monkey
     assert find_recipe("w4a16-gptq") == Path("w4a16-gptq")
 
 
-@pytest.mark.parametrize("name, advice", [("w4a16-aqw", "did you mean w4a16-awq"), ("nothing", "`ptq recipes` lists them")])
+@pytest.mark.parametrize("name, advice", [("w4a16-aqw", "did you mean 'w4a16-awq'?"), ("nothing", "`ptq recipes` lists them")])
 def test_an_unknown_name_is_refused_with_close_ones(name: str, advice: str) -> None:
     with pytest.raises(UsageError, match=re.escape(advice)):
         find_recipe(name)

@@ -296,7 +296,7 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
     assert listed["stretched", "stretching"]["summary"] == "rounds the weights times a factor"
     flags = {entry["name"]: entry["flag"] for entry in listed["stretched", "stretching"]["options"]}
     assert flags == {"scale_search": "--scale-search", "factor": "--factor", "damp": None, "output": None}
-    assert "stretched: what the weights are multiplied by" in " ".join(ptq("quantize", "--help").out.split())
+    assert "options of stretched: --factor X What the weights are multiplied by" in " ".join(ptq("quantize", "--help").out.split())
 
     make_model(tmp_path / "model", "llama", torch.bfloat16)
     recipe = tmp_path / "recipe.yaml"

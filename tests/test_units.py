@@ -85,13 +85,13 @@ def folder_bytes(folder):
 def test_the_disk_holds_at_most_the_output_and_one_shard(algo, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "JOIN_BELOW", 0)
     make_model(tmp_path / "model", num_hidden_layers=8)
-    peaks, put_in_place = [], writer._put_in_place
+    peaks, put = [], writer._put
 
-    def watching(temporary, path):
-        peaks.append(folder_bytes(path.parent))
-        put_in_place(temporary, path)
+    def watching(folder, name, pieces):
+        put(folder, name, pieces)
+        peaks.append(folder_bytes(folder.path))
 
-    monkeypatch.setattr(writer, "_put_in_place", watching)
+    monkeypatch.setattr(writer, "_put", watching)
     quantize(tmp_path / "model", recipe_for(tmp_path, algo=algo), tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == 10
@@ -104,14 +104,14 @@ def test_a_shard_keeps_its_bytes(tmp_path, monkeypatch):
     """What is written for a unit is what stands there at the end, under another name."""
     monkeypatch.setattr(writer, "JOIN_BELOW", 0)
     make_model(tmp_path / "model")
-    written, put_in_place = [], writer._put_in_place
+    written, put = [], writer._put
 
-    def watching(temporary, path):
-        put_in_place(temporary, path)
-        if path.suffix == ".safetensors":
-            written.append((path.read_bytes(), path.stat().st_ino))
+    def watching(folder, name, pieces):
+        put(folder, name, pieces)
+        if name.endswith(".safetensors"):
+            written.append(((folder.path / name).read_bytes(), (folder.path / name).stat().st_ino))
 
-    monkeypatch.setattr(writer, "_put_in_place", watching)
+    monkeypatch.setattr(writer, "_put", watching)
     quantize(tmp_path / "model", recipe_for(tmp_path), tmp_path / "out")
     final = [(file.read_bytes(), file.stat().st_ino) for file in sorted((tmp_path / "out").glob("*.safetensors"))]
     assert final == written

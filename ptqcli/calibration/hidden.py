@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -58,9 +59,13 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, budget: int, folder: 
 def _allocate(descriptor: int, size: int) -> None:
     """Take the room on disk now. Where it is missing when a mapped page is first written, the process dies of SIGBUS."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    zeros = bytes(min(size, 16 << 20))  # macOS
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    zeros = bytes(min(size, 16 << 20))  # macOS, and file systems that cannot
     left = size
     while left:
         left -= os.write(descriptor, zeros[:left])

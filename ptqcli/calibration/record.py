@@ -20,6 +20,8 @@ from ptqcli.model.discovery import BlockShape, StopForward, first_output
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.untrusted import one_line
 
+WAY_OUT = "use --algo rtn, which needs no calibration"
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -44,7 +46,10 @@ class BlockCall:
         else:
             kwargs[self.hidden_key] = hidden
         with _named_errors(f"{self.where}: does not run by itself as the model has called it"):
-            behind: Tensor = first_output(block(*args, **kwargs))
+            behind: Any = first_output(block(*args, **kwargs))
+        if not isinstance(behind, Tensor) or behind.shape != hidden.shape:
+            found = list(behind.shape) if isinstance(behind, Tensor) else type(behind).__name__
+            raise PTQError(f"{self.where}: gives {found} for hidden states {list(hidden.shape)}, which cannot be handed on; {WAY_OUT}")
         return behind
 
     def cast(self, dtype: torch.dtype) -> BlockCall:
@@ -159,7 +164,7 @@ def _named_errors(what: str) -> Iterator[None]:
     except (PTQError, StopForward, MemoryError):
         raise
     except Exception as error:
-        raise PTQError(f"{what} ({type(error).__name__}: {one_line(error)}); use --algo rtn, which needs no calibration") from error
+        raise PTQError(f"{what} ({type(error).__name__}: {one_line(error)}); {WAY_OUT}") from error
 
 
 def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:

@@ -70,7 +70,7 @@ def auxiliary_files(folder: Path) -> list[str]:
     is a link into the folder of blobs beside it.
     """
     candidates = [name for name in _files(folder) if _matches(name, AUXILIARY_FILES)]
-    for name in ("config.json", *candidates):
+    for name in ("config.json", "README.md", *candidates):
         target, home = (folder / name).resolve(), folder.resolve()
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         if not (target.is_relative_to(home) or target.is_relative_to(blobs.resolve())):

@@ -79,7 +79,8 @@ class Directory:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise PTQError(f"{path}: is no file")
                 if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    with suppress(OSError):  # a file system that keeps nothing
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             while piece := _read(descriptor, path):
                 yield piece
         finally:
@@ -186,8 +187,12 @@ class Directory:
         """Make what was created, renamed and removed here durable."""
         for folder in self._inside.values():
             folder.sync()
-        with named(self.path):
-            os.fsync(self.descriptor)
+        try:
+            with named(self.path):
+                os.fsync(self.descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some file systems over a network have no such thing
+                raise
 
     def make_folder(self, name: str) -> None:
         """Create the folder ``name``. Raises FileExistsError if there is anything of that name."""

@@ -151,22 +151,33 @@ class SafetensorsFolder(TensorSource):
 
 
 class Stamp:
-    """What a file was when it was first looked at: where it lies, its size, and when it was written."""
+    """What a file was when it was first looked at: its size, when it was written, and which file of that name it is.
+
+    That it is another one of the same size and time, only its inode tells; but a file system over a network may number its files anew at
+    any time, and so a new number counts only with a new time of change, which the copy of a file has.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._seen = path, self._look(path)
 
     @staticmethod
-    def _look(path: Path) -> tuple[int, ...] | None:
+    def _look(path: Path) -> os.stat_result | None:
         try:
-            found = path.stat()
+            return path.stat()
         except OSError:
             return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _is_the_same(self, now: os.stat_result | None) -> bool:
+        before = self._seen
+        if before is None or now is None:
+            return before is now
+        if (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+            return False
+        return (before.st_dev, before.st_ino) == (now.st_dev, now.st_ino) or before.st_ctime_ns == now.st_ctime_ns
 
     def check(self) -> None:
         """Raise PTQError if it is no longer what it was."""
-        if self._look(self.path) != self._seen:
+        if not self._is_the_same(self._look(self.path)):
             raise PTQError(f"{self.path}: has changed since the run began, so the result would be made of two models; run it again")
 
 

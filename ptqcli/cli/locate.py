@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptqcli.errors import UsageError
 from ptqcli.model.locate import find_model
-from ptqcli.pipeline.report import REPORT_NAME
+from ptqcli.pipeline.report import PARTIAL, REPORT_NAME
 
 
 def find_checkpoint(name: str | None) -> Path:
@@ -15,8 +15,9 @@ def find_checkpoint(name: str | None) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The direct subfolder of ``folder`` whose report is the newest. Raises UsageError when there is none."""
-    reports = sorted(folder.glob(f"*/{REPORT_NAME}"), key=lambda report: (report.stat().st_mtime_ns, report))
+    """The direct subfolder of ``folder`` whose report is the newest and that is finished. Raises UsageError when there is none."""
+    finished = (report for report in folder.glob(f"*/{REPORT_NAME}") if not report.parent.name.endswith(PARTIAL))
+    reports = sorted(finished, key=lambda report: (report.stat().st_mtime_ns, report))
     if not reports:
         raise UsageError("no checkpoint in this folder yet; name one, or write one with `ptq quantize`")
     return reports[-1].parent

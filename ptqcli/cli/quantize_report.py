@@ -70,7 +70,7 @@ def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
             *plan.summary_rows(),
             ("size", f"{size_text(plan.bytes_before)} now, {size_text(plan.bytes_after)} afterwards"),
             ("disk needed", f"{size_text(plan.disk_bytes)} while it is written"),
-            ("memory needed", f"about {size_text(plan.memory_bytes)} on top of Python and torch"),
+            ("memory needed", f"about {size_text(plan.memory_bytes)} in all"),
         ]
     )
 

@@ -1,7 +1,8 @@
 """What Ctrl-C, SIGTERM and SIGHUP do: at first they end the process at once, and from when there is something to clean up they interrupt.
 
 An exception out of a signal handler can come up in the middle of a library's import, and what is made of it there is a missing module, a
-traceback or an abort. So there is none before it is needed; and once there was one, whatever fails is the interruption.
+traceback or an abort. So there is none before it is needed, later it waits for the end of an import, and once there was one, whatever
+fails is the interruption.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 from types import FrameType
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+RETRY_SECONDS = 0.1
 
 
 class _State:
@@ -44,4 +46,16 @@ def stop_if_interrupted() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _State.interrupted = True
+    if _is_importing(frame):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
+        return
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

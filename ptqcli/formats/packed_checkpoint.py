@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqcli.arguments import as_path, check_argument
 from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, format_of
@@ -127,7 +128,8 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     Raises PTQError or UsageError, naming the file, key or tensor, when the folder is no quantized checkpoint of a format that is read, is
     damaged, or does not fit its model.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "a checkpoint")
+    check_argument(dtype, "dtype", torch.dtype, optional=True)
     config = load_config(folder)
     entry = getattr(config, "quantization_config", None)
     if not isinstance(entry, Mapping):

@@ -28,8 +28,8 @@ class ModelClasses:
 def build_classes(config: Any, stored: Sequence[str], named: object) -> ModelClasses:
     """The classes of a model with the tensors ``stored``; named: what ``architectures`` of config.json says.
 
-    It is the auto class's that is worked on, unless only the one that config.json names finds all of its tensors. Raises PTQError if
-    transformers cannot build that of the auto class.
+    It is the auto class's that is worked on, unless only the one that config.json names, with an output head like that, finds all of its
+    tensors. Raises PTQError if transformers cannot build that of the auto class.
     """
     model = build_on_meta(config, len(stored))
     first = (model, DiskNames(model, stored))
@@ -43,6 +43,6 @@ def build_classes(config: Any, stored: Sequence[str], named: object) -> ModelCla
     if other is None:
         return ModelClasses([first], f"transformers has no class {name} for it, which config.json names")
     second = (other, DiskNames(other, stored))
-    if first[1].missing and not second[1].missing:
+    if first[1].missing and not second[1].missing and other.get_output_embeddings() is not None:  # type: ignore[operator]
         return ModelClasses([second], only_named=True)
     return ModelClasses([first, second])

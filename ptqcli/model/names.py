@@ -31,8 +31,8 @@ class DiskNames:
                 self._assembled.append(name)
             else:
                 self.unmatched.append(name)
-        # transformers' own list of parameters that are one. The file holds one of the two, most often but not always the source.
-        tied = getattr(model, "all_tied_weights_keys", {}).items()
+        # Parameters that are one; the file holds one of the two, most often but not always the source.
+        tied = [*getattr(model, "all_tied_weights_keys", {}).items(), *_same_modules(model)]
         for name, twin in (*((source, target) for target, source in tied), *tied):
             if name in memory and twin in self._disk:
                 self._disk.setdefault(name, self._disk[twin])
@@ -59,6 +59,15 @@ def _declared_renamings(model: nn.Module) -> tuple[list[Any], list[Any]]:
     declared = get_model_conversion_mapping(model)
     renamings = [entry for entry in declared if isinstance(entry, WeightRenaming)]
     return renamings, [entry for entry in declared if isinstance(entry, WeightConverter)]
+
+
+def _same_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of a parameter of a module that stands in several places, each with the first of them."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first.setdefault(id(parameter), name)
+        if source != name:
+            yield name, source
 
 
 def _candidates(name: str, prefix: str, renamings: Sequence[Any]) -> Iterator[str]:

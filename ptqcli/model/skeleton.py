@@ -11,7 +11,7 @@ parameter of the same dtype on the CPU is the stored tensor itself, and is there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from ptqcli.model.classes import build_classes
 from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
+from ptqcli.model.names import DiskNames
 from ptqcli.model.source import ModelSource
 
 
@@ -159,23 +160,19 @@ class Skeleton:
 
     @cached_property
     def shared(self) -> dict[str, str]:
-        """Linears of the blocks whose weight runs in several places -> the first other place."""
-        modules = {module: name for name, module in self.model.named_modules()}
-        places: dict[str, list[str]] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            if is_linear(module):
-                places.setdefault(self.stored_name(f"{modules[module]}.weight"), []).append(name)
-        found = {name: named for named in places.values() if len(named) > 1 for name in named}
-        return {name: next(other for other in named if other != name) for name, named in found.items()}
+        """Linears of the blocks whose weight has another place in the model -> the first other place."""
+        places = _by_stored_name([self.names])
+        found = {}
+        for site in self.linears:
+            others = [name for name in places[self.stored_name(f"{site.name}.weight")] if name != f"{site.name}.weight"]
+            if others:
+                found[site.name] = others[0].removesuffix(".weight")
+        return found
 
     @cached_property
     def _names_of(self) -> dict[str, list[str]]:
         """Stored tensor -> its names in all classes."""
-        found: dict[str, list[str]] = {}
-        for _, names in self.classes:
-            for name, stored in names.items():
-                found.setdefault(stored, []).append(name)
-        return found
+        return _by_stored_name([names for _, names in self.classes])
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Other names of the linear ``name``: in the class that config.json names or, where that is not known, in the file."""
@@ -284,6 +281,14 @@ class Skeleton:
             for module in self.blocks[self.units.index(unit)].modules():
                 for leaf in module._parameters:
                     _empty(module, leaf)
+
+
+def _by_stored_name(classes: Sequence[DiskNames]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for names in classes:
+        for name, stored in names.items():
+            found.setdefault(stored, []).append(name)
+    return found
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

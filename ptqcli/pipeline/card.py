@@ -29,6 +29,14 @@ CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline
 CARD_BYTES = 1 << 16  # of the model's own card that are looked at
 
 
+MADE_BY = "quantized by ptqcli with"  # in every card that is written here
+
+
+def is_card(text: str) -> bool:
+    """Whether ``text`` was a card of ours, whatever was added to it; a README that somebody else wrote is not."""
+    return MADE_BY in text
+
+
 def model_card(plan: Plan, report: Report, source: Path | None) -> str:
     """The card of what ``plan`` has become. source: the folder of the model, None for one in memory."""
     base, name = _hub_id(source), _name(source)
@@ -40,7 +48,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         "",
         f"# {name}, {schemes}",
         "",
-        f"{base or name} quantized by ptqcli with `{plan.recipe.algo}`: {len(plan.linears)} linears in {schemes}, the rest as it was.",
+        f"{base or name} {MADE_BY} `{plan.recipe.algo}`: {len(plan.linears)} linears in {schemes}, the rest as it was.",
         "",
         "| | |",
         "|---|---|",

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from ptqcli.checkpoint.directory import Directory, named
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import MARKER, PARTIAL, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.output import MARKER, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.report import PARTIAL
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 CLAIMS = 20  # attempts to claim a folder that other runs remove meanwhile
@@ -76,6 +77,7 @@ class _Growing:
         self.work = self.output.with_name(self.name)
         self._new_parents: list[Path] = []
         self._made = False  # whether the working folder is ours to remove
+        self._claimed = False  # whether it is ours to write into
         self._finishing = False  # whether everything is in it
         self._keep = False  # whether it is finished and cannot have its name
         self._parent: Directory | None = None
@@ -136,9 +138,11 @@ class _Growing:
             self._made = not self.into
             check()
             self._replaces = None if self.into else self.parent.identity_of(self.output.name)
+            self._claimed = True
             with suppress(FileNotFoundError):
                 Marker(output=self.output.name, into=self.into, replaces=self._replaces).write(self.folder)
                 return True
+        self._claimed = False
         self._folder.close()
         self._folder = None
         return False
@@ -194,13 +198,17 @@ class _Growing:
             raise PTQError(f"{self.output}: has changed while the run was at work, and is left as it is")
         if self._replaces is None:
             self.parent.rename(self.name, name)
-        elif not _exchange(self.parent, self.name, name) and not self._is_placed():
+        elif _exchange(self.parent, self.name, name):
+            if self.parent.identity_of(self.name) != self._replaces:  # since the look above
+                _exchange(self.parent, self.name, name)
+                raise PTQError(f"{self.output}: has changed while the run was at work, and is left as it is")
+        elif not self._is_placed():
             self._move(self.parent, name, self.folder, REPLACED)
             self.parent.rename(self.name, name)  # if this fails, end() moves the other back
 
     def end(self) -> str:
         """Undo what is not finished; what there is to say of the folders, "" if the disk is as it was."""
-        if self._folder is None:
+        if not self._claimed:
             if self._made and self._parent is not None:
                 with suppress(OSError):  # not empty: another run has it
                     os.rmdir(self.name, dir_fd=self.parent.descriptor)
@@ -221,12 +229,8 @@ class _Growing:
                 self.parent.remove_folder(self.name, self.folder.identity)
             self._remove_parents()
         except (OSError, PTQError, KeyboardInterrupt) as error:
-            reason = _reason(error)
-            return (
-                f"{self.output} is complete, but not what it replaced gone ({reason})"
-                if self._is_placed()
-                else f"{self.work} is left ({reason})"
-            )
+            left = f"{self.output} is complete, but what it replaced is not gone" if self._is_placed() else f"{self.work} is left"
+            return f"{left} ({_reason(error)})"
         return ""
 
     def _is_placed(self) -> bool:
@@ -269,13 +273,15 @@ def _told(error: BaseException, left: str) -> BaseException:
     """``error``, or one that also says what it has left on disk."""
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(left or "nothing of it is left on disk")
-    return PTQError(f"{_reason(error)}; {left}") if left and isinstance(error, Exception) else error
+    if isinstance(error, OSError) or (left and isinstance(error, Exception)):
+        return PTQError("; ".join(filter(None, (_reason(error), left))))
+    return error
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, PTQError) else f"{type(error).__name__} {error}".strip()
+    return str(error) if isinstance(error, (PTQError, OSError)) else f"{type(error).__name__} {error}".strip()
 
 
 def _exchange(parent: Directory, one: str, other: str) -> bool:

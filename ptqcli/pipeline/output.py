@@ -14,9 +14,9 @@ from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import TEMPLATES, belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.report import REPORT_NAME, read_report
+from ptqcli.pipeline.card import CARD_NAME, is_card
+from ptqcli.pipeline.report import PARTIAL, REPORT_NAME, read_report
 
-PARTIAL = ".partial"  # ends the name of the folder in which a checkpoint grows
 REPLACED = "replaced"  # in that folder, the checkpoint that is being replaced, where two folders cannot change places in one step
 MARKER = ".ptq-quantize.json"
 MARKER_BYTES = 4096
@@ -70,13 +70,12 @@ def check_output(output: Path, model: Path | None, overwrite: bool, inputs: Sequ
         raise UsageError(f"{output}: is a link that leads back to itself; choose another --output") from error
     except ValueError as error:
         raise UsageError(f"{str(output)!r}: is no path ({error}); choose another --output") from error
-    _check_names(output, resolved)
-    if not os.path.lexists(resolved):
+    into = is_written_into(resolved)
+    _check_names(output, resolved, "" if into else PARTIAL)
+    if into or not os.path.lexists(resolved):
         return
     if not resolved.is_dir():
         raise UsageError(f"{output}: is a file; choose another --output")
-    if is_written_into(resolved):
-        return
     _check_sources(output, resolved, model, inputs)
     if not overwrite:
         raise UsageError(f"{output}: already exists; choose another --output, or replace it with --overwrite")
@@ -131,18 +130,18 @@ def remove_checkpoint(folder: Directory) -> None:
             folder.remove(name)
 
 
-def _check_names(output: Path, resolved: Path) -> None:
-    """Every name that will be made is checked before the work, the longest of them being a temporary one."""
+def _check_names(output: Path, resolved: Path, ending: str) -> None:
+    """Every name that will be made is checked before the work; the output's is the longest while it has its ``ending``."""
     parent = next(place for place in resolved.parents if os.path.isdir(place))
-    made = [*resolved.relative_to(parent).parts[:-1], resolved.name + PARTIAL]
+    made = [*resolved.relative_to(parent).parts[:-1], resolved.name + ending]
     longest = max(made, key=lambda name: len(os.fsencode(name)))
     limit = os.pathconf(parent, "PC_NAME_MAX")
     if len(os.fsencode(longest)) > limit:
-        more = f" with {PARTIAL}, under which it is written" if longest == made[-1] else ""
+        more = f" with {ending}, under which it is written" if ending and longest == made[-1] else ""
         raise UsageError(
             f"{output}: {longest[:40]}... takes {len(os.fsencode(longest))} bytes{more}, and names there {limit}; choose a shorter --output"
         )
-    if len(os.fsencode(resolved)) + len(PARTIAL) + LONGEST_INSIDE >= PATH_BYTES:
+    if len(os.fsencode(resolved)) + len(ending) + LONGEST_INSIDE >= PATH_BYTES:
         raise UsageError(f"{str(output)[:40]}...: the path is too long for the files in it; choose a shorter --output")
 
 
@@ -167,6 +166,8 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
         marker = Marker.read(folder, resolved.name)
         ours = marker is not None and marker.replaces is not None and folder.identity_of(REPLACED) == marker.replaces
         foreign = next((name for name in foreign_names(folder) if not (ours and name == f"{REPLACED}/")), None)
+        if foreign is None and not _has_our_card(folder):
+            foreign = CARD_NAME
     finally:
         folder.close()
     if not written:
@@ -177,6 +178,16 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
         raise UsageError(f"{output}: is a mount point and cannot be replaced; empty it, or choose a folder in it: --output {output}/NAME")
     if not os.access(resolved, os.W_OK | os.X_OK):
         raise UsageError(f"{output}: what is in it may not be removed by this user; choose another --output")
+
+
+def _has_our_card(folder: Directory) -> bool:
+    """False for a README that somebody else wrote, or a link to one."""
+    if folder.identity_of(CARD_NAME) is None:
+        return True
+    try:
+        return is_card(next(folder.pieces(CARD_NAME), b"").decode(errors="replace"))
+    except (OSError, PTQError):
+        return False
 
 
 def _is_mount_point(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_room
+from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.plan import Plan, make_plan
@@ -89,6 +90,7 @@ def prepare(
         progress.phase(f"reading calibration text from {recipe.calib}")
         with clock.measure("text"):
             calibration = _calibration_set(plan, skeleton.source.tokenizer(), data_dir)
+            return_freed_memory()  # a tokenizer's work on a long text takes many times the text
         if calibration.skipped_rows:
             progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)

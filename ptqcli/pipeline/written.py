@@ -28,7 +28,8 @@ class WrittenUnits:
         self._writer = CheckpointWriter(folder, **limit)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Store the finished tensors of one unit, by their stored names."""
+        """Store the finished tensors of one unit, by their stored names. Raises PTQError if the model's files have changed meanwhile."""
+        self._run.skeleton.source.check_unchanged()
         self._writer.write(tensors)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
 
@@ -58,6 +59,7 @@ class WrittenUnits:
         Raises PTQError if that is not what was written, if a reader would refuse it, or if the model's files have changed meanwhile.
         """
         source, folder = self._run.skeleton.source, self._folder
+        self._run.progress.phase("comparing the checkpoint on the disk with what was written")
         self._writer.finish()
         source.write_auxiliary(folder)
         for file, entries in self._described().items():

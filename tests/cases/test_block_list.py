@@ -17,6 +17,7 @@ from torch import nn
 
 from ptqcli.errors import UsageError
 from ptqcli.model.discovery import find_blocks
+from ptqcli.model.names import DiskNames
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.prepare import plan_run
@@ -76,6 +77,15 @@ def test_a_model_that_shares_a_block_is_quantized_but_for_the_shared_one(tmp_pat
     mixers = {linear.name for linear in plan.linears if linear.name.endswith("in_proj")}
     assert len(mixers) == len(skeleton.blocks)
     assert not {linear.name for linear in plan.linears} & set(shared)
+
+
+def test_a_module_in_two_places_has_two_names() -> None:
+    model = model_with(layers=[Wide(), Other()])
+    model.layers.append(model.layers[0])
+    names = DiskNames(model, ["layers.0.linear.weight", "layers.0.linear.bias", "layers.1.linear.weight"])
+    assert names.disk("layers.2.linear.weight") == "layers.0.linear.weight"
+    assert names.disk("layers.1.linear.weight") == "layers.1.linear.weight"
+    assert names.missing == ["layers.1.linear.bias", "layers.1.second.weight", "layers.1.second.bias"]
 
 
 def test_little_in_the_blocks_is_an_error_and_where_it_is_meant_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_only_known_files_go_along(model: Path, tmp_path: Path) -> None:
         (model / name).write_text(content)
     quantize(model, PLAIN, tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert found == {*own, *WANTED, "ptq_report.json"}
+    assert found == {*own, *WANTED, "ptq_report.json", "README.md"}
     assert {name: (tmp_path / "out" / name).read_text() for name in WANTED} == WANTED
 
 

@@ -215,6 +215,18 @@ def test_nor_is_one_with_a_file_of_the_user(ptq: Ptq, room: Path, name: str) -> 
     assert everything(room) == before
 
 
+def test_nor_is_one_whose_model_card_somebody_else_wrote(ptq: Ptq, room: Path) -> None:
+    line = ("quantize", room / "model", "--algo", "rtn", "--group-size", "32", "--output", room / "out", "--overwrite")
+    with open(room / "out" / "README.md", "a", encoding="utf-8") as card:
+        card.write("And see the evaluation.")
+    assert ptq(*line).code == 0, "ours, with more in it"
+    (room / "out" / "README.md").write_text("# My model")
+    assert "out: holds README.md, which ptq quantize did not write" in one_line(ptq(*line))
+    (room / "out" / "README.md").unlink()
+    (room / "out" / "README.md").symlink_to("../notes.md")
+    assert "out: holds README.md, which ptq quantize did not write" in one_line(ptq(*line))
+
+
 def test_a_folder_with_a_report_of_another_program_is_not_replaced(ptq: Ptq, room: Path) -> None:
     (room / "out" / "ptq_report.json").write_text("{}")
     before = everything(room)
@@ -280,6 +292,27 @@ def test_a_run_that_begins_while_another_removes_the_old_folder_is_not_touched(r
     quantize(room / "model", PLAIN, room / "out", overwrite=True)
     assert len(told) == 2
     assert sorted(path.name for path in room.iterdir()) == ["model", "out"]
+
+
+def test_a_run_that_is_refused_leaves_the_marker_of_the_one_at_work(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has opened the working folder, which becomes the output before it finds that it is locked."""
+    lock, seen = ptqcli.pipeline.folder._lock, []
+
+    class Second(NoProgress):
+        def block_done(self, index: int, count: int) -> None:
+            def late(folder: Directory) -> None:
+                (room / "new.partial").rename(room / "new")
+                lock(folder)
+
+            with monkeypatch.context() as context:
+                context.setattr(ptqcli.pipeline.folder, "_lock", late)
+                with pytest.raises(PTQError, match="another run is writing there"):
+                    quantize(room / "model", PLAIN, room / "new")
+            seen.append(sorted(os.listdir(room / "new")))
+            (room / "new").rename(room / "new.partial")
+
+    quantize(room / "model", PLAIN, room / "new", progress=Second())
+    assert MARKER in seen[0]
 
 
 def test_a_folder_that_another_run_makes_behind_the_last_rename_stays(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:

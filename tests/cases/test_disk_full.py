@@ -103,10 +103,13 @@ def failing_after(call: Callable[..., Any], code: int, passed: int) -> Callable[
     return answer
 
 
-@pytest.mark.parametrize(
-    ("name", "passed"), [("mkdir", 0), ("write", 0), ("write", 9), ("fsync", 2), ("fsync", 9), ("rename", 0), ("rename", 4)]
-)
-@pytest.mark.parametrize("kind", CODES)
+FAILING = [
+    ("mkdir", 0, "forbidden"), ("write", 0, "no room"), ("write", 9, "quota"), ("fsync", 2, "broken"), ("fsync", 9, "no room"),
+    ("rename", 0, "read only"), ("rename", 4, "broken"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "passed", "kind"), FAILING)
 def test_whatever_fails_is_one_line_with_a_path(
     ptq: Ptq, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, passed: int, kind: str
 ) -> None:
@@ -117,6 +120,12 @@ def test_whatever_fails_is_one_line_with_a_path(
     assert os.strerror(CODES[kind]) in one_line(answer)
     assert list(tmp_path.iterdir()) == []
     assert "is left" not in one_line(answer)
+
+
+def test_a_program_is_told_by_an_error_of_ours(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing_after(os.fsync, errno.EIO, 2))
+    with pytest.raises(PTQError, match=r"/out\.partial: Input/output error$"):
+        quantize(model, Recipe(algo="rtn", group_size=32), tmp_path / "out")
 
 
 def test_what_cannot_be_removed_is_named(ptq: Ptq, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

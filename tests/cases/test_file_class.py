@@ -95,6 +95,16 @@ def test_where_only_the_files_own_class_finds_its_tensors_that_one_is_quantized(
     assert type(load_model(tmp_path / "model")) is file
 
 
+@pytest.mark.parametrize("named", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_class_without_an_output_head_does_not_take_its_place(named: str, tmp_path: Path) -> None:
+    """A model without its head is not a language model, although the class that config.json names finds all of its tensors."""
+    make_text_model(tmp_path)
+    model, _ = getattr(transformers, named).from_pretrained(tmp_path, output_loading_info=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PTQError, match=r"hold no tensor for lm_head\.weight"):
+        plan_run(tmp_path, load_recipe(flags={"algo": "rtn"}), Resources())
+
+
 def test_a_text_model_has_one_name_for_each_linear(tmp_path: Path) -> None:
     make_text_model(tmp_path / "model")
     entry = quantized(tmp_path, **REQUESTS["two schemes"])

@@ -83,6 +83,28 @@ def test_whatever_a_block_raises_is_told_with_its_name(error: Exception) -> None
     assert "\n" not in str(raised.value)
 
 
+class Returning(nn.Module):
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.output
+
+
+@pytest.mark.parametrize("output", [torch.zeros(1, 2, 8), torch.zeros(2, 4), {"hidden": torch.zeros(1, 2, 4)}, None, ()])
+def test_what_cannot_be_handed_on_is_told_with_the_blocks_name(output: Any) -> None:
+    call = BlockCall((None,), {}, 0, "model.layers.3")
+    with pytest.raises(PTQError, match=r"^model.layers.3: gives .* for hidden states \[1, 2, 4\], which cannot be handed on"):
+        call.run(Returning(output), torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("container", [lambda state: state, lambda state: (state, None), lambda state: [state]])
+def test_hidden_states_alone_or_first_of_several_are_handed_on(container: Any) -> None:
+    state = torch.ones(1, 2, 4)
+    assert BlockCall((None,), {}, 0).run(Returning(container(state)), torch.zeros(1, 2, 4)) is state
+
+
 @pytest.mark.parametrize("error", [StopForward(), PTQError("our own"), MemoryError()])
 def test_what_is_not_the_blocks_fault_passes_through(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:

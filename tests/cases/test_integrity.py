@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import make_model
 
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.tensors import Stamp
 from ptqcli.checkpoint.writer import CheckpointWriter
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.pipeline import quantize
@@ -152,8 +153,11 @@ class Doing(NoProgress):
         self.act()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "additional_chat_templates/tool_use.jinja"])
-@pytest.mark.parametrize("harm", [replace_by_a_copy, overwrite_in_place, cut, Path.unlink], ids=lambda harm: harm.__name__)
+CHANGES = [("model.safetensors", harm) for harm in (replace_by_a_copy, overwrite_in_place, cut, Path.unlink)]
+CHANGES += [(name, replace_by_a_copy) for name in ("config.json", "tokenizer.json", "additional_chat_templates/tool_use.jinja")]
+
+
+@pytest.mark.parametrize(("name", "harm"), CHANGES)
 def test_a_file_of_the_model_that_changes_during_the_run_is_named(model: Path, name: str, harm: Callable[[Path], object]) -> None:
     """With the same name, size and time, or the same inode: one of them tells."""
     with pytest.raises((PTQError, OSError), match=f"model/{name}") as raised:
@@ -209,3 +213,35 @@ def test_a_working_folder_that_goes_at_the_very_end(model: Path, monkeypatch: py
     with pytest.raises(PTQError, match=r"out\.partial/\S+: has gone while the run was at work"):
         quantize(model, PLAIN, model.parent / "out")
     assert nothing_but_the_model(model)
+
+
+def test_a_new_inode_alone_is_no_change(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system over a network may give the same file another number; a copy of it has another time of change, too."""
+    stamp = Stamp(model / "model.safetensors")
+    look = Path.stat
+
+    def renumbered(path: Path, **given: bool) -> os.stat_result:
+        found = look(path, **given)
+        fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        return os.stat_result([*found[:1], found.st_ino + 1, *found[2:]], fields)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "stat", renumbered)
+        stamp.check()
+    replace_by_a_copy(model / "model.safetensors")
+    with pytest.raises(PTQError, match="has changed since the run began"):
+        stamp.check()
+
+
+def test_a_change_is_told_at_the_next_block(tmp_path: Path) -> None:
+    """And not when hours of work are done."""
+    make_model(tmp_path / "model", num_hidden_layers=3)
+    seen = []
+
+    def first_only() -> None:
+        seen.append("")
+        overwrite_in_place(tmp_path / "model" / "model.safetensors")
+
+    with pytest.raises(PTQError, match="has changed since the run began"):
+        quantize(tmp_path / "model", PLAIN, tmp_path / "out", progress=Doing(first_only))
+    assert len(seen) == 1

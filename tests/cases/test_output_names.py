@@ -10,6 +10,7 @@ import pytest
 from commandline import Ptq, one_line
 from tiny import make_model
 
+from ptqcli.cli.locate import newest_checkpoint
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.pipeline import output as output_module
@@ -200,3 +201,10 @@ def test_names_that_few_would_choose(tmp_path: Path, model: Path, name: str) -> 
 def test_a_path_with_a_null_byte(model: Path) -> None:
     with pytest.raises(UsageError, match="is no path"):
         quantize(model, PLAIN, Path("a\0b"))
+
+
+def test_the_folder_of_a_run_at_work_is_not_the_newest_checkpoint(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(_finished(model), tmp_path / "out")
+    shutil.copytree(_finished(model), tmp_path / "new.partial")
+    os.utime(tmp_path / "new.partial" / "ptq_report.json", (2e9, 2e9))
+    assert newest_checkpoint(tmp_path) == tmp_path / "out"

@@ -181,6 +181,23 @@ def test_a_checkpoint_that_another_took_the_place_of_meanwhile_is_not_replaced(o
     assert tree(out.with_name("out.partial")) == tree(original / "new")
 
 
+def test_nor_is_one_that_comes_between_the_last_look_and_the_exchange(original: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange, calls = folder_module._exchange, []
+
+    def late(*given: Any) -> bool:
+        if not calls:
+            out.rename(out.with_name("first"))
+            shutil.copytree(original / "new", out)
+        calls.append(given)
+        return exchange(*given)
+
+    monkeypatch.setattr(folder_module, "_exchange", late)
+    with pytest.raises(PTQError, match="out: has changed while the run was at work"):
+        quantize(original / "model", NEW, out, overwrite=True)
+    assert len(calls) == 2
+    assert tree(out.with_name("first")) == tree(original / "old")
+
+
 def test_the_systems_exchange(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()

@@ -17,7 +17,7 @@ from ptqcli.cli import signals
 from ptqcli.cli.quantize_report import QuantizeProgress
 
 MAIN = "from ptqcli.cli import main; main()"
-MOMENTS = (0.3, 0.8, 1.6, 2.6, 4.0)
+MOMENTS = ((0.3, signal.SIGINT), (0.8, signal.SIGTERM), (1.6, signal.SIGHUP), (2.6, signal.SIGINT), (4.0, signal.SIGTERM))
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_at_any_moment_ends_the_command_without_a_word_of_python(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_at_any_moment_ends_the_command_without_a_word_of_python(model: Path, tmp_path: Path) -> None:
     """Five processes, each told to end at another moment of the imports or of the work behind them."""
     running = []
     for index in range(len(MOMENTS)):
@@ -40,25 +39,21 @@ def test_a_signal_at_any_moment_ends_the_command_without_a_word_of_python(model:
         assert process.stdout is not None
         process.stdout.read(1)
     start = time.monotonic()
-    for process, moment in zip(running, MOMENTS, strict=True):
+    for process, (moment, number) in zip(running, MOMENTS, strict=True):
         time.sleep(max(0.0, start + moment - time.monotonic()))
         process.send_signal(number)
     for index, process in enumerate(running):
         _, told = process.communicate(timeout=300)
-        assert process.returncode in (-number, 130, 0), told
-        assert told.strip() in (
-            "",
-            "interrupted",
-            "interrupted; nothing of it is left on disk",
-            f"interrupted; {tmp_path / str(index)} is complete",
-        )
-        assert not (tmp_path / f"{index}.partial").exists()
-        assert (tmp_path / str(index)).exists() == (process.returncode == 0 or "complete" in told)
+        out = tmp_path / str(index)
+        assert process.returncode in (-MOMENTS[index][1], 130, 0), told
+        assert told.strip() in ("", *(f"interrupted{more}" for more in ("", "; nothing of it is left on disk", f"; {out} is complete")))
+        assert not out.with_name(f"{index}.partial").exists()
+        assert out.exists() == (process.returncode == 0 or "complete" in told)
 
 
 @pytest.fixture
 def _kept() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -95,6 +90,28 @@ def test_a_program_that_imports_the_package_keeps_its_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
     signals.clean_up_first()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("_kept")
+def test_an_interruption_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a library's lazy imports do, the module makes something else of whatever is raised in it."""
+    (tmp_path / "foreign.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    done = sum(range(1000))\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('a missing module') from error\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signals.end_at_once()
+    signals.clean_up_first()
+    import foreign
+
+    assert foreign.done == sum(range(1000))
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(10)
 
 
 @pytest.mark.usefixtures("_kept")

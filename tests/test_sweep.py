@@ -1,0 +1,63 @@
+"""A few types of the sweep over all architectures, one for each kind of result; the sweep itself is scripts/sweep_architectures.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweep_architectures import REQUESTS, Outcome, Row, summary, sweep, table
+
+import ptqcli
+
+GPTQ = {"gptq": REQUESTS["gptq"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "reason"),
+    [
+        ("zamba", "right", ""),  # blocks of two classes, one of them shared
+        ("rwkv", "dequantize only", "RwkvForCausalLM does not take packed weights"),  # weights that the model itself changes
+        ("mixtral", "refused", "mixture of experts"),
+        ("xlm", "refused", "blocks that do not hand one state on"),
+    ],
+)
+def test_types_of_every_result(kind: str, result: str, reason: str, tmp_path: Path) -> None:
+    found = summary(sweep(kind, tmp_path, GPTQ))
+    assert found[0] == result
+    assert found[1].startswith(reason)
+
+
+def test_a_wrong_reader_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = ptqcli.load_quantized
+
+    def slightly_wrong(folder: Path) -> Any:
+        model = load(folder)
+        with torch.no_grad():
+            model.model.layers[0].input_layernorm.weight[0] *= 1.1
+        return model
+
+    monkeypatch.setattr(ptqcli, "load_quantized", slightly_wrong)
+    outcome = sweep("llama", tmp_path, GPTQ).outcomes["gptq"]
+    assert outcome.result == "wrong"
+    assert outcome.reason.startswith("ptqcli (ptqcli): relative error")
+
+
+def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
+    rows = {
+        "one": Row("one", "OneModel", "OneModel", {"rtn": Outcome("right"), "gptq": Outcome("wrong", "by 2")}),
+        "two": Row("two", "TwoModel", "TwoModel", {"rtn": Outcome("right"), "gptq": Outcome("right")}),
+        "three": Row(
+            "three", "Three", "", {"rtn": Outcome("refused", "layers.0.mlp.experts: 90% of"), "gptq": Outcome("refused", "fused experts")}
+        ),
+    }
+    page = table(rows)
+    for line in (
+        "| wrong | 1 |",
+        "| right | 1 |",
+        "| refused: mixture of experts | 1 |",
+        "| all | 3 |",
+        "| one | OneModel | wrong | by 2 |",
+    ):
+        assert line in page.splitlines()
