@@ -56,6 +56,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (ROOT / script).exists(), script
 
 
+def test_every_room_is_on_the_map() -> None:
+    text = (ROOT / "docs" / "how-it-is-built.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^  ([a-z_]+)(?:/|\.py) ", text, flags=re.MULTILINE))
+    assert {path.stem for path in (ROOT / "ptqcli").iterdir() if not path.name.startswith("_") and path.suffix in ("", ".py")} <= listed
+
+
 def test_there_are_commands() -> None:
     assert len(commands()) > 15
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -108,11 +107,3 @@ def test_no_module_hides_a_public_name() -> None:
     """Importing ``ptqcli.NAME`` puts the module where the function of that name was."""
     modules = {path.stem for path in (ROOT / "ptqcli").iterdir()}
     assert not modules & set(ptqcli.__all__)
-
-
-def test_the_readme_is_complete() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "@@" not in text
-    listed = set(re.findall(r"^  ([a-z_]+)(?:/|\.py) ", text, flags=re.MULTILINE))
-    rooms = {path.stem for path in (ROOT / "ptqcli").iterdir() if not path.name.startswith("_") and path.suffix in ("", ".py")}
-    assert rooms <= listed
