@@ -134,7 +134,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
             *tried,
             *_fused_notes(fused),
         ),
-        readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
+        readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
     )
 
 
@@ -315,9 +315,9 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
     if share < TOLD_BELOW:
         only = "only " if share < 0.5 else ""
         notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")
-    if skeleton.only_named:
-        auto, own = skeleton.kind.auto_class, type(skeleton.model).__name__
-        notes.append(f"transformers' {auto} does not find the tensors of this model, quantized or not; load it as {own}")
+    if skeleton.loaded_as != skeleton.kind.auto_class:
+        what = f"transformers' {skeleton.kind.auto_class} does not find the tensors of this model, quantized or not"
+        notes.append(f"{what}; load it as {skeleton.loaded_as}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes
