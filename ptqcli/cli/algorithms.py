@@ -22,7 +22,7 @@ OPTION_COLUMNS = ("option", "flag", "values", "default", "what it does")
 @click.command(epilog=examples("ptq algorithms", "ptq algorithms --json"))
 @json_option
 def command(as_json: bool) -> None:
-    """List the parts of --algo with their options, and the formats of --format.
+    """List the parts of --algo with options, and the formats.
 
     An algorithm is any number of transforms, then one solver, joined by +, such as awq+gptq. A part's option is given by its flag, by
     --set part.option=value, or in a recipe.
