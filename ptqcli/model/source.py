@@ -59,9 +59,10 @@ class ModelFolder:
         self.folder: Path | None = folder
         self._folder = folder
         self.where = str(folder)
+        before = Stamp(folder / "config.json")
         self.config = load_config(folder)
         self._auxiliary = auxiliary_files(folder)
-        self._stamps = [Stamp(folder / name) for name in ("config.json", *self._auxiliary)]
+        self._stamps = [before, *(Stamp(folder / name) for name in self._auxiliary)]
 
     @cached_property
     def tensors(self) -> SafetensorsFolder:
