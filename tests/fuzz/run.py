@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 SECONDS = 10.0  # of the processor, so that a busy machine makes nothing unexpected
 SILENT_SECONDS = 60.0  # after which a child hangs, whatever it does
@@ -67,15 +68,7 @@ def _inputs(count: int) -> Iterator[tuple[str, int]]:
 
 def _one_child(todo: list[tuple[str, int]], tallies: dict[str, Tally]) -> int:
     """Let a child work on ``todo`` until it is done, dies or hangs; how many inputs are behind it then."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(
-            [sys.executable, __file__, "--child", folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            bufsize=1,
-        )
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors, _child(folder, errors) as child:
         assert child.stdin
         assert child.stdout
         with selectors.DefaultSelector() as ready:
@@ -92,7 +85,11 @@ def _one_child(todo: list[tuple[str, int]], tallies: dict[str, Tally]) -> int:
                 return len(todo)
             finally:
                 child.kill()
-                child.wait()
+
+
+def _child(folder: str, errors: IO[bytes]) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--child", folder]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
 
 
 def work(folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import Tally, fuzz, table
+from run import Tally, _one_child, fuzz, table
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +34,9 @@ def test_what_is_not_allowed_is_found() -> None:
     tally.add(4, "hang", 0.0, 0, "hang")
     tally.add(5, "right", 11.0, 0, "")
     assert sorted(tally.unexpected) == [2, 3, 4, 5]
+
+
+def test_a_process_that_dies_is_told_with_its_input() -> None:
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    assert _one_child([("no such reader", 7), ("recipe", 0)], tallies) == 1
+    assert tallies["no such reader"].unexpected == {7: "died"}
