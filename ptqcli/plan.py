@@ -8,7 +8,7 @@ matches nothing, parts of one fused matrix in different schemes, something that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
-from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
+from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.scheme import AUTO_GROUP, AUTO_GROUPS, Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import found
-from ptqcli.recipe import AUTO, Override, Recipe
+from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
 
@@ -99,7 +100,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_patterns_match(recipe, skeleton, outside, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
-    _check_groups(linears, recipe)
+    check_groups(linears, recipe)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears)
     stages = _planned_stages(linears, skeleton)
@@ -126,14 +127,14 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
         notes=(
-            *_group_notes(linears, recipe),
+            *group_notes(linears, recipe),
             *_calibration_notes(recipe, linears),
             *_model_notes(skeleton, linears),
             *chosen.notes(specs),
             *tried,
             *_fused_notes(fused),
         ),
-        readers=tuple(chosen.readers(specs, skeleton.kind.auto_class, tried)),
+        readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
     )
 
 
@@ -157,7 +158,7 @@ def _choose(
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
-        reason = reason or _obstacle(site, skeleton) or _too_narrow(scheme, site)
+        reason = reason or _obstacle(site, skeleton) or too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
@@ -231,53 +232,6 @@ def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> st
     return None
 
 
-def _too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
-    """Why a linear stays as it is although nobody asked for it: scales would take more than its codes save, or no group divides it."""
-    columns = site.in_features
-    try:
-        scheme.resolved(columns)
-    except UsageError as error:
-        return str(error)
-    fits = scheme.group_size > 0 and columns % scheme.group_size == 0
-    return f"has {columns} input features only" if columns < AUTO_GROUPS[-1] and not fits else None
-
-
-def _check_groups(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
-    wrong: dict[tuple[int, int], list[str]] = {}
-    for linear in linears:
-        columns = linear.site.in_features
-        if columns % linear.scheme.columns_per_group(columns):
-            wrong.setdefault((linear.scheme.group_size, columns), []).append(linear.name)
-    if not wrong:
-        return
-    found = ", and ".join(
-        f"group size {size} does not divide the {columns} input features of {_list_names(names, 1)}"
-        for (size, columns), names in wrong.items()
-    )
-    sources = dict.fromkeys(_group_source(recipe, name) for names in wrong.values() for name in names)
-    advice = [_group_advice(linears, recipe) if source is None else f"group=auto in the override '{source.pattern}'" for source in sources]
-    raise UsageError(f"{found}; use {' and '.join(advice)}")
-
-
-def _group_source(recipe: Recipe, name: str) -> Override | None:
-    """The override that says the group size of the linear ``name``, None where the recipe does."""
-    sized = [override for override in recipe.overrides if override.group_size is not None]
-    hits = found([override.pattern for override in sized], [name])
-    saying = [override for override in sized if hits[override.pattern]]
-    return saying[-1] if saying else None
-
-
-def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
-    """What to give in place of the recipe's group size so that every linear has groups."""
-    chosen = recipe.default_scheme
-    advice = f"--group-size {AUTO}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=AUTO_GROUP)}"
-    widths = {linear.site.in_features for linear in linears if _group_source(recipe, linear.name) is None}
-    common = next((size for size in AUTO_GROUPS if not any(width % size for width in widths)), None)
-    if common is None:
-        return advice
-    return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
-
-
 def _check_window(recipe: Recipe) -> None:
     window = as_block_solver(recipe.solver()).window
     if not isinstance(window, int) or window < 1:
@@ -340,21 +294,6 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _group_notes(linears: Sequence[PlannedLinear], recipe: Recipe) -> list[str]:
-    """Where the group size that is chosen by itself is not the usual one."""
-    widths: dict[int, set[int]] = {}
-    for linear in linears:
-        if recipe.default_scheme.group_size == AUTO_GROUP and _group_source(recipe, linear.name) is None:
-            widths.setdefault(linear.scheme.group_size, set()).add(linear.site.in_features)
-    widths.pop(AUTO_GROUPS[0], None)
-    return [
-        f"groups of {size} columns in the linears of {' and '.join(map(str, sorted(widths[size])))} input features, "
-        f"which {AUTO_GROUPS[0]} does not divide"
-        for size in sorted(widths, reverse=True)
-        if size > 0
-    ]
-
-
 def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
@@ -369,16 +308,16 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
     notes = []
     unused, stacked = skeleton.names.unmatched, skeleton.stacks
     if unused:
-        notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {_list_names(unused)}")
+        notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {listed(unused)}")
     if stacked:
-        notes.append(f"stacks of matrices stay as they are: {_list_names(list(stacked))}")
+        notes.append(f"stacks of matrices stay as they are: {listed(list(stacked))}")
     share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
     if share < TOLD_BELOW:
         only = "only " if share < 0.5 else ""
         notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")
-    if skeleton.only_named:
-        auto, own = skeleton.kind.auto_class, type(skeleton.model).__name__
-        notes.append(f"transformers' {auto} does not find the tensors of this model, quantized or not; load it as {own}")
+    if skeleton.loaded_as != skeleton.kind.auto_class:
+        what = f"transformers' {skeleton.kind.auto_class} does not find the tensors of this model, quantized or not"
+        notes.append(f"{what}; load it as {skeleton.loaded_as}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
     return notes
@@ -389,8 +328,4 @@ def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, reason in skipped:
         reasons.setdefault(reason, []).append(name)
-    return "; ".join(f"{_list_names(names, 2)} ({reason})" for reason, names in reasons.items())
-
-
-def _list_names(names: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return "; ".join(f"{listed(names, 2)} ({reason})" for reason, names in reasons.items())

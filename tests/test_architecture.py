@@ -42,7 +42,8 @@ ALLOWED = {
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
     "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "recipe_file"},
     "estimate": ROOMS,
-    "plan": ROOMS | {"estimate"},
+    "plan_groups": ROOMS | {"estimate"},
+    "plan": ROOMS | {"estimate", "plan_groups"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

@@ -36,7 +36,7 @@ COMMANDS = {
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
     "generate": ("generate", "Let CHECKPOINT answer or continue TEXT."),
-    "algorithms": ("algorithms", "List the parts of --algo with their options."),
+    "algorithms": ("algorithms", "List the parts of --algo with their options, and the formats of --format."),
     "recipes": ("recipes", "List the recipes that come along."),
     "doctor": ("doctor", "Tell what this machine can run, and what to install."),
     "completion": ("completion", "Print the script that completes words of ptq in a shell."),

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_LINES = 15.0
     show_default=True,
     metavar="wikitext2|c4|builtin|PATH",
     shell_complete=completion.texts(completion.EVALUATION_TEXTS),
-    help="Text to measure perplexity on; may be given several times.",
+    help="Text to measure perplexity on, of a table FILE:COLUMN too; may be given several times.",
 )
 @click.option(
     "--seqlen",

@@ -193,7 +193,7 @@ FLAGS = {
             metavar="builtin|wikitext2|c4|pile|PATH",
             show_default="builtin",
             shell_complete=completion.texts(completion.CORPORA),
-            help="Calibration text.",
+            help="Calibration text; of a table, FILE:COLUMN reads the column of that name.",
         ),
         click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
         click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),

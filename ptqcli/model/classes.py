@@ -10,6 +10,7 @@ from torch import nn
 
 from ptqcli.errors import PTQError
 from ptqcli.model.config import build_named_class, build_on_meta
+from ptqcli.model.kinds import ModelKind
 from ptqcli.model.names import DiskNames
 
 
@@ -23,6 +24,10 @@ class ModelClasses:
     built: Sequence[tuple[nn.Module, DiskNames]]
     unbuilt: str | None = None
     only_named: bool = False
+
+    def loaded_as(self, kind: ModelKind) -> str:
+        """The class of transformers that loads the first from its files."""
+        return type(self.built[0][0]).__name__ if self.only_named else kind.auto_class
 
 
 def build_classes(config: Any, stored: Sequence[str], named: object) -> ModelClasses:

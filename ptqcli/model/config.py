@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -41,6 +40,8 @@ NUMBER_KEYS = (
 # the model in the file, and building it could take hours.
 MODULES_PER_TENSOR = 16
 FEWEST_MODULES = 1_000
+# What a model computes for itself rather than store: tables of positions, masks. They can grow with the square of a number in the config.
+MOST_BUFFER_BYTES = 1 << 30
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -170,25 +171,34 @@ def build_named_class(config: Any, name: str, stored: int) -> nn.Module | None:
 def _build(config: Any, what: str, make: Callable[[Any], nn.Module], stored: int | None) -> nn.Module:
     from accelerate import init_empty_weights
 
-    config = copy.deepcopy(config)
+    config, where = copy.deepcopy(config), config.name_or_path or "the model in memory"
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with (
-        BUILDING,
-        foreign(f"{config.name_or_path or 'the model in memory'}: transformers cannot build a {what} from this config"),
-        _modules_for(stored, config.name_or_path),
-        init_empty_weights(include_buffers=False),
-        _quiet_transformers(),
-    ):
-        model = make(config)
-    return model.eval()
+    with BUILDING, foreign(f"{where}: transformers cannot build a {what} from this config"), _quiet_transformers():
+        if stored is not None:
+            _check_size(copy.deepcopy(config), make, stored, where)
+        with init_empty_weights(include_buffers=False):
+            return make(config).eval()
+
+
+def _check_size(config: Any, make: Callable[[Any], nn.Module], stored: int, where: str) -> None:
+    """Build a model that takes no memory at all, to learn whether one that does is that of the file."""
+    try:
+        with torch.device("meta"), _modules_for(stored, where):
+            buffers = sum(buffer.nbytes for buffer in make(config).buffers())
+    except PTQError:
+        raise
+    except Exception:  # noqa: BLE001 - code that looks at values, of which there are none; what is wrong besides, the real one will say
+        return
+    if buffers > MOST_BUFFER_BYTES:
+        raise PTQError(f"{where}: config.json asks for constants of {buffers >> 20} MiB, as no model has; some number in it is too large")
 
 
 @contextmanager
-def _modules_for(stored: int | None, where: str) -> Iterator[None]:
-    """Stop this thread with a PTQError when it has put together far more modules than ``stored`` tensors can fill; None for no limit."""
+def _modules_for(stored: int, where: str) -> Iterator[None]:
+    """Stop this thread with a PTQError when it has put together far more modules than ``stored`` tensors can fill."""
     thread, made = threading.get_ident(), 0
-    most = math.inf if stored is None else max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)
+    most = max(MODULES_PER_TENSOR * stored, FEWEST_MODULES)
 
     def count(*_: Any) -> None:
         nonlocal made

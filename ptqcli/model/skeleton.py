@@ -52,7 +52,7 @@ class Skeleton:
         self._tensors = source.tensors
         self._kept: dict[str, Tensor] = {}  # stored tensors of the units at work
         classes = build_classes(self.config, self._tensors.names, source.config_json().get("architectures"))
-        self.classes, self.unbuilt, self.only_named = classes.built, classes.unbuilt, classes.only_named
+        self.classes, self.unbuilt, self.loaded_as = classes.built, classes.unbuilt, classes.loaded_as(self.kind)
         self.model, self.names = self.classes[0]
         self.names.refuse_assembled()
         self._refuse_missing()

@@ -40,7 +40,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
 def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
     classes = build_classes(config, tensors.names, config.architectures)
-    name = type(classes.built[0][0]).__name__ if classes.only_named else kind_of(config).auto_class
+    name = classes.loaded_as(kind_of(config))
     if tensors.total_bytes < free_bytes(device):
         return _read(folder, name, config).to(device)
     offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")

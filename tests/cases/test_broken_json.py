@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from commandline import Ptq, one_line
 from packed import everything, llama, random_model, write_checkpoint
 from tiny import byte_tokenizer, make_model
@@ -169,6 +170,17 @@ def test_layers_that_no_file_holds(copy: Path, tmp_path: Path, ptq: Ptq) -> None
     (tmp_path / "plain" / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 100_000, "layer_types": None}))
     with pytest.raises(PTQError, match="asks for more than 1000 modules"):
         Skeleton(ModelFolder(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(("architecture", "key"), [("GPTNeoConfig", "max_position_embeddings"), ("GPTJConfig", "n_positions")])
+def test_positions_whose_tables_fill_the_memory(architecture: str, key: str) -> None:
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+    smaller = {"n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim": 16}
+    config = getattr(transformers, architecture)(**(sizes if architecture == "GPTNeoConfig" else smaller), **{key: 500})
+    build_on_meta(config, 20)
+    setattr(config, key, 10**8)
+    with pytest.raises(PTQError, match=r"asks for constants of [0-9]+ MiB, as no model has"):
+        build_on_meta(config, 20)
 
 
 def test_many_layers_that_a_file_does_hold(checkpoint: Path) -> None:

@@ -84,6 +84,7 @@ def test_where_only_the_files_own_class_finds_its_tensors_that_one_is_quantized(
     built, _ = make_model("emu3", file, tmp_path / "model")
     _, plan = plan_run(tmp_path / "model", load_recipe(flags={"algo": "rtn", "group_size": 16}), Resources())
     assert any(f"load it as {file.__name__}" in note for note in plan.notes)
+    assert f"model = {file.__name__}.from_pretrained" in plan.readers[0].code
     entry = quantized(tmp_path, **REQUESTS["two schemes"])
     targets = {target for group in entry["config_groups"].values() for target in group["targets"]}
     assert all(target.startswith("model.text_model.layers.") for target in targets)

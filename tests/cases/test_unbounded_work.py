@@ -142,7 +142,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "'*a' stands for what is written elsewhere; write it out"),
         ("x: &x {y: 1}\ngptq:\n  <<: [*x, *x]\n", "stands for what is written elsewhere"),
         ("a: b\n" * 100_000, "is larger than 256 KiB"),
-        ("[" * 100_000, "is not valid YAML"),
+        ("[" * 5_000, "is not valid YAML"),
         ("nsamples: " + "9" * 5_000, "is not valid YAML"),
         ("seed: 0x" + "f" * 50_000, "a number of 200000 bits"),
         ("ignore: " + "x" * 100_000, "'ignore' must be a list"),
@@ -189,19 +189,11 @@ def test_pipes_and_devices(ptq: Ptq, pipe: Callable[[str], Path], tmp_path: Path
 # Packed text
 
 
-def bomb(path: Path, size: int) -> Path:
-    """A gzip file of ``size`` zeros."""
-    with gzip.open(path, "wb") as file:
-        for _ in range(size >> 20):
-            file.write(bytes(1 << 20))
-    return path
-
-
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.raw.gz"])
 def test_text_that_unpacks_to_a_thousand_times_its_size(tmp_path: Path, name: str) -> None:
-    path = bomb(tmp_path / name, 80 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(bytes(1 << 20)) * 70)  # parts of a gzip file are gzip files
     with pytest.raises(PTQError, match=f"{name}: unpacks to more than 200 times its size"):
-        read_file(path)
+        read_file(tmp_path / name)
 
 
 def test_text_that_repeats_itself_is_no_bomb(tmp_path: Path) -> None:
