@@ -101,8 +101,9 @@ class Answer:
 
 @dataclass
 class Steps:
-    """Watches the calls of this process, and lets the one numbered ``strike`` fail as ``fault`` says."""
+    """Watches the calls of this process on what lies in ``place``, and lets the one numbered ``strike`` fail as ``fault`` says."""
 
+    place: Path
     strike: int = -1
     fault: str = ""
     names: list[str] = field(default_factory=list)
@@ -117,14 +118,11 @@ class Steps:
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*given: Any, **named: Any) -> Any:
-            if name in ("write", "fsync"):
-                what = os.path.basename(os.readlink(f"/proc/self/fd/{given[0]}"))
-            elif name == "exchange":
-                what = ""
-            elif any(key.endswith("dir_fd") for key in named):
-                what = " ".join(part for part in given if isinstance(part, str))
-            else:
+            descriptor = given[0] if name in ("write", "fsync") else next((named[key] for key in named if key.endswith("dir_fd")), None)
+            where = os.readlink(f"/proc/self/fd/{descriptor}") if isinstance(descriptor, int) else ""
+            if name != "exchange" and not where.startswith(str(self.place)):
                 return call(*given, **named)  # some library's own
+            what = os.path.basename(where) if name in ("write", "fsync") else " ".join(part for part in given if isinstance(part, str))
             self.names.append(f"{name} {what}".strip())
             if len(self.names) - 1 != self.strike:
                 return call(*given, **named)
@@ -186,6 +184,7 @@ class Workshop:
         mine = os.getpid()
         with ExitStack() as stack:
             stack.enter_context(kept_signals())
+            stack.enter_context(mock.patch.object(tempfile, "tempdir", str(self.place)))  # what a killed run leaves there goes with it
             if not scenario.exchange:
                 stack.enter_context(mock.patch.object(folder_module, "_exchange", return_value=False))
             if scenario.fails:
@@ -202,17 +201,17 @@ class Workshop:
         raise SystemExit("the command does not come to its output folder")
 
     def _trials(self, scenario: Scenario, wanted: Wanted, found: list[Trial]) -> Generator[Steps, Answer, None]:
-        steps = (yield Steps()).steps
+        steps = (yield Steps(self.room)).steps
         for number, name in enumerate(steps):
             for fault in FAULTS:
                 if not wanted(steps, number, fault):
                     continue
                 self.set_up(scenario)
-                answer = yield Steps(number, fault)
+                answer = yield Steps(self.room, number, fault)
                 trial = Trial(f"{number + 1:3} {name}", fault, self._state())
                 trial.wrong = self._wrong(scenario, trial.state, answer)
                 if answer.code < 0:
-                    after = yield Steps()
+                    after = yield Steps(self.room)
                     if trial.wrong or trial.state == "unfinished":
                         trial.state, trial.wrong = f"{self._state()}*", ""
                     trial.wrong = trial.wrong or self._wrong(scenario, self._state(), after, tidy=True)

@@ -17,6 +17,7 @@ from tiny import make_model, write_text
 
 from ptqcli.calibration import hidden
 from ptqcli.calibration.hidden import new_buffer
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe import Recipe
@@ -55,6 +56,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from ptqcli.calibration.hidden import new_buffer
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -132,9 +134,9 @@ def test_what_cannot_be_removed_is_named(ptq: Ptq, model: Path, tmp_path: Path, 
     """Nothing can be written any more, and nothing removed: the message must not claim that it was."""
 
     def fails(*given: Any, **named: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{tmp_path}/out.partial/a file")
 
-    monkeypatch.setattr(os, "unlink", fails)
+    monkeypatch.setattr(Directory, "remove", fails)
     monkeypatch.setattr(os, "fsync", failing_after(os.fsync, errno.EIO, 3))
     answer = ptq("quantize", model, "--algo", "rtn", "--group-size", "32", "--output", tmp_path / "out", "--quiet")
     assert f"Input/output error; {tmp_path}/out.partial is left ({tmp_path}/out.partial/" in one_line(answer)
@@ -149,7 +151,7 @@ def test_an_interruption_says_what_it_left(ptq: Ptq, model: Path, tmp_path: Path
     line = ("quantize", model, "--algo", "rtn", "--group-size", "32", "--output", tmp_path / "out", "--quiet")
     monkeypatch.setattr("ptqcli.cli.quantize_report.QuantizeProgress.block_done", interrupt)
     assert ptq(*line).err.strip() == "interrupted; nothing of it is left on disk"
-    monkeypatch.setattr(os, "unlink", interrupt)  # a second one, while the first is being cleaned up after
+    monkeypatch.setattr(Directory, "remove", interrupt)  # a second one, while the first is being cleaned up after
     assert ptq(*line).err.strip() == f"interrupted; {tmp_path}/out.partial is left (KeyboardInterrupt)"
     assert (tmp_path / "out.partial").exists()
     monkeypatch.undo()
