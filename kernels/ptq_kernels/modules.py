@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq_kernels.autocast import without_autocast
+from ptq_kernels.autocast import is_autocast, without_autocast
 from ptq_kernels.layout import pack_codes
 from ptq_kernels.llm_int8 import llm_int8, outlier_slots
 from ptq_kernels.packing import pack_groups, pack_tiles
@@ -65,7 +65,7 @@ class ReferenceWeightOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return without_autocast(self, x)
         return weight_only_linear(x, self.packed, self.scale, self.zero, self.bits, self.group_size, self.bias, self.g_idx)
 
@@ -123,7 +123,7 @@ class TritonWeightOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return without_autocast(self, x)
         return w4a16(x, self.packed, self.scale, self.zero, self.bits, self.group_size, self.out_features, self.bias, self.perm)
 
@@ -187,7 +187,7 @@ class W8A8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return without_autocast(self, x)
         linear = int8_linear if self.reference else w8a8
         return linear(x, self.codes, self.scale, self.input_scale, self.per_token, self.bias)
@@ -250,7 +250,7 @@ class LLMInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return without_autocast(self, x)
         arguments = (self.codes, self.scale, self.outlier_index, self.outlier_weight, self.threshold, self.per_token, self.bias)
         return llm_int8_linear(x, *arguments) if self.reference else llm_int8(x, *arguments, self.slots)

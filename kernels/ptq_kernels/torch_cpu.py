@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptq_kernels.autocast import without_autocast
+from ptq_kernels.autocast import is_autocast, without_autocast
 from ptq_kernels.reference import expanding_linear
 
 GROUP_SIZES = (256, 128, 64, 32)  # those of torch's kernel
@@ -81,7 +81,7 @@ class TorchInt4WeightOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]. Raises TypeError or ValueError for another dtype or number of columns."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return without_autocast(self, x)
         tokens = _tokens(x, self.in_features, self.scale_and_shift.dtype)
         if self.block is not None and (self.always_expand or len(tokens) > MOST_TOKENS[self.bits][x.dtype]):
@@ -168,7 +168,7 @@ class TorchInt8WeightOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] to [..., N]. Raises TypeError or ValueError for another dtype or number of columns."""
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x):
             return without_autocast(self, x)
         tokens = _tokens(x, self.in_features, self.scale.dtype)
         if self.always_expand or len(tokens) > MOST_TOKENS[self.bits][x.dtype]:

@@ -88,7 +88,7 @@ class OutlierSplit:
     """Input columns that are multiplied in 16 bit: those with a magnitude above ``threshold``.
 
     dynamic: found anew whenever the layer runs, as in the paper, otherwise fixed by calibration. Raises UsageError for a threshold that
-    is not a positive number.
+    is not a positive number, or larger than a float32 holds.
     """
 
     threshold: float = 6.0
@@ -96,7 +96,7 @@ class OutlierSplit:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1e38:
-            raise UsageError(f"outlier threshold {self.threshold} is not valid; give a positive number (the paper's is 6.0)")
+            raise UsageError(f"outlier threshold {self.threshold} is not valid; give a positive number below 1e38 (the paper's is 6.0)")
 
 
 @dataclass(frozen=True)
