@@ -336,6 +336,7 @@ def test_models_that_do_not_fit_together_are_timed_one_after_the_other(ptq: Ptq,
     assert [row[:2] for row in rows] == [["original", "1"], ["checkpoint", "1"], ["original", "2"], ["checkpoint", "2"]]
 
 
+@pytest.mark.slow
 def test_everything_for_real(ptq: Ptq, at_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits measured, memory in a process of its own."""
     monkeypatch.setattr(machine, "measure", partial(machine.measure, seconds=0.02))

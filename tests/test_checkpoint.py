@@ -357,6 +357,7 @@ print((peak - before) >> 20)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Twelve tensors of 8 MB written and read take no more than two of them."""
     # glibc keeps freed blocks below a threshold that it raises as it goes; held fixed, resident memory shows what lives.

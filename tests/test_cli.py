@@ -329,6 +329,7 @@ def test_an_interrupted_run_leaves_nothing(ptq: Ptq, at_work: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_run_that_is_told_to_end_leaves_nothing(at_work: Path, tmp_path: Path, name: str) -> None:

@@ -276,6 +276,7 @@ def test_long_sums_are_exact(columns: int, left: int, right: int) -> None:
     assert found.abs().max() > 2**24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_a_cpu_without_integer_instructions(isa: str) -> None:
     """oneDNN, told to use older instructions only, adds pairs of products with 16-bit saturation, which must not show."""
