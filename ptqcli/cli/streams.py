@@ -57,7 +57,7 @@ def protect_streams() -> None:
             io.BufferedWriter(LastingStream(stream)),
             encoding=stream.encoding,
             errors="backslashreplace",
-            line_buffering=stream.line_buffering,
+            line_buffering=True,  # so that a file that holds both streams has them in order
             write_through=stream.write_through,
         )
         setattr(sys, name, lasting)
