@@ -43,7 +43,7 @@ from ptqcli.calibration import tables
 from ptqcli.calibration.builtin import Part
 from ptqcli.calibration.rows import Rows, evident_column
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.untrusted import foreign
+from ptqcli.untrusted import foreign, shown
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -299,8 +299,14 @@ def _csv(path: Path, rows: Rows) -> Iterator[str]:
             if any(name.startswith("__index_level_") for name in row):  # the reader takes cells without a name for an index
                 raise PTQError(f"{path}: rows have more cells than there are column names; put texts with commas into quotes")
             if column is None:
+                _check_separator([*row], path)
                 column = rows.column_of(_holding_text(row), path, str(path))
             yield from map(_unix_line_ends, rows.texts([(f"{path}, row {number}", row[column])], column))
+
+
+def _check_separator(names: list[str], path: Path) -> None:
+    if len(names) == 1 and any(separator in names[0] for separator in ";\t|"):
+        raise PTQError(f"{path}: its cells are not separated by commas (first line: {shown(names[0])}); write it with commas")
 
 
 def _table(path: Path, rows: Rows) -> Iterator[str]:
