@@ -128,5 +128,5 @@ def test_a_text_column_that_holds_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
 def test_cells_that_other_characters_separate(tmp_path: Path, separator: str) -> None:
     (tmp_path / "texts.csv").write_text(f"text{separator}n\na text{separator}1\n")
-    with pytest.raises(PTQError, match="its cells are not separated by commas"):
+    with pytest.raises(PTQError, match="whose cells are not separated by commas"):
         read_file(tmp_path / "texts.csv")
