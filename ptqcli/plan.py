@@ -102,7 +102,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe)
     chosen = find_format(recipe.format)
-    _check_format(chosen, linears)
+    _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
@@ -238,11 +238,16 @@ def _check_window(recipe: Recipe) -> None:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
-def _check_format(chosen: Format, linears: Sequence[PlannedLinear]) -> None:
+def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
+    stored = set(skeleton.source.tensors.names)
     for linear in linears:
         reason = chosen.refusal(linear.spec)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")
+        weight = skeleton.stored_name(f"{linear.name}.weight")
+        written = set(chosen.tensor_names(weight.removesuffix(".weight"), linear.spec.scheme)) - {weight}
+        for taken in sorted(written & stored):
+            raise PTQError(f"{skeleton.where}: holds a tensor {taken}, the name of a part of {linear.name} when it is quantized; remove it")
 
 
 def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tuple[tuple[tuple[str, ...], ...], ...]:

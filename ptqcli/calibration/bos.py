@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ptqcli.calibration.tokens import read_tokens
 from ptqcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,5 +35,5 @@ def window_bos(tokenizer: PreTrainedTokenizerBase, wanted: str) -> int | None:
         raise UsageError("bos yes: the tokenizer has no beginning-of-sequence token; use auto or no")
     if wanted == "no" or bos is None:
         return None
-    written, plain = (tokenizer("a", add_special_tokens=special)["input_ids"][:1] for special in (True, False))
+    written, plain = (read_tokens(tokenizer, "a", add_special_tokens=special)["input_ids"][:1] for special in (True, False))
     return bos if wanted == "yes" or (written == [bos] and written != plain) else None

@@ -8,7 +8,9 @@ left to the template.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ptqcli.errors import PTQError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 # Who speaks in ShareGPT's files, by the name that templates know.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
 SHOWN_CHARACTERS = 200  # of what a template says against a chat
+MOST_TEMPLATE_LINES = 1_000_000  # run for one chat; templates of real models take some ten a message
 
 # (chat as it is stored, place for errors) -> its text, None for a chat without messages.
 WriteChat = Callable[[Any, str], str | None]
@@ -42,13 +45,37 @@ def chat_writer(tokenizer: PreTrainedTokenizerBase) -> WriteChat:
                 "give chats as plain text, or use a tokenizer with a template"
             )
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = written_out(tokenizer, messages)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
             reason = " ".join(str(error).split())[:SHOWN_CHARACTERS]
             raise PTQError(f"{where}: the tokenizer's chat template refuses the chat ({reason}); correct or remove it") from error
-        return str(text).removeprefix(tokenizer.bos_token or "")
+        return text.removeprefix(tokenizer.bos_token or "")
 
     return write
+
+
+def written_out(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **how: Any) -> str:
+    """``messages`` in the chat template of ``tokenizer``. how: options of transformers' ``apply_chat_template``.
+
+    Raises PTQError for a template that does not come to an end, and whatever jinja2 does. Its sandbox bounds a range, but not ranges in
+    ranges. So the lines are counted that run of the functions which jinja2 makes of a template; they have one file name.
+    """
+    before, lines = sys.gettrace(), 0
+
+    def count(frame: FrameType, _event: str, _argument: object) -> Callable[..., Any] | None:
+        nonlocal lines
+        if frame.f_code.co_filename != "<template>":
+            return None
+        lines += 1
+        if lines > MOST_TEMPLATE_LINES:
+            raise PTQError(f"{tokenizer.name_or_path}: the chat template runs for more than {MOST_TEMPLATE_LINES} lines; mend it")
+        return count
+
+    sys.settrace(count)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
+    finally:
+        sys.settrace(before)
 
 
 def messages_of(stored: Any, where: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ from ptqcli.calibration import tables
 from ptqcli.calibration.builtin import Part
 from ptqcli.calibration.rows import Rows, evident_column
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.untrusted import foreign
+from ptqcli.untrusted import foreign, shown
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -63,6 +63,7 @@ BESIDE = (".json", ".csv", ".md")  # kinds that often describe the other files o
 # times and more.
 LARGEST_RATIO = 200
 SMALL_BYTES = 64 << 20  # what may come out of any file, whatever its size
+MOST_NAMES_BYTES = 1 << 16  # of the first line of a CSV file that are looked at
 MOST_BYTES_AT_ONCE = 1 << 30  # of a line, or of a file that is one document
 
 
@@ -290,6 +291,7 @@ def _csv(path: Path, rows: Rows) -> Iterator[str]:
     if "::" in str(path.absolute()):
         raise UsageError(f"{path} cannot be opened, as datasets takes '::' for a file inside another one; rename it")
     with _open(path) as file:  # the library unpacks without a limit, so it gets nothing that has none
+        _check_separator(file.readline(MOST_NAMES_BYTES), path)
         while file.read(1 << 20):
             pass
     column = None
@@ -301,6 +303,11 @@ def _csv(path: Path, rows: Rows) -> Iterator[str]:
             if column is None:
                 column = rows.column_of(_holding_text(row), path, str(path))
             yield from map(_unix_line_ends, rows.texts([(f"{path}, row {number}", row[column])], column))
+
+
+def _check_separator(names: bytes, path: Path) -> None:
+    if b"," not in names and any(separator in names for separator in (b";", b"\t", b"|")):
+        raise PTQError(f"{path}: its first line is {shown(names)}, whose cells are not separated by commas; write it with commas")
 
 
 def _table(path: Path, rows: Rows) -> Iterator[str]:

@@ -42,6 +42,8 @@ class Rows:
         evident = evident_column(is_text)
         texts = [name for name, text in is_text.items() if text]
         if evident is None and len(texts) != 1:
+            if "text" in is_text:
+                raise PTQError(f"{where}: its column 'text' holds no strings (columns: {columns}); name the one to read behind the file")
             example = next(iter([*texts, *is_text]), "COLUMN")
             raise PTQError(
                 f"{where}: which column holds the text is not clear (columns: {columns}); name it 'text', or name the one to read behind "

@@ -20,10 +20,21 @@ CHUNK_ROWS = 1_000
 
 def text_columns(path: Path) -> dict[str, bool]:
     """The columns of a Parquet or Arrow file by name, and whether each holds strings. Raises, here and below, what pyarrow does."""
-    from pyarrow import parquet, types
+    from pyarrow import parquet
 
     schema = parquet.read_schema(str(path)) if path.suffix == ".parquet" else next(_arrow(path))
-    return {field.name: types.is_string(field.type) or types.is_large_string(field.type) for field in schema}
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise PTQError(f"{path}: has two columns called {shown(twice)}; rename one")
+    return {field.name: _holds_strings(field.type) for field in schema}
+
+
+def _holds_strings(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _holds_strings(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def column_values(path: Path, column: str) -> Iterator[object]:

@@ -33,6 +33,7 @@ from ptqcli.calibration import builtin, corpora, files
 from ptqcli.calibration.builtin import Part
 from ptqcli.calibration.chat import chat_writer
 from ptqcli.calibration.rows import Rows
+from ptqcli.calibration.tokens import read_tokens
 from ptqcli.errors import UsageError
 from ptqcli.suggest import did_you_mean
 
@@ -118,7 +119,7 @@ def evaluation_ids(source: str, tokenizer: PreTrainedTokenizerBase, data_dir: Pa
     rows = rows or Rows(write_chat=chat_writer(tokenizer))
     text = "\n\n".join(documents(source, "evaluation", data_dir, rows))
     # Not verbose: the text is longer than the model's context by intent, and the tokenizer would warn about it.
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(read_tokens(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def _unknown_source(source: str, names: list[str]) -> str:
@@ -135,7 +136,7 @@ def _shuffled_tokens(docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, wa
     tokens: list[int] = []
     for start in range(0, len(order), PIECES_PER_CALL):
         batch = [pieces[index] for index in order[start : start + PIECES_PER_CALL]]
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in read_tokens(tokenizer, batch, add_special_tokens=False, verbose=False)["input_ids"]:
             tokens += ids + end
         if len(tokens) >= wanted:
             break

@@ -244,7 +244,18 @@ def _open_indexed(index: Path) -> dict[str, _File]:
     for name, file in weight_map.items():
         if name not in files[file].entries:
             raise PTQError(f"{index} places tensor {name} in {file}, which does not hold it")
+    _refuse_two_values(files.values())
     return {name: files[file] for name, file in weight_map.items()}
+
+
+def _refuse_two_values(files: Iterable[_File]) -> None:
+    """Some readers take the tensor of the shard that the index names, others that of the last shard which they open."""
+    first: dict[str, _File] = {}
+    for file in files:
+        for name in file.entries:
+            other = first.setdefault(name, file)
+            if other is not file and not torch.equal(other.read(name), file.read(name)):
+                raise PTQError(f"{file.path}: tensor {name} stands in {other.path.name} too, with other values; download both again")
 
 
 def _shard(index: Path, file: str) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,9 +16,14 @@ from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import data_dir_option, device_option, examples, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
+from ptqcli.errors import PTQError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torch along; a test compares the two
 SECONDS_BETWEEN_LINES = 15.0
+COMPARED_TOKENS = 1_000  # of each text, to learn whether two tokenizers are one
 
 
 @click.command(
@@ -108,6 +113,8 @@ def command(
     for text, table in tables.items():
         if table.skipped:
             output.say(f"{text}: {table.skipped:,} rows without text are left out")
+    if reference and _reads_otherwise(reference, tokenizer, rows.values()):
+        output.say(f"{reference}: its tokenizer is another one; both models are measured on the tokens of the checkpoint's")
     model = load_model(folder, place, kernel)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
@@ -117,6 +124,20 @@ def command(
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
     output.result({"checkpoint": str(folder), "baseline": str(reference) if reference else None, "results": results})
+
+
+def _reads_otherwise(folder: Path, tokenizer: Any, texts: Iterable[Tensor]) -> bool:
+    """Whether the tokenizer in ``folder`` makes other tokens than ``tokenizer`` of the beginnings of ``texts``, which are token ids."""
+    from ptqcli.calibration.tokens import read_tokens
+    from ptqcli.runtime.models import load_tokenizer
+
+    try:
+        other = load_tokenizer(folder)
+    except PTQError:  # it needs none
+        return False
+    beginnings = [str(tokenizer.decode(ids[:COMPARED_TOKENS])) for ids in texts]
+    own, its = (read_tokens(each, beginnings, add_special_tokens=False, verbose=False)["input_ids"] for each in (tokenizer, other))
+    return bool(own != its)
 
 
 def _telling(tracker: Tracker) -> Callable[[str, int, int], None]:

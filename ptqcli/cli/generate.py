@@ -59,6 +59,7 @@ def command(
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id. A model with a chat template answers TEXT, any other
     continues it. TEXT is read from standard input where it is - or left out.
     """
+    from ptqcli.calibration.tokens import read_tokens
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     if raw and system is not None:
@@ -72,7 +73,7 @@ def command(
     if system is not None and not chat:
         raise UsageError(f"{folder}: has no chat template, so there is no place for --system; leave it out")
     prompt = _in_chat(tokenizer, text, system) if chat else text
-    encoded = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt")  # a template writes special tokens itself
+    encoded = read_tokens(tokenizer, prompt, add_special_tokens=not chat, return_tensors="pt")  # a template writes special tokens itself
     if encoded["input_ids"].numel() == 0:
         raise UsageError("the text is empty; give at least one character")
     model = load_model(folder, place, kernel)
@@ -119,10 +120,14 @@ def _checked(text: str) -> str:
 
 def _in_chat(tokenizer: Any, text: str, system: str | None) -> str:
     """What the model sees of a conversation that ``text`` opens. Raises PTQError for a template that does not take it."""
+    from ptqcli.calibration.chat import written_out
+
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return written_out(tokenizer, messages, add_generation_prompt=True)
+    except PTQError:
+        raise
     except Exception as error:  # a template is a program
         reason = " ".join(str(error).split())[:200]
         raise PTQError(f"the model's chat template does not take this conversation: {reason}; give --raw to continue the text") from error

@@ -89,6 +89,11 @@ class CompressedTensors(Format):
             raise PTQError(f"{name}: {reason}")
         if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
             raise PTQError(f"{name}: a symmetric weight has zero points other than {scheme.middle}")
+        if not float(weight.scale.max()) * _reach(scheme) <= torch.finfo(weight.scale.dtype).max:
+            raise PTQError(
+                f"{name}: its weights come so close to the end of {weight.scale.dtype} that rounded ones can pass it; "
+                "leave it as it is (--ignore), or convert the model to bfloat16"
+            )
         tensors = _packed_tensors(weight) if scheme.activations is None else _integer_tensors(name, weight)
         return dict(zip(self.tensor_names(name, scheme), tensors, strict=True))
 
@@ -174,7 +179,7 @@ def _read_packed(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> Qu
     _expect_readable(name, scheme, out_features, in_features)
     groups = scheme.group_count(in_features)
     _expect_words(f"{name}.weight_packed", packed, (out_features, bitstream.word_count(in_features, scheme.bits)))
-    _expect_scales(f"{name}.weight_scale", scale, (out_features, groups), scheme.levels)
+    _expect_scales(f"{name}.weight_scale", scale, (out_features, groups), _reach(scheme))
     codes = bitstream.unpack(packed, scheme.bits, in_features)
     if scheme.symmetric:
         return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme)
@@ -211,11 +216,11 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
     scale = read(f"{name}.weight_scale")
     if scheme.group_size == WHOLE_MATRIX and scale.numel() == 1:  # [1] or [1, 1]
         scale = scale.reshape(1, 1).expand(out_features, 1).clone()
-    _expect_scales(f"{name}.weight_scale", scale, (out_features, 1), scheme.levels)
+    _expect_scales(f"{name}.weight_scale", scale, (out_features, 1), _reach(scheme))
     input_scale = None
     if "input_scale" in _leaves(scheme):
         input_scale = read(f"{name}.input_scale")
-        _expect_scales(f"{name}.input_scale", input_scale, (1,), scheme.levels)
+        _expect_scales(f"{name}.input_scale", input_scale, (1,), _reach(scheme))
     outliers = None if scheme.outliers is None else _read_outliers(name, read, out_features, in_features)
     return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme, input_scale=input_scale, outliers=outliers)
 
@@ -246,14 +251,19 @@ def _expect_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise PTQError(f"{name}: expected floating {list(shape)}, found {_describe(tensor)}")
 
 
-def _expect_scales(name: str, scale: Tensor, shape: tuple[int, ...], levels: int) -> None:
+def _reach(scheme: Scheme) -> int:
+    """Steps from the zero point to the code farthest from it."""
+    return scheme.middle if scheme.symmetric else scheme.levels - 1
+
+
+def _expect_scales(name: str, scale: Tensor, shape: tuple[int, ...], reach: int) -> None:
     """Positive, and normal as float32, in which kernels divide by scales (the subnormal ones of float16 are); and not so large that what
     the codes stand for is infinite."""
     _expect_floats(name, scale, shape)
     smallest, largest = map(float, scale.aminmax())
     if not smallest >= torch.finfo(torch.float32).tiny:
         raise PTQError(f"{name}: holds {smallest:g}, and a scale is a positive number; the file is damaged")
-    if not largest * levels <= torch.finfo(scale.dtype).max:
+    if not largest * reach <= torch.finfo(scale.dtype).max:
         raise PTQError(f"{name}: holds {largest:g}, with which weights leave the range of {scale.dtype}; the file is damaged")
 
 

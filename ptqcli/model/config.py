@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ptqcli.checkpoint.auxiliary import refuse_adapter
+from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
 from ptqcli.untrusted import foreign, read_json, shown
@@ -35,6 +38,10 @@ NUMBER_KEYS = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_return_sequences",
 )  # fmt: skip
+
+# Counts, by the form of their names. transformers makes a kind for each layer, a name for each label and the like while it reads the file.
+COUNTS = re.compile(r"num_|n_(layer|head|label)|(.*_)?(layers|depths?)$")
+MOST_COUNT = 100_000
 
 # Real models store a tensor for every second module or so. One that has this many times more modules than the file has tensors is not
 # the model in the file, and building it could take hours.
@@ -58,7 +65,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
+    _check_numbers(values, folder / CONFIG_FILE)
     return values
+
+
+def _check_numbers(values: dict[str, Any], file: Path) -> None:
+    """Refuse, at any depth, what is no number and what would keep transformers busy for hours."""
+    for key, value in values.items():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict):
+                _check_numbers(entry, file)
+            elif isinstance(entry, float) and math.isnan(entry):
+                raise PTQError(f"{file}: {shown(key)} is NaN, not a number; write the right one")
+            elif isinstance(entry, (int, float)) and entry > MOST_COUNT and COUNTS.match(key):
+                raise PTQError(f"{file}: {shown(key)} is {shown(entry)}, more than any model has; write the right number")
 
 
 def _data(value: Any, config_class: type) -> Any:
@@ -105,8 +125,8 @@ def _check_read_here(config: Any, file: Path) -> None:
     names = config.architectures
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise PTQError(f"{file}: architectures is {shown(names)}, not a list of names")
-    if config.dtype is not None and not (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point):
-        raise PTQError(f"{file}: dtype is {shown(config.dtype)}, not a floating dtype")
+    if config.dtype is not None and config.dtype not in FLOATING:
+        raise PTQError(f"{file}: dtype is {shown(config.dtype)}, not float32, float16 or bfloat16")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and not (type(positions) is int and 0 < positions < 2**31):
         raise PTQError(f"{file}: max_position_embeddings is {shown(positions)}, not a number of tokens")

@@ -23,10 +23,13 @@ class DiskNames:
         self._disk: dict[str, str] = {}
         self.unmatched: list[str] = []
         self._assembled: list[str] = []
+        self._twice: list[tuple[str, str, str]] = []  # parameter, and the two tensors that are stored for it
         for name in stored:
             target = next((t for t in _candidates(name, prefix, renamings) if t in memory), None)
-            if target is not None:
-                self._disk.setdefault(target, name)
+            if target in self._disk:
+                self._twice.append((target, self._disk[target], name))
+            elif target is not None:
+                self._disk[target] = name
             elif any(conversion.rename_source_key(name)[1] is not None for conversion in conversions):
                 self._assembled.append(name)
             else:
@@ -42,6 +45,12 @@ class DiskNames:
         """Raises PTQError if transformers makes a parameter of the model from several stored tensors."""
         for name in self._assembled:
             raise PTQError(f"tensor {name}: transformers assembles this parameter from several stored tensors, which is not supported yet")
+
+    def refuse_twice(self) -> None:
+        """Raises PTQError if two stored tensors, under an old and a new name, are one parameter of the model: readers differ in which they
+        take."""
+        for name, first, second in self._twice:
+            raise PTQError(f"tensors {first} and {second} are both stored for {name}; remove the one that is not meant")
 
     def disk(self, name: str) -> str | None:
         """Stored name of ``name``, or None."""

@@ -55,6 +55,7 @@ class Skeleton:
         self.classes, self.unbuilt, self.loaded_as = classes.built, classes.unbuilt, classes.loaded_as(self.kind)
         self.model, self.names = self.classes[0]
         self.names.refuse_assembled()
+        self.names.refuse_twice()
         self._refuse_missing()
         self._refuse_stacks()
         probe = probe_model(self.model, self.kind)
@@ -191,6 +192,9 @@ class Skeleton:
         ]
         matrices = [name for name in self._tensors.names if name not in packed and len(self._tensors.shape(name)) == 2]
         stored = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+        # Readers take these for patterns and for classes of modules; a tensor of such a name is no module's.
+        classes = {type(module).__name__ for model, _ in self.classes for module in model.modules()}
+        stored = [name for name in stored if name not in classes and not name.startswith("re:")]
         return tuple(dict.fromkeys([*linears, *stored]))
 
     # Stored tensors

@@ -86,3 +86,47 @@ def test_a_saved_data_set_names_files_of_its_own_folder(tmp_path: Path, name: ob
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
     with pytest.raises(PTQError, match=r"dataset_dict\.json: splits is"):
         read_path(folder, "calibration", Rows())
+
+
+@pytest.mark.parametrize("ending", [".arrow", ".parquet"])
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.dictionary(pa.int8(), pa.large_string())])
+def test_strings_in_other_layouts_are_strings(tmp_path: Path, ending: str, kind: pa.DataType) -> None:
+    path = tmp_path / f"texts{ending}"
+    column = pa.array(TEXTS).cast(kind)
+    if ending == ".parquet":
+        pq.write_table(pa.table({"text": column}), path)
+    else:
+        path.write_bytes(arrow_bytes(column))
+    assert read_file(path) == TEXTS
+
+
+def test_runs_of_one_string(tmp_path: Path) -> None:
+    (tmp_path / "texts.arrow").write_bytes(
+        arrow_bytes(pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), pa.array(["a", "b"])))
+    )
+    assert read_file(tmp_path / "texts.arrow") == ["a", "a", "b"]
+
+
+@pytest.mark.parametrize("ending", [".arrow", ".parquet"])
+def test_two_columns_of_one_name(tmp_path: Path, ending: str) -> None:
+    path, table = tmp_path / f"texts{ending}", pa.table([pa.array(TEXTS), pa.array(TEXTS[::-1])], names=["text", "text"])
+    if ending == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(PTQError, match=f"{path}: has two columns called 'text'"):
+        read_file(path)
+
+
+def test_a_text_column_that_holds_something_else(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([1, 2]), "n": pa.array([3, 4])}), tmp_path / "texts.parquet")
+    with pytest.raises(PTQError, match=r"its column 'text' holds no strings \(columns: text, n\)"):
+        read_file(tmp_path / "texts.parquet")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_cells_that_other_characters_separate(tmp_path: Path, separator: str) -> None:
+    (tmp_path / "texts.csv").write_text(f"text{separator}n\na text{separator}1\n")
+    with pytest.raises(PTQError, match="whose cells are not separated by commas"):
+        read_file(tmp_path / "texts.csv")

@@ -178,3 +178,19 @@ def test_weight_only_layers(tmp_path: Path, value: float, bits: int, kernel: str
         found = layer(x)
         assert not torch.isfinite(found[0]).any()
         assert torch.isfinite(found[1:]).all()
+
+
+@pytest.mark.parametrize(("bits", "value", "fits"), [(8, 60_000, True), (8, 65_504, False), (4, 60_000, True), (4, 65_000, False)])
+def test_a_result_that_is_written_can_be_read(tmp_path: Path, bits: int, value: float, fits: bool) -> None:
+    """Weights near the end of float16: the code farthest out stands for half a step more than the weight."""
+    make_model(tmp_path / "model", num_hidden_layers=1, dtype=torch.float16)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors[f"{DOWN}.weight"][0, 0] = -value
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(algo="rtn", wbits=bits, group_size=32)
+    if fits:
+        quantize(tmp_path / "model", recipe, tmp_path / "out")
+        assert open_checkpoint(tmp_path / "out").weight(DOWN).dequantize().to(torch.float16).isfinite().all()
+    else:
+        with pytest.raises(PTQError, match=f"{DOWN}: its weights come so close to the end of torch.float16"):
+            quantize(tmp_path / "model", recipe, tmp_path / "out")

@@ -208,3 +208,8 @@ def test_the_folder_of_a_run_at_work_is_not_the_newest_checkpoint(model: Path, t
     shutil.copytree(_finished(model), tmp_path / "new.partial")
     os.utime(tmp_path / "new.partial" / "ptq_report.json", (2e9, 2e9))
     assert newest_checkpoint(tmp_path) == tmp_path / "out"
+
+
+def test_the_root_of_the_file_system(model: Path) -> None:
+    with pytest.raises(UsageError, match="/: is the root of the file system"):
+        quantize(model, PLAIN, Path("/"), overwrite=True)
