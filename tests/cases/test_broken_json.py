@@ -32,9 +32,9 @@ from ptqcli.untrusted import read_json
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
-    start = time.monotonic()
+    start = time.process_time()
     yield
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,9 @@ NAMES = [f"model.layers.{index}.{name}" for index in range(80) for name in ("sel
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
-    start = time.monotonic()
+    start = time.process_time()
     yield
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 # Patterns
@@ -46,9 +46,9 @@ ENDLESS = ["(a+)+$b", "(a|a)*b", "(a|aa)+$b", "(.*)*(.*)*(.*)*x", ".*.*.*.*.*.*.
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_patterns_that_backtrack_take_no_time(pattern: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     assert found([pattern], NAMES) == {pattern: frozenset()}
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_checkpoint_with_such_a_pattern_is_inspected(ptq: Ptq, tmp_path: Path) -> None:
