@@ -70,6 +70,8 @@ def check_output(output: Path, model: Path | None, overwrite: bool, inputs: Sequ
         raise UsageError(f"{output}: is a link that leads back to itself; choose another --output") from error
     except ValueError as error:
         raise UsageError(f"{str(output)!r}: is no path ({error}); choose another --output") from error
+    if resolved == resolved.parent:
+        raise UsageError(f"{output}: is the root of the file system; choose another --output")
     into = is_written_into(resolved)
     _check_names(output, resolved, "" if into else PARTIAL)
     if into or not os.path.lexists(resolved):
