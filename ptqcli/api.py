@@ -207,6 +207,8 @@ def _check_matrix(weight: Tensor, inputs: Tensor | None) -> None:
             raise UsageError(f"{name} is a tensor, not {type(value).__name__}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise UsageError(f"weight is {weight.dtype} {list(weight.shape)}; give a floating matrix [out, in]")
+    if not weight.numel():
+        raise UsageError(f"weight is {list(weight.shape)}, which holds nothing; give at least one row and one column")
     if inputs is not None and inputs.shape[-1:] != weight.shape[1:]:
         raise UsageError(f"inputs are {list(inputs.shape)}, but weight takes [..., {weight.shape[1]}]")
     if not torch.isfinite(weight).all():

@@ -22,6 +22,8 @@ def find_recipe(text: str) -> Path:
 
     Raises UsageError, with names that are close, for a name that is none.
     """
+    if not text:
+        raise UsageError("the recipe's name is empty; give a name of `ptq recipes` or a YAML file")
     path = Path(text)
     if path.name != text or path.suffix in SUFFIXES or path.exists():
         return path

@@ -13,7 +13,7 @@ from ptqcli.cli.bench_measurement import Measurement
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import device_option, examples, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import NamedPath, device_option, examples, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import track
 from ptqcli.cli.report import baseline_of
 
@@ -75,7 +75,7 @@ SECONDS_BETWEEN_LINES = 15.0
     metavar="S",
     help="For each kernel; ten times that for each model.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Kernels: draw them under the machine's limits.")
+@click.option("--plot", type=NamedPath(), metavar="FILE.png", help="Kernels: draw them under the machine's limits.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file of --plot.")
 @device_option
 @json_option

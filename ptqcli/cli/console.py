@@ -108,6 +108,7 @@ def time_text(seconds: float) -> str:
 
 
 def path_text(path: Path) -> str:
-    """A path relative to the working directory when it lies below it."""
+    """A path relative to the working directory when it lies below it, such that it can be typed: not a flag, if it begins with a dash."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    text = str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return f"./{text}" if text.startswith("-") else text

@@ -64,6 +64,8 @@ def command(
 
     if raw and system is not None:
         raise click.UsageError("--raw and --system exclude each other: the system's message is part of the chat template")
+    if temperature and not 1e-4 <= temperature <= 1e4:  # not a number, too; beyond these the probabilities leave float32
+        raise UsageError(f"--temperature {temperature} is out of range; give 0, or a number from 0.0001 to 10000")
     text = _checked(_standard_input() if text in (None, "-") else text)
     silence_transformers()
     place = open_device(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,9 +12,22 @@ from ptqcli.cli import completion
 if TYPE_CHECKING:
     import torch
 
+
+class NamedPath(click.Path):
+    """A path that is not empty: ``Path("")`` would be the working directory, and an unset variable of a shell is no wish for it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; give a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 data_dir_option = click.option(
     "--data-dir",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     envvar="PTQ_DATA_DIR",
     show_envvar=True,
     metavar="FOLDER",

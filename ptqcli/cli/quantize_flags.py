@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.options import data_dir_option, device_option, json_option, quiet_option
+from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 
 if TYPE_CHECKING:
@@ -241,7 +240,7 @@ FLAGS = {
         ),
         click.option(
             "--output",
-            type=click.Path(path_type=Path),
+            type=NamedPath(),
             metavar="FOLDER",
             shell_complete=completion.folder,
             show_default="./MODEL-ALGO-SCHEME",

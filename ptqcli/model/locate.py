@@ -23,6 +23,8 @@ def find_model(name: str | None) -> Path:
     """
     if name is None:
         return demo_model()
+    if not name:  # an unset variable of a shell, and Path("") is the working directory
+        raise UsageError("the model's name is empty; give a folder or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -17,6 +17,7 @@ from tiny import make_model, write_text
 from transformers import PreTrainedModel
 
 from ptqcli.cli import run
+from ptqcli.cli.console import path_text
 from ptqcli.formats import LinearSpec, find_format
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.card import CARD_NAME
@@ -128,6 +129,12 @@ def test_lines_that_a_person_types_next(ptq: Ptq, workshop: Path, tmp_path: Path
     python = re.escape(f'model = AutoModelForCausalLM.from_pretrained("{tmp_path}/o t")')
     assert re.search(f"in transformers +{python}   # first: pip install 'compressed-tensors>=0.18'\n", shown)
     assert re.search(f"in vLLM +vllm serve {re.escape(folder)}\n", shown)
+
+
+def test_a_folder_whose_name_begins_with_a_dash_is_no_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert path_text(Path("-small")) == path_text(tmp_path / "-small") == "./-small"
+    assert path_text(tmp_path / "small") == "small"
 
 
 def test_the_extra_has_what_transformers_needs() -> None:
