@@ -164,6 +164,10 @@ class Directory:
             with named(self.path / name):
                 os.rmdir(name, dir_fd=self.descriptor)
 
+    def made_names(self) -> list[str]:
+        """The names of all files that were made here, sorted; those in a folder that was made begin with its name."""
+        return sorted([*self.made, *(f"{name}/{leaf}" for name, folder in self._inside.items() for leaf in folder.made)])
+
     def remove_made(self) -> None:
         """Remove what was made here, the latest first, and nothing else."""
         for folder in self._inside.values():

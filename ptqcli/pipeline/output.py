@@ -160,19 +160,20 @@ def _check_sources(output: Path, resolved: Path, model: Path | None, inputs: Seq
 
 def _check_replaceable(output: Path, resolved: Path) -> None:
     try:
-        written = read_report(resolved) is not None
+        report = read_report(resolved)
     except PTQError as error:
         raise UsageError(f"{output}: will not be replaced, since its report is damaged ({error}); choose another --output") from error
     folder = Directory(resolved)
     try:
         marker = Marker.read(folder, resolved.name)
         ours = marker is not None and marker.replaces is not None and folder.identity_of(REPLACED) == marker.replaces
-        foreign = next((name for name in foreign_names(folder) if not (ours and name == f"{REPLACED}/")), None)
+        added = _added_files(folder, report["files"]) if report is not None and "files" in report else []
+        foreign = next((name for name in (*foreign_names(folder), *added) if not (ours and name == f"{REPLACED}/")), None)
         if foreign is None and not _has_our_card(folder):
             foreign = CARD_NAME
     finally:
         folder.close()
-    if not written:
+    if report is None:
         raise UsageError(f"{output}: was not written by ptq quantize and will not be replaced; choose another --output")
     if foreign is not None:
         raise UsageError(f"{output}: holds {foreign}, which ptq quantize did not write; move it away, or choose another --output")
@@ -180,6 +181,12 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
         raise UsageError(f"{output}: is a mount point and cannot be replaced; empty it, or choose a folder in it: --output {output}/NAME")
     if not os.access(resolved, os.W_OK | os.X_OK):
         raise UsageError(f"{output}: what is in it may not be removed by this user; choose another --output")
+
+
+def _added_files(folder: Directory, files: Sequence[str]) -> list[str]:
+    """What is in ``folder`` and not among ``files``, those that the run has written there; what it writes in every folder is left out."""
+    known = {*files, *(f"{file.partition('/')[0]}/" for file in files if "/" in file), MARKER, REPORT_NAME, CARD_NAME, *VOLUME_FILES}
+    return [name for name in folder.names() if name not in known]
 
 
 def _has_our_card(folder: Directory) -> bool:

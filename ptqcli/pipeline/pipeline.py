@@ -62,7 +62,7 @@ def quantize(
             work.calibration_report(),
         )
         with clock.measure("write"):
-            work.written.finish(report)
+            report = work.written.finish(report)
     return replace(
         report,
         output=str(ready.output),

@@ -82,7 +82,8 @@ class Report:
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
     error_kind: output or weight, see ``LayerReport``. folds: what transforms did. calibration: None where there was none.
-    readers: how other programs load the checkpoint, which its model card tells.
+    readers: how other programs load the checkpoint, which its model card tells. files: what is in the folder beside the report and the
+    card; anything else in it is not ours to replace.
     output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
     """
 
@@ -96,6 +97,7 @@ class Report:
     error_kind: str
     folds: list[FoldReport] = field(default_factory=list)
     readers: tuple[Reader, ...] = ()
+    files: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
     output: str = ""
     seconds: float = 0.0

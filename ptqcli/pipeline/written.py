@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.packed_checkpoint import open_checkpoint
@@ -53,10 +55,11 @@ class WrittenUnits:
         if piece:
             yield tuple(piece)
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: Report) -> Report:
         """Give the shards their names and write what stands beside them; then read it all as it lies on the disk.
 
-        Raises PTQError if that is not what was written, if a reader would refuse it, or if the model's files have changed meanwhile.
+        Gives the report with the names of the files. Raises PTQError if that is not what was written, if a reader would refuse it, or if
+        the model's files have changed meanwhile.
         """
         source, folder = self._run.skeleton.source, self._folder
         self._run.progress.phase("comparing the checkpoint on the disk with what was written")
@@ -64,11 +67,13 @@ class WrittenUnits:
         source.write_auxiliary(folder)
         for file, entries in self._described().items():
             write_json(folder, file, entries)
+        report = replace(report, files=[name for name in folder.made_names() if belongs_to_a_checkpoint(name)])
         write_json(folder, REPORT_NAME, report.stored())
         folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])
         folder.check()
         open_checkpoint(folder.path)
         source.check_unchanged()
+        return report
 
     def _described(self) -> dict[str, dict[str, Any]]:
         """File name -> its JSON: the model's own config.json and what the format adds, there and elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny import make_model
 
 import ptqcli.pipeline.folder
 from ptqcli.checkpoint.directory import Directory
-from ptqcli.errors import PTQError
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline.output import MARKER, Marker
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
@@ -333,3 +334,14 @@ def test_folders_above_the_output_go_if_the_run_made_them(room: Path) -> None:
     with pytest.raises(PTQError, match="the work failed"):
         quantize(room / "model", PLAIN, room / "there" / "a" / "b" / "new", progress=Doing(lambda: None, fails=True))
     assert list((room / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["LICENSE.mine", "model-00001-of-00002.safetensors", "vocab.txt"])
+def test_a_file_that_only_has_the_name_of_one_of_ours_stays(room: Path, name: str) -> None:
+    """The report lists what was written; a name that a checkpoint may hold is no proof."""
+    (room / "out" / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds {re.escape(name)}, which ptq quantize did not write"):
+        quantize(room / "model", PLAIN, room / "out", overwrite=True)
+    assert (room / "out" / name).read_text() == "mine"
+    (room / "out" / name).unlink()
+    quantize(room / "model", PLAIN, room / "out", overwrite=True)
