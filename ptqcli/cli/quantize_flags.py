@@ -97,7 +97,7 @@ def _parse_settings(ctx: click.Context, param: click.Parameter, values: tuple[st
 
 # Flags of the request and of the run, in the groups that the help shows
 
-ALGORITHM = "Algorithm"
+ALGORITHM, OUTPUT = "Algorithm", "Output"
 FLAGS = {
     ALGORITHM: [
         click.option(
@@ -230,7 +230,7 @@ FLAGS = {
             help="Activations beyond this go to a file in the output folder.",
         ),
     ],
-    "Output": [
+    OUTPUT: [
         click.option(
             "--format",
             metavar="|".join(format_names()),
@@ -292,7 +292,8 @@ class QuantizeCommand(click.Command):
         """The groups of FLAGS; behind those of the algorithm come those of its parts."""
         own = iter([param for param in self.params if isinstance(param, click.Option)])  # each flag has made one
         for title, flags in FLAGS.items():
-            _write_group(ctx, formatter, title, [next(own) for _ in flags])
+            last = [self.get_help_option(ctx)] if title == OUTPUT else []
+            _write_group(ctx, formatter, title, [*(next(own) for _ in flags), *filter(None, last)])
             if title == ALGORITHM:
                 for parts in dict.fromkeys(declared.parts for declared, _ in self._part_flags):
                     of_parts = [flag for declared, flag in self._part_flags if declared.parts == parts]
