@@ -15,10 +15,12 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ptqcli.errors import UsageError
 from ptqcli.untrusted import encodes, one_line, shown
+
+Hits = Mapping[str, frozenset[str]]  # pattern -> names that it finds
 
 MOST_CHARACTERS = 500
 LARGEST_COUNT = 16  # of the numbers in braces, multiplied

@@ -21,7 +21,7 @@ from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.patterns import found
+from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
@@ -100,7 +100,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     _check_patterns_match(recipe, skeleton, outside, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
-    check_groups(linears, recipe)
+    check_groups(linears, recipe, hits)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
         notes=(
-            *group_notes(linears, recipe),
+            *group_notes(linears, recipe, hits),
             *_calibration_notes(recipe, linears),
             *_model_notes(skeleton, linears),
             *chosen.notes(specs),
@@ -142,9 +142,6 @@ def model_length(config: Any) -> int | None:
     """The longest input that the model's config names, or None."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
-
-
-Hits = Mapping[str, frozenset[str]]  # pattern -> names that it finds
 
 
 def _choose(

@@ -10,7 +10,7 @@ from ptqcli.estimate import PlannedLinear
 from ptqcli.model.discovery import listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.numerics.scheme import AUTO_GROUP, AUTO_GROUPS, Scheme
-from ptqcli.patterns import found
+from ptqcli.patterns import Hits
 from ptqcli.recipe import AUTO, Override, Recipe
 
 
@@ -25,7 +25,7 @@ def too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
     return f"has {columns} input features only" if columns < AUTO_GROUPS[-1] and not fits else None
 
 
-def check_groups(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
+def check_groups(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) -> None:
     """Raise UsageError for groups that do not divide a linear's input features, with what to give so that all linears have groups."""
     wrong: dict[tuple[int, int], list[str]] = {}
     for linear in linears:
@@ -37,35 +37,35 @@ def check_groups(linears: Sequence[PlannedLinear], recipe: Recipe) -> None:
     reasons = ", and ".join(
         f"group size {size} does not divide the {columns} input features of {listed(names, 1)}" for (size, columns), names in wrong.items()
     )
-    sources = dict.fromkeys(_group_source(recipe, name) for names in wrong.values() for name in names)
-    advice = [_group_advice(linears, recipe) if source is None else f"group=auto in the override '{source.pattern}'" for source in sources]
+    sources = dict.fromkeys(_group_source(recipe, name, hits) for names in wrong.values() for name in names)
+    advice = [
+        _group_advice(linears, recipe, hits) if source is None else f"group=auto in the override '{source.pattern}'" for source in sources
+    ]
     raise UsageError(f"{reasons}; use {' and '.join(advice)}")
 
 
-def _group_source(recipe: Recipe, name: str) -> Override | None:
+def _group_source(recipe: Recipe, name: str, hits: Hits) -> Override | None:
     """The override that says the group size of the linear ``name``, None where the recipe does."""
-    sized = [override for override in recipe.overrides if override.group_size is not None]
-    hits = found([override.pattern for override in sized], [name])
-    saying = [override for override in sized if hits[override.pattern]]
+    saying = [override for override in recipe.overrides if override.group_size is not None and name in hits[override.pattern]]
     return saying[-1] if saying else None
 
 
-def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe) -> str:
+def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) -> str:
     """What to give in place of the recipe's group size so that every linear has groups."""
     chosen = recipe.default_scheme
     advice = f"--group-size {AUTO}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=AUTO_GROUP)}"
-    widths = {linear.site.in_features for linear in linears if _group_source(recipe, linear.name) is None}
+    widths = {linear.site.in_features for linear in linears if _group_source(recipe, linear.name, hits) is None}
     common = next((size for size in AUTO_GROUPS if not any(width % size for width in widths)), None)
     if common is None:
         return advice
     return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
 
 
-def group_notes(linears: Sequence[PlannedLinear], recipe: Recipe) -> list[str]:
+def group_notes(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) -> list[str]:
     """Where the group size that is chosen by itself is not the usual one."""
     widths: dict[int, set[int]] = {}
     for linear in linears:
-        if recipe.default_scheme.group_size == AUTO_GROUP and _group_source(recipe, linear.name) is None:
+        if recipe.default_scheme.group_size == AUTO_GROUP and _group_source(recipe, linear.name, hits) is None:
             widths.setdefault(linear.scheme.group_size, set()).add(linear.site.in_features)
     widths.pop(AUTO_GROUPS[0], None)
     return [

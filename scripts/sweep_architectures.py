@@ -22,6 +22,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 import tempfile
 import traceback
 import warnings
@@ -40,8 +41,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from tiny_config import tiny_configs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.models.auto import modeling_auto
 
 import ptqcli
@@ -50,6 +50,9 @@ from ptqcli.errors import PTQError
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe import load_recipe
 from ptqcli.resources import Resources
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "architectures.md"
@@ -296,15 +299,6 @@ def refused_config(kind: str) -> str:
     except Exception:  # noqa: BLE001
         return ""
     return ""
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte and one for the end of a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({**{symbol: index for index, symbol in enumerate(alphabet)}, "<|end|>": 256}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
 
 
 def one_line(error: BaseException) -> str:

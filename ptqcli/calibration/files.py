@@ -330,6 +330,11 @@ _READERS: dict[str, Callable[[Path, Rows], Iterator[str]]] = {
 }
 
 
+def is_text_file(name: str) -> bool:
+    """Whether a file of this name is of one of the kinds that are read."""
+    return name.endswith(tuple(_READERS))
+
+
 def _reader(path: Path) -> Callable[[Path, Rows], Iterator[str]] | None:
     return next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
 

@@ -75,14 +75,20 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
-EXAMPLES = """\b
-Examples:
-  ptq quantize && ptq eval        # the demo model, then how good the result is
-  ptq quantize ~/models/Llama-3.2-1B --algo gptq --wbits 4 --calib c4
-  ptq COMMAND --help"""
+def examples(*lines: str) -> str:
+    """The end of a command's help: ``lines`` as they would be typed."""
+    return "\b\nExamples:\n  " + "\n  ".join(lines)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "ptq quantize && ptq eval        # the demo model, then how good the result is",
+        "ptq quantize ~/models/Llama-3.2-1B --algo gptq --wbits 4 --calib c4",
+        "ptq COMMAND --help",
+    ),
+)
 @click.option("--debug", is_flag=True, help="On failure, show the traceback too.")
 @click.version_option(__version__, prog_name="ptq")
 @click.pass_obj

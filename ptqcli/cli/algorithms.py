@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqcli.cli import examples
 from ptqcli.cli.console import Output
-from ptqcli.cli.options import examples, json_option
+from ptqcli.cli.options import json_option
 from ptqcli.errors import PTQError
 
 if TYPE_CHECKING:

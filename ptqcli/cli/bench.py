@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from ptqcli.cli import completion
+from ptqcli.cli import completion, examples
 from ptqcli.cli.bench_flags import check_flags, check_plot, parse_counts
 from ptqcli.cli.bench_job import USUAL_PROMPT, Job
 from ptqcli.cli.bench_measurement import Measurement
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import NamedPath, device_option, examples, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import NamedPath, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import track
 from ptqcli.cli.report import baseline_of
 

@@ -15,6 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from ptqcli.cli import examples
 from ptqcli.errors import PTQError
 from ptqcli.suggest import did_you_mean
 
@@ -24,16 +25,13 @@ SHELLS = {
     "fish": "ptq completion fish | source           # in ~/.config/fish/config.fish",
 }
 VARIABLE = "_PTQ_COMPLETE"  # which click looks for
-CORPORA = ("builtin", "wikitext2", "c4", "pile")
-EVALUATION_TEXTS = CORPORA[:3]
-TEXT_SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 MOST_ENTRIES = 2000  # of a folder that is looked at
 CONFIG_BYTES = 1 << 20  # of a config.json that is looked at
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
-@click.command(epilog="\b\nExamples:\n  " + "\n  ".join(SHELLS.values()))
+@click.command(epilog=examples(*SHELLS.values()))
 @click.argument("shell", metavar="|".join(SHELLS), shell_complete=lambda ctx, param, incomplete: _items(SHELLS, incomplete))
 def command(shell: str) -> None:
     """Print the script that completes words of ptq in a shell."""
@@ -55,12 +53,16 @@ def names(words: Callable[[], Iterable[str]]) -> Complete:
     return complete
 
 
-def texts(corpora: Iterable[str]) -> Complete:
-    """Completes one of ``corpora`` or a text file; where neither is near, any path."""
+def texts(part: str) -> Complete:
+    """Completes a name of a text that has this part (calibration, evaluation) or a text file; where neither is near, any path."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        files = (path for path, entry in _entries(incomplete) if entry.name.removesuffix(".gz").endswith(TEXT_SUFFIXES))
-        return _items([*corpora, *files], incomplete) or [CompletionItem(incomplete, type="file")]
+        from ptqcli.calibration.corpora import CORPORA
+        from ptqcli.calibration.files import is_text_file
+
+        named = ("builtin", *(name for name, parts in CORPORA.items() if part in parts))
+        files = (path for path, entry in _entries(incomplete) if is_text_file(entry.name))
+        return _items([*named, *files], incomplete) or [CompletionItem(incomplete, type="file")]
 
     return complete
 

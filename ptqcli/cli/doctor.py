@@ -17,8 +17,9 @@ from typing import Literal
 import click
 from packaging.requirements import Requirement
 
+from ptqcli.cli import examples
 from ptqcli.cli.console import Output, size_text
-from ptqcli.cli.options import data_dir_option, examples, json_option
+from ptqcli.cli.options import data_dir_option, json_option
 
 Status = Literal["ok", "missing", "optional", "info"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqcli.cli import completion
+from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import data_dir_option, device_option, examples, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
 from ptqcli.errors import PTQError
@@ -41,7 +41,7 @@ COMPARED_TOKENS = 1_000  # of each text, to learn whether two tokenizers are one
     default=["builtin"],
     show_default=True,
     metavar="wikitext2|c4|builtin|PATH",
-    shell_complete=completion.texts(completion.EVALUATION_TEXTS),
+    shell_complete=completion.texts("evaluation"),
     help="Text to measure perplexity on, of a table FILE:COLUMN too; may be given several times.",
 )
 @click.option(

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from ptqcli.cli import completion
+from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import device_option, examples, json_option, kernel_option, open_device
+from ptqcli.cli.options import device_option, json_option, kernel_option, open_device
 from ptqcli.cli.streams import output_failure
 from ptqcli.errors import PTQError, UsageError, printable
 
@@ -123,6 +123,7 @@ def _checked(text: str) -> str:
 def _in_chat(tokenizer: Any, text: str, system: str | None) -> str:
     """What the model sees of a conversation that ``text`` opens. Raises PTQError for a template that does not take it."""
     from ptqcli.calibration.chat import written_out
+    from ptqcli.untrusted import one_line
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
@@ -131,7 +132,7 @@ def _in_chat(tokenizer: Any, text: str, system: str | None) -> str:
     except PTQError:
         raise
     except Exception as error:  # a template is a program
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise PTQError(f"the model's chat template does not take this conversation: {reason}; give --raw to continue the text") from error
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqcli.cli import completion
+from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text, size_text
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import examples, json_option
+from ptqcli.cli.options import json_option
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row
 from ptqcli.pipeline.report import read_report
 

@@ -60,8 +60,3 @@ def open_device(name: str) -> torch.device:
     from ptqcli import resources
 
     return resources.open_device(name)
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help: ``lines`` as they would be typed."""
-    return "\b\nExamples:\n  " + "\n  ".join(lines)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptqcli.cli import completion
+from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output
 from ptqcli.cli.folder_name import default_output
 from ptqcli.cli.load import silence_transformers
-from ptqcli.cli.options import examples, open_device
+from ptqcli.cli.options import open_device
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize_flags import QuantizeCommand, all_flags
 from ptqcli.cli.quantize_report import QuantizeProgress, plan_as_json, show_report

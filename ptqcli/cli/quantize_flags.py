@@ -191,7 +191,7 @@ FLAGS = {
             "--calib",
             metavar="builtin|wikitext2|c4|pile|PATH",
             show_default="builtin",
-            shell_complete=completion.texts(completion.CORPORA),
+            shell_complete=completion.texts("calibration"),
             help="Calibration text; of a table, FILE:COLUMN reads the column of that name.",
         ),
         click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),

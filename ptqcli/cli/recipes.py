@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
+from ptqcli.cli import examples
 from ptqcli.cli.console import Output
-from ptqcli.cli.options import examples, json_option
+from ptqcli.cli.options import json_option
 
 COLUMNS = ("recipe", "algorithm", "scheme", "what for")
 

@@ -16,7 +16,7 @@ from commandline import Ptq
 
 from ptqcli.algorithms import parts
 from ptqcli.calibration.corpora import CORPORA
-from ptqcli.cli import app, completion
+from ptqcli.cli import app
 from ptqcli.shipped import shipped_recipes
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
@@ -78,8 +78,9 @@ def test_what_is_offered(folder: Path, line: str, expected: list[str]) -> None:
     assert sorted(offered(line)) == sorted(expected)
 
 
-def test_names_on_offer_are_those_that_there_are() -> None:
-    assert set(completion.CORPORA) == {*CORPORA, "builtin"}
+def test_names_on_offer_are_those_that_there_are(folder: Path) -> None:
+    words = offered("ptq quantize --calib ")
+    assert {word for word in words if not (folder / word).exists()} == {*CORPORA, "builtin"}
 
 
 def test_bash_completes(folder: Path) -> None:

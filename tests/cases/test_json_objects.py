@@ -7,13 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from commandline import Ptq
-from tiny import make_model, write_text
 
 from ptqcli.bench import machine
 from ptqcli.bench.machine import Machine
-from ptqcli.cli import COMMANDS, run
+from ptqcli.cli import COMMANDS
 
 # command line -> keys that its object must have
 LINES = {
@@ -28,16 +26,6 @@ LINES = {
     "doctor": {"checks"},
 }
 NOT_FOR_MACHINES = {"completion"}  # prints a script
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("json")
-    make_model(folder / "model", dtype=torch.bfloat16)
-    write_text(folder / "text.txt", words=500)
-    line = ["quantize", str(folder / "model"), "--algo", "rtn", "--group-size", "32", "--output", str(folder / "done"), "--quiet"]
-    assert run(line) == 0
-    return folder
 
 
 def test_every_command_is_here() -> None:

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commandline import Answer
 from forked import ForkedPtq
-from tiny import make_model, write_text
 
-from ptqcli.cli import COMMANDS, run
+from ptqcli.cli import COMMANDS
 
 # command -> a line of it, and what it shows at every width, blanks left out
 LINES = {
@@ -43,16 +41,6 @@ TERMINALS = {
     "ascii": (80, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
 }
 ONLY_KEPT = {"quantize"}  # what these make lies in a folder; the others' result is what they show
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("terminal")
-    make_model(folder / "model", dtype=torch.bfloat16)
-    write_text(folder / "text.txt", words=500)
-    line = ["quantize", str(folder / "model"), "--algo", "rtn", "--group-size", "32", "--output", str(folder / "done"), "--quiet"]
-    assert run(line) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")
