@@ -163,7 +163,7 @@ def compare(problem: Problem, repeats: int) -> Comparison:
 
 
 def our_solve(problem: Problem) -> QuantizedWeight:
-    solver = GPTQ(damp=problem.damp, act_order=problem.act_order, scale_search="minmax")
+    solver = GPTQ(damp=problem.damp, act_order=problem.act_order, scale_search="minmax", polish=0)
     prepared = solver.prepare(Hessian(problem.hessian), "benchmark")
     return solver.solve(problem.weight, prepared, problem.scheme, SCALE_DTYPE).weight
 
