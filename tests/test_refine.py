@@ -1,6 +1,7 @@
 """Polishing against float64 mathematics that shares nothing with it: explicit inputs, least squares, every code of every column tried."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from ptqcli.numerics.scheme import WHOLE_MATRIX, ActivationScheme, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.solvers import refine
 from ptqcli.solvers.gptq import GPTQ
+from ptqcli.solvers.obq import OBQ
+from ptqcli.solvers.per_matrix import PerMatrix
 from ptqcli.solvers.refine import Refinement, check_polish, polished
+from ptqcli.solvers.rtn import RTN
 
 LEVELS = (-1.0, -0.7, -0.4, -0.25, -0.1, 0.0, 0.3, 0.9)
 DAMP = 0.01
@@ -296,3 +300,66 @@ def test_nothing_that_was_handed_in_is_changed():
 def test_a_number_of_rounds_that_makes_no_sense_is_refused(rounds):
     with pytest.raises(UsageError, match=f"polish {rounds} is out of range; give 0 to 100 rounds"):
         check_polish(rounds)
+
+
+@pytest.mark.parametrize(
+    ("solver", "scheme"),
+    [
+        (GPTQ, Scheme(3, 16)),
+        (partial(GPTQ, static_groups=False), Scheme(3, 16)),
+        (partial(GPTQ, act_order=False), Scheme(4, -1, symmetric=False)),
+        (OBQ, Scheme(2, 32)),
+        (RTN, Scheme(3, 16)),
+    ],
+    ids=["gptq", "moving groups", "plain order", "obq", "rtn"],
+)
+def test_solvers_polish_what_they_found(solver, scheme):
+    weight, hessian = correlated_layer(12, 64, 300, torch.float64, 0, spread=1)
+    hessian.sums[5, :], hessian.sums[:, 5] = 0, 0
+    plain, full = (
+        made.solve(weight, made.prepare(hessian, "layer"), scheme, torch.float32) for made in (solver(polish=0), solver(polish=3))
+    )
+    objective = damped(hessian.matrix, DAMP)
+    expected = polished(weight, objective, plain.weight, 3)
+    assert torch.equal(full.weight.codes, expected.codes)
+    torch.testing.assert_close(full.weight.scale, expected.scale, rtol=1e-6, atol=0)
+    assert (full.weight.g_idx is None) == (plain.weight.g_idx is None)
+    assert total(weight, objective, full.weight) < 0.98 * total(weight, objective, plain.weight)
+    assert (full.notes.damp, full.notes.never_activated, full.notes.zero_groups) == (DAMP, 1, 0)
+
+
+def test_rounding_needs_statistics_only_to_be_polished():
+    assert PerMatrix(RTN(polish=1)).needs.hessian
+    assert not PerMatrix(RTN()).needs.hessian
+    for solver in (RTN, GPTQ, OBQ):
+        with pytest.raises(UsageError, match="polish -1 is out of range"):
+            solver(polish=-1)
+
+
+@pytest.mark.parametrize("solver", [GPTQ, OBQ, RTN])
+def test_memory_of_polishing_is_told(solver):
+    told = [solver(polish=rounds).workspace_bytes(4096, 4096) for rounds in (0, 1, 3)]
+    assert told[0] < told[1] == told[2]
+    assert told[1] - told[0] < 3 * 4 * 4096**2 + refine.polish_bytes(4096, 4096)
+
+
+def test_polishing_stays_within_the_memory_that_is_told():
+    weight, hessian = layer(torch.float32, out=256, columns=512)
+    start = rounded(weight, Scheme(3, 32), torch.float32)
+    most = largest_allocation(lambda: polished(weight, hessian, start, 1))
+    told = refine.polish_bytes(*weight.shape)
+    assert 0.5 * told < most <= told
+    moving = in_moving_groups(weight, Scheme(3, 32), torch.float32)
+    assert largest_allocation(lambda: polished(weight, hessian, moving, 1)) <= told
+
+
+def largest_allocation(work):
+    """Most bytes of tensors alive at once that ``work`` has allocated, as torch's profiler saw them come and go."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    alive = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most

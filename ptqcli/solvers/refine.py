@@ -85,7 +85,8 @@ def polish_bytes(out_features: int, in_features: int) -> int:
     """Peak memory of ``polished`` in float32, beyond its arguments: the Hessian with its columns sorted, seven matrices of the weight's
     size, and the systems of the rows that are refitted at once, should groups be as small as SMALLEST_GROUP.
     """
-    systems = min(ROWS, out_features) * SYSTEM_BYTES * -((-in_features // SMALLEST_GROUP) ** 2)
+    groups = -(-in_features // SMALLEST_GROUP)
+    systems = min(ROWS, out_features) * SYSTEM_BYTES * groups**2
     return 4 * in_features**2 + 7 * 4 * out_features * in_features + systems
 
 
