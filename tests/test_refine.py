@@ -296,9 +296,9 @@ def test_nothing_that_was_handed_in_is_changed():
     assert polished(weight, hessian, start, 0) is start
 
 
-@pytest.mark.parametrize("rounds", [-1, 101])
+@pytest.mark.parametrize("rounds", [-1, 101, "all"])
 def test_a_number_of_rounds_that_makes_no_sense_is_refused(rounds):
-    with pytest.raises(UsageError, match=f"polish {rounds} is out of range; give 0 to 100 rounds"):
+    with pytest.raises(UsageError, match=f"polish {rounds} is out of range; give 0 to 100 rounds, or auto"):
         check_polish(rounds)
 
 
@@ -331,6 +331,7 @@ def test_solvers_polish_what_they_found(solver, scheme):
 def test_rounding_needs_statistics_only_to_be_polished():
     assert PerMatrix(RTN(polish=1)).needs.hessian
     assert not PerMatrix(RTN()).needs.hessian
+    assert [solver().rounds for solver in (RTN, GPTQ, OBQ)] == [0, 3, 3]
     for solver in (RTN, GPTQ, OBQ):
         with pytest.raises(UsageError, match="polish -1 is out of range"):
             solver(polish=-1)

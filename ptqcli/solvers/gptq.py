@@ -43,7 +43,7 @@ from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.refine import check_polish, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
@@ -68,7 +68,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ(FitsGrids, MatrixSolver):
+class GPTQ(FitsGrids, Polishes, MatrixSolver):
     """GPTQ with its options.
 
     damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search,
@@ -84,7 +84,7 @@ class GPTQ(FitsGrids, MatrixSolver):
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
-    polish: int = polish_option(3)
+    polish: int | str = polish_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
@@ -112,7 +112,7 @@ class GPTQ(FitsGrids, MatrixSolver):
         return Factor(
             order=order,
             feedback=feedback,
-            hessian=reordered.index_select(0, back).index_select(1, back) if self.polish else None,
+            hessian=reordered.index_select(0, back).index_select(1, back) if self.rounds else None,
             damp=damped.damp,
             damp_raised=damped.damp > self.damp,
             never_activated=damped.never_activated,
@@ -130,7 +130,7 @@ class GPTQ(FitsGrids, MatrixSolver):
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
         quantized, zero_groups = self._fed_back(weight, prepared, scheme, scale_dtype, ranges or self.ranges)
         if prepared.hessian is not None:
-            quantized = polished(weight, prepared.hessian, quantized, self.polish)
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=zero_groups,
@@ -158,7 +158,7 @@ class GPTQ(FitsGrids, MatrixSolver):
         """
         solve = 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
         polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)
-        return max(solve, polish) if self.polish else solve
+        return max(solve, polish) if self.rounds else solve
 
 
 class _Columns:

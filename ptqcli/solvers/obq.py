@@ -45,7 +45,7 @@ from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.refine import check_polish, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 
 # Steps between two rewrites of the inverses. At 4096 columns on one core a row took 2.3 s with 128 and 3.2 s with 64.
@@ -69,7 +69,7 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class OBQ(FitsGrids, MatrixSolver):
+class OBQ(FitsGrids, Polishes, MatrixSolver):
     """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search, signed: see
     ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``.
     """
@@ -81,7 +81,7 @@ class OBQ(FitsGrids, MatrixSolver):
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
-    polish: int = polish_option(3)
+    polish: int | str = polish_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
@@ -96,7 +96,7 @@ class OBQ(FitsGrids, MatrixSolver):
         floor = 1 / float(matrix.diagonal().max())
         return Inverse(
             matrix=torch.cholesky_inverse(damped.lower),
-            hessian=matrix if self.polish else None,
+            hessian=matrix if self.rounds else None,
             floor=floor,
             damp=damped.damp,
             damp_raised=damped.damp > self.damp,
@@ -124,7 +124,7 @@ class OBQ(FitsGrids, MatrixSolver):
         codes = self._greedy(weight, Grid(grid.element, scale, zero), prepared, progress)
         quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme)
         if prepared.hessian is not None:
-            quantized = polished(weight, prepared.hessian, quantized, self.polish)
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=int((grouped == 0).all(dim=1).sum()),
@@ -154,7 +154,7 @@ class OBQ(FitsGrids, MatrixSolver):
         """
         rows = min(out_features, _rows_at_once(in_features, 4))
         solve = 2 * in_features**2 * 4 + max(rows * _row_bytes(in_features, 4), 4 * out_features * in_features * 4)
-        if not self.polish:
+        if not self.rounds:
             return in_features**2 * 4 + solve
         return 2 * in_features**2 * 4 + max(solve, polish_bytes(out_features, in_features))
 

@@ -30,7 +30,7 @@ times the work; new zero points, with which a row's system would be twice as wid
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from ptqcli.numerics.grids import SMALLEST_SCALE, Grid
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import option
+from ptqcli.solvers.scale_search import AUTO
 
 # Columns of the descent whose share of H E^T comes of one product. At 4096 rows and columns 64 took a tenth longer, 256 as long.
 BLOCK = 128
@@ -55,16 +56,32 @@ SMALLEST_GROUP = 32
 
 MOST_ROUNDS = 100
 
-
-def polish_option(rounds: int) -> Any:
-    """The field of a solver whose solutions can be polished."""
-    return option(rounds, "rounds of refitting scales and codes to the Hessian afterwards; 0: none")
+# At 2 bits, on a trained model, three rounds took 20 % off what GPTQ had left of the objective, eight 23 %.
+USUAL_ROUNDS = 3
 
 
-def check_polish(rounds: int) -> None:
+def polish_option() -> Any:
+    """The field ``polish`` of a solver whose solutions can be polished."""
+    told = f"rounds of refitting scales and codes to the Hessian afterwards; auto: {USUAL_ROUNDS} where errors are fed back, none for rtn"
+    return option(AUTO, told, metavar=f"N|{AUTO}")
+
+
+def check_polish(polish: int | str) -> None:
     """Raise UsageError for a number of rounds that makes no sense."""
-    if not 0 <= rounds <= MOST_ROUNDS:
-        raise UsageError(f"polish {rounds} is out of range; give 0 to {MOST_ROUNDS} rounds")
+    if polish != AUTO and (isinstance(polish, str) or not 0 <= polish <= MOST_ROUNDS):
+        raise UsageError(f"polish {polish} is out of range; give 0 to {MOST_ROUNDS} rounds, or {AUTO}")
+
+
+class Polishes:
+    """A solver with that option. usual_rounds: what ``auto`` stands for."""
+
+    usual_rounds: ClassVar[int] = USUAL_ROUNDS
+    polish: int | str
+
+    @property
+    def rounds(self) -> int:
+        """How often its solutions are polished."""
+        return self.usual_rounds if isinstance(self.polish, str) else self.polish
 
 
 def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:

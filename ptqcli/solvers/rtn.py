@@ -19,7 +19,7 @@ from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import DAMP, factorise
-from ptqcli.solvers.refine import check_polish, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 
 
@@ -33,15 +33,16 @@ class DampedHessian:
 
 
 @dataclass(frozen=True)
-class RTN(FitsGrids, MatrixSolver):
+class RTN(FitsGrids, Polishes, MatrixSolver):
     """Round to nearest. scale_search, signed: see ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``."""
 
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest"
     usual_search: ClassVar[str] = "mse"
+    usual_rounds: ClassVar[int] = 0
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
-    polish: int = polish_option(0)
+    polish: int | str = polish_option()
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -50,11 +51,11 @@ class RTN(FitsGrids, MatrixSolver):
     @property
     def needs_hessian(self) -> bool:
         """To polish."""
-        return self.polish > 0
+        return self.rounds > 0
 
     def prepare(self, hessian: Hessian | None, where: str) -> DampedHessian | None:
         """The Hessian damped by DAMP, where it is needed. Raises PTQError if no damping makes it positive definite."""
-        if not self.polish:
+        if not self.rounds:
             return None
         assert hessian is not None
         matrix = hessian.matrix.clone()
@@ -77,9 +78,9 @@ class RTN(FitsGrids, MatrixSolver):
         if prepared is None:
             return Solution(quantized, notes)
         notes = replace(notes, never_activated=prepared.never_activated, damp=prepared.damp, damp_raised=prepared.damp > DAMP)
-        return Solution(polished(weight, prepared.matrix, quantized, self.polish), notes)
+        return Solution(polished(weight, prepared.matrix, quantized, self.rounds), notes)
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """Fitting the grids; polishing comes after it, with the damped Hessian and, before that, its factor."""
         fit = super().workspace_bytes(out_features, in_features)
-        return max(fit, 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)) if self.polish else fit
+        return max(fit, 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)) if self.rounds else fit
