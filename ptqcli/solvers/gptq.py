@@ -42,9 +42,11 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
 from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
+from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
 # time within noise; larger leaves move work from products into the loop.
@@ -68,11 +70,12 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ(FitsGrids, Polishes, MatrixSolver):
+class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     """GPTQ with its options.
 
     damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search,
-    signed: see ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``.
+    signed: see ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``. target, alpha, beta: see
+    ``ptqcli.solvers.target``. correct_bias: see ``ptqcli.solvers.bias``.
     """
 
     name: ClassVar[str] = "gptq"
@@ -85,11 +88,16 @@ class GPTQ(FitsGrids, Polishes, MatrixSolver):
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
     polish: int | str = polish_option()
+    target: str = target_option()
+    alpha: float | str = alpha_option()
+    beta: float | str = beta_option()
+    correct_bias: bool = bias_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
         check_polish(self.polish)
         check_choices(self)
+        self.check_target()
         if not self.act_order and not self.static_groups:
             raise UsageError("static groups have no effect without act order, where groups are neighbours anyway; leave one of the two out")
 
