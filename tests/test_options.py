@@ -24,7 +24,7 @@ from ptqcli import recipe as recipes
 from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorithm, parts
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.options import Option, check_choices, fits, from_text, option, options_of
+from ptqcli.options import Option, check_choices, fits, from_text, kinds, option, options_of
 from ptqcli.recipe import Recipe, load_recipe
 
 ALGORITHMS = [*parts(), "awq+gptq", "awq+obq", "smoothquant+obq", "awq+smoothquant"]
@@ -46,7 +46,9 @@ def other(declared: Option) -> object:
     """A value that is not the default."""
     if isinstance(declared.default, bool):
         return not declared.default
-    return next(choice for choice in declared.choices if choice != declared.default) if declared.choices else 0.25
+    if declared.choices:
+        return next(choice for choice in declared.choices if choice != declared.default)
+    return 2 if int in kinds(declared.hint) else 0.25
 
 
 def as_flag(declared: Option, value: object) -> list[str]:
