@@ -44,7 +44,7 @@ from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
@@ -84,18 +84,19 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     damp: float = damp_option()
     act_order: bool = option(True, "most active columns first")
     static_groups: bool = option(True, "with act-order, groups stay neighbours, so the file needs no index")
+    usual_rounds: ClassVar[int] = 3
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
-    polish: int | str = polish_option()
     target: str = target_option()
     alpha: float | str = alpha_option()
     beta: float | str = beta_option()
     correct_bias: bool = bias_option()
+    polish: int | None = polish_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
-        check_polish(self.polish)
+        self.check_polish()
         check_choices(self)
         self.check_target()
         if not self.act_order and not self.static_groups:

@@ -46,7 +46,7 @@ from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
@@ -80,18 +80,19 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     summary: ClassVar[str] = "OBQ: the least harmful weight first, row by row"
     needs_hessian: ClassVar[bool] = True
     damp: float = damp_option()
+    usual_rounds: ClassVar[int] = 3
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
-    polish: int | str = polish_option()
     target: str = target_option()
     alpha: float | str = alpha_option()
     beta: float | str = beta_option()
     correct_bias: bool = bias_option()
+    polish: int | None = polish_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
-        check_polish(self.polish)
+        self.check_polish()
         check_choices(self)
         self.check_target()
 

@@ -19,8 +19,9 @@ from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import DAMP, factorise
-from ptqcli.solvers.refine import Polishes, check_polish, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
+from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,26 @@ class DampedHessian:
 
 
 @dataclass(frozen=True)
-class RTN(FitsGrids, Polishes, MatrixSolver):
-    """Round to nearest. scale_search, signed: see ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``."""
+class RTN(FitsGrids, Polishes, AimsAtTarget, MatrixSolver):
+    """Round to nearest. scale_search, signed: see ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``. target,
+    alpha, beta: see ``ptqcli.solvers.target``.
+    """
 
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest"
-    usual_search: ClassVar[str] = "mse"
     usual_rounds: ClassVar[int] = 0
+    usual_search: ClassVar[str] = "mse"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
-    polish: int | str = polish_option()
+    polish: int | None = polish_option()
+    target: str = target_option()
+    alpha: float | str = alpha_option()
+    beta: float | str = beta_option()
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_polish(self.polish)
+        self.check_target()
+        self.check_polish()
 
     @property
     def needs_hessian(self) -> bool:
