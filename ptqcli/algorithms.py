@@ -27,6 +27,7 @@ BUILT_IN = {
     TRANSFORMS: {
         "awq": "ptqcli.transforms.awq:AWQ",
         "smoothquant": "ptqcli.transforms.smoothquant:SmoothQuant",
+        "equalize": "ptqcli.transforms.equalize:Equalize",
     },
     SCHEMES: {"llm-int8": "ptqcli.algorithms:LLMInt8"},
     SOLVERS: {
