@@ -5,8 +5,8 @@ producer is a norm, with ``W`` [rows, in] the rows of all linears that read it,
 
     s_c = g / m_c,    m_c = mean_r |W_rc|,    g = (Π_c m_c)^(1 / in)
 
-multiplies column ``c``, which then has the mean magnitude ``g`` as every other, and divides channel ``c`` of the norm's gain. Error feedback
-weighs the columns by their inputs, which the division has changed the other way: what the rounding costs is then spread over all columns.
+multiplies column ``c``, which then has the mean magnitude ``g`` as every other, and divides channel ``c`` of the norm's gain. Error
+feedback weighs the columns by their inputs, which the division has changed the other way: the cost of rounding spreads over all columns.
 
 It is the data-free relative of AWQ's scales (Lin et al. 2023; there the inputs decide), and of cross-layer equalization (Nagel et al. 2019,
 "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1), which equalises the ranges of both sides of a pair;
