@@ -30,8 +30,6 @@ DEFAULT_BITS = 4
 
 DEFAULT_THRESHOLD = 6.0
 
-DEFAULT_SEARCH = "mse"
-
 AUTO = "auto"  # a group size that goes with each linear's width
 
 ACTIVATION_SCALES = {
@@ -183,15 +181,11 @@ class Recipe:
 
     def _check_order(self) -> None:
         names = [transform.name for transform in self._transforms]
-        ordered = sorted(names, key=lambda name: not _is_of_the_model(self._built[name]))
+        ordered = [*(transform.name for transform in self.model_transforms()), *(transform.name for transform in self.transforms())]
         if names != ordered:
-            late = next(name for name, wanted in zip(names[::-1], ordered[::-1], strict=True) if name != wanted)
-            raise UsageError(f"algorithm '{self.algo}': {late} rewrites the whole model and comes first; write {'+'.join(ordered)}+...")
-
-    @property
-    def scale_search(self) -> str:
-        """How transforms fit grids on trial: as the solver will, where it has a choice."""
-        return getattr(self.solver(), "scale_search", DEFAULT_SEARCH)
+            rest = [part.name for part in self.algorithm.parts if not part.is_transform]
+            written = "+".join([*ordered, *rest])
+            raise UsageError(f"algorithm '{self.algo}': {ordered[0]} rewrites the whole model and comes first; write {written}")
 
     def stored(self) -> dict[str, Any]:
         """The fields as a report keeps them: with every option of every part, those that were not given, too."""
