@@ -64,7 +64,7 @@ class CutModule:
         """What the cut modules receive, and last what the module returns, with ``changes`` made to the leaves of these numbers."""
         self._changes = changes
         self._seen: list[list[Tensor]] = []
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self._first):  # later passes are compared, not differentiated
             output = self.run(self.twin, torch.float64)
         if len(self._seen) != len(self.names):
             raise CutError(OTHER_PATH)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import NewTensor
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS
 from ptqcli.model.linears import rows_first
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
@@ -41,6 +40,7 @@ from ptqcli.transforms.residual_stream import Gain, ModelInPieces, ResidualStrea
 
 Turn: TypeAlias = Callable[[Tensor], Tensor]  # of rows [..., n]
 
+PROBE_TOKENS = 4  # the networks between all modules of the model are in memory at once
 PIECE = 1 << 23  # numbers of a matrix that are turned at once, where its rows can be turned one by one
 
 HARM = "rotate makes rounding to nearest worse as a rule; take a solver with error feedback, such as rotate+gptq"
@@ -98,7 +98,7 @@ class Rotate(ModelTransform):
 
 
 def _probe(skeleton: Skeleton) -> Callable[[nn.Module, torch.dtype], Tensor]:
-    ids = torch.zeros(PROBE_WINDOWS, PROBE_TOKENS, dtype=torch.long)
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
 
     def run(twin: nn.Module, _dtype: torch.dtype) -> Tensor:
         logits: Tensor = skeleton.kind.call(twin, ids).logits
