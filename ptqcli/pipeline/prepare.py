@@ -61,10 +61,10 @@ def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) ->
     original = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
     skeleton, rewrites = rewritten(original, recipe)
     plan = make_plan(recipe, skeleton, resources)
-    return skeleton, plan if not rewrites else _with_rewrites(plan, original, rewrites, resources)
+    return skeleton, plan if not rewrites else _with_rewrites(plan, original, skeleton, rewrites, resources)
 
 
-def _with_rewrites(plan: Plan, original: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:
+def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:
     """What is added to the plan of a rewritten model: its cost, compared with the model as it was, and what is to be known."""
     solver = plan.recipe.algorithm.solver.name
     own = [note for transform in plan.recipe.model_transforms() for note in transform.notes(solver)]
@@ -72,7 +72,7 @@ def _with_rewrites(plan: Plan, original: Skeleton, rewrites: Sequence[Rewrite], 
     return replace(
         plan,
         bytes_before=original.total_bytes,
-        memory_bytes=max(plan.memory_bytes, held + proof_bytes(original)),
+        memory_bytes=max(plan.memory_bytes, held + proof_bytes(skeleton)),
         rewrites=tuple(rewrite.done for rewrite in rewrites),
         notes=(*(note for rewrite in rewrites for note in rewrite.notes), *own, *plan.notes),
     )

@@ -43,7 +43,7 @@ class Equalize(BlockTransform):
 def _equalize(block: FoldedBlock, fold: Fold) -> FoldNote:
     scales = column_scales(fold, [block.weight(local) for local in block.readers(fold)])
     block.scale(fold, scales)
-    return FoldNote(producer=fold.producer, readers=fold.readers, choice=f"columns times {scales.min():.2g} to {scales.max():.2g}")
+    return FoldNote(producer=fold.producer, readers=fold.readers, choice="equal columns")
 
 
 def column_scales(fold: Fold, weights: list[Tensor]) -> Tensor:

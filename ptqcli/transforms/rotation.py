@@ -41,7 +41,7 @@ from ptqcli.transforms.residual_stream import Gain, ModelInPieces, ResidualStrea
 Turn: TypeAlias = Callable[[Tensor], Tensor]  # of rows [..., n]
 
 PROBE_TOKENS = 4  # the networks between all modules of the model are in memory at once
-PIECE = 1 << 23  # numbers of a matrix that are turned at once, where its rows can be turned one by one
+PIECE = 1 << 22  # numbers of a matrix that are turned at once
 
 HARM = "rotate makes rounding to nearest worse as a rule; take a solver with error feedback, such as rotate+gptq"
 
@@ -212,16 +212,22 @@ def _matrix(
 ) -> Tensor:
     """The matrix of ``module``, as it stores it, with the gain of a norm (stored name, offset) and the turns."""
     weight = rows_first(module, read(stored))  # [out, in]
-    factor = 1.0 if gain is None else read(gain[0]).double() + gain[1]  # [in]
+    if columns:
+        factor = 1.0 if gain is None else read(gain[0]).double() + gain[1]  # [in]
+        exact = weight.double() if rows else weight  # what is turned twice is rounded once
+        weight = _in_pieces(exact, lambda piece: _in_turn(columns, piece.double() * factor))
     if rows:
-        weight = _in_turn(rows, _in_turn(columns, weight.double() * factor).t()).t()
-    else:
-        turned = torch.empty_like(weight)
-        height = max(1, PIECE // weight.shape[1])
-        for start in range(0, len(weight), height):
-            turned[start : start + height] = _in_turn(columns, weight[start : start + height].double() * factor)
-        weight = turned
+        weight = _in_pieces(weight.t(), partial(_in_turn, rows)).t()
     return rows_first(module, weight)
+
+
+def _in_pieces(matrix: Tensor, turn: Turn) -> Tensor:
+    """The rows of ``matrix`` turned, a few at a time, in its dtype."""
+    turned = torch.empty_like(matrix)
+    height = max(1, PIECE // matrix.shape[1])
+    for start in range(0, len(matrix), height):
+        turned[start : start + height] = turn(matrix[start : start + height])
+    return turned
 
 
 def _in_turn(turns: Sequence[Turn], rows: Tensor) -> Tensor:
