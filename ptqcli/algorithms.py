@@ -25,10 +25,10 @@ SOLVERS, TRANSFORMS, SCHEMES = "ptqcli.solvers", "ptqcli.transforms", "ptqcli.sc
 
 BUILT_IN = {
     TRANSFORMS: {
-        "rotate": "ptqcli.transforms.rotation:Rotate",
         "awq": "ptqcli.transforms.awq:AWQ",
         "smoothquant": "ptqcli.transforms.smoothquant:SmoothQuant",
         "equalize": "ptqcli.transforms.equalize:Equalize",
+        "rotate": "ptqcli.transforms.rotation:Rotate",
     },
     SCHEMES: {"llm-int8": "ptqcli.algorithms:LLMInt8"},
     SOLVERS: {

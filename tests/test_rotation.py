@@ -192,6 +192,27 @@ def test_other_code_on_the_way_forbids_the_rotation(look: Any, add: Any, name: s
         in_pieces(Stream(look, add)).stream("head")
 
 
+class ByName(nn.RMSNorm):
+    """A norm that is called with its input by name."""
+
+    def forward(self, *, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
+
+class CalledByName(Stream):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = ByName(8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(self.last(hidden_states=x + self.down(self.up(self.norm(x)).relu())))
+
+
+def test_a_norm_may_be_called_by_name() -> None:
+    assert in_pieces(CalledByName()).stream("head") == in_pieces(Stream()).stream("head")
+
+
 class Observed(Stream):
     """Something else reads the stream, or the output of a norm."""
 

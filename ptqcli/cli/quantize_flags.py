@@ -105,7 +105,7 @@ FLAGS = {
             metavar="NAME[+NAME]",
             show_default="gptq",
             shell_complete=completion.algorithm,
-            help="rtn, gptq, obq, rotate, awq, smoothquant, equalize, llm-int8, or several joined: transforms, then a solver, such as "
+            help="rtn, gptq, obq, awq, smoothquant, equalize, rotate, llm-int8, or several joined: transforms, then a solver, such as "
             "awq+gptq. `ptq algorithms` lists them.",
         ),
         click.option(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ptqcli.model.linears import linear_input
 from ptqcli.transforms.cut import TOLERANCE, CutError, CutModule, Run, distinct_numbers, multiplied_by, without_weights
 from ptqcli.transforms.hadamard import Rotation, random_rotation
 
@@ -176,11 +177,12 @@ class ModelInPieces:
     def _gain(self, call: int) -> Gain | None:
         """The gain of a norm, found by trying. Raises CutError unless it turns with its input once that is 1."""
         module = without_weights(self._module(call), self._generator)
-        (x, *args), kwargs = self._cut.arguments[call]
-        x = x.detach()
+        args, kwargs = self._cut.arguments[call]
+        x = linear_input(args, kwargs).detach()
 
         def run(inputs: Tensor, **values: Tensor) -> Tensor:
-            return functional_call(module, values, (inputs, *args), kwargs).detach()
+            called = ((inputs, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): inputs})
+            return functional_call(module, values, *called).detach()
 
         rotation = random_rotation(x.shape[-1], self._generator)
         for gain, ones in _possible_gains(module):
