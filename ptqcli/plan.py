@@ -44,6 +44,7 @@ class Plan:
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    rewrites: what transforms of the whole model do, a line each.
     readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
@@ -61,6 +62,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
 
     @property
@@ -79,7 +81,8 @@ class Plan:
         """(what, value) pairs that tell a person what is about to happen."""
         recipe = self.recipe
         schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
-        rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
+        rows = [("algorithm", recipe.algo), *(("rewritten", done) for done in self.rewrites)]
+        rows += [("linears", schemes), ("blocks", str(len(self.stages)))]
         if self.skipped:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:

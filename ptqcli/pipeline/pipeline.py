@@ -26,6 +26,7 @@ from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import CalibrationReport, Report, make_report
+from ptqcli.pipeline.rewriting import proved
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -50,6 +51,8 @@ def quantize(
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
+    with clock.measure("plan"):
+        rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
     with growing(ready.output, folder, overwrite, ready.plan.disk_bytes, ready.inputs) as growing_folder, torch.no_grad():
         work = _Quantization(ready, resources, growing_folder, progress, clock)
         work.run()
@@ -62,7 +65,7 @@ def quantize(
             work.calibration_report(),
         )
         with clock.measure("write"):
-            report = work.written.finish(report)
+            report = work.written.finish(replace(report, rewritten=rewritten))
     return replace(
         report,
         output=str(ready.output),
