@@ -33,6 +33,7 @@ BUILT_IN = {
         "rtn": "ptqcli.solvers.rtn:RTN",
         "gptq": "ptqcli.solvers.gptq:GPTQ",
         "obq": "ptqcli.solvers.obq:OBQ",
+        "autoround": "ptqcli.solvers.autoround:AutoRound",
     },
 }
 DEFAULT_SOLVER = "rtn"

@@ -19,7 +19,7 @@ from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
 
 
-class PerMatrix:
+class PerMatrix(BlockSolver):
     """Each matrix by itself. solver: what chooses its codes."""
 
     name: ClassVar[str] = "per-matrix"
@@ -28,7 +28,11 @@ class PerMatrix:
 
     def __init__(self, solver: MatrixSolver) -> None:
         self.solver = solver
-        self.needs = StatisticsRequest(hessian=solver.needs_hessian)
+
+    @property
+    def needs(self) -> StatisticsRequest:
+        """The Hessian, if the matrix solver needs it."""
+        return StatisticsRequest(hessian=self.solver.needs_hessian)
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
