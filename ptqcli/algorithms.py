@@ -34,6 +34,8 @@ BUILT_IN = {
         "gptq": "ptqcli.solvers.gptq:GPTQ",
         "obq": "ptqcli.solvers.obq:OBQ",
         "autoround": "ptqcli.solvers.autoround:AutoRound",
+        "flexround": "ptqcli.solvers.flexround:FlexRound",
+        "omniquant": "ptqcli.solvers.omniquant:OmniQuant",
     },
 }
 DEFAULT_SOLVER = "rtn"

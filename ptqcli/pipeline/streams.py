@@ -118,7 +118,8 @@ def record(
 ) -> Streams:
     """Run the model up to its blocks on ``windows``, int64 [windows, tokens].
 
-    batch_size: windows in one pass. dtype: of the calibration passes. original: keep the original model's stream, too. excerpts: record what transforms try things out on.
+    batch_size: windows in one pass. dtype: of the calibration passes. original: keep the original model's stream, too. excerpts: record
+    what transforms try things out on.
     Raises PTQError for tokens that the model does not know.
     """
     largest = int(windows.max())

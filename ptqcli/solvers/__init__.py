@@ -248,6 +248,6 @@ class BlockSolver(Protocol):
     def window_bytes(self, weights: int, features: int, tokens: int) -> int:
         """Memory held while a window is at work, beside its blocks; as it stands, none.
 
-        weights: of the window's linears together. features: of what its modules read and return, together, for one token. tokens: of a batch.
+        weights: of the window's linears together. features: of what its modules read and return for a token. tokens: of a batch.
         """
         return 0

@@ -21,12 +21,13 @@ ranges. Below 4 bits its loss leaves out the largest .1 % of each batch's differ
 Both take steps of a fixed length, p -= lr sign(gradient), with lr = 1 / iters for all that is learned, falling to 0 in a straight line:
 together that is the half step in which V can turn any rounding round.
 
-Starting from a solver's codes, the grid is the solver's, s = alpha s0, in either version. Left out: momentum and the learning rate of 2 /
-iters for long runs at 2 and 3 bits (``lr`` takes any), tuning of norms and biases, which the authors advise against.
+Starting from a solver's codes, or behind a transform that has found ranges, s0 is theirs and s = alpha s0, in either version. Left out:
+momentum, the rate of 2 / iters for long runs at 2 and 3 bits (``lr`` takes any), and the tuning of norms, which the authors advise against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +38,7 @@ from ptqcli.numerics.grids import SHRINK_FACTORS
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.options import option
 from ptqcli.solvers.learned import SignSGD, SolverStart
-from ptqcli.solvers.rounding import Rounding, Start, range_of, signed_scale, through
+from ptqcli.solvers.rounding import Rounding, Start, range_grid, range_of, signed_scale
 
 STEPS, WINDOWS = 200, 8
 MASKED = 1000  # one difference in so many
@@ -62,7 +63,8 @@ class AutoRound(SolverStart):
 
     def rounding(self, start: Start) -> Rounding:
         """See ``BlockLearner``."""
-        return SignRound(start) if self.version == "1" and start.codes is None else ScaledSignRound(start)
+        given = start.codes is not None or start.task.ranges is not None
+        return ScaledSignRound(start) if self.version == "2" or given else SignRound(start)
 
     def optimizer(self, rounding: Rounding, steps: int) -> torch.optim.Optimizer:
         """See ``BlockLearner``."""
@@ -98,12 +100,7 @@ class SignRound(Rounding):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """See ``Rounding``."""
-        low, high = self.beta * self.low, self.alpha * self.high
-        if self.scheme.symmetric:
-            return self.storable(signed_scale(low, high, self.scheme)), self.middle()
-        span = high - low
-        scale = self.storable(torch.where(span == 0, torch.ones_like(span), span / self.scheme.element.span))
-        return scale, through(-low / scale, torch.round).clamp(0, self.scheme.element.span)
+        return range_grid(self, self.beta * self.low, self.alpha * self.high)
 
     def units(self, scale: Tensor) -> Tensor:
         """See ``Rounding``."""
@@ -121,7 +118,7 @@ class ScaledSignRound(Rounding):
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        self.scale, self.zero = (each.detach() for each in initial_grid(self, start))
+        self.scale, self.zero = start.grid() or searched_grid(self, start.importance)
         self.offset = nn.Parameter(torch.zeros_like(self.weight))  # V
         self.alpha = nn.Parameter(start.per_group(1.0))
 
@@ -139,35 +136,32 @@ class ScaledSignRound(Rounding):
         self.alpha.data.clamp_(0, 2)
 
 
-def initial_grid(rounding: Rounding, start: Start) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, [out, groups, 1] or for all: the solver's, or what the weighted search finds."""
-    if start.codes is not None:
-        scale, zero = start.codes.scale.float().unsqueeze(-1), start.codes.zero.float().unsqueeze(-1)
-        return (scale[:1], zero[:1]) if rounding.scheme.group_size == WHOLE_MATRIX else (scale, zero)
-    importance = start.importance.reshape(1, rounding.weight.shape[1], -1)
-    best, least = (torch.empty(0), torch.empty(0)), torch.empty(0)
+def searched_grid(rounding: Rounding, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with the least squared error weighted by ``importance`` [in], among ``_candidates``."""
+    weight, importance = rounding.weight, importance.reshape(1, rounding.weight.shape[1], -1)
+    found: tuple[Tensor, Tensor, Tensor] | None = None
     for scale, zero in _candidates(rounding):
-        codes = ((rounding.weight / scale).round_() + zero).clamp_(0, rounding.scheme.levels - 1)
-        error = ((codes - zero) * scale - rounding.weight).square_().mul_(importance).sum(dim=-1, keepdim=True)
+        codes = ((weight / scale).round_() + zero).clamp_(0, rounding.scheme.levels - 1)
+        error = ((codes - zero) * scale - weight).square_().mul_(importance).sum(dim=-1, keepdim=True)
         if rounding.scheme.group_size == WHOLE_MATRIX:
             error = error.sum().reshape(1, 1, 1)
-        if not len(least):
-            best, least = (scale, zero), error
-        better = error < least
-        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
-        least = torch.where(better, error, least)
-    return best
+        found = (error, scale, zero) if found is None else _better(found, (error, scale, zero))
+    assert found is not None
+    return found[1:]
 
 
-def _candidates(rounding: Rounding):  # type: ignore[no-untyped-def]
+def _better(found: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    smaller = other[0] < found[0]
+    error, scale, zero = (torch.where(smaller, new, old) for new, old in zip(other, found, strict=True))
+    return error, scale, zero
+
+
+def _candidates(rounding: Rounding) -> Iterator[tuple[Tensor, Tensor]]:
     scheme, (low, high) = rounding.scheme, range_of(rounding.weight, rounding.scheme)
     if not scheme.symmetric:
-        for factor in SHRINK_FACTORS:
-            span = (high - low) * factor
-            scale = rounding.storable(torch.where(span == 0, torch.ones_like(span), span / scheme.element.span))
-            yield scale, (-low * factor / scale).round().clamp(0, scheme.element.span)
+        yield from (range_grid(rounding, low * factor, high * factor) for factor in SHRINK_FACTORS)
         return
     step, count = (0.01, 90) if scheme.bits == 2 else (0.0075 * scheme.middle, 100)
     plain = signed_scale(low, high, scheme)
     for i in sorted(range(-count, count + 1), key=abs):
-        yield rounding.storable(plain * (scheme.middle / (scheme.middle - step * i))), rounding.middle()
+        yield rounding.storable(plain * (scheme.middle / (scheme.middle - i * step))), rounding.middle()

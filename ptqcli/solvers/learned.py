@@ -36,7 +36,6 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.scheme import Scheme
-from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import Batch, BlockSolver, BlockWork, CalibrationBatches, LinearTask, MatrixSolver, Solution, SolveNotes, Stage
 from ptqcli.solvers.damping import check_damp, damp_option
@@ -260,13 +259,13 @@ class Student:
 
 
 def _layer(linear: nn.Module, rounding: Rounding) -> FakeQuantLinear:
-    """In float32 on a CPU, whose products of 16-bit numbers are slow or inexact, else in the dtype of the block."""
+    """In the dtype of the block, which holds rounded weights as the file will; 8-bit inputs are rounded in float32."""
     start = rounding.start
-    present, bias = linear.get_parameter("weight"), linear.bias
-    dtype = torch.float32 if present.device.type == "cpu" else present.dtype
+    dtype = linear.get_parameter("weight").dtype if start.task.scheme.activations is None else torch.float32
+    bias = linear.bias
     return FakeQuantLinear(
         start.weight.to(dtype),
-        None if bias is None else bias.detach().to(dtype),  # type: ignore[union-attr, operator]
+        None if bias is None else bias.detach().to(dtype),  # type: ignore[operator]
         activations=start.task.scheme.activations,
         input_scale=None if start.input_scale is None else start.input_scale.to(dtype),
     )
@@ -310,13 +309,13 @@ class _Learning:
 
     def _loss(self, batch: Batch) -> Tensor:
         assert batch.targets is not None
-        return self.learner.loss(batch.run(self.student.blocks), batch.targets, self.student.bits)
+        return self.learner.loss(batch.run(list(self.student.blocks)), batch.targets, self.student.bits)
 
     def _step(self, step: int) -> None:
         self.student.refresh(gradients=True)
         passes = next(self.drawn)
         for windows in passes:
-            (self._loss(self.batches.of(windows)) / len(passes)).backward()  # type: ignore[no-untyped-call]
+            (self._loss(self.batches.of(windows)) / len(passes)).backward()
         decay = self.learner.decay(step / self.count)
         for name, (layer, rounding) in self.student.layers.items():
             if layer.weight.grad is not None:  # else nothing reads its output
@@ -371,7 +370,7 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step. closure: not used."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -19,12 +19,13 @@ good are nearest to flipping. Started at q itself nothing would move before it h
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ptqcli.numerics.grids import SMALLEST_SCALE
+from ptqcli.numerics.grids import SMALLEST_SCALE, RangeSearch
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers import LinearTask, SolveNotes
@@ -56,6 +57,20 @@ class Start:
         """A parameter for each scale, [out, groups, 1], or [1, 1, 1] with one scale for the whole matrix."""
         out, groups = (1, 1) if self.task.scheme.group_size == WHOLE_MATRIX else self.grouped().shape[:2]
         return torch.full((out, groups, 1), value, device=self.weight.device)
+
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point, as ``per_group`` has them, of the solver's codes or of ranges that a transform has found; or None."""
+        if self.codes is not None:
+            scale, zero = self.codes.scale.to(self.weight.dtype), self.codes.zero.to(self.weight.dtype)
+            shape = self.per_group(0.0).shape
+            return scale[: shape[0]].reshape(shape), zero[: shape[0]].reshape(shape)
+        return None if self.task.ranges is None else self.fitted(self.task.ranges)
+
+    def fitted(self, ranges: RangeSearch) -> tuple[Tensor, Tensor]:
+        """The same of the grids that ``ranges`` fits."""
+        grid = ranges.fit(self.grouped().flatten(0, 1), self.task.scheme, self.task.scale_dtype)
+        shape = self.per_group(0.0).shape
+        return grid.scale[: shape[:2].numel()].reshape(shape), grid.zero[: shape[:2].numel()].reshape(shape)
 
 
 class Rounding(nn.Module):
@@ -114,9 +129,8 @@ class Rounding(nn.Module):
         return torch.full_like(self.start.per_group(0.0), float(self.scheme.middle))
 
 
-def through(values: Tensor, function: object) -> Tensor:
+def through(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """``function(values)``, whose gradient is taken to be that of the identity."""
-    assert callable(function)
     return values + (function(values.detach()) - values.detach())
 
 
@@ -130,7 +144,22 @@ def range_of(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 def signed_scale(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
     """The scale with which the range's end of larger magnitude, ``low <= 0`` or ``high >= 0``, has the code -2^(b-1); 1 for no range."""
-    scale = torch.where(-low > high, -low, -high) / scheme.middle
+    return _not_zero(torch.where(-low > high, -low, -high) / scheme.middle)
+
+
+def range_grid(rounding: Rounding, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with which a matrix reaches from ``low <= 0`` to ``high >= 0``.
+
+    Symmetric: ``signed_scale``. Asymmetric: ``s = (high - low) / (2^b - 1)``, ``z = round(-low / s)``.
+    """
+    if rounding.scheme.symmetric:
+        return rounding.storable(signed_scale(low, high, rounding.scheme)), rounding.middle()
+    most = rounding.scheme.levels - 1
+    scale = rounding.storable(_not_zero((high - low) / most))
+    return scale, through(-low / scale, torch.round).clamp(0, most)
+
+
+def _not_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
