@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.activations import static_scale
+from ptqcli.numerics.elements import Int
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.options import check_choices, option
@@ -126,9 +127,11 @@ class BlockLearner(BlockSolver):
         return self.learn_window - 1
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Outlier columns, which no published method learns around."""
+        """Outlier columns, which no published method learns around, and codes that are no integers."""
         if scheme.outliers is not None:
-            return f"{self.name} does not learn beside outlier columns; leave --outliers out, or choose gptq or rtn"
+            return f"{self.name} does not learn beside outlier columns; give --outliers none, or choose gptq or rtn"
+        if not isinstance(scheme.element, Int):
+            return f"{self.name} learns the rounding of integers, not of scheme {scheme}; choose gptq or rtn"
         return None
 
     def notes(self, windows: int) -> list[str]:

@@ -56,7 +56,7 @@ class Start:
     def per_group(self, value: float) -> Tensor:
         """A parameter for each scale, [out, groups, 1], or [1, 1, 1] with one scale for the whole matrix."""
         out, groups = (1, 1) if self.task.scheme.group_size == WHOLE_MATRIX else self.grouped().shape[:2]
-        return torch.full((out, groups, 1), value, device=self.weight.device)
+        return torch.full((out, groups, 1), value, dtype=self.weight.dtype, device=self.weight.device)
 
     def grid(self) -> tuple[Tensor, Tensor] | None:
         """Scale and zero point, as ``per_group`` has them, of the solver's codes or of ranges that a transform has found; or None."""
@@ -121,8 +121,12 @@ class Rounding(nn.Module):
         """``scale``, of either sign, as the dtype of the file holds it: neither 0 nor infinite."""
         dtype = self.start.task.scale_dtype
         limits = torch.finfo(dtype)
-        held = scale.abs().clamp(SMALLEST_SCALE.get(dtype, limits.tiny), limits.max).to(dtype).to(scale.dtype)
-        return through(scale, lambda exact: torch.where(exact < 0, -held, held))
+
+        def held(exact: Tensor) -> Tensor:
+            magnitude = exact.abs().clamp(SMALLEST_SCALE.get(dtype, limits.tiny), limits.max).to(dtype).to(exact.dtype)
+            return torch.where(exact < 0, -magnitude, magnitude)
+
+        return through(scale, held)
 
     def middle(self) -> Tensor:
         """The zero point of a symmetric scheme."""
