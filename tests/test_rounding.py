@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_formula_with_what_rounding_added_held_fixed(
         s, _ = ours.grid()
         z = exact_zero(ours) + (zero - exact)
         codes = (ours.units(s) + rest + z).clamp(-MARGIN, scheme.levels - 1 + MARGIN)
-        return float((((codes - z) * s).reshape(OUT, COLUMNS) * weights).sum())
+        return float((((codes - z) * s).reshape(OUT, COLUMNS) * weights).sum().detach())
 
     (ours() * weights).sum().backward()
     assert sum(bool(parameter.grad.any()) for parameter in ours.parameters()) >= len(list(ours.parameters())) / 2
@@ -165,7 +165,7 @@ def exact_zero(rounding):
 
 
 def test_one_step_of_signround_by_hand():
-    """One row, one group, y = W' x: dL/dW' = 2 (W' x - t) x, dL/dV = s dL/dW' inside the range, dL/dalpha = (m'/m) sum of dL/dW' (q - w/s)."""
+    """y = W' x, one row, one group: dL/dW' = 2 (y - t) x, dL/dV = s dL/dW' inside the range, dL/ds = sum of dL/dW' (q - w/s)."""
     scheme, rate = Scheme(2, 4), 0.125
     weight = torch.tensor([[0.9, -0.2, 0.35, -1.0]], dtype=torch.float64)
     x, target = torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=torch.float64), 0.3
@@ -217,7 +217,7 @@ def test_parameters_stay_where_they_may_be():
 @pytest.mark.parametrize("scheme", [Scheme(2, 16), Scheme(3, 8), Scheme(4, -1), Scheme(3, 16, symmetric=False)], ids=str)
 def test_the_weighted_search_finds_the_best_of_all_candidates(scheme):
     start = start_of(scheme)
-    scale, zero = searched_grid(SignRound(start), start.importance)
+    scale, zero = (each.detach() for each in searched_grid(SignRound(start), start.importance))
     for row in range(OUT):
         for group, columns in enumerate(column_groups(scheme)):
             weights, importance = start.weight[row, columns], start.importance[columns]

@@ -38,7 +38,7 @@ from ptqcli.numerics.grids import SHRINK_FACTORS
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.options import option
 from ptqcli.solvers.learned import SignSGD, SolverStart
-from ptqcli.solvers.rounding import Rounding, Start, range_grid, range_of, signed_scale
+from ptqcli.solvers.rounding import Rounding, Start, range_grid, range_of, symmetric_scale
 
 STEPS, WINDOWS = 200, 8
 MASKED = 1000  # one difference in so many
@@ -162,6 +162,6 @@ def _candidates(rounding: Rounding) -> Iterator[tuple[Tensor, Tensor]]:
         yield from (range_grid(rounding, low * factor, high * factor) for factor in SHRINK_FACTORS)
         return
     step, count = (0.01, 90) if scheme.bits == 2 else (0.0075 * scheme.middle, 100)
-    plain = signed_scale(low, high, scheme)
+    plain = symmetric_scale(rounding.start, low, high)
     for i in sorted(range(-count, count + 1), key=abs):
         yield rounding.storable(plain * (scheme.middle / (scheme.middle - i * step))), rounding.middle()

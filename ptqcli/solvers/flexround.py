@@ -64,7 +64,7 @@ class ElementDivision(Rounding):
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        self.scale, self.zero = start.grid() or start.fitted(SquaredError())
+        self.scale, self.zero = start.grid() or start.fitted(SquaredError(start.signed))
         self.d1 = nn.Parameter(start.per_group(0.0))
         self.d2 = nn.Parameter(torch.zeros_like(self.weight))
         self.d3 = nn.Parameter(torch.zeros_like(self.weight[:, :1, :1]))

@@ -36,6 +36,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.elements import Int
 from ptqcli.numerics.fake_quant import FakeQuantLinear
+from ptqcli.numerics.grids import MinMax, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import Batch, BlockSolver, BlockWork, CalibrationBatches, LinearTask, MatrixSolver, Solution, SolveNotes, Stage
@@ -43,6 +44,7 @@ from ptqcli.solvers.damping import check_damp, damp_option
 from ptqcli.solvers.gptq import GPTQ
 from ptqcli.solvers.obq import OBQ
 from ptqcli.solvers.rounding import Rounding, Start, centred, zero_groups
+from ptqcli.solvers.scale_search import signed_option
 
 STARTS = ("rtn", "gptq", "obq")
 # One calibration window in so many is held out, but not more than HELD_OUT.
@@ -55,8 +57,8 @@ LOOKS = 10
 class BlockLearner(BlockSolver):
     """What the solvers that learn share, and its options.
 
-    iters: steps for each window. lr: learning rate. batch_size: calibration windows in a step. blocks: learned together.
-    seed: of the order of the calibration windows. None stands for what the method's paper has.
+    iters: steps for each window. lr: learning rate. batch_size: calibration windows in a step. learn_window: blocks learned together.
+    learn_seed: of the order of the calibration windows. signed: as of the other solvers. None stands for what the method's paper has.
     """
 
     name: ClassVar[str]
@@ -66,6 +68,7 @@ class BlockLearner(BlockSolver):
     batch_size: int | None = option(None, "calibration windows in a step of learning; the paper's where none is given", flag="learn-batch")
     learn_window: int = option(1, "blocks learned together; of several, all but the first are learned again with the next", metavar="1|2")
     learn_seed: int = option(0, "seed of the order in which calibration windows are learned from")
+    signed: bool = signed_option()
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -115,6 +118,11 @@ class BlockLearner(BlockSolver):
     def needs(self) -> StatisticsRequest:
         """Both streams, and what the start needs."""
         return StatisticsRequest(original=True, samples=True, hessian=self.solver() is not None)
+
+    @property
+    def ranges(self) -> RangeSearch:
+        """What transforms are to expect: full ranges, from which learning starts."""
+        return MinMax(self.signed)
 
     @property
     def window(self) -> int:
@@ -170,7 +178,7 @@ class BlockLearner(BlockSolver):
         """The matrices as they start, in running order; those carried over go on from where they stand."""
         roundings: dict[str, Rounding] = {}
         for stage in work.stages():
-            shared = _Shared(self.solver(), stage)
+            shared = _Shared(self.solver(), self.signed, stage)
             for task in stage.linears:
                 kept = work.carried.get(task.name)
                 if kept is None:
@@ -195,14 +203,14 @@ class SolverStart(BlockLearner):
 
     def solver(self) -> MatrixSolver | None:
         """See ``BlockLearner``."""
-        return None if self.start == "rtn" else {"gptq": GPTQ, "obq": OBQ}[self.start](damp=self.damp)
+        return None if self.start == "rtn" else {"gptq": GPTQ, "obq": OBQ}[self.start](damp=self.damp, signed=self.signed)
 
 
 class _Shared:
     """The starts of the linears of one stage, which share the solver's preparation."""
 
-    def __init__(self, solver: MatrixSolver | None, stage: Stage) -> None:
-        self.solver, self.statistics = solver, stage.statistics
+    def __init__(self, solver: MatrixSolver | None, signed: bool, stage: Stage) -> None:
+        self.solver, self.signed, self.statistics = solver, signed, stage.statistics
         where = ", ".join(task.name for task in stage.linears)
         self.prepared = None if solver is None else solver.prepare(self._statistics.hessian, where)
 
@@ -216,14 +224,14 @@ class _Shared:
         importance = self._statistics.sampled().square().mean(dim=0)
         notes = SolveNotes(never_activated=int((importance == 0).sum()), zero_groups=zero_groups(task.weight, task.scheme))
         scale = self._input_scale(task)
+        plain = Start(task=task, weight=task.weight, importance=importance, notes=notes, signed=self.signed, input_scale=scale)
         if self.solver is None:
-            return Start(task=task, weight=task.weight, importance=importance, notes=notes, input_scale=scale), None
+            return plain, None
         assert self._statistics.hessian is not None
         solution = self.solver.solve(task.weight, self.prepared, task.scheme, task.scale_dtype, task.ranges)
         weight = replace(solution.weight, input_scale=scale)
         target = centred(task.weight, weight, self._statistics.hessian.matrix, solution.notes.damp or 0.0)
-        start = Start(task=task, weight=target, codes=weight, importance=importance, notes=solution.notes, input_scale=scale)
-        return start, replace(solution, weight=weight)
+        return replace(plain, weight=target, codes=weight, notes=solution.notes), replace(solution, weight=weight)
 
     def _input_scale(self, task: LinearTask) -> Tensor | None:
         if task.scheme.activations is None or task.scheme.activations.dynamic:

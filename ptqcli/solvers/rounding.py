@@ -39,7 +39,8 @@ class Start:
     """Where the learning of a matrix starts.
 
     task: the linear. weight: float32 [out, in], what is rounded: its weight, or a solver's anchor. codes: the solver's solution, None for
-    rounding. importance: [in], the mean square of each input. input_scale: of static activations.
+    rounding. signed: whether symmetric scales may have a sign. importance: [in], the mean square of each input. input_scale: of static
+    activations.
     """
 
     task: LinearTask
@@ -47,6 +48,7 @@ class Start:
     importance: Tensor
     notes: SolveNotes
     codes: QuantizedWeight | None = None
+    signed: bool = True
     input_scale: Tensor | None = None
 
     def grouped(self) -> Tensor:
@@ -146,18 +148,24 @@ def range_of(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def signed_scale(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
-    """The scale with which the range's end of larger magnitude, ``low <= 0`` or ``high >= 0``, has the code -2^(b-1); 1 for no range."""
+def symmetric_scale(start: Start, low: Tensor, high: Tensor) -> Tensor:
+    """The scale of a symmetric scheme whose range ends at ``low <= 0`` and ``high >= 0``, 1 for no range.
+
+    Signed: the end of larger magnitude has the code -2^(b-1). Unsigned: both ends lie half a step beyond the outermost codes.
+    """
+    scheme = start.task.scheme
+    if not start.signed:
+        return _not_zero(torch.maximum(-low, high) * 2 / (scheme.levels - 1))
     return _not_zero(torch.where(-low > high, -low, -high) / scheme.middle)
 
 
 def range_grid(rounding: Rounding, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point with which a matrix reaches from ``low <= 0`` to ``high >= 0``.
 
-    Symmetric: ``signed_scale``. Asymmetric: ``s = (high - low) / (2^b - 1)``, ``z = round(-low / s)``.
+    Symmetric: ``symmetric_scale``. Asymmetric: ``s = (high - low) / (2^b - 1)``, ``z = round(-low / s)``.
     """
     if rounding.scheme.symmetric:
-        return rounding.storable(signed_scale(low, high, rounding.scheme)), rounding.middle()
+        return rounding.storable(symmetric_scale(rounding.start, low, high)), rounding.middle()
     most = rounding.scheme.levels - 1
     scale = rounding.storable(_not_zero((high - low) / most))
     return scale, through(-low / scale, torch.round).clamp(0, most)
