@@ -315,10 +315,8 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
 def test_a_flag_that_is_taken_is_left_to_set(ptq: Ptq, asked: list[Recipe]) -> None:
     refused = ptq("quantize", "--algo", "stretched", "--damp", "5")
     assert refused.code == 2
-    assert (
-        "damp belongs to gptq, obq, autoround and flexround, not to stretched; stretched has another of that name, stretched.damp"
-        in one_line(refused)
-    )
+    owners = "gptq, obq, autoround and flexround"
+    assert f"damp belongs to {owners}, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
     ptq("quantize", "--algo", "stretched", "--set", "stretched.damp=5", "--set", "stretched.output=y")
     assert [recipe.options for recipe in asked] == [{"stretched": {"damp": 5, "output": "y"}}]
 
