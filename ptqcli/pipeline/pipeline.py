@@ -129,7 +129,7 @@ class _Quantization:
         state = self.state
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
-            original, excerpts = state.solver.needs.original, bool(state.transforms)
+            original, excerpts = state.solver.needs.original, bool(state.transforms) or state.solver.needs.pairs
             state.streams = record(
                 self.skeleton, windows, self.batch_size, self.dtype, state.resources, self.folder.path, original, excerpts
             )
@@ -143,7 +143,7 @@ class _Quantization:
             blocks = [*self.waiting.values(), *new]
         work = WindowWork(self.state, blocks, final, self.carried)
         with self.clock.measure("solve"):
-            if self.state.streams is not None:
+            if self.state.streams is not None and not self.state.solver.needs.pairs:  # which runs both models' blocks side by side
                 self.state.streams.follow([block.block for block in new if block.block is not None], [block.index for block in new])
             self.state.solver.solve(work)
             finished = work.finish()
