@@ -105,6 +105,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
+    _check_solver(recipe, linears)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
@@ -240,6 +241,14 @@ def _check_window(recipe: Recipe) -> None:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
+def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
+    solver = as_block_solver(recipe.solver())
+    for linear in linears:
+        reason = solver.refusal(linear.scheme)
+        if reason is not None:
+            raise UsageError(f"{linear.name}: {reason}")
+
+
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
@@ -305,7 +314,9 @@ def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
     asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
-    if not asked or needs_calibration(recipe, linears):
+    if needs_calibration(recipe, linears):
+        return as_block_solver(recipe.solver()).notes(recipe.nsamples)
+    if not asked:
         return []
     return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
 

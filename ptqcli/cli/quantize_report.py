@@ -48,8 +48,8 @@ class QuantizeProgress:
     def detail(self, text: str) -> None:
         self._tracker.note(text)
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        self._tracker.part(name, done, total)
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        self._tracker.part(name, done, total, note)
 
     def layer_done(self, name: str, error: float) -> None:
         stop_if_interrupted()
