@@ -44,6 +44,7 @@ class Plan:
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    rewrites: what transforms of the whole model do, a line each.
     readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
@@ -61,6 +62,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
 
     @property
@@ -79,7 +81,8 @@ class Plan:
         """(what, value) pairs that tell a person what is about to happen."""
         recipe = self.recipe
         schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
-        rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
+        rows = [("algorithm", recipe.algo), *(("rewritten", done) for done in self.rewrites)]
+        rows += [("linears", schemes), ("blocks", str(len(self.stages)))]
         if self.skipped:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
@@ -102,6 +105,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
+    _check_solver(recipe, linears)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
@@ -237,6 +241,14 @@ def _check_window(recipe: Recipe) -> None:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
+def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
+    solver = as_block_solver(recipe.solver())
+    for linear in linears:
+        reason = solver.refusal(linear.scheme)
+        if reason is not None:
+            raise UsageError(f"{linear.name}: {reason}")
+
+
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
@@ -302,7 +314,9 @@ def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
     asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
-    if not asked or needs_calibration(recipe, linears):
+    if needs_calibration(recipe, linears):
+        return as_block_solver(recipe.solver()).notes(recipe.nsamples)
+    if not asked:
         return []
     return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
 

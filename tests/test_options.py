@@ -48,7 +48,7 @@ def other(declared: Option) -> object:
         return not declared.default
     if declared.choices:
         return next(choice for choice in declared.choices if choice != declared.default)
-    return 2 if int in kinds(declared.hint) else 0.25
+    return 0.25 if float in kinds(declared.hint) else 3
 
 
 def as_flag(declared: Option, value: object) -> list[str]:
@@ -92,7 +92,8 @@ def test_an_option_whose_part_is_not_asked_for_is_refused_by_name(ptq: Ptq, tmp_
     ]
     for answer in answers:
         assert answer.code == 2
-        assert f"{declared.option.words} belongs to {' and '.join(declared.parts)}, not to {algorithm}; leave it out" in one_line(answer)
+        owners = " and ".join(filter(None, [", ".join(declared.parts[:-1]), declared.parts[-1]]))
+        assert f"{declared.option.words} belongs to {owners}, not to {algorithm}; leave it out" in one_line(answer)
     assert str(file) in one_line(answers[1])
     for part in declared.parts:
         file.write_text(yaml.safe_dump({"algo": algorithm, part: {declared.option.name: value}}))
@@ -320,7 +321,8 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
 def test_a_flag_that_is_taken_is_left_to_set(ptq: Ptq, asked: list[Recipe]) -> None:
     refused = ptq("quantize", "--algo", "stretched", "--damp", "5")
     assert refused.code == 2
-    assert "damp belongs to gptq and obq, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
+    owners = "gptq, obq, autoround and flexround"
+    assert f"damp belongs to {owners}, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
     ptq("quantize", "--algo", "stretched", "--set", "stretched.damp=5", "--set", "stretched.output=y")
     assert [recipe.options for recipe in asked] == [{"stretched": {"damp": 5, "output": "y"}}]
 
