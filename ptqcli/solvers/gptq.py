@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import Grid, RangeSearch
+from ptqcli.numerics.grids import Grid, RangeSearch, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
@@ -139,7 +139,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
         quantized, zero_groups = self._fed_back(weight, prepared, scheme, scale_dtype, ranges or self.ranges)
         if prepared.hessian is not None:
-            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=zero_groups,
