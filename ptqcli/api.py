@@ -86,6 +86,7 @@ def evaluate(
     bos: str = "auto",
     device: str | torch.device = "cpu",
     kernel: str = "auto",
+    adapter: str | Path | bool = False,
     data_dir: str | Path | None = None,
 ) -> list[Evaluation]:
     """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token.
@@ -97,7 +98,7 @@ def evaluate(
     seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
     bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
     device: where folders are loaded; a model in memory stays where it is.
-    kernel: what packed weights are multiplied by, see ``load_quantized``.
+    kernel, adapter: what packed weights are multiplied by, and what is added to them, see ``load_quantized``.
     data_dir: where files of known corpora are looked for first.
 
     Raises UsageError and PTQError for what cannot be loaded, read or measured.
@@ -119,12 +120,14 @@ def evaluate(
     if folder is not None:
         _refuse(tokenizer)
         tokenizer = load_tokenizer(folder)
+    elif adapter is not False:
+        raise UsageError("adapter belongs to a checkpoint folder; a model in memory has it added by whoever loads it")
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
     rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources}
     measured = measure(
-        model if folder is None else load_model(folder, place, kernel),
+        model if folder is None else load_model(folder, place, kernel, adapter),
         rows,
         load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
         seqlen,

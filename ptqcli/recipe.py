@@ -30,6 +30,8 @@ DEFAULT_BITS = 4
 
 DEFAULT_THRESHOLD = 6.0
 
+LARGEST_ADAPTER_RANK = 512  # that vLLM takes
+
 DEFAULT_SEARCH = "mse"
 
 AUTO = "auto"  # a group size that goes with each linear's width
@@ -103,6 +105,7 @@ class Recipe:
     with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
+    adapter_rank: of the low-rank correction (``adapters.eora``) that is written beside the checkpoint, 0 for none.
     Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
     """
 
@@ -126,6 +129,7 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
     blocks: str | None = None
+    adapter_rank: int = 0
 
     def __post_init__(self) -> None:
         _check_types(Recipe, vars(self), "recipe")
@@ -143,6 +147,8 @@ class Recipe:
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
         check_bos(self.bos)
+        if not 0 <= self.adapter_rank <= LARGEST_ADAPTER_RANK:
+            raise UsageError(f"adapter rank {self.adapter_rank} is out of range; give 1 to {LARGEST_ADAPTER_RANK}, or 0 for no adapter")
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:

@@ -239,6 +239,14 @@ FLAGS = {
             help="How the checkpoint is stored.",
         ),
         click.option(
+            "--adapter-rank",
+            type=int,
+            metavar="N",
+            show_default="0",
+            help="Write an adapter of this rank, too, 0 for none, that corrects the error of each linear (EoRA); peft and vLLM load it beside the "
+            "checkpoint. 32 is usual.",
+        ),
+        click.option(
             "--output",
             type=NamedPath(),
             metavar="FOLDER",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WORST_LAYERS = 5
 MOST_CHOICES = 4
+ADAPTER = "adapter"  # of ptqcli.checkpoint.auxiliary, whose import takes torch along; a test compares the two
 
 
 class QuantizeProgress:
@@ -141,6 +142,15 @@ def _outliers(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+def _adapter(report: Report) -> list[tuple[str, str]]:
+    """What the adapter takes of the errors."""
+    pairs = [(layer.relative_error, layer.adapter_error) for layer in report.layers if layer.adapter_error is not None]
+    if not pairs:
+        return []
+    without, beside = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
+    return [("adapter", f"rank {report.recipe['adapter_rank']} in {ADAPTER}/; mean error {without:.4f} without it, {beside:.4f} with it")]
+
+
 def show_report(report: Report, words: Output) -> None:
     """What was written, and how each kind of thing fared."""
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
@@ -158,19 +168,22 @@ def show_report(report: Report, words: Output) -> None:
             ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, everything stored for them counted"),
             *_transformed(report),
             *_outliers(report),
+            *_adapter(report),
             *_handled(report),
             ("time", time_text(report.seconds)),
             ("peak memory", size_text(report.peak_memory_bytes)),
         ]
     )
     words.say()
-    words.facts(_next_steps(path_text(Path(report.output)), report.readers))
+    words.facts(_next_steps(path_text(Path(report.output)), report.readers, bool(report.recipe["adapter_rank"])))
 
 
-def _next_steps(folder: str, readers: Sequence[Reader]) -> Iterator[tuple[str, str]]:
+def _next_steps(folder: str, readers: Sequence[Reader], adapter: bool) -> Iterator[tuple[str, str]]:
     """What a person types next."""
     quoted = shlex.quote(folder)
     yield "measure it", f"ptq eval {quoted}"
+    if adapter:
+        yield "with adapter", f"ptq eval {quoted} --adapter"
     yield "let it speak", f'ptq generate {quoted} "text"'
     for reader in readers:
         if reader.refusal is not None:

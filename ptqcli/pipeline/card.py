@@ -16,12 +16,14 @@ import transformers
 import yaml
 
 import ptqcli
+from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.formats import Reader
 from ptqcli.pipeline.report import REPORT_NAME, Report
 from ptqcli.plan import Plan
 
 CARD_NAME = "README.md"
 FOLDER = "path/to/this/folder"  # in what a reader is told to write
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels
 WORST_LAYERS = 5
 MOST_NAMES = 8
 # Keys that a card hands on to the card of what is made of the model, where they are one plain word or address.
@@ -57,6 +59,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         "## Loading it",
         "",
         *_loading(plan.readers),
+        *_adapter(plan),
         "## Worst layers",
         "",
         *_worst_layers(report),
@@ -129,6 +132,23 @@ def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
         yield from (f"In {reader.name} (`{reader.install}`):", "", f"```{reader.language}")
         yield from (reader.code_for(FOLDER), "```", "")
     yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", f'ptq generate {FOLDER} "text"', "```", "")
+
+
+def _adapter(plan: Plan) -> Iterator[str]:
+    """How the adapter beside the checkpoint is added to it."""
+    rank = plan.recipe.adapter_rank
+    if not rank:
+        return
+    yield from ("## Its adapter", "")
+    yield f"`{ADAPTER}` holds low-rank matrices (EoRA, rank {rank}) that correct the error of each quantized linear. It is optional:"
+    yield from ("", "```sh", f"ptq eval {FOLDER} --adapter")
+    yield f"vllm serve {FOLDER} --enable-lora --max-lora-rank {_served_rank(rank)} --lora-modules corrected={FOLDER}/{ADAPTER}"
+    yield from ("```", "", "```python", f'model = PeftModel.from_pretrained(model, "{FOLDER}/{ADAPTER}")', "```", "")
+
+
+def _served_rank(rank: int) -> int:
+    """The least ``max_lora_rank`` of vLLM that holds ``rank``."""
+    return next(least for least in SERVED_RANKS if least >= rank)
 
 
 def _worst_layers(report: Report) -> Iterator[str]:

@@ -29,7 +29,8 @@ RECIPE_TYPES = {"algo": str, "calib": str, "nsamples": int}
 class LayerReport:
     """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
     linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. inputs_all_zero:
-    calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. The other fields are those of
+    calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. adapter_error: as relative_error, with
+    the adapter, None without one. The other fields are those of
     ``solvers.SolveNotes``."""
 
     name: str
@@ -43,6 +44,7 @@ class LayerReport:
     outlier_columns: int | None
     outlier_share: float | None
     inputs_all_zero: bool = False
+    adapter_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
+from ptqcli.adapters.files import adapter_files
+from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.packed_checkpoint import open_checkpoint
@@ -67,6 +68,10 @@ class WrittenUnits:
         source.write_auxiliary(folder)
         for file, entries in self._described().items():
             write_json(folder, file, entries)
+        if self._run.adapters:
+            transposed = any(linear.site.transposed for linear in self._run.plan.linears)
+            for file, pieces in adapter_files(self._run.adapters, transposed):
+                folder.write(f"{ADAPTER}/{file}", pieces)
         report = replace(report, files=[name for name in folder.made_names() if belongs_to_a_checkpoint(name)])
         write_json(folder, REPORT_NAME, report.stored())
         folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])
