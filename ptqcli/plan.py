@@ -20,6 +20,7 @@ from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.grids import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
@@ -177,6 +178,7 @@ def _choose(
             scale_dtype=dtype,
             kind=site.kind,
             moving_groups=solver.moves_groups(scheme),
+            signed_scales=takes_sign(scheme, solver.ranges.signed),
             aliases=skeleton.aliases(site.name),
         )
         linears.append(PlannedLinear(site, spec))

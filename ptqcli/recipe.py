@@ -32,8 +32,6 @@ DEFAULT_THRESHOLD = 6.0
 
 LARGEST_ADAPTER_RANK = 512  # that vLLM takes
 
-DEFAULT_SEARCH = "mse"
-
 AUTO = "auto"  # a group size that goes with each linear's width
 
 ACTIVATION_SCALES = {
@@ -177,11 +175,6 @@ class Recipe:
     def transforms(self) -> list[BlockTransform]:
         """The transforms that come before the solver, in order, with their options."""
         return [self._built[part.name] for part in self.algorithm.transforms]
-
-    @property
-    def scale_search(self) -> str:
-        """How transforms fit grids on trial: as the solver will, where it has a choice."""
-        return getattr(self.solver(), "scale_search", DEFAULT_SEARCH)
 
     def stored(self) -> dict[str, Any]:
         """The fields as a report keeps them: with every option of every part, those that were not given, too."""

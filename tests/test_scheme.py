@@ -11,7 +11,7 @@ from textbook import textbook_codes, textbook_grid
 
 from ptqcli.errors import UsageError
 from ptqcli.numerics.elements import Codebook, Int
-from ptqcli.numerics.grids import SEARCHES, Clipped, Grid, MinMax, range_search
+from ptqcli.numerics.grids import SEARCHES, Clipped, Grid, MinMax, range_search, takes_sign
 from ptqcli.numerics.scheme import AUTO_GROUP, EXAMPLES, SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme, usual_schemes
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.rtn import RTN
@@ -29,13 +29,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("search", ["minmax", "mse"])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric, signed", [(True, True), (True, False), (False, True)], ids=["signed", "unsigned", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_grids_and_codes_are_the_textbook_ones(bits, symmetric, scale_dtype, search, kind):
+def test_grids_and_codes_are_the_textbook_ones(bits, symmetric, signed, scale_dtype, search, kind):
     weights = KINDS[kind](torch.randn(20, 32, generator=torch.Generator().manual_seed(bits), dtype=torch.float64))
     scheme = Scheme(bits, 32, symmetric)
-    grid = range_search(search).fit(weights, scheme, scale_dtype)
-    scale, zero = textbook_grid(weights, scheme, scale_dtype, search)
+    grid = range_search(search, signed).fit(weights, scheme, scale_dtype)
+    scale, zero = textbook_grid(weights, scheme, scale_dtype, search, signed=signed)
     assert torch.equal(grid.scale[:, 0], scale)
     assert torch.equal(grid.zero[:, 0], zero)
     assert torch.equal(grid.nearest(weights), textbook_codes(weights, scale[:, None], zero[:, None], scheme))
@@ -46,7 +46,7 @@ def test_float16_holds_the_scales_of_small_weights(bits, rise):
     """Scales below float16's smallest normal number, 6e-5, lose little; held at that number they would lose most codes."""
     weights = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 5e-4
     rounded = RTN("mse").solve(weights, None, Scheme(bits, 128), torch.float16).weight
-    assert float(rounded.scale.float().max()) < (6.1e-5 if bits == 8 else 1)
+    assert float(rounded.scale.float().abs().max()) < (6.1e-5 if bits == 8 else 1)
     assert float((rounded.dequantize(torch.float32) - weights).norm() / weights.norm()) < rise
 
 
@@ -231,22 +231,44 @@ def test_values_of_elements():
             Codebook(levels)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_clipped_reaches_as_far_as_its_limits_and_no_farther_than_the_weights(symmetric):
+@pytest.mark.parametrize("symmetric, signed", [(True, True), (True, False), (False, True)], ids=["signed", "unsigned", "asym"])
+def test_clipped_reaches_as_far_as_its_limits_and_no_farther_than_the_weights(symmetric, signed):
     weights = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))  # two groups of 32
     limits = weights.abs().reshape(6, 2, 32).amax(dim=2) * torch.tensor([0.5, 2.0])
     scheme = Scheme(4, 32, symmetric)
-    stacked = Clipped(limits).fit(weights.reshape(12, 32), scheme, torch.float32)
+    stacked = Clipped(limits, signed).fit(weights.reshape(12, 32), scheme, torch.float32)
     for group in range(2):
         part = weights[:, group * 32 : group * 32 + 32]
-        alone = Clipped(limits).fit(part, scheme, torch.float32, slice(group, group + 1))
+        alone = Clipped(limits, signed).fit(part, scheme, torch.float32, slice(group, group + 1))
         assert torch.equal(alone.scale, stacked.scale.reshape(6, 2)[:, group : group + 1])
-        expected = MinMax().fit(part.clamp(-limits[:, group : group + 1], limits[:, group : group + 1]), scheme, torch.float32)
-        assert torch.equal(alone.scale, expected.scale)
+        expected = MinMax(signed).fit(part.clamp(-limits[:, group : group + 1], limits[:, group : group + 1]), scheme, torch.float32)
+        torch.testing.assert_close(alone.scale.abs(), expected.scale.abs())  # of clamped weights several are the largest
+        assert torch.equal(alone.scale < 0, (part.gather(1, part.abs().argmax(dim=1, keepdim=True)) > 0) & takes_sign(scheme, signed))
         assert torch.equal(alone.zero, expected.zero)
-    whole = Clipped(limits[:, :1]).fit(weights, Scheme(8, 0, activations=TOKEN), torch.float32)
+    whole = Clipped(limits[:, :1], signed).fit(weights, Scheme(8, 0, activations=TOKEN), torch.float32)
     assert whole.scale.shape == (6, 1)
-    torch.testing.assert_close(whole.scale, (limits[:, 0].max() * 2 / 255).expand(6, 1))
+    step = limits[:, 0].max() / 128 * -weights.view(-1)[weights.abs().argmax()].sign() if signed else limits[:, 0].max() * 2 / 255
+    torch.testing.assert_close(whole.scale, step.expand(6, 1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_signed_grid_puts_the_largest_weight_on_the_lowest_code(bits):
+    weights = torch.randn(50, 32, generator=torch.Generator().manual_seed(bits))
+    grid = MinMax().fit(weights, Scheme(bits, 32), torch.float32)
+    rows, places = torch.arange(50), weights.abs().argmax(dim=1)
+    largest = weights[rows, places]
+    assert (grid.nearest(weights)[rows, places] == 0).all()
+    torch.testing.assert_close(grid.round(weights)[rows, places], largest)
+    assert torch.equal(grid.scale[:, 0].sign(), -largest.sign())
+    assert 10 < (grid.scale < 0).sum() < 40
+    unsigned = MinMax(signed=False).fit(weights, Scheme(bits, 32), torch.float32)
+    torch.testing.assert_close(grid.scale.abs() / unsigned.scale, torch.full((50, 1), 1 - 2.0**-bits))
+
+
+def test_which_schemes_take_signed_scales():
+    assert takes_sign(Scheme(4, 32), True)
+    assert not takes_sign(Scheme(4, 32), False)
+    assert not takes_sign(Scheme(4, 32, symmetric=False), True)
 
 
 def test_searches_by_name():

@@ -14,12 +14,12 @@ of the middle between two codes the other way, and the columns after it then fol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ptqcli.numerics.grids import SHRINK_FACTORS
+from ptqcli.numerics.grids import SHRINK_FACTORS, SIGNED_FACTORS
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
@@ -130,18 +130,19 @@ def importance_order(hessian: Tensor) -> Tensor:
 
 
 def textbook_grid(
-    weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str = "mse", levels: Sequence[float] | None = None
+    weights: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: str = "mse",
+    levels: Sequence[float] | None = None,
+    signed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, rounded to ``scale_dtype``, and zero point of one group [rows, columns]; float64 [rows] each."""
-    low = weights.min(dim=1).values.clamp(max=0.0)
-    high = weights.max(dim=1).values.clamp(min=0.0)
-    if scheme.symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
+    """Scale, rounded to ``scale_dtype``, and zero point of one group [rows, columns]; float64 [rows] each.
+
+    Every candidate of the search is tried. signed: of a symmetric scheme without ``levels``, scales have a sign.
+    """
     scales, zeros, errors = [], [], []
-    for factor in SHRINK_FACTORS if search == "mse" else (1.0,):
-        steps = 2**scheme.bits - 1 if levels is None else max(levels) - min(levels)
-        scale, zero = _grid_of_range(low * factor, high * factor, scheme, scale_dtype, steps)
+    for scale, zero in _candidates(weights, scheme, scale_dtype, search, levels, signed):
         codes = textbook_codes(weights, scale[:, None], zero[:, None], scheme, levels)
         scales.append(scale)
         zeros.append(zero)
@@ -150,11 +151,34 @@ def textbook_grid(
     return torch.stack(scales).gather(0, best)[0], torch.stack(zeros).gather(0, best)[0]
 
 
-def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype, steps: float) -> tuple[Tensor, Tensor]:
+def _candidates(
+    weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: str, levels: Sequence[float] | None, signed: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if scheme.symmetric and signed and levels is None:
+        largest = torch.stack([row[row.abs().argmax()] for row in weights])
+        for factor in SIGNED_FACTORS if search == "mse" else (1.0,):
+            scale = _stored(-factor * largest / 2 ** (scheme.bits - 1), scale_dtype)
+            yield scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
+        return
+    low = weights.min(dim=1).values.clamp(max=0.0)
+    high = weights.max(dim=1).values.clamp(min=0.0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    for factor in SHRINK_FACTORS if search == "mse" else (1.0,):
+        steps = 2**scheme.bits - 1 if levels is None else max(levels) - min(levels)
+        yield _grid_of_range(low * factor, high * factor, scheme, scale_dtype, steps)
+
+
+def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(scale_dtype)
-    scale = (high - low) / steps
     smallest = 1 / 1048576 if scale_dtype == torch.float16 else limits.tiny
-    scale = torch.where(scale > 0, scale.clamp(smallest, limits.max), 1.0).to(scale_dtype).double()
+    held = torch.sign(scale) * scale.abs().clamp(smallest, limits.max)
+    return torch.where(scale == 0, 1.0, held).to(scale_dtype).double()
+
+
+def _grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype, steps: float) -> tuple[Tensor, Tensor]:
+    scale = _stored((high - low) / steps, scale_dtype)
     if scheme.symmetric:
         return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
     return scale, (-low / scale).round().clamp(0, 2**scheme.bits - 1)

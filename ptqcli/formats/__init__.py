@@ -48,7 +48,8 @@ class LinearSpec:
 
     name: its path in the model. aliases: its paths in other classes that a reader may build from the same files. kind: its class, such as
     ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored. moving_groups: its groups are not neighbouring columns
-    (act-order without static groups), so that an index is needed.
+    (act-order without static groups), so that an index is needed. signed_scales: a scale may be negative; a format whose readers do not
+    take that refuses it, and the user gives ``--no-signed``.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LinearSpec:
     scale_dtype: torch.dtype
     kind: str = "Linear"
     moving_groups: bool = False
+    signed_scales: bool = True
     aliases: tuple[str, ...] = ()
 
 

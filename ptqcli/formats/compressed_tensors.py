@@ -221,6 +221,8 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
     if "input_scale" in _leaves(scheme):
         input_scale = read(f"{name}.input_scale")
         _expect_scales(f"{name}.input_scale", input_scale, (1,), _reach(scheme))
+        if input_scale.item() < 0:
+            raise PTQError(f"{name}.input_scale: holds {input_scale.item():g}, and a scale of inputs is positive; the file is damaged")
     outliers = None if scheme.outliers is None else _read_outliers(name, read, out_features, in_features)
     return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme, input_scale=input_scale, outliers=outliers)
 
@@ -257,12 +259,13 @@ def _reach(scheme: Scheme) -> int:
 
 
 def _expect_scales(name: str, scale: Tensor, shape: tuple[int, ...], reach: int) -> None:
-    """Positive, and normal as float32, in which kernels divide by scales (the subnormal ones of float16 are); and not so large that what
-    the codes stand for is infinite."""
+    """Normal as float32, in which kernels divide by scales (the subnormal ones of float16 are), and not so large that what the codes
+    stand for is infinite. A scale of weights may be negative, see ``numerics.grids``.
+    """
     _expect_floats(name, scale, shape)
-    smallest, largest = map(float, scale.aminmax())
+    smallest, largest = map(float, scale.abs().aminmax())
     if not smallest >= torch.finfo(torch.float32).tiny:
-        raise PTQError(f"{name}: holds {smallest:g}, and a scale is a positive number; the file is damaged")
+        raise PTQError(f"{name}: holds {smallest:g}, which is no scale; the file is damaged")
     if not largest * reach <= torch.finfo(scale.dtype).max:
         raise PTQError(f"{name}: holds {largest:g}, with which weights leave the range of {scale.dtype}; the file is damaged")
 

@@ -25,6 +25,10 @@ class Element(Protocol):
     """The values that codes stand for. units, codes, zero are floating tensors that broadcast; none is changed."""
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest value and the highest, with the zero point of a symmetric scheme."""
+
+    @property
     def span(self) -> float:
         """Distance from the lowest value to the highest."""
 
@@ -47,6 +51,11 @@ class Int:
     """Integers of ``bits`` bits: code ``u`` with zero point ``z`` stands for ``u - z``. Ties go to the even code."""
 
     bits: int
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Those of two's complement."""
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
     @property
     def span(self) -> int:
@@ -83,6 +92,11 @@ class Codebook:
     def __post_init__(self) -> None:
         if not 2 <= len(self.levels) <= 256 or not all(low < high for low, high in pairwise(self.levels)):
             raise UsageError(f"the levels of a codebook are 2 to 256 rising numbers, not {self.levels}")
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first level and the last."""
+        return self.levels[0], self.levels[-1]
 
     @property
     def span(self) -> float:

@@ -1,11 +1,22 @@
 """Grids: an element with scale and zero point of a group, and the searches that fit them.
 
-A grid's range is what its element reaches. How far that should be is a search: ``MinMax`` takes all weights in, ``SquaredError`` clips
-where that lowers the rounding error, ``Clipped`` takes limits that were found elsewhere.
+The codes of a symmetric scheme reach from -2^(b-1) to 2^(b-1) - 1: one step farther below zero than above. A *signed* grid uses that step:
+with w* the weight of largest magnitude in a group,
+
+    s = -w* / 2^(b-1)
+
+puts w* on the lowest code whatever its sign is, so a scale is negative where w* is positive, and no code is wasted on a value that no
+weight has (the "full-range" symmetric form of Intel's Neural Compressor and of AutoRound, Cheng et al. 2023). Its step is
+1 - 2^-b of that of the *unsigned* grid, 2 |w*| / (2^b - 1), which formats want whose readers take positive scales only. Asymmetric
+schemes have zero points for this; their scales are positive.
+
+How far a grid should reach is a search: ``MinMax`` takes all weights in, ``SquaredError`` clips, or widens, where that lowers the rounding
+error, ``Clipped`` takes limits that were found elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +30,10 @@ from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 # Candidate shrink factors of the squared-error search. Below 0.35 no group of a trained model won at 2 bits, the width
 # that clips hardest, so the grid stops there.
 SHRINK_FACTORS = tuple(1.0 - 0.05 * step for step in range(14))
+
+# Those of signed grids, against 1 for the full range; with the other sign the largest weight is clipped to the highest code. On a trained
+# model 96 % of the groups at 2 bits and all at 8 won within these, and a step of 0.01 lowered the error by less than 2 %.
+SIGNED_FACTORS = (1.0, *(sign * (1.1 - 0.05 * step) for sign in (1, -1) for step in range(14) if sign * step != 2))
 
 # float16 ends its normal numbers at 6e-5, above the scales of real 8-bit groups. 2^-20 still has 4 bits of mantissa there, and codes are
 # chosen for the rounded scale anyway. The other dtypes have no scale to lose: their normal numbers end at 1e-38.
@@ -63,43 +78,52 @@ class Grid:
 
 
 class RangeSearch(Protocol):
-    """Fits grids to weights. Groups are rows here: a matrix [out, in] comes as [out * groups, columns of a group] or group by group."""
+    """Fits grids to weights. Groups are rows here: a matrix [out, in] comes as [out * groups, columns of a group] or group by group.
+
+    signed: whether scales of symmetric schemes have a sign, see the module.
+    """
+
+    @property
+    def signed(self) -> bool: ...
 
     def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
         """The grid of each row of ``weights``, float32 or float64; scale and zero point are [rows, 1].
 
         groups: which groups of each row of the matrix these are. A row of zeros gets scale 1. The scale is rounded to ``scale_dtype``; one
-        too small or too large for it is held at the smallest or largest that it can hold (see SMALLEST_SCALE). With one scale for the
-        whole matrix all rows get the same.
+        whose magnitude is too small or too large for it is held at the smallest or largest that it can hold (see SMALLEST_SCALE). With one
+        scale for the whole matrix all rows get the same.
         """
 
 
 @dataclass(frozen=True)
 class MinMax:
-    """All weights are in range.
+    """All weights are in range, but for those of a signed grid that stand within a step of its upper end.
 
-    Symmetric: scale ``2 * absmax / (2^b - 1)``. Asymmetric: ``(max - min) / (2^b - 1)`` over a range that includes zero, so that zero
-    stays exact.
+    Symmetric: see the module. Asymmetric: scale ``(max - min) / (2^b - 1)`` over a range that includes zero, so that zero stays exact.
     """
+
+    signed: bool = True
 
     def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
         """See ``RangeSearch``."""
-        low, high = _range(_sharing(weights, scheme), scheme)
-        return _for_all(_grid(low, high, scheme, scale_dtype), weights)
+        return _for_all(_grid(_ends(_sharing(weights, scheme), scheme, self.signed), scheme, scale_dtype), weights)
 
 
 @dataclass(frozen=True)
 class SquaredError:
-    """The range of ``MinMax``, shrunk by that of SHRINK_FACTORS which leaves the least summed squared error."""
+    """The range of ``MinMax`` times that of SIGNED_FACTORS, or SHRINK_FACTORS, which leaves the least summed squared error."""
+
+    signed: bool = True
 
     def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
         """See ``RangeSearch``."""
         rows = _sharing(weights, scheme)
-        low, high = _range(rows, scheme)
-        best = _grid(low, high, scheme, scale_dtype)
+        low, high = _ends(rows, scheme, self.signed)
+        best = _grid((low, high), scheme, scale_dtype)
         best_error = _squared_error(rows, best)
-        for factor in SHRINK_FACTORS[1:]:
-            candidate = _grid(low * factor, high * factor, scheme, scale_dtype)
+        factors = SIGNED_FACTORS if takes_sign(scheme, self.signed) else SHRINK_FACTORS
+        for factor in factors[1:]:
+            candidate = _grid((low * factor, high * factor), scheme, scale_dtype)
             error = _squared_error(rows, candidate)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -113,24 +137,30 @@ class Clipped:
     """The range of ``MinMax``, but no magnitude beyond ``limits`` [out, groups], which a search of its own has found (AWQ's clipping)."""
 
     limits: Tensor
+    signed: bool = True
 
     def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
         """See ``RangeSearch``."""
         limit = self.limits[:, groups].reshape(-1, 1)
         if scheme.group_size == WHOLE_MATRIX:
             limit = limit.amax().reshape(1, 1)
-        low, high = _range(_sharing(weights, scheme), scheme, limit)
-        return _for_all(_grid(low, high, scheme, scale_dtype), weights)
+        return _for_all(_grid(_ends(_sharing(weights, scheme), scheme, self.signed, limit), scheme, scale_dtype), weights)
 
 
-SEARCHES: dict[str, RangeSearch] = {"minmax": MinMax(), "mse": SquaredError()}
+SEARCHES: dict[str, Callable[[bool], RangeSearch]] = {"minmax": MinMax, "mse": SquaredError}
 
 
-def range_search(name: str) -> RangeSearch:
-    """The search called ``name``, as the option scale_search of the solvers has it. Raises UsageError for an unknown one."""
+def range_search(name: str, signed: bool = True) -> RangeSearch:
+    """The search called ``name``. Raises UsageError for an unknown one."""
     if name not in SEARCHES:
         raise UsageError(f"scale search '{name}' is unknown; use {' or '.join(SEARCHES)}")
-    return SEARCHES[name]
+    return SEARCHES[name](signed)
+
+
+def takes_sign(scheme: Scheme, signed: bool) -> bool:
+    """Whether grids of ``scheme`` have signed scales where ``signed`` ones are wanted: if its element reaches farther below zero."""
+    lowest, highest = scheme.element.ends
+    return signed and scheme.symmetric and -lowest > highest
 
 
 def _sharing(weights: Tensor, scheme: Scheme) -> Tensor:
@@ -146,8 +176,14 @@ def _for_all(grid: Grid, weights: Tensor) -> Grid:
     return Grid(grid.element, grid.scale.expand(rows, 1).clone(), grid.zero.expand(rows, 1).clone())
 
 
-def _range(weights: Tensor, scheme: Scheme, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value that the grid of each row has to reach, [rows, 1]; limit, [rows, 1]: the most."""
+def _ends(weights: Tensor, scheme: Scheme, signed: bool, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the lowest and the highest code of each row stand for, each [rows, 1]; limit, [rows, 1]: the largest magnitude."""
+    if takes_sign(scheme, signed):
+        lowest, highest = scheme.element.ends
+        low = weights.gather(1, weights.abs().argmax(dim=1, keepdim=True))  # w*
+        if limit is not None:
+            low = torch.minimum(low.abs(), limit).copysign(low)
+        return low, low * highest / lowest
     low = weights.amin(dim=1, keepdim=True).clamp(max=0)
     high = weights.amax(dim=1, keepdim=True).clamp(min=0)
     if limit is not None:
@@ -158,13 +194,15 @@ def _range(weights: Tensor, scheme: Scheme, limit: Tensor | None = None) -> tupl
     return low, high
 
 
-def _grid(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
-    """The grid that reaches from ``low`` to ``high``."""
+def _grid(ends: tuple[Tensor, Tensor], scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+    """The grid whose lowest and highest codes stand for ``ends``."""
+    low, high = ends
     element = scheme.element
     scale = (high - low) / element.span
     limits = torch.finfo(scale_dtype)
     smallest = SMALLEST_SCALE.get(scale_dtype, limits.tiny)
-    scale = torch.where(scale > 0, scale.clamp(smallest, limits.max), torch.ones_like(scale))
+    magnitude = scale.abs().clamp(smallest, limits.max)
+    scale = torch.where(scale != 0, magnitude.copysign(scale), torch.ones_like(scale))
     scale = scale.to(scale_dtype).to(low.dtype)
     if scheme.symmetric:
         return Grid(element, scale, torch.full_like(scale, scheme.middle))

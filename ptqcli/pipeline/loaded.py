@@ -201,7 +201,7 @@ class LoadedBlock:
             inputs={local: seen for stage, seen in zip(self.stages, statistics, strict=True) for local in stage},
             stored=lambda local: skeleton.read(f"{prefix}.{local}").to(device),
             run=lambda block: tried(block, torch.float32),
-            scale_search=run.plan.recipe.scale_search,
+            search=run.solver.ranges,
             tell=lambda text: progress.detail(f"{prefix}: {text}"),
         )
         notes = [(transform.name, note) for transform in run.transforms for note in transform.apply(self.folded)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRequest
-from ptqcli.numerics.grids import RangeSearch
+from ptqcli.numerics.grids import RangeSearch, SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
@@ -66,6 +66,11 @@ class MatrixSolver(Protocol):
     summary: ClassVar[str]
     needs_hessian: ClassVar[bool] = False
 
+    @property
+    def ranges(self) -> RangeSearch:
+        """What fits its grids where no transform does; transforms try their choices out with it, too."""
+        return SquaredError()
+
     def moves_groups(self, scheme: Scheme) -> bool:
         """Whether the groups of its codes are not neighbouring columns, so that a file needs an index."""
         return False
@@ -86,7 +91,7 @@ class MatrixSolver(Protocol):
     ) -> Solution:
         """Codes for ``weight``, float32 [out, in]; ``prepared`` is what ``prepare`` returned.
 
-        ranges: fits the grids; None for the search of the solver's own options.
+        ranges: fits the grids; None for the solver's own.
         """
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
@@ -195,6 +200,11 @@ class BlockSolver(Protocol):
     @abstractmethod
     def solve(self, work: BlockWork) -> None:
         """Place every linear of the window."""
+
+    @property
+    def ranges(self) -> RangeSearch:
+        """As in ``MatrixSolver``."""
+        return SquaredError()
 
     def moves_groups(self, scheme: Scheme) -> bool:
         """As in ``MatrixSolver``."""

@@ -37,13 +37,13 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import Grid, RangeSearch, range_search
+from ptqcli.numerics.grids import Grid, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.scale_search import scale_search_option
+from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
 # time within noise; larger leaves move work from products into the loop.
@@ -65,11 +65,11 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ(MatrixSolver):
+class GPTQ(FitsGrids, MatrixSolver):
     """GPTQ with its options.
 
-    damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search: minmax or mse,
-    see ``ptqcli.numerics.grids``.
+    damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search,
+    signed: see ``ptqcli.solvers.scale_search``.
     """
 
     name: ClassVar[str] = "gptq"
@@ -78,7 +78,9 @@ class GPTQ(MatrixSolver):
     damp: float = damp_option()
     act_order: bool = option(True, "most active columns first")
     static_groups: bool = option(True, "with act-order, groups stay neighbours, so the file needs no index")
+    usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
+    signed: bool = signed_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
@@ -117,7 +119,7 @@ class GPTQ(MatrixSolver):
         groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
         fixed = self.act_order and (self.static_groups or groups == 1)
-        work = _Columns(weight, prepared, scheme, scale_dtype, ranges or range_search(self.scale_search))
+        work = _Columns(weight, prepared, scheme, scale_dtype, ranges or self.ranges)
         if fixed:
             work.fit_beforehand()
         work.run(0, weight.shape[1])

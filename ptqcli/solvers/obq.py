@@ -39,13 +39,13 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import Grid, RangeSearch, range_search
+from ptqcli.numerics.grids import Grid, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.scale_search import scale_search_option
+from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 
 # Steps between two rewrites of the inverses. At 4096 columns on one core a row took 2.3 s with 128 and 3.2 s with 64.
 BLOCK = 128
@@ -65,14 +65,18 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class OBQ(MatrixSolver):
-    """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search: minmax or mse, see ``grids``."""
+class OBQ(FitsGrids, MatrixSolver):
+    """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search, signed: see
+    ``ptqcli.solvers.scale_search``.
+    """
 
     name: ClassVar[str] = "obq"
     summary: ClassVar[str] = "OBQ: the least harmful weight first, row by row"
     needs_hessian: ClassVar[bool] = True
     damp: float = damp_option()
+    usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
+    signed: bool = signed_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
@@ -108,7 +112,7 @@ class OBQ(MatrixSolver):
         out_features, in_features = weight.shape
         groups = scheme.group_count(in_features)
         grouped = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
-        grid = (ranges or range_search(self.scale_search)).fit(grouped, scheme, scale_dtype)
+        grid = (ranges or self.ranges).fit(grouped, scheme, scale_dtype)
         scale, zero = grid.scale.reshape(out_features, groups), grid.zero.reshape(out_features, groups)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 

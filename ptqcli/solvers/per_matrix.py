@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.numerics.activations import static_scale
+from ptqcli.numerics.grids import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
@@ -37,6 +38,11 @@ class PerMatrix:
             for task in stage.linears:
                 name = task.name
                 work.place(name, stage_work.solve(task, lambda done, total, name=name: work.progress(name, done, total)))  # type: ignore[misc]
+
+    @property
+    def ranges(self) -> RangeSearch:
+        """Those of the matrix solver."""
+        return self.solver.ranges
 
     def moves_groups(self, scheme: Scheme) -> bool:
         """What the matrix solver says."""

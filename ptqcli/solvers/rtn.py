@@ -1,7 +1,7 @@
 """Round to nearest: every weight takes the closest code of its group's grid. StatisticsRequest no calibration.
 
-The baseline of every paper in the field. With ``scale_search="mse"`` each group's range is shrunk to the least squared error first,
-which is what makes it usable at 2 and 3 bits.
+The baseline of every paper in the field. Each group's range is fitted to the least squared error first (``scale_search="mse"``), which is
+what makes it usable at 2 and 3 bits.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptqcli.numerics.grids import RangeSearch, range_search
+from ptqcli.numerics.grids import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
-from ptqcli.solvers.scale_search import scale_search_option
+from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 
 
 @dataclass(frozen=True)
-class RTN(MatrixSolver):
-    """Round to nearest. scale_search: minmax or mse, see ``ptqcli.numerics.grids``."""
+class RTN(FitsGrids, MatrixSolver):
+    """Round to nearest. scale_search, signed: see ``ptqcli.solvers.scale_search``."""
 
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest"
+    usual_search: ClassVar[str] = "mse"
     scale_search: str = scale_search_option()
+    signed: bool = signed_option()
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -41,6 +43,6 @@ class RTN(MatrixSolver):
         progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Nearest codes for ``weight``, float [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        quantized = round_to_nearest(weight, scheme, scale_dtype, ranges or range_search(self.scale_search))
+        quantized = round_to_nearest(weight, scheme, scale_dtype, ranges or self.ranges)
         groups = weight.reshape(*quantized.scale.shape, -1)  # [out, groups, columns of a group]
         return Solution(quantized, SolveNotes(zero_groups=int((groups == 0).all(dim=2).sum())))

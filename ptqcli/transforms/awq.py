@@ -63,7 +63,7 @@ class AWQ(BlockTransform):
             if split is not None and outliers is not None and not split.dynamic:
                 weight, samples = weight[:, ~outliers], samples[:, ~outliers]
             if samples.any():  # otherwise there is no error to search by, and the solver's own search is used
-                block.ranges[local] = Clipped(clip_limits(weight, samples, spec))
+                block.ranges[local] = Clipped(clip_limits(weight, samples, spec, block.search.signed), block.search.signed)
 
 
 def _scale(block: FoldedBlock, fold: Fold) -> FoldNote:
@@ -99,27 +99,28 @@ def _relative_to_group(weight: Tensor, scheme: Scheme) -> Tensor:
     return (groups / torch.where(largest > 0, largest, torch.ones_like(largest))).reshape(weight.shape)
 
 
-def clip_limits(weight: Tensor, samples: Tensor, spec: WeightSpec) -> Tensor:
+def clip_limits(weight: Tensor, samples: Tensor, spec: WeightSpec, signed: bool) -> Tensor:
     """The limit [out, groups] of each group's grid that gives the least squared output error.
 
-    weight: float32 [out, in]. samples: inputs of the linear, float32 [tokens, in].
+    weight: float32 [out, in]. samples: inputs of the linear, float32 [tokens, in]. signed: as in ``RangeSearch``.
     """
     scheme = spec.scheme
     columns = scheme.columns_per_group(weight.shape[1])
     limits = [
-        _group_limit(group, inputs.t() @ inputs, scheme, spec.scale_dtype)
+        _group_limit(group, inputs.t() @ inputs, spec, signed)
         for group, inputs in zip(weight.split(columns, dim=1), samples.split(columns, dim=1), strict=True)
     ]
     return torch.cat(limits, dim=1)
 
 
-def _group_limit(weight: Tensor, gram: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+def _group_limit(weight: Tensor, gram: Tensor, spec: WeightSpec, signed: bool) -> Tensor:
+    scheme = spec.scheme
     largest = weight.abs().amax(dim=1, keepdim=True)  # [out, 1]
     if scheme.group_size == WHOLE_MATRIX:
         largest = largest.amax().expand_as(largest)
     best, limit = torch.full_like(largest, torch.inf), largest
     for factor in SHRINK_FACTORS:
-        difference = Clipped(largest * factor).fit(weight, scheme, scale_dtype).round(weight) - weight
+        difference = Clipped(largest * factor, signed).fit(weight, scheme, spec.scale_dtype).round(weight) - weight
         error = ((difference @ gram) * difference).sum(dim=1, keepdim=True)
         if scheme.group_size == WHOLE_MATRIX:
             error = error.sum().expand_as(error)

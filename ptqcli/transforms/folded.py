@@ -22,7 +22,7 @@ from ptqcli.errors import PTQError
 from ptqcli.model.linears import is_linear, linear_weight, rows_first
 from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
-from ptqcli.numerics.grids import RangeSearch, range_search
+from ptqcli.numerics.grids import MinMax, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.transforms.folds import Fold, FoldSearch, Run, divide
@@ -61,7 +61,7 @@ class FoldedBlock:
     inputs: statistics of their inputs.
     stored: a parameter by its local name, as the file has it.
     run: the output of a block in float32 on the excerpt.
-    scale_search: how grids are fitted on trial, see ``numerics.grids``.
+    search: fits grids on trial.
     tell: called with what a transform is doing.
     """
 
@@ -73,12 +73,12 @@ class FoldedBlock:
         inputs: Mapping[str, InputStatistics],
         stored: Callable[[str], Tensor],
         run: Callable[[nn.Module], Tensor],
-        scale_search: str = "minmax",
+        search: RangeSearch,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.block, self.folds, self.specs = block, tuple(folds), specs
-        self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not the run's scale search
-        self.scale_search, self.tell = scale_search, tell
+        self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not ``search``
+        self.search, self.tell = search, tell
         self._given, self._inputs, self._stored = inputs, dict(inputs), stored
         self._changed: set[str] = set()  # parameters that a scale has changed
         self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
@@ -149,7 +149,7 @@ class FoldedBlock:
         spec, bias = self.specs[local], self._replay.block.get_submodule(local).bias
         assert bias is None or isinstance(bias, Tensor)
         activations = spec.scheme.activations
-        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, range_search(self.scale_search)).dequantize(torch.float32)
+        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, self.search).dequantize(torch.float32)
         if activations is None:
             return FakeQuantLinear(rounded / columns, bias)
         outliers = self._outliers(local, columns)
@@ -276,6 +276,7 @@ def verified(block: nn.Module, search: FoldSearch, run: Run, seed: int = 0) -> F
         inputs={},
         stored=lambda name: block.get_parameter(name).float(),
         run=lambda twin: run(twin, torch.float32),
+        search=MinMax(),  # nothing is rounded
     )
     expected = folded.output()
     whole = float(expected.norm())  # 0 for a block that gives nothing on this text
