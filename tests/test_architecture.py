@@ -38,6 +38,7 @@ ALLOWED = {
     "model": BASE | {"checkpoint"},
     "calibration": BASE | {"model"},  # it records and replays the model's blocks
     "adapters": BASE | {"checkpoint"},
+    "finishing": BASE | {"options", "calibration", "checkpoint", "formats", "model", "resources", "runtime"},
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
@@ -48,9 +49,9 @@ ALLOWED = {
     "runtime": BASE | {"adapters", "formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
-    "pipeline": PLAN,
-    "api": PLAN | {"runtime", "evaluation", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "shipped", "runtime", "evaluation", "bench", "pipeline"},
+    "pipeline": PLAN | {"finishing"},
+    "api": PLAN | {"runtime", "evaluation", "finishing", "pipeline", "shipped"},
+    "cli": PLAN | {"options", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.

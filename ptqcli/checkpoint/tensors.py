@@ -130,6 +130,14 @@ class SafetensorsFolder(TensorSource):
         """All tensor names, sorted."""
         return tuple(sorted(self._files))
 
+    @property
+    def by_file(self) -> dict[str, list[str]]:
+        """File name -> the tensors that are read from it."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            found.setdefault(file.path.name, []).append(name)
+        return found
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Stored shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
         return self._file(name).entries[name][0]

@@ -61,6 +61,10 @@ class QuantizeProgress:
         worst = f", largest error {max(self._errors):.4f}" if self._errors else ""
         self._tracker.step(index + 1, count, f"{len(self._errors)} linears{worst}")
 
+    def step(self, done: int, total: int, text: str) -> None:
+        stop_if_interrupted()
+        self._tracker.step(done, total, text)
+
 
 def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
     """What is about to happen, and what it needs."""

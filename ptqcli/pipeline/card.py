@@ -18,7 +18,7 @@ import yaml
 import ptqcli
 from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.formats import Reader
-from ptqcli.pipeline.report import REPORT_NAME, Report
+from ptqcli.pipeline.report import REPORT_NAME, Report, TuningReport
 from ptqcli.plan import Plan
 
 CARD_NAME = "README.md"
@@ -51,6 +51,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         f"# {name}, {schemes}",
         "",
         f"{base or name} {MADE_BY} `{plan.recipe.algo}`: {len(plan.linears)} linears in {schemes}, the rest as it was.",
+        *([] if report.tuning is None else ["", tuning_text(report.tuning)]),
         "",
         "| | |",
         "|---|---|",
@@ -68,6 +69,23 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         lines += ["", "## Notes", "", *(f"- {note}" for note in plan.notes)]
     lines += ["", "## Recipe", "", *(f"    {line}" for line in _recipe(plan).splitlines())]
     return "\n".join(lines) + "\n"
+
+
+def tuning_text(tuning: TuningReport) -> str:
+    """What was done to the scales when the codes stood."""
+    if not tuning.best_step:
+        return "Tuning its scales end to end brought nothing on the windows held out, and they are as they were."
+    what = "Its scales, and gains and biases," if tuning.norms else "Its scales"
+    text = f"{tuning.nsamples} windows of {tuning.seqlen} tokens from {Path(tuning.calib).name}, seed {tuning.seed}"
+    gain = f"mean KL on the {tuning.held_out} of them that were held out {tuning.kl_before:.5f} before, {tuning.kl_after:.5f} after"
+    return f"{what} were then tuned end to end to the original's logits ({tuning.steps} steps, {text}): {gain}."
+
+
+def tuned_card(text: str, tuning: TuningReport) -> str:
+    """The card ``text`` of ours, with what was done to the scales since."""
+    lines = text.splitlines()
+    place = next(number for number, line in enumerate(lines) if MADE_BY in line) + 1
+    return "\n".join([*lines[:place], "", tuning_text(tuning), *lines[place:]]) + "\n"
 
 
 def _hub_id(source: Path | None) -> str | None:

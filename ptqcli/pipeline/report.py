@@ -77,13 +77,39 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningReport:
+    """How the scales were tuned end to end, see ``finishing.tune_scales``.
+
+    steps, lr, norms: its options. calib, nsamples, seqlen, bos, seed: the windows, of which held_out were not trained on. kl_before,
+    kl_after: mean KL to the original on these, in nats a token. best_step: the step whose scales are kept, 0 where none was better than the start.
+    batch_size: windows run at once. dtype: in which the model ran.
+    """
+
+    steps: int
+    lr: float
+    norms: bool
+    calib: str
+    nsamples: int
+    seqlen: int
+    bos: bool
+    seed: int
+    held_out: int
+    kl_before: float
+    kl_after: float
+    best_step: int
+    batch_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did.
 
     source: the folder that the model came from, None for one in memory. recipe: the request, every option of every part with it.
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
-    error_kind: output or weight, see ``LayerReport``. folds: what transforms did. calibration: None where there was none.
+    error_kind: output or weight, see ``LayerReport``. folds: what transforms did. calibration: None where there was none. tuning: None for
+    scales that are as the solver left them; the errors of the layers are those before it.
     readers: how other programs load the checkpoint, which its model card tells. files: what is in the folder beside the report and the
     card; anything else in it is not ours to replace.
     output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
@@ -101,6 +127,7 @@ class Report:
     readers: tuple[Reader, ...] = ()
     files: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
+    tuning: TuningReport | None = None
     output: str = ""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
