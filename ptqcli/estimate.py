@@ -11,6 +11,7 @@ from ptqcli.adapters import eora
 from ptqcli.calibration.hidden import beyond_budget
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.checkpoint.writer import JOIN_BELOW
+from ptqcli.finishing.estimate import tuning_bytes
 from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -57,7 +58,8 @@ class PlannedLinear:
 def needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
     """Whether anything looks at calibration text at all."""
     looked_at = any(statistics_for(linear.scheme) for linear in linears)
-    return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at or recipe.adapter_rank > 0
+    afterwards = recipe.adapter_rank > 0 or recipe.finish != "none"
+    return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at or afterwards
 
 
 def bytes_after(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
@@ -106,6 +108,8 @@ def memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Ske
     On a GPU it is the peak there, without what libraries hold.
     """
     needed = _tensor_bytes(recipe, linears, skeleton, seqlen, resources)
+    if recipe.finish != "none":
+        needed = max(needed, tuning_bytes([linear.spec for linear in linears], skeleton, recipe.nsamples, seqlen, resources))
     if resources.device.type != "cpu":
         return needed
     if needs_calibration(recipe, linears):

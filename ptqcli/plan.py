@@ -85,6 +85,8 @@ class Plan:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
             rows.append(("calibration", f"{recipe.nsamples} windows of {self.seqlen} tokens from {recipe.calib}"))
+        if recipe.finish != "none":
+            rows.append(("finish", f"{recipe.finish}: scales are tuned to the original's logits, half of the windows held out"))
         if recipe.adapter_rank:
             rows.append(
                 ("adapter", f"of rank {recipe.adapter_rank} for each linear, {self.adapter_bytes / 1e6:,.1f} MB beside the checkpoint")

@@ -43,7 +43,7 @@ ALLOWED = {
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
     "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "recipe_file"},
-    "estimate": ROOMS | {"adapters"},
+    "estimate": ROOMS | {"adapters", "finishing"},
     "plan_groups": ROOMS | {"estimate"},
     "plan": ROOMS | {"estimate", "plan_groups"},
     "runtime": BASE | {"adapters", "formats", "checkpoint", "model", "resources"},

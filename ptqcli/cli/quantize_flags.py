@@ -243,6 +243,13 @@ FLAGS = {
             help="How the checkpoint is stored.",
         ),
         click.option(
+            "--finish",
+            metavar="none|kl",
+            show_default="none",
+            shell_complete=completion.names(lambda: ("none", "kl")),
+            help="kl: when all codes stand, tune the scales to the original's logits, end to end, as `ptq tune-scales` does.",
+        ),
+        click.option(
             "--adapter-rank",
             type=int,
             metavar="N",

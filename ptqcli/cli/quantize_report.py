@@ -19,7 +19,7 @@ from ptqcli.pipeline.report import REPORT_NAME
 if TYPE_CHECKING:
     from ptqcli.formats import Reader
     from ptqcli.pipeline.prepare import Prepared
-    from ptqcli.pipeline.report import Report
+    from ptqcli.pipeline.report import Report, TuningReport
     from ptqcli.plan import Plan
 
 WORST_LAYERS = 5
@@ -155,6 +155,18 @@ def _adapter(report: Report) -> list[tuple[str, str]]:
     return [("adapter", f"rank {report.recipe['adapter_rank']} in {ADAPTER}/; mean error {without:.4f} without it, {beside:.4f} with it")]
 
 
+def _tuning(report: Report) -> list[tuple[str, str]]:
+    return [] if report.tuning is None else [("held-out KL", tuning_text(report.tuning))]
+
+
+def tuning_text(tuning: TuningReport) -> str:
+    """What tuning the scales has brought."""
+    if not tuning.best_step:
+        return f"{tuning.kl_before:.5f}; no step of tuning was better than the start, and all scales are as they were"
+    share = tuning.kl_after / tuning.kl_before
+    return f"{tuning.kl_before:.5f} before tuning, {tuning.kl_after:.5f} after ({share:.0%}), of step {tuning.best_step}"
+
+
 def show_report(report: Report, words: Output) -> None:
     """What was written, and how each kind of thing fared."""
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
@@ -173,6 +185,7 @@ def show_report(report: Report, words: Output) -> None:
             *_transformed(report),
             *_outliers(report),
             *_adapter(report),
+            *_tuning(report),
             *_handled(report),
             ("time", time_text(report.seconds)),
             ("peak memory", size_text(report.peak_memory_bytes)),

@@ -17,7 +17,7 @@ from ptqcli.cli.options import NamedPath, json_option, quiet_option
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize import given_flags, resources_of
 from ptqcli.cli.quantize_flags import CALIBRATION, FLAGS, MACHINE, OVERWRITE_FLAG, SEQLEN_FLAG, with_flags
-from ptqcli.cli.quantize_report import QuantizeProgress
+from ptqcli.cli.quantize_report import QuantizeProgress, tuning_text
 from ptqcli.model.locate import find_model
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Of ptqcli.finishing.tune_scales and ptqcli.pipeline.tuning, whose import takes torch along; a test compares them.
 STEPS, LR, LONGEST_WINDOW = 150, 3e-3, 512
 SUFFIX = "-tuned"
+SECONDS_BETWEEN_LINES = 15.0
 
 
 @click.command(
@@ -81,8 +82,8 @@ def command(
 ) -> None:
     """Tune the scales of CHECKPOINT to the original's logits, end to end.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads; left out, it is the newest one here. Its codes stay as they
-    are. Half of the calibration windows are held out, and on them the result is never worse than the checkpoint was.
+    CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads; left out, it is the newest one here. Its codes stay as
+    they are. Half of the calibration windows are held out, and on them the result is never worse than the checkpoint was.
     """
     from ptqcli.finishing.tune_scales import TuneScales
     from ptqcli.pipeline.tuning import tune_scales
@@ -93,7 +94,7 @@ def command(
     resources = resources_of(device, dtype, batch_size, activation_budget)
     folder = find_checkpoint(checkpoint)
     silence_transformers()
-    with track("step", quiet) as tracker:
+    with track("step", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
         result = tune_scales(
             folder,
             output.expanduser() if output else Path(f"{folder.resolve().name}{SUFFIX}"),
@@ -124,13 +125,9 @@ def _plan_rows(plan: TuningPlan) -> Iterator[tuple[str, str]]:
 
 
 def _result_rows(result: TunedCheckpoint) -> Iterator[tuple[str, str]]:
-    tuning, folder = result.tuning, path_text(Path(result.output))
+    folder = path_text(Path(result.output))
     yield "written", folder
-    if tuning.best_step:
-        share = tuning.kl_after / tuning.kl_before
-        yield "held-out KL", f"{tuning.kl_before:.5f} before, {tuning.kl_after:.5f} after ({share:.0%}), of step {tuning.best_step}"
-    else:
-        yield "held-out KL", f"{tuning.kl_before:.5f}; no step was better than the start, and all scales are as they were"
+    yield "held-out KL", tuning_text(result.tuning)
     yield "time", time_text(result.seconds)
     yield "peak memory", size_text(result.peak_memory_bytes)
     yield "measure it", f"ptq eval {shlex.quote(folder)}"

@@ -28,6 +28,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.finishing.student import LARGEST_CHANGE, Student
 from ptqcli.finishing.teacher import Teacher
 from ptqcli.options import option
+from ptqcli.resources import Resources
 
 WINDOWS = 4  # a step
 EVALUATIONS = 10
@@ -67,6 +68,11 @@ def check_windows(count: int) -> None:
     """Raise UsageError for fewer windows than can be parted in two."""
     if count < 2:
         raise UsageError(f"tuning takes 2 windows or more, half of which are held out, and {count} is asked for; raise --nsamples")
+
+
+def windows_at_once(resources: Resources, seqlen: int) -> int:
+    """Windows of ``seqlen`` tokens that are run together."""
+    return min(WINDOWS, resources.windows_per_batch(seqlen))
 
 
 def summed_kl(logits: Tensor, target: Tensor) -> Tensor:

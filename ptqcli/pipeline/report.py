@@ -81,8 +81,8 @@ class TuningReport:
     """How the scales were tuned end to end, see ``finishing.tune_scales``.
 
     steps, lr, norms: its options. calib, nsamples, seqlen, bos, seed: the windows, of which held_out were not trained on. kl_before,
-    kl_after: mean KL to the original on these, in nats a token. best_step: the step whose scales are kept, 0 where none was better than the start.
-    batch_size: windows run at once. dtype: in which the model ran.
+    kl_after: mean KL to the original on these, in nats a token. best_step: the step whose scales are kept, 0 where none was better than
+    the start. batch_size: windows run at once. dtype: in which the model ran.
     """
 
     steps: int

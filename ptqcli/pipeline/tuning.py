@@ -21,10 +21,11 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import INDEX_FILE, SafetensorsFolder
 from ptqcli.checkpoint.writer import safetensors_pieces, write_json
 from ptqcli.errors import UsageError
+from ptqcli.estimate import LIBRARY_BYTES, TEXT_READER_BYTES
 from ptqcli.finishing.estimate import tuning_bytes
 from ptqcli.finishing.student import Student
 from ptqcli.finishing.teacher import Teacher
-from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, Outcome, TuneScales, Tuning, check_windows
+from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, Outcome, TuneScales, Tuning, check_windows, windows_at_once
 from ptqcli.formats import LinearSpec
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.model.skeleton import Skeleton
@@ -83,7 +84,7 @@ def tune_scales(
     resources: Resources,
     data_dir: Path | None = None,
     progress: Progress,
-    on_plan: Callable[[TuningPlan], None],
+    on_plan: Callable[[TuningPlan], None] | None = None,
 ) -> TunedCheckpoint:
     """Tune the scales of ``checkpoint`` to its original ``model`` (None: where its report says that it came from) into ``output``.
 
@@ -99,7 +100,8 @@ def tune_scales(
     skeleton = Skeleton(ModelFolder(origin), request.blocks)
     _check_pair(packed, skeleton)
     plan = _plan(packed, skeleton, origin, output, options, request, resources)
-    on_plan(plan)
+    if on_plan is not None:
+        on_plan(plan)
     check_room(output, plan.disk_bytes)
     progress.phase(f"reading calibration text from {request.calib}")
     windows, bos = _windows(request, plan.seqlen, skeleton.source.tokenizer(), data_dir)
@@ -131,7 +133,7 @@ def tune(
     progress.phase("running the original model")
     teacher = Teacher(skeleton, windows, dtype, resources, scratch)
     student = Student(checkpoint, resources.device, dtype, skeleton.blocks_name, options.norms)
-    batch = _batch(resources, windows.shape[1])
+    batch = windows_at_once(resources, windows.shape[1])
     run = Tuning(student, teacher, options, batch, request.seed)
     outcome = run.run(_telling(progress, run))
     return student.stored(), _report(outcome, options, request, windows, bos, batch, dtype)
@@ -194,20 +196,14 @@ def _plan(
         seqlen=seqlen,
         scales=sum(spec.out_features * spec.scheme.group_count(spec.in_features) for spec in specs),
         disk_bytes=packed.tensors.total_bytes,
-        memory_bytes=memory_needed(specs, skeleton, request.nsamples, seqlen, resources),
+        memory_bytes=_memory(specs, skeleton, request.nsamples, seqlen, resources),
     )
 
 
-def memory_needed(specs: Sequence[LinearSpec], skeleton: Skeleton, nsamples: int, seqlen: int, resources: Resources) -> int:
+def _memory(specs: Sequence[LinearSpec], skeleton: Skeleton, nsamples: int, seqlen: int, resources: Resources) -> int:
     """Peak of tuning; on a GPU the peak there, without what libraries hold."""
-    itemsize = resources.calibration_dtype(specs[0].scale_dtype).itemsize
-    batch = _batch(resources, seqlen)
-    needed = tuning_bytes(specs, skeleton, nsamples, seqlen, batch, itemsize, resources.activation_budget)
-    return needed if resources.device.type != "cpu" else process_bytes() + needed
-
-
-def _batch(resources: Resources, seqlen: int) -> int:
-    return min(WINDOWS, resources.windows_per_batch(seqlen))
+    needed = tuning_bytes(specs, skeleton, nsamples, seqlen, resources)
+    return needed if resources.device.type != "cpu" else process_bytes() + LIBRARY_BYTES + TEXT_READER_BYTES + needed
 
 
 def _windows(request: Recipe, seqlen: int, tokenizer: Any, data_dir: Path | None) -> tuple[Tensor, bool]:

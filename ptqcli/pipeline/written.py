@@ -56,18 +56,21 @@ class WrittenUnits:
         if piece:
             yield tuple(piece)
 
+    def finish_tensors(self) -> None:
+        """Give the shards their names and write what a reader needs beside them."""
+        self._writer.finish()
+        self._run.skeleton.source.write_auxiliary(self._folder)
+        for file, entries in self._described().items():
+            write_json(self._folder, file, entries)
+
     def finish(self, report: Report) -> Report:
-        """Give the shards their names and write what stands beside them; then read it all as it lies on the disk.
+        """Write what is left, behind ``finish_tensors``; then read it all as it lies on the disk.
 
         Gives the report with the names of the files. Raises PTQError if that is not what was written, if a reader would refuse it, or if
         the model's files have changed meanwhile.
         """
         source, folder = self._run.skeleton.source, self._folder
         self._run.progress.phase("comparing the checkpoint on the disk with what was written")
-        self._writer.finish()
-        source.write_auxiliary(folder)
-        for file, entries in self._described().items():
-            write_json(folder, file, entries)
         if self._run.adapters:
             transposed = any(linear.site.transposed for linear in self._run.plan.linears)
             for file, pieces in adapter_files(self._run.adapters, transposed):
