@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ptqcli.adapters import eora
 from ptqcli.calibration.hidden import beyond_budget
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.checkpoint.writer import JOIN_BELOW
+from ptqcli.finishing.estimate import tuning_bytes
 from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -57,7 +59,8 @@ class PlannedLinear:
 def needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
     """Whether anything looks at calibration text at all."""
     looked_at = any(statistics_for(linear.scheme) for linear in linears)
-    return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at
+    afterwards = recipe.adapter_rank > 0 or recipe.finish != "none"
+    return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at or afterwards
 
 
 def bytes_after(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
@@ -68,6 +71,11 @@ def bytes_after(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skel
 def _growth(chosen: Format, linear: PlannedLinear, skeleton: Skeleton) -> int:
     """Bytes by which the file grows when ``linear`` is quantized; fewer than none, as a rule."""
     return chosen.stored_bytes(linear.spec) - skeleton.nbytes(f"{linear.name}.weight")
+
+
+def adapter_bytes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> int:
+    """Bytes of the adapter beside the checkpoint."""
+    return sum(recipe.adapter_rank * (each.site.in_features + each.site.out_features) * each.scale_dtype.itemsize for each in linears)
 
 
 def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
@@ -108,6 +116,8 @@ def memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Ske
     On a GPU it is the peak there, without what libraries hold.
     """
     needed = _tensor_bytes(recipe, linears, skeleton, seqlen, resources)
+    if recipe.finish != "none":
+        needed = max(needed, tuning_bytes([linear.spec for linear in linears], skeleton, recipe.nsamples, seqlen, resources))
     if resources.device.type != "cpu":
         return needed
     if needs_calibration(recipe, linears):
@@ -123,6 +133,9 @@ def _tensor_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
     workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)
+    if recipe.adapter_rank:
+        workspace = max(workspace, *(eora.workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears))
+        workspace += adapter_bytes(recipe, linears)
     window = min(solver.window, len(in_blocks))
     solving = window * max(in_blocks) * itemsize + 2 * largest.in_features * largest.out_features * 4 + workspace
     if not needs_calibration(recipe, linears):
@@ -131,7 +144,7 @@ def _tensor_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
     inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
     solving += window * SAMPLED_TOKENS * inputs * 4
-    if solver.needs.hessian:
+    if solver.needs.hessian or recipe.adapter_rank:
         solving += max(linear.site.in_features for linear in linears) ** 2 * 4
     if recipe.transforms():
         # the block in float32, its readers on trial, and what each of its modules returned on the excerpt

@@ -32,6 +32,9 @@ class Progress(Protocol):
     def block_done(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` is written."""
 
+    def step(self, done: int, total: int, text: str) -> None:
+        """``done`` of ``total`` steps of what ``phase`` told are behind us; ``text`` says how it stands."""
+
 
 class NoProgress:
     """A progress that ignores everything."""
@@ -55,4 +58,7 @@ class NoProgress:
         pass
 
     def block_done(self, index: int, count: int) -> None:
+        pass
+
+    def step(self, done: int, total: int, text: str) -> None:
         pass
