@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels" / "ptq_kernels"
 
 BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
-PLAN = ROOMS | {"plan", "estimate"}
+PLAN = ROOMS | {"plan", "plan_texts", "estimate"}
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
@@ -40,10 +40,11 @@ ALLOWED = {
     "solvers": BASE | {"options", "calibration.statistics"},
     "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "recipe_file"},
-    "estimate": ROOMS,
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources", "recipe_file"},
+    "plan_texts": ROOMS,
+    "estimate": ROOMS | {"plan_texts"},
     "plan_groups": ROOMS | {"estimate"},
-    "plan": ROOMS | {"estimate", "plan_groups"},
+    "plan": ROOMS | {"estimate", "plan_groups", "plan_texts"},
     "runtime": BASE | {"formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

@@ -189,12 +189,13 @@ FLAGS = {
     "Calibration data": [
         click.option(
             "--calib",
-            metavar="builtin|wikitext2|c4|pile|PATH",
-            show_default="builtin",
+            metavar="auto|self|builtin|wikitext2|c4|pile|PATH",
+            show_default="auto",
             shell_complete=completion.texts("calibration"),
-            help="Calibration text; of a table, FILE:COLUMN reads the column of that name.",
+            help="Calibration text; of a table, FILE:COLUMN reads the column of that name. auto: what the model is at home in, a general "
+            "corpus that is at hand, or self: text that the model writes. Several, with the windows of each: c4:64,code.jsonl:64.",
         ),
-        click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
+        click.option("--nsamples", type=int, metavar="N", show_default="128; self: 16,384 tokens", help="Calibration windows."),
         click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
         click.option(
             "--bos",

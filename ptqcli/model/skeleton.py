@@ -264,7 +264,19 @@ class Skeleton:
     @contextmanager
     def loaded_before(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """The model with what runs before its blocks loaded for the duration."""
-        names = [name for name, _ in self.model.named_parameters() if self._unit_of(name) == 0]
+        with self._loaded([name for name, _ in self.model.named_parameters() if self._unit_of(name) == 0], device, dtype):
+            yield self.model
+
+    @contextmanager
+    def loaded_around(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """The model with everything but its blocks loaded for the duration."""
+        inside = range(1, len(self.blocks) + 1)
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if self._unit_of(name) not in inside]
+        with self._loaded(names, device, dtype):
+            yield self.model
+
+    @contextmanager
+    def _loaded(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         for name in names:
             module, leaf = _owner(self.model, name)
             module._parameters[leaf] = nn.Parameter(self.read(name).to(device, dtype), requires_grad=False)
@@ -272,7 +284,7 @@ class Skeleton:
             module, leaf = _owner(self.model, name)
             module._buffers[leaf] = buffer.to(device)
         try:
-            yield self.model
+            yield
         finally:
             for name in names:
                 _empty(*_owner(self.model, name))

@@ -105,14 +105,19 @@ class _Quantization:
 
     def calibration_report(self) -> CalibrationReport | None:
         """What the codes depend on beside the request, None where nothing was calibrated."""
-        if self.calibration is None:
+        found = self.calibration
+        if found is None:
             return None
         return CalibrationReport(
             seqlen=self.plan.seqlen,
-            bos=self.calibration.bos,
-            skipped_rows=self.calibration.skipped_rows,
+            bos=found.bos,
+            skipped_rows=found.skipped_rows,
             batch_size=self.state.resources.windows_per_batch(self.plan.seqlen),
             dtype=str(self.dtype).removeprefix("torch."),
+            texts=[(share.source, share.windows or 0) for share in found.shares],
+            loss=None if found.known is None else found.known.loss,
+            expected_loss=None if found.known is None else found.known.expected,
+            sampling=found.sampling,
         )
 
     def _record(self, windows: Tensor) -> None:

@@ -22,7 +22,7 @@ REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without a
 
 
 # What is shown of the recipe, which is stored whole.
-RECIPE_TYPES = {"algo": str, "calib": str, "nsamples": int}
+RECIPE_TYPES: dict[str, Any] = {"algo": str, "calib": str, "nsamples": int | None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ class CalibrationReport:
     """How the calibration text was run through the model; with the request, the model and the machine it settles the codes.
 
     seqlen: tokens in a window. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of tables that hold no
-    text. batch_size: windows in one forward pass. dtype: of the passes.
+    text. batch_size: windows in one forward pass. dtype: of the passes. texts: (source, windows), what auto became. loss, expected_loss:
+    of the model on the text, see ``calibration.familiar``; None where it was not measured. sampling: how the model wrote its own text.
     """
 
     seqlen: int
@@ -72,6 +73,10 @@ class CalibrationReport:
     skipped_rows: int
     batch_size: int
     dtype: str
+    texts: list[tuple[str, int]] = field(default_factory=list)
+    loss: float | None = None
+    expected_loss: float | None = None
+    sampling: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
