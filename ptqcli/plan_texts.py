@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ptqcli.calibration.familiar import TOKENS, WINDOWS
+from ptqcli.calibration.familiar import TOKENS, WINDOWS, Familiarity
 from ptqcli.calibration.own_text import Sampling
 from ptqcli.calibration.sources import SELF, Share, read_calib, shares_text
 from ptqcli.model.skeleton import Skeleton
@@ -19,11 +19,16 @@ MOST_WORK = 5e14
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTexts:
-    """What a run is calibrated on. shares: with their windows. notes: what a person should know. memory_bytes: that making it takes."""
+    """What a run is calibrated on.
+
+    shares: with their windows. notes: what a person should know. memory_bytes: that making it takes. known: how well the model knows it,
+    where that is measured already.
+    """
 
     shares: tuple[Share, ...]
     notes: tuple[str, ...] = ()
     memory_bytes: int = 0
+    known: Familiarity | None = None
 
     @property
     def windows(self) -> int:

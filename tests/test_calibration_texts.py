@@ -133,7 +133,11 @@ def test_shares_are_counted(model: Path, tmp_path: Path) -> None:
     calib = f"{tmp_path / 'a.txt'}:5,{tmp_path / 'b.txt'}:3"
     report = ptqcli.quantize(model, output=tmp_path / "out", calib=calib, seqlen=32, group_size=32)
     assert report.calibration is not None
-    assert report.calibration.texts == [(str(tmp_path / "a.txt"), 5), (str(tmp_path / "b.txt"), 3)]
+    assert [(text.source, text.windows) for text in report.calibration.texts] == [
+        (str(tmp_path / "a.txt"), 5),
+        (str(tmp_path / "b.txt"), 3),
+    ]
+    assert all(text.loss is not None for text in report.calibration.texts)
     made = maker(model, calib=calib, seqlen=32, group_size=32)
     planned = made.choose(32)
     found = made.make(plan_with(planned), rehearsal=False)
@@ -166,7 +170,7 @@ def known(excess: float) -> Familiarity:
 
 
 def choose(made: TextMaker, monkeypatch: pytest.MonkeyPatch, excess: float) -> texts.PlannedTexts:
-    monkeypatch.setattr(TextMaker, "_known_builtin", lambda self, seqlen: known(excess))
+    monkeypatch.setattr(TextMaker, "_known_builtin", lambda self, share, seqlen: known(excess))
     return made.choose(64)
 
 
@@ -181,7 +185,8 @@ def test_auto_takes_a_corpus_of_the_data_folder(model: Path, monkeypatch: pytest
     pile, c4 = (tmp_path / CORPORA[name]["calibration"].local[0] for name in ("pile", "c4"))
     for path, name in ((pile, "pile"), (c4, "c4")):
         path.write_bytes(b"x")
-        assert choose(maker(model, tmp_path, nsamples=7), monkeypatch, 0.3).shares == (Share(name, 7),)
+        assert choose(maker(model, tmp_path, nsamples=8), monkeypatch, 0.3).shares == (Share(name, 6), Share("self", 2))
+        assert choose(maker(model, tmp_path, nsamples=1), monkeypatch, 0.3).shares == (Share(name, 1),)
     assert requests == []
 
 
@@ -192,7 +197,7 @@ def test_auto_takes_another_corpus_of_the_hubs_cache(
     folder.mkdir(parents=True)
     for name in ("test-0.jsonl", "train-0.jsonl", "info.json"):
         (folder / name).write_text('{"text": "x"}\n')
-    assert choose(maker(model), monkeypatch, 0.3).shares == (Share(str(folder / "train-0.jsonl"), 128),)
+    assert choose(maker(model), monkeypatch, 0.3).shares == (Share(str(folder / "train-0.jsonl"), 96), Share("self", 32))
     assert requests == []
 
 
@@ -223,6 +228,16 @@ def test_auto_lets_the_model_write_where_no_corpus_is(model: Path, monkeypatch: 
     assert any("writes 12,288 tokens itself" in note for note in chosen.notes)
 
 
+def test_a_corpus_stands_alone_where_the_model_cannot_write(
+    model: Path, monkeypatch: pytest.MonkeyPatch, requests: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / CORPORA["c4"]["calibration"].local[0]).write_bytes(b"x")
+    monkeypatch.setattr(texts, "free_bytes", lambda device: 1 << 20)
+    chosen = choose(maker(model, tmp_path), monkeypatch, 0.3)
+    assert chosen.shares == (Share("c4", 128),)
+    assert "calib auto is c4, which is on this machine, alone: for the model to write it takes" in chosen.notes[0]
+
+
 @pytest.mark.parametrize("calib", ["auto", "self"])
 def test_what_does_not_fit_is_refused_before_the_work(
     calib: str, model: Path, monkeypatch: pytest.MonkeyPatch, requests: list[str]
@@ -234,7 +249,7 @@ def test_what_does_not_fit_is_refused_before_the_work(
 
 def test_what_would_take_hours_is_done_only_if_it_is_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch, requests: list[str]) -> None:
     monkeypatch.setattr(texts, "MOST_WORK", 1e6)
-    with pytest.raises(UsageError, match="hours on a CPU .* give text of the kind that the model will see with --calib PATH"):
+    with pytest.raises(UsageError, match=r"hours on a CPU .* give text of the kind that the model will see with --calib PATH"):
         choose(maker(model), monkeypatch, 0.3)
     assert choose(maker(model, calib="self"), monkeypatch, 0.3).windows == 256
 
@@ -264,21 +279,22 @@ def test_self_is_the_same_again_and_is_kept(model: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     command = ["quantize", model, "--calib", "self:4", "--seqlen", "32", "--group-size", "32", "--output"]
     first = ptq(*command, tmp_path / "1")
-    assert first.code == 0 and "the model writes 128 tokens" in first.err, first.err
+    assert first.code == 0
+    assert "the model writes 128 tokens" in first.err, first.err
     [kept] = (tmp_path / "cache" / "ptqcli").iterdir()
     again = ptq(*command, tmp_path / "2")
     assert "wrote before" in again.err
     text = json.loads(kept.read_text())
     kept.write_text(json.dumps({**text, "tokens": text["tokens"][::-1]}))
     third = ptq(*command, tmp_path / "3")
-    assert "wrote before" not in third.err and json.loads(kept.read_text()) == text, "a changed file is not believed, and is replaced"
+    assert "wrote before" not in third.err
+    assert json.loads(kept.read_text()) == text, "a changed file is not believed, and is replaced"
     ptq(*command, tmp_path / "4", "--seed", "1")
     bytes_ = [(tmp_path / name / "model.safetensors").read_bytes() for name in "1234"]
     assert bytes_[0] == bytes_[1] == bytes_[2] != bytes_[3]
     stored = json.loads((tmp_path / "1" / "ptq_report.json").read_text())["calibration"]
-    assert stored["texts"] == [["self", 4]]
+    assert stored["texts"] == [{"source": "self", "windows": 4, "loss": None, "expected_loss": None}]
     assert stored["sampling"]["temperature"] == 1.0
-    assert stored["loss"] is None
 
 
 def test_a_model_in_memory_writes_as_its_folder_does(tmp_path: Path) -> None:
@@ -291,16 +307,19 @@ def test_a_model_in_memory_writes_as_its_folder_does(tmp_path: Path) -> None:
 def test_a_rehearsal_writes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch, ptq: Ptq) -> None:
     monkeypatch.setattr(texts, "write_tokens", lambda *_: pytest.fail("the model wrote"))
     answer = ptq("quantize", model, "--calib", "self:4", "--seqlen", "32", "--group-size", "32", "--dry-run")
-    assert answer.code == 0 and "writes 128 tokens itself beforehand" in answer.out, answer.err
+    assert answer.code == 0
+    assert "writes 128 tokens itself beforehand" in answer.out, answer.err
 
 
 def test_the_demo_model_is_at_home_in_the_builtin_text(ptq: Ptq, tmp_path: Path) -> None:
     answer = ptq("quantize", "--seqlen", "64", "--nsamples", "32", "--output", tmp_path / "out")
-    assert answer.code == 0 and "calib auto is builtin" in answer.out, answer.err
+    assert answer.code == 0
+    assert "calib auto is builtin" in answer.out, answer.err
     assert FOREIGN not in answer.err
     stored = json.loads((tmp_path / "out" / "ptq_report.json").read_text())["calibration"]
-    assert stored["texts"] == [["builtin", 32]]
-    assert 0 < stored["loss"] < stored["expected_loss"]
+    [text] = stored["texts"]
+    assert (text["source"], text["windows"]) == ("builtin", 32)
+    assert 0 < text["loss"] < text["expected_loss"]
     assert "32 windows of 64 tokens from builtin" in (tmp_path / "out" / "README.md").read_text()
     assert "32 windows of builtin" in ptq("inspect", tmp_path / "out").out
 
@@ -312,7 +331,7 @@ def test_a_foreign_text_is_told_in_one_line(ptq: Ptq, tmp_path: Path) -> None:
     answer = ptq("quantize", "--calib", text, "--seqlen", "64", "--nsamples", "32", "--output", tmp_path / "out")
     assert answer.code == 0
     assert [line for line in answer.err.splitlines() if FOREIGN in line], answer.err
-    stored = json.loads((tmp_path / "out" / "ptq_report.json").read_text())["calibration"]
+    stored = json.loads((tmp_path / "out" / "ptq_report.json").read_text())["calibration"]["texts"][0]
     assert stored["loss"] - stored["expected_loss"] > 1
 
 

@@ -89,7 +89,8 @@ def test_chats_begin_as_the_template_begins_a_users_message() -> None:
     plain, chats = prompts(tokenizer, 257, 256).drawn(8, 0.25, torch.Generator().manual_seed(0))
     assert [tokenizer.decode(row[1:]) for row in chats] == ["[user]"] * 2
     assert len(plain) == 6
-    assert plain[:, 0].tolist() == [256] * 6 and chats[:, 0].tolist() == [256] * 2, "behind the beginning of the sequence"
+    assert plain[:, 0].tolist() == [256] * 6
+    assert chats[:, 0].tolist() == [256] * 2, "behind the beginning of the sequence"
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, A
 
 def _recipe_text(report: Mapping[str, Any]) -> str:
     recipe: Mapping[str, Any] = report["recipe"]
-    usual = [(recipe.get("calib", "unknown text"), recipe.get("nsamples", "unknown"))]  # of reports that do not say what auto became
-    texts = (report.get("calibration") or {}).get("texts") or usual
-    named = " and ".join(f"{windows} windows of {text}" for text, windows in texts)
+    usual = {"source": recipe.get("calib", "unknown text"), "windows": recipe.get("nsamples", "unknown")}  # of reports of earlier versions
+    texts = (report.get("calibration") or {}).get("texts") or [usual]
+    named = " and ".join(f"{text['windows']} windows of {text['source']}" for text in texts)
     calibration = f", calibrated on {named}" if report.get("error_kind") == "output" else ""
     return f"{recipe.get('algo', 'an unknown algorithm')}{calibration}"
 

@@ -25,7 +25,7 @@ from ptqcli.pipeline.loaded import Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import CalibrationReport, Report, make_report
+from ptqcli.pipeline.report import CalibrationReport, Report, make_report, text_report
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -114,9 +114,7 @@ class _Quantization:
             skipped_rows=found.skipped_rows,
             batch_size=self.state.resources.windows_per_batch(self.plan.seqlen),
             dtype=str(self.dtype).removeprefix("torch."),
-            texts=[(share.source, share.windows or 0) for share in found.shares],
-            loss=None if found.known is None else found.known.loss,
-            expected_loss=None if found.known is None else found.known.expected,
+            texts=[text_report(share, found.known.get(share)) for share in found.shares],
             sampling=found.sampling,
         )
 

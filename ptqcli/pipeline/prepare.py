@@ -85,6 +85,7 @@ def prepare(
             return_freed_memory()  # a tokenizer's work on a long text takes many times the text
         if calibration.skipped_rows:
             progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
-        if calibration.known is not None and calibration.known.foreign:
-            progress.remark(f"the calibration text is foreign to the model: {calibration.known}; give text of the kind that it will see")
+        for share, known in calibration.known.items():
+            if known is not None and known.foreign:
+                progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)

@@ -3,17 +3,19 @@
 ``auto`` takes the first of these:
 
 1. the built-in text, where the model does no worse on it than on its own (``familiar.py``): a small model of just that
-2. a general corpus that the machine has or can reach (``general.py``)
-3. text that the model writes itself, with the built-in text beside it
+2. a general corpus that the machine has or can reach (``general.py``), and for a quarter of the windows text that the model writes
+   itself, unless that does not fit into memory, or would take a CPU hours
+3. text that the model writes, with the built-in text for a quarter
 
-Where none can be had (it does not fit into memory, or would take a CPU hours), the run ends before it began and asks for a text.
+Where none can be had the run ends before it began and asks for a text. The shares are measured: ``scripts/calibration_table.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from ptqcli.calibration import own_text_cache
 from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.chat import chat_writer
-from ptqcli.calibration.familiar import TOKENS, WINDOWS, Familiarity, familiarity, looked_at
+from ptqcli.calibration.familiar import Familiarity, familiarity, looked_at
 from ptqcli.calibration.general import find_general
 from ptqcli.calibration.own_text import Sampling, prompts, write_tokens
 from ptqcli.calibration.rows import Rows
@@ -36,6 +38,7 @@ from ptqcli.plan_texts import MOST_WORK, PlannedTexts, check_bytes, own_text_byt
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, free_bytes
 
+OWN_SHARE = 0.25  # of the windows of auto, beside a corpus: on other kinds of text a corpus alone is up to half worse
 BUILTIN_SHARE = 0.25  # of the windows of auto, where the model writes the others
 CHECKED_SHARE = 1 / 8  # of a run's tokens that are looked at beforehand, at most
 ONE_TOKEN_SHARE = 0.5  # of a text that one token makes up, beyond which it is no text
@@ -46,19 +49,19 @@ class CalibrationSet:
     """What a run is calibrated on.
 
     windows: token ids, int64 [windows, tokens]. shares: the texts that they are from. bos: whether each begins with the
-    beginning-of-sequence token. skipped_rows: rows of the texts' tables that hold none. known: how well the model knows what it has not
-    written itself, None where there is no such text, or too little. sampling: how it wrote, None if it did not.
+    beginning-of-sequence token. skipped_rows: rows of the texts' tables that hold none. known: how well the model knows those that it has
+    not written itself, None where there is too little to say. sampling: how it wrote, None if it did not.
     """
 
     windows: Tensor
     shares: tuple[Share, ...]
     bos: bool
     skipped_rows: int
-    known: Familiarity | None = None
+    known: dict[Share, Familiarity | None] = field(default_factory=dict)
     sampling: dict[str, float] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TextMaker:
     """Decides on the texts of one run, and makes windows of them. data_dir: the folder that known corpora are looked for in first."""
 
@@ -76,25 +79,23 @@ class TextMaker:
         chosen = self._auto(seqlen) if [share.source for share in asked.shares] == [AUTO] else asked
         memory, tokens = check_bytes(self.skeleton, self._dtype), own_tokens(chosen.shares, seqlen)
         if not tokens:
-            return PlannedTexts(shares=chosen.shares, notes=chosen.notes, memory_bytes=memory)
+            return replace(chosen, memory_bytes=memory)
         obstacle = self._cannot_write(tokens)
         if obstacle is not None:
             raise UsageError(f"calib self: {obstacle}; give a text with --calib")
         needed = own_text_bytes(self.skeleton, tokens, self._dtype)
         work = own_text_work(self.skeleton, tokens) / 1e12
         note = f"the model writes {tokens:,} tokens itself beforehand: about {work:,.2g} TFLOP, with the whole model in memory"
-        return PlannedTexts(shares=chosen.shares, notes=(*chosen.notes, note), memory_bytes=max(memory, needed))
+        return replace(chosen, notes=(*chosen.notes, note), memory_bytes=max(memory, needed))
 
     def _auto(self, seqlen: int) -> PlannedTexts:
         builtin = Share(BUILTIN).sized(self.recipe.nsamples, seqlen)
-        known = self._known_builtin(seqlen)
+        known = self._known_builtin(builtin, seqlen)
         if known is not None and known.at_home:
-            return PlannedTexts(shares=(builtin,), notes=(f"calib auto is builtin: the model is at home there, {known}",))
+            return PlannedTexts(shares=(builtin,), notes=(f"calib auto is builtin: the model is at home there, {known}",), known=known)
         found = find_general(self.data_dir)
         if found is not None:
-            source, where = found
-            share = Share(source).sized(self.recipe.nsamples, seqlen)
-            return PlannedTexts(shares=(share,), notes=(f"calib auto is {source}, which is {where}",))
+            return self._beside_corpus(*found, seqlen)
         own = Share(SELF).sized(self.recipe.nsamples, seqlen)
         obstacle = self._cannot_write(own_tokens((own,), seqlen), unasked=True)
         if obstacle is not None:
@@ -110,14 +111,23 @@ class TextMaker:
         )
         return PlannedTexts(shares=shares, notes=(note + "it will see is better",))
 
-    def _known_builtin(self, seqlen: int) -> Familiarity | None:
-        """How well the model knows the built-in text, None where this Python carries none."""
-        self.progress.phase("measuring whether the model knows the built-in text")
+    def _beside_corpus(self, source: str, where: str, seqlen: int) -> PlannedTexts:
+        whole = Share(source).sized(self.recipe.nsamples, seqlen)
+        own = round((whole.windows or 0) * OWN_SHARE)
+        note = f"calib auto is {source}, which is {where}"
+        obstacle = self._cannot_write(own * seqlen, unasked=True)
+        if obstacle is not None or not own:
+            return PlannedTexts(shares=(whole,), notes=(f"{note}, alone: {obstacle}" if obstacle else note,))
+        return PlannedTexts(
+            shares=(Share(source, (whole.windows or 0) - own), Share(SELF, own)), notes=(f"{note}, and text that the model writes",)
+        )
+
+    def _known_builtin(self, share: Share, seqlen: int) -> Familiarity | None:
+        """How well the model knows this share of the built-in text, None where this Python carries too little."""
         try:
-            texts = documents(BUILTIN, "calibration")
+            windows = self._read(share, seqlen)
         except PTQError:
             return None
-        windows = calibration_windows(texts, self.skeleton.source.tokenizer(), WINDOWS, min(TOKENS, seqlen), self.recipe.seed, self._bos)
         return self._known(windows)
 
     def _cannot_write(self, tokens: int, unasked: bool = False) -> str | None:
@@ -139,12 +149,8 @@ class TextMaker:
 
         Raises UsageError and PTQError for texts that cannot be had, that are too short, or that the model writes badly.
         """
-        rows = Rows(write_chat=chat_writer(self.skeleton.source.tokenizer()))
-        read = {share: self._read(share, plan.seqlen, rows) for share in plan.texts.shares if share.source != SELF}
-        known = None
-        if read:
-            self.progress.phase("measuring whether the model knows the text")
-            known = self._known(looked_at(torch.cat(list(read.values())), int(plan.texts.windows * plan.seqlen * CHECKED_SHARE)))
+        read = {share: self._read(share, plan.seqlen) for share in plan.texts.shares if share.source != SELF}
+        known = {share: plan.texts.known or self._known(windows) for share, windows in read.items()}
         tokens = 0 if rehearsal else own_tokens(plan.texts.shares, plan.seqlen)
         parts = [
             read[share] if share in read else self._write(share, plan.seqlen) for share in plan.texts.shares if share in read or tokens
@@ -156,16 +162,19 @@ class TextMaker:
             windows=windows,
             shares=plan.texts.shares,
             bos=self._bos is not None,
-            skipped_rows=rows.skipped,
+            skipped_rows=self._rows.skipped,
             known=known,
             sampling=Sampling().stored() if tokens else None,
         )
 
-    def _read(self, share: Share, seqlen: int, rows: Rows) -> Tensor:
-        self.progress.phase(f"reading calibration text from {share.source}")
-        rows.column = None  # that of the text before
-        texts = documents(share.source, "calibration", self.data_dir, rows)
-        return calibration_windows(texts, self.skeleton.source.tokenizer(), share.windows or 0, seqlen, self.recipe.seed, self._bos)
+    def _read(self, share: Share, seqlen: int) -> Tensor:
+        """Windows of a text that is there; read once."""
+        if share not in self._read_before:
+            self.progress.phase(f"reading calibration text from {share.source}")
+            self._rows.column = None  # that of the text before
+            texts, count = documents(share.source, "calibration", self.data_dir, self._rows), share.windows or 0
+            self._read_before[share] = calibration_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed, self._bos)
+        return self._read_before[share]
 
     def _write(self, share: Share, seqlen: int) -> Tensor:
         """Windows of text that the model writes, or has written before."""
@@ -184,7 +193,7 @@ class TextMaker:
                 return _windows(kept, room, bos)
         self.progress.phase(f"the model writes {count:,} tokens")
         told = partial(self.progress.layer_progress, "writing")
-        start = prompts(self.skeleton.source.tokenizer(), vocabulary, bos)
+        start = prompts(self._tokenizer, vocabulary, bos)
         device = self.resources.device
         with whole(self.skeleton, device, self._dtype) as model:
             tokens = write_tokens(model, self.skeleton.kind, start, count, Sampling(), self.recipe.seed, device, told)
@@ -194,13 +203,26 @@ class TextMaker:
         return _windows(tokens, room, bos)
 
     def _known(self, windows: Tensor) -> Familiarity | None:
+        self.progress.phase("measuring whether the model knows the text")
         device = self.resources.device
         with walked(self.skeleton, device, self._dtype) as model:
-            return familiarity(model, self.skeleton.kind, windows.to(device))
+            return familiarity(model, self.skeleton.kind, looked_at(windows, int(windows.numel() * CHECKED_SHARE)).to(device))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.skeleton.source.tokenizer()
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return Rows(write_chat=chat_writer(self._tokenizer))
+
+    @cached_property
+    def _read_before(self) -> dict[Share, Tensor]:
+        return {}
 
     @property
     def _bos(self) -> int | None:
-        return window_bos(self.skeleton.source.tokenizer(), self.recipe.bos)
+        return window_bos(self._tokenizer, self.recipe.bos)
 
     @property
     def _dtype(self) -> torch.dtype:
