@@ -25,7 +25,7 @@ from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.activations import round_activations
-from ptqcli.numerics.grids import Clipped, SquaredError, range_search
+from ptqcli.numerics.grids import Clipped, MinMax, SquaredError
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
@@ -102,7 +102,7 @@ def brute_force_error(folded: FoldedBlock, fold: Fold, scales: Tensor | None) ->
         scheme, dtype = folded.specs[local].scheme, folded.specs[local].scale_dtype
         linear = twin.get_submodule(local)
         weight = linear_weight(linear)
-        weight.copy_(round_to_nearest(weight.contiguous(), scheme, dtype, range_search(folded.scale_search)).dequantize(torch.float32))
+        weight.copy_(round_to_nearest(weight.contiguous(), scheme, dtype, folded.search).dequantize(torch.float32))
         if scheme.activations is not None:
             assert scheme.activations.dynamic
             linear.register_forward_pre_hook(lambda _module, args, rounding=scheme.activations: (round_activations(args[0], rounding),))
@@ -357,7 +357,7 @@ def test_what_moves_the_block_least_is_chosen(llama: list[Case], transform: Any,
     The largest input of a token lies at the border of two codes, where the last bit of a float decides.
     """
     tolerance = 0.1 if scheme.activations else 1e-2
-    folded, notes = noted(llama[1], transform, specs=all_in(llama[1], scheme), scale_search="mse")
+    folded, notes = noted(llama[1], transform, specs=all_in(llama[1], scheme), search=SquaredError())
     for fold, note in zip(folded.folds, notes, strict=True):
         tried = [(scales, error, brute) for tried_fold, scales, error, brute in folded.errors if tried_fold is fold]
         assert tried[0][0] is None
@@ -391,7 +391,7 @@ def test_a_module_that_runs_twice_is_run_again() -> None:
     specs = {local: WeightSpec(Scheme(3, -1), torch.float32) for local in ("up", "down")}
     for producer, reader in (("norm", "up"), ("up", "down")):
         fold = Fold(producer=producer, readers=(reader,), channel=torch.arange(8), width=8)
-        folded = FoldedBlock(block, [fold], specs, {}, block.get_parameter, lambda twin: twin(inputs))
+        folded = FoldedBlock(block, [fold], specs, {}, block.get_parameter, lambda twin: twin(inputs), MinMax())
         assert folded.fold_error(fold, None) == pytest.approx(brute_force_error(folded, fold, None), rel=1e-4)
 
 
@@ -472,7 +472,7 @@ def test_clip_limits_equal_a_brute_force_search(scheme: Scheme) -> None:
     weight, samples = torch.randn(12, 16, generator=generator) ** 3, torch.randn(40, 16, generator=generator)
     weight[2, :8] = 0
     samples[:, 3] = 0
-    limits = clip_limits(weight, samples, WeightSpec(scheme, torch.float32))
+    limits = clip_limits(weight, samples, WeightSpec(scheme, torch.float32), signed=True)
     expected = brute_force_limits(weight, samples, scheme)
     torch.testing.assert_close(limits.double(), expected, rtol=1e-5, atol=0)
     largest = weight.unflatten(1, (-1, scheme.columns_per_group(16))).abs().amax(dim=2)
@@ -491,7 +491,7 @@ def test_with_one_scale_for_the_matrix_the_limit_is_best_for_the_whole(bits: int
         return float(((quantized - weight) @ samples.t()).norm())
 
     every = [error(torch.full((16, 1), float(weight.abs().max()) * percent / 100)) for percent in range(100, 30, -5)]
-    assert error(clip_limits(weight, samples, WeightSpec(scheme, torch.float32))) <= 1.001 * min(every)
+    assert error(clip_limits(weight, samples, WeightSpec(scheme, torch.float32), signed=True)) <= 1.001 * min(every)
     assert every[0] > 1.05 * min(every)
 
 

@@ -42,8 +42,10 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
+from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
 # time within noise; larger leaves move work from products into the loop.
@@ -65,11 +67,12 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class GPTQ(FitsGrids, MatrixSolver):
+class GPTQ(FitsGrids, AimsAtTarget, CorrectsBias, MatrixSolver):
     """GPTQ with its options.
 
     damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search,
-    signed: see ``ptqcli.solvers.scale_search``.
+    signed: see ``ptqcli.solvers.scale_search``. target, alpha, beta: see ``ptqcli.solvers.target``. correct_bias:
+    see ``ptqcli.solvers.bias``.
     """
 
     name: ClassVar[str] = "gptq"
@@ -81,10 +84,15 @@ class GPTQ(FitsGrids, MatrixSolver):
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
+    target: str = target_option()
+    alpha: float | str = alpha_option()
+    beta: float | str = beta_option()
+    correct_bias: bool = bias_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
         check_choices(self)
+        self.check_target()
         if not self.act_order and not self.static_groups:
             raise UsageError("static groups have no effect without act order, where groups are neighbours anyway; leave one of the two out")
 

@@ -44,8 +44,10 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
+from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
 # Steps between two rewrites of the inverses. At 4096 columns on one core a row took 2.3 s with 128 and 3.2 s with 64.
 BLOCK = 128
@@ -65,7 +67,7 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class OBQ(FitsGrids, MatrixSolver):
+class OBQ(FitsGrids, AimsAtTarget, CorrectsBias, MatrixSolver):
     """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search, signed: see
     ``ptqcli.solvers.scale_search``.
     """
@@ -77,10 +79,15 @@ class OBQ(FitsGrids, MatrixSolver):
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
+    target: str = target_option()
+    alpha: float | str = alpha_option()
+    beta: float | str = beta_option()
+    correct_bias: bool = bias_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
         check_choices(self)
+        self.check_target()
 
     def prepare(self, hessian: Hessian | None, where: str) -> Inverse:
         """Damp and invert the Hessian. Raises PTQError if no damping makes it positive definite."""

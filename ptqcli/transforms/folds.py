@@ -96,8 +96,8 @@ def find_folds(block: nn.Module, run: Run) -> FoldSearch:
     ``run`` brings its tensors to the device of the block, or to the CPU when that is the meta device.
     """
     try:
-        cut = _CutBlock(block, run)
-    except (RuntimeError, _NoFoldError) as error:  # the former from code that the cuts or float64 do not suit
+        cut = CutBlock(block, run)
+    except (RuntimeError, NoFoldError) as error:  # the former from code that the cuts or float64 do not suit
         return FoldSearch((), (("block", f"cannot be run in pieces, so no fold can be looked for: {str(error).splitlines()[0]}"),))
     idle = sorted(cut.linears.difference(cut.names))
     if idle:  # such as an expert that no token was sent to
@@ -108,7 +108,7 @@ def find_folds(block: nn.Module, run: Run) -> FoldSearch:
         try:
             new = cut.folds(index)
             _refuse_taken(new, folds)
-        except _NoFoldError as reason:
+        except NoFoldError as reason:
             rejected.insert(0, (cut.names[index], str(reason)))
         else:
             folds[:0] = new
@@ -140,11 +140,11 @@ def _quotient(parameter: Tensor, offset: float, scale: Tensor) -> tuple[Tensor, 
     return old, (old / scale - offset).to(parameter.dtype).double() + offset
 
 
-class _NoFoldError(Exception):
+class NoFoldError(Exception):
     """Why a module cannot be folded although some of its channels are factors of a linear's input, or why none of the block can."""
 
 
-class _CutBlock:
+class CutBlock:
     """A twin of the block in float64, cut at its modules with parameters.
 
     names: the cut modules, one entry a call, in running order. leaves: what they return in place of their results. linears: names of
@@ -164,7 +164,7 @@ class _CutBlock:
                 module.forward = partial(_empty_result, linear_weight(module).shape[0])
             if name in self.linears or _is_leaf(module):
                 module.register_forward_hook(partial(self._cut, name), with_kwargs=True)
-        self.before = self._pass()
+        self.before = self.outputs()
         self.factors = self._factors()
 
     def _cut(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Tensor | None:
@@ -176,23 +176,23 @@ class _CutBlock:
             self.arguments.append((args, kwargs))
             self.leaves.append(_random(result.shape, self.generator, result.device).requires_grad_())
         elif self.names[call : call + 1] != [name] or self.leaves[call].shape != result.shape:
-            raise _NoFoldError(OTHER_PATH)
+            raise NoFoldError(OTHER_PATH)
         # clones, here and in what is returned, because code may change its tensors in place
         self.seen.append([value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()])
         leaf = self.leaves[call]
         return leaf.clone() if call != self.scaled else leaf * self.scale
 
-    def _pass(self, scaled: int | None = None, scale: Tensor | float = 1.0) -> list[list[Tensor]]:
+    def outputs(self, scaled: int | None = None, scale: Tensor | float = 1.0) -> list[list[Tensor]]:
         """What the cut modules receive, and last what the block returns; after the first pass with leaf ``scaled`` times ``scale``."""
         self.scaled, self.scale = scaled, scale
         self.seen: list[list[Tensor]] = []
         with torch.enable_grad():
             output = self.run(self.twin, torch.float64)
         if len(self.seen) != len(self.names):
-            raise _NoFoldError(OTHER_PATH)
+            raise NoFoldError(OTHER_PATH)
         passed = [*self.seen, [output]]
         if any(value.isnan().any() for values in passed for value in values):
-            raise _NoFoldError("it uses the weight of a linear without calling the linear")
+            raise NoFoldError("it uses the weight of a linear without calling the linear")
         return passed
 
     def _factors(self) -> list[Tensor]:
@@ -214,12 +214,12 @@ class _CutBlock:
         return weights * x / _over_tokens(x * x).clamp_min(torch.finfo(x.dtype).tiny)
 
     def folds(self, index: int) -> list[Fold]:
-        """Folds that start from cut module ``index``: one for all readers that lay its channels out alike. Raises _NoFoldError."""
+        """Folds that start from cut module ``index``: one for all readers that lay its channels out alike. Raises NoFoldError."""
         factors, producer = self.factors[index], self.names[index]
         if not factors.any():
             return []
         if self.names.count(producer) > 1:
-            raise _NoFoldError("runs more than once")
+            raise NoFoldError("runs more than once")
         offsets = self._offsets(index)
         layouts: dict[tuple[int, ...], list[str]] = {}
         for reader, channel in self._readers(index):
@@ -229,7 +229,7 @@ class _CutBlock:
             for layout, readers in layouts.items()
         ]
         if torch.stack([fold.folded() for fold in folds]).sum(0).max() > 1:
-            raise _NoFoldError(f"{', '.join(fold.readers[0] for fold in folds)} read the same channels in different orders")
+            raise NoFoldError(f"{', '.join(fold.readers[0] for fold in folds)} read the same channels in different orders")
         return folds
 
     def _readers(self, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -239,19 +239,19 @@ class _CutBlock:
         numbers = torch.logspace(1, 3, int(factors.sum()), dtype=torch.float64, device=factors.device)
         scale = torch.ones(len(factors), dtype=torch.float64, device=factors.device).masked_scatter(factors, numbers)
         names = [*self.names, "what the block returns"]
-        for name, before, after in zip(names, self.before, self._pass(index, scale), strict=True):
+        for name, before, after in zip(names, self.before, self.outputs(index, scale), strict=True):
             for old, new in zip(before, after, strict=True):
                 channel = _multiplied_by(old.detach(), new.detach(), scale)
                 if channel is None:
-                    raise _NoFoldError(f"{name} depends on it in another way than by a factor")
+                    raise NoFoldError(f"{name} depends on it in another way than by a factor")
                 if not (channel >= 0).any():
                     continue
                 if name not in self.linears or names.count(name) > 1:
-                    raise _NoFoldError(f"{name} depends on it and is not a linear that runs once")
+                    raise NoFoldError(f"{name} depends on it and is not a linear that runs once")
                 yield name, channel.cpu()
 
     def _offsets(self, index: int) -> tuple[tuple[str, float], ...]:
-        """The parameters of cut module ``index`` to divide, found by trying them on random ones. Raises _NoFoldError if none will do."""
+        """The parameters of cut module ``index`` to divide, found by trying them on random ones. Raises NoFoldError if none will do."""
         if self.names[index] in self.linears:
             return ()
         module = _without_weights(self.block.get_submodule(self.names[index]), self.generator)
@@ -265,7 +265,7 @@ class _CutBlock:
             error = functional_call(module, divided, args, kwargs).detach() * scale - result
             if error.norm() <= TOLERANCE * result.norm():
                 return offsets
-        raise _NoFoldError("dividing its parameters does not divide its output")
+        raise NoFoldError("dividing its parameters does not divide its output")
 
 
 def _refuse_taken(new: list[Fold], folds: list[Fold]) -> None:
@@ -273,7 +273,7 @@ def _refuse_taken(new: list[Fold], folds: list[Fold]) -> None:
     for fold in new:
         for reader in fold.readers:
             if reader in takers:
-                raise _NoFoldError(f"{reader} has its inputs scaled by {takers[reader]}")
+                raise NoFoldError(f"{reader} has its inputs scaled by {takers[reader]}")
 
 
 def _without_weights(module: nn.Module, generator: torch.Generator) -> nn.Module:
