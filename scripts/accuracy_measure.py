@@ -104,6 +104,16 @@ def standard_error(values: list[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def ratio_error(above: list[float], below: list[float]) -> float | None:
+    """Standard error of ``mean(above) / mean(below)``, pairs of one window each, to first order; None of a single pair.
+
+    What both have in common, windows that are hard for every model, is not part of it.
+    """
+    share = statistics.fmean(above) / statistics.fmean(below)
+    error = standard_error([a - share * b for a, b in zip(above, below, strict=True)])
+    return None if error is None else error / statistics.fmean(below)
+
+
 def _body(model: Any, windows: Tensor) -> Tensor:
     return model.base_model(input_ids=windows, use_cache=False).last_hidden_state
 

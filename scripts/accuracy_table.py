@@ -9,7 +9,7 @@ data, in accuracy_rows.py. Models are fetched by lab_models.py. SOURCE is what `
 
     perplexity, rise   over the original's
     KL, nats           KL(original || quantized), a mean over the tokens, +- its standard error over windows
-    of ...             that KL as a share of the row that --beside names
+    of ...             that KL as a share of the row that --beside names, +- its standard error, window by window
     top-1              tokens for which both find the same one most likely
     cost               processor time of the process that quantizes, without imports, in units of the row gptq
 
@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accuracy_measure import divergence, remember, windows_of
+from accuracy_measure import divergence, ratio_error, remember, windows_of
 from accuracy_peers import quantize_with_peer, run_process, with_weights
 from accuracy_rows import ACTIVATIONS, GPTQ, GPTQ_BEFORE, SUBJECTS, WEIGHTS, Row, Subject, recipe_of, rows_of
 from compare_commits import ROOT, check_out, linked
@@ -149,7 +150,13 @@ class Bench:
             texts = self.texts()
             model = loaded(folder / "output", self.subject.folder, scheme)
             measured = {name: divergence(model, text) for name, text in texts.items()}
-        return {**done, "seconds": round(seconds, 1), "texts": measured}
+        return {**done, "seconds": round(seconds, 1), "code": row.commit or here(), "texts": measured}
+
+
+def here() -> str:
+    """The commit of this tree, with "+" if files were changed since."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
 
 def quantize(row: Row, scheme: str, seed: int, subject: Subject, tree: Path, folder: Path) -> dict[str, Any]:
@@ -210,7 +217,9 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
         kls = [each["kl"] for each in of_text]
         errors = [each["kl_error"] for each in of_text if each["kl_error"] is not None]
         means = {key: statistics.mean(each[key] for each in of_text) for key in ("original", "perplexity", "rise", "kl", "top1")}
-        texts[name] = {**means, "kl_error": statistics.mean(errors) if errors else None, "spread": max(kls) - min(kls)}
+        windows = [statistics.mean(values) for values in zip(*(each["kl_windows"] for each in of_text), strict=True)]
+        error = statistics.mean(errors) if errors else None
+        texts[name] = {**means, "kl_error": error, "kl_windows": windows, "spread": max(kls) - min(kls)}
     of_cells = {key: statistics.mean(cell[key] for cell in cells) for key in ("cpu_seconds", "bits_per_weight")}
     return {**of_cells, "texts": texts, "seeds": len(cells)}
 
@@ -237,9 +246,15 @@ def table_of(title: str, rows: dict[str, dict[str, Any]], beside: str) -> Table:
 def _of_text(name: str, row: dict[str, Any], beside: dict[str, Any] | None, several: bool) -> list[str]:
     text = row["texts"][name]
     error = "" if text["kl_error"] is None else f" ±{text['kl_error']:.4f}"
-    share = "" if beside is None else f"{text['kl'] / beside['texts'][name]['kl']:.2f}"
+    share = "" if beside is None else _share(text, beside["texts"][name])
     spread = [f"{text['spread']:.4f}" if row["seeds"] > 1 else ""] if several else []
     return [f"{text['perplexity']:.3f}", f"{text['rise']:.3f}", f"{text['kl']:.4f}{error}", *spread, share, f"{text['top1']:.1%}"]
+
+
+def _share(text: dict[str, Any], beside: dict[str, Any]) -> str:
+    share = f"{text['kl'] / beside['kl']:.2f}"
+    error = ratio_error(text["kl_windows"], beside["kl_windows"])
+    return share if not error else f"{share} ±{error:.2f}"
 
 
 def subject_of(name: str, options: argparse.Namespace) -> Subject:

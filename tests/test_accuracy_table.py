@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy_measure import divergence, remember, standard_error, windows_of
+from accuracy_measure import divergence, ratio_error, remember, standard_error, windows_of
 from accuracy_peers import PACKAGES, PEERS, most_values, with_weights
 from accuracy_rows import ACTIVATIONS, BEFORE, SUBJECTS, WEIGHTS, Row, recipe_of, rows_of
 from accuracy_table import Bench, Cell, Results, arguments, cells_of, measure_cell, subject_of, summary, table_of, tables
+from compare_commits import ROOT
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny import make_model, token_ids
@@ -50,6 +51,8 @@ def test_rows_of_the_older_code_name_keys_that_it_had() -> None:
 def test_every_peer_has_its_script_and_packages() -> None:
     named = {row.peer for row in WEIGHTS.values() if row.peer is not None}
     assert named == set(PACKAGES) == {file.stem.removeprefix("run_") for file in PEERS.glob("run_*.py")}
+    [ours] = PACKAGES["llm_compressor"]
+    assert f'peers = ["{ours}"]' in (ROOT / "pyproject.toml").read_text()  # what bench_quantize.py compares with
 
 
 # Numbers
@@ -101,6 +104,13 @@ def test_windows_follow_each_other() -> None:
 def test_standard_error_is_that_of_a_mean() -> None:
     assert standard_error([1.0, 2.0, 4.0, 5.0]) == pytest.approx(math.sqrt(10 / 3 / 4))
     assert standard_error([1.0]) is None
+
+
+def test_the_error_of_a_share_leaves_out_what_both_have_in_common() -> None:
+    below = [1.0, 2, 5, 4]
+    assert ratio_error([value / 2 for value in below], below) == pytest.approx(0)
+    assert ratio_error([1.0, 2, 3, 4], below) == pytest.approx(standard_error([1 / 6, 1 / 3, -7 / 6, 2 / 3]) / 3, rel=1e-6)
+    assert ratio_error([1.0], [2.0]) is None
 
 
 # Peers
