@@ -24,11 +24,13 @@ from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
-    from ptqcli.transforms import BlockTransform
+    from ptqcli.transforms import BlockTransform, ModelTransform
 
 DEFAULT_BITS = 4
 
 DEFAULT_THRESHOLD = 6.0
+
+LARGEST_ADAPTER_RANK = 512  # that vLLM takes
 
 AUTO = "auto"  # a group size that goes with each linear's width
 
@@ -37,6 +39,8 @@ ACTIVATION_SCALES = {
     "tensor": ActivationScheme(per_token=False),
     "static": ActivationScheme(per_token=False, dynamic=False),
 }
+
+FINISHES = ("none", "kl")
 
 OUTLIER_KINDS = ("none", "dynamic", "static")
 
@@ -101,6 +105,8 @@ class Recipe:
     with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
+    finish: kl tunes the scales end to end (``finishing.tune_scales``) when all codes stand, none leaves them.
+    adapter_rank: of the low-rank correction (``adapters.eora``) that is written beside the checkpoint, 0 for none.
     Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
     """
 
@@ -124,10 +130,13 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
     blocks: str | None = None
+    adapter_rank: int = 0
+    finish: str = "none"
 
     def __post_init__(self) -> None:
         _check_types(Recipe, vars(self), "recipe")
         _check_options(self.options, self.algorithm)
+        self._check_order()
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:
             raise UsageError(
@@ -141,10 +150,22 @@ class Recipe:
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
         check_bos(self.bos)
+        self._check_afterwards()
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:
             check_pattern(pattern)
+
+    def _check_afterwards(self) -> None:
+        """What is done when the codes stand."""
+        if not 0 <= self.adapter_rank <= LARGEST_ADAPTER_RANK:
+            raise UsageError(f"adapter rank {self.adapter_rank} is out of range; give 1 to {LARGEST_ADAPTER_RANK}, or 0 for no adapter")
+        if self.finish not in FINISHES:
+            raise UsageError(f"finish '{self.finish}' is unknown; use {' or '.join(FINISHES)}{did_you_mean(self.finish, FINISHES)}")
+        if self.finish != "none" and self.nsamples < 2:
+            raise UsageError(f"finish {self.finish} holds half of the windows out; give --nsamples 2 or more")
+        if self.finish != "none" and self.adapter_rank:
+            raise UsageError("an adapter corrects the scales as they are before finish kl moves them; leave one of the two out")
 
     @property
     def patterns(self) -> list[str]:
@@ -167,8 +188,24 @@ class Recipe:
         return solver
 
     def transforms(self) -> list[BlockTransform]:
-        """The transforms that come before the solver, in order, with their options."""
+        """The transforms of blocks that come before the solver, in order, with their options."""
+        return [transform for transform in self._transforms if not _is_of_the_model(transform)]
+
+    def model_transforms(self) -> list[ModelTransform]:
+        """The transforms of the whole model, which come before those of blocks, in order, with their options."""
+        return [transform for transform in self._transforms if _is_of_the_model(transform)]
+
+    @property
+    def _transforms(self) -> list[Any]:
         return [self._built[part.name] for part in self.algorithm.transforms]
+
+    def _check_order(self) -> None:
+        names = [transform.name for transform in self._transforms]
+        ordered = [*(transform.name for transform in self.model_transforms()), *(transform.name for transform in self.transforms())]
+        if names != ordered:
+            rest = [part.name for part in self.algorithm.parts if not part.is_transform]
+            written = "+".join([*ordered, *rest])
+            raise UsageError(f"algorithm '{self.algo}': {ordered[0]} rewrites the whole model and comes first; write {written}")
 
     def stored(self) -> dict[str, Any]:
         """The fields as a report keeps them: with every option of every part, those that were not given, too."""
@@ -227,6 +264,10 @@ class Recipe:
             raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
         threshold = DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold
         return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
+
+
+def _is_of_the_model(transform: Any) -> bool:
+    return hasattr(transform, "prepare")
 
 
 def _group_number(given: int | str, activations: ActivationScheme | None) -> int:

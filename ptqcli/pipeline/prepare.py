@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.chat import chat_writer
 from ptqcli.calibration.rows import Rows
 from ptqcli.calibration.text import calibration_windows, documents, source_path
+from ptqcli.estimate import LIBRARY_BYTES
+from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.clock import Clock
@@ -21,9 +23,10 @@ from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline.rewriting import proof_bytes, rewritten
 from ptqcli.plan import Plan, make_plan
 from ptqcli.recipe import Recipe
-from ptqcli.resources import Resources
+from ptqcli.resources import Resources, process_bytes
 
 # Where the checkpoint goes, or what says so once it is known what will be in it.
 Output = Path | Callable[[Plan], Path]
@@ -54,9 +57,25 @@ class Prepared:
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
-    """Open the model and decide everything that can be decided without its weights."""
-    skeleton = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
-    return skeleton, make_plan(recipe, skeleton, resources)
+    """Open the model, rewritten as transforms of the whole model do it, and decide everything that can be decided without its weights."""
+    original = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
+    skeleton, rewrites = rewritten(original, recipe)
+    plan = make_plan(recipe, skeleton, resources)
+    return skeleton, plan if not rewrites else _with_rewrites(plan, original, skeleton, rewrites, resources)
+
+
+def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:
+    """What is added to the plan of a rewritten model: its cost, compared with the model as it was, and what is to be known."""
+    solver = plan.recipe.algorithm.solver.name
+    own = [note for transform in plan.recipe.model_transforms() for note in transform.notes(solver)]
+    held = process_bytes() + LIBRARY_BYTES if resources.device.type == "cpu" else 0
+    return replace(
+        plan,
+        bytes_before=original.total_bytes,
+        memory_bytes=max(plan.memory_bytes, held + proof_bytes(skeleton)),
+        rewrites=tuple(rewrite.done for rewrite in rewrites),
+        notes=(*(note for rewrite in rewrites for note in rewrite.notes), *own, *plan.notes),
+    )
 
 
 def prepare(
