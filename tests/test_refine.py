@@ -268,13 +268,13 @@ def test_solvers_keep_scales_positive_where_grids_are_unsigned(solver, symmetric
     objective = damped(hessian.matrix, DAMP)
     plain, full = (
         made.solve(weight, made.prepare(hessian, "layer"), Scheme(2, 8, symmetric), torch.float32).weight
-        for made in (solver(signed=False, polish=0), solver(signed=False, polish=3))
+        for made in (partial(solver, scale_search="minmax", signed=False)(polish=rounds) for rounds in (0, 3))
     )
     assert (polished(weight, objective, plain, 3).scale < 0).any()
     assert (full.scale > 0).all()
     assert total(weight, objective, full) < 0.98 * total(weight, objective, plain)
     if not symmetric:  # a zero point has no use for a sign
-        made = solver(polish=3)
+        made = solver(scale_search="minmax", polish=3)
         assert torch.equal(made.solve(weight, made.prepare(hessian, "layer"), Scheme(2, 8, False), torch.float32).weight.scale, full.scale)
 
 

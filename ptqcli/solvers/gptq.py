@@ -177,8 +177,9 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
 
     def _fed_back(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> _Columns:
         """The matrix with all of its columns rounded."""
+        groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
-        fixed = self.act_order and (self.static_groups or scheme.group_count(weight.shape[1]) == 1)
+        fixed = self.act_order and (self.static_groups or groups == 1)
         work = _Columns(weight, factor, scheme, scale_dtype, ranges)
         work.moving = self.act_order and not fixed
         if fixed:
