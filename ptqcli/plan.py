@@ -129,14 +129,12 @@ def make_plan(
     stages = _planned_stages(linears, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
-    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
-    _check_length(seqlen, skeleton)
+    seqlen = _seqlen(recipe, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
     specs = [linear.spec for linear in linears]
     tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
-    memory = memory_bytes(recipe, linears, skeleton, seqlen, texts, resources)
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
@@ -152,7 +150,7 @@ def make_plan(
         disk_bytes=checkpoint_room(chosen, linears, skeleton)
         + adapter_bytes(recipe, linears)
         + mapped_bytes(recipe, linears, seqlen, texts.windows, resources),
-        memory_bytes=memory,
+        memory_bytes=memory_bytes(recipe, linears, skeleton, seqlen, texts, resources),
         notes=(
             *group_notes(linears, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
@@ -328,10 +326,13 @@ def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
     return [f"{listed} read the same input{count}; a server that runs them as one matrix needs one scheme for them"]
 
 
-def _check_length(seqlen: int, skeleton: Skeleton) -> None:
+def _seqlen(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Tokens of a calibration window."""
     longest = model_length(skeleton.config)
+    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
+    return seqlen
 
 
 def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows: int) -> list[str]:
