@@ -16,7 +16,7 @@ import torch
 
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
+from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
@@ -129,8 +129,7 @@ def make_plan(
     stages = _planned_stages(linears, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
-    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
-    _check_length(seqlen, skeleton)
+    seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
     specs = [linear.spec for linear in linears]
@@ -149,9 +148,7 @@ def make_plan(
         texts=texts,
         bytes_before=skeleton.total_bytes,
         bytes_after=bytes_after(chosen, linears, skeleton),
-        disk_bytes=checkpoint_room(chosen, linears, skeleton)
-        + adapter_bytes(recipe, linears)
-        + mapped_bytes(recipe, linears, seqlen, texts.windows, resources),
+        disk_bytes=disk_bytes(chosen, linears, skeleton, recipe, seqlen, texts.windows, resources),
         memory_bytes=memory,
         notes=(
             *group_notes(linears, recipe, hits),
@@ -267,6 +264,8 @@ def _check_window(recipe: Recipe) -> None:
 
 def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
     solver = as_block_solver(recipe.solver())
+    if solver.needs.pairs and not recipe.sequential:
+        raise UsageError("target original pairs the inputs of both models stage by stage; leave --no-sequential out, or --target original")
     for linear in linears:
         reason = solver.refusal(linear.scheme)
         if reason is not None:
@@ -328,10 +327,13 @@ def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
     return [f"{listed} read the same input{count}; a server that runs them as one matrix needs one scheme for them"]
 
 
-def _check_length(seqlen: int, skeleton: Skeleton) -> None:
+def _window_length(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Tokens in a calibration window."""
     longest = model_length(skeleton.config)
+    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
+    return seqlen
 
 
 def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows: int) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ptqcli.evaluation.divergence import compare
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
 SCHEMES = [*SUBJECTS["smollm2"].schemes, *SUBJECTS["mgm"].schemes[:1], "w8a8"]

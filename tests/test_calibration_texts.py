@@ -24,7 +24,8 @@ from ptqcli.pipeline import texts
 from ptqcli.pipeline.prepare import open_skeleton
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.texts import TextMaker
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
 DEMO = Path(ptqcli.__file__).parent / "demo"

@@ -25,7 +25,8 @@ from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorit
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.options import Option, check_choices, fits, from_text, kinds, option, options_of
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 
 ALGORITHMS = [*parts(), "awq+gptq", "awq+obq", "smoothquant+obq", "awq+smoothquant"]
 HAS = {algorithm: {part.name for part in find_algorithm(algorithm).parts} for algorithm in ALGORITHMS}

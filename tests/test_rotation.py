@@ -25,7 +25,8 @@ from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.report import read_report
 from ptqcli.pipeline.rewriting import logits, logits_moved
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.cut import CutError

@@ -18,7 +18,7 @@ from ptqcli.calibration.statistics import InputStatistics, Pairs, StatisticsRequ
 from ptqcli.errors import UsageError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
@@ -203,7 +203,7 @@ def test_pairs_are_what_two_whole_models_show(architecture: str, budget: int, tm
 
     monkeypatch.setattr(StageWork, "solve", noting)
 
-    from ptqcli.pipeline import prepare as preparing
+    from ptqcli.pipeline import texts as preparing
 
     make = preparing.calibration_windows
     monkeypatch.setattr(preparing, "calibration_windows", lambda *args, **rest: windows.append(make(*args, **rest)) or windows[0])

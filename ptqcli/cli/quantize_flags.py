@@ -16,6 +16,7 @@ import click
 from ptqcli.cli import completion
 from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
+from ptqcli.quality import QUALITIES
 
 if TYPE_CHECKING:
     from ptqcli.algorithms import Declaration
@@ -117,6 +118,14 @@ FLAGS = {
             metavar="NAME|FILE",
             shell_complete=completion.recipe,
             help="Where to begin: a recipe of `ptq recipes`, or a YAML file. Flags win over it.",
+        ),
+        click.option(
+            "--quality",
+            metavar="|".join(QUALITIES),
+            shell_complete=completion.names(lambda: QUALITIES),
+            help="In place of --algo: "
+            + "; ".join(f"{name}: {each.summary}, {each.cost:g}x the time" for name, each in QUALITIES.items())
+            + ".",
         ),
         click.option(
             "--sequential/--no-sequential",
