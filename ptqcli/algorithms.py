@@ -35,6 +35,9 @@ BUILT_IN = {
         "rtn": "ptqcli.solvers.rtn:RTN",
         "gptq": "ptqcli.solvers.gptq:GPTQ",
         "obq": "ptqcli.solvers.obq:OBQ",
+        "autoround": "ptqcli.solvers.autoround:AutoRound",
+        "flexround": "ptqcli.solvers.flexround:FlexRound",
+        "omniquant": "ptqcli.solvers.omniquant:OmniQuant",
     },
 }
 DEFAULT_SOLVER = "rtn"

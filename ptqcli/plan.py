@@ -15,7 +15,7 @@ import torch
 
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
+from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
@@ -43,7 +43,7 @@ class Plan:
     plain: every matrix that is not quantized, by all names that readers may know it under.
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     fused_groups: linears that servers run as one matrix, by their paths.
-    bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    bytes_before, bytes_after: of the weights now and, estimated, afterwards. adapter_bytes: of the adapter beside them.
     rewrites: what transforms of the whole model do, a line each.
     readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
@@ -64,6 +64,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
+    adapter_bytes: int = 0
 
     @property
     def needs_calibration(self) -> bool:
@@ -87,6 +88,12 @@ class Plan:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
             rows.append(("calibration", f"{recipe.nsamples} windows of {self.seqlen} tokens from {recipe.calib}"))
+        if recipe.finish != "none":
+            rows.append(("finish", f"{recipe.finish}: scales are tuned to the original's logits, half of the windows held out"))
+        if recipe.adapter_rank:
+            rows.append(
+                ("adapter", f"of rank {recipe.adapter_rank} for each linear, {self.adapter_bytes / 1e6:,.1f} MB beside the checkpoint")
+            )
         rows.append(("format", recipe.format))
         rows += [("note", note) for note in self.notes]
         return rows
@@ -105,6 +112,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
+    _check_solver(recipe, linears)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
@@ -128,7 +136,9 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         seqlen=seqlen,
         bytes_before=skeleton.total_bytes,
         bytes_after=bytes_after(chosen, linears, skeleton),
-        disk_bytes=checkpoint_room(chosen, linears, skeleton) + mapped_bytes(recipe, linears, seqlen, resources),
+        disk_bytes=checkpoint_room(chosen, linears, skeleton)
+        + adapter_bytes(recipe, linears)
+        + mapped_bytes(recipe, linears, seqlen, resources),
         memory_bytes=memory,
         notes=(
             *group_notes(linears, recipe, hits),
@@ -139,6 +149,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
             *_fused_notes(fused),
         ),
         readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
+        adapter_bytes=adapter_bytes(recipe, linears),
     )
 
 
@@ -240,6 +251,14 @@ def _check_window(recipe: Recipe) -> None:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
+def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
+    solver = as_block_solver(recipe.solver())
+    for linear in linears:
+        reason = solver.refusal(linear.scheme)
+        if reason is not None:
+            raise UsageError(f"{linear.name}: {reason}")
+
+
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
@@ -305,7 +324,9 @@ def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
     asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
-    if not asked or needs_calibration(recipe, linears):
+    if needs_calibration(recipe, linears):
+        return as_block_solver(recipe.solver()).notes(recipe.nsamples)
+    if not asked:
         return []
     return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
 

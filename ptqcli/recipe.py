@@ -30,6 +30,8 @@ DEFAULT_BITS = 4
 
 DEFAULT_THRESHOLD = 6.0
 
+LARGEST_ADAPTER_RANK = 512  # that vLLM takes
+
 AUTO = "auto"  # a group size that goes with each linear's width
 
 ACTIVATION_SCALES = {
@@ -37,6 +39,8 @@ ACTIVATION_SCALES = {
     "tensor": ActivationScheme(per_token=False),
     "static": ActivationScheme(per_token=False, dynamic=False),
 }
+
+FINISHES = ("none", "kl")
 
 OUTLIER_KINDS = ("none", "dynamic", "static")
 
@@ -101,6 +105,8 @@ class Recipe:
     with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
+    finish: kl tunes the scales end to end (``finishing.tune_scales``) when all codes stand, none leaves them.
+    adapter_rank: of the low-rank correction (``adapters.eora``) that is written beside the checkpoint, 0 for none.
     Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
     """
 
@@ -124,6 +130,8 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
     blocks: str | None = None
+    adapter_rank: int = 0
+    finish: str = "none"
 
     def __post_init__(self) -> None:
         _check_types(Recipe, vars(self), "recipe")
@@ -142,10 +150,22 @@ class Recipe:
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
         check_bos(self.bos)
+        self._check_afterwards()
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:
             check_pattern(pattern)
+
+    def _check_afterwards(self) -> None:
+        """What is done when the codes stand."""
+        if not 0 <= self.adapter_rank <= LARGEST_ADAPTER_RANK:
+            raise UsageError(f"adapter rank {self.adapter_rank} is out of range; give 1 to {LARGEST_ADAPTER_RANK}, or 0 for no adapter")
+        if self.finish not in FINISHES:
+            raise UsageError(f"finish '{self.finish}' is unknown; use {' or '.join(FINISHES)}{did_you_mean(self.finish, FINISHES)}")
+        if self.finish != "none" and self.nsamples < 2:
+            raise UsageError(f"finish {self.finish} holds half of the windows out; give --nsamples 2 or more")
+        if self.finish != "none" and self.adapter_rank:
+            raise UsageError("an adapter corrects the scales as they are before finish kl moves them; leave one of the two out")
 
     @property
     def patterns(self) -> list[str]:

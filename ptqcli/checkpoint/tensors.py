@@ -178,14 +178,15 @@ class WidenedTensors(TensorSource):
 class SafetensorsFolder(TensorSource):
     """Tensors of a folder of safetensors files. Opening checks every header; no tensor is read before ``read``.
 
+    single: the name of the file, where there is one for all tensors.
     Raises PTQError, naming the file, for: a missing folder; no safetensors weights; a truncated or corrupt
     file; an index that names a missing file or tensor.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, single: str = SINGLE_FILE) -> None:
         self.folder = Path(folder)
         self._index = Stamp(self.folder / INDEX_FILE)
-        self._files: dict[str, _File] = _open_folder(self.folder)  # tensor -> the file that holds it
+        self._files: dict[str, _File] = _open_folder(self.folder, single)  # tensor -> the file that holds it
 
     def check_unchanged(self) -> None:
         """Raise PTQError, naming it, if a file was replaced, cut or written to since it was opened."""
@@ -196,6 +197,14 @@ class SafetensorsFolder(TensorSource):
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
         return tuple(sorted(self._files))
+
+    @property
+    def by_file(self) -> dict[str, list[str]]:
+        """File name -> the tensors that are read from it."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            found.setdefault(file.path.name, []).append(name)
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Stored shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
@@ -286,12 +295,12 @@ def _refuse_not_finite(tensor: Tensor, what: str) -> None:
         raise PTQError(f"{what} holds NaN or infinity; the file is damaged, or the training diverged: take another copy or checkpoint")
 
 
-def _open_folder(folder: Path) -> dict[str, _File]:
+def _open_folder(folder: Path, single: str) -> dict[str, _File]:
     if not folder.is_dir():
         raise PTQError(f"{folder} is not a folder; give the one that holds config.json and the weights")
-    if (folder / SINGLE_FILE).is_file():
-        _check_headers([folder / SINGLE_FILE])
-        file = _File(folder / SINGLE_FILE)
+    if (folder / single).is_file():
+        _check_headers([folder / single])
+        file = _File(folder / single)
         return dict.fromkeys(file.entries, file)
     if (folder / INDEX_FILE).is_file():
         return _open_indexed(folder / INDEX_FILE)
@@ -299,7 +308,7 @@ def _open_folder(folder: Path) -> dict[str, _File]:
     if pickles:
         found = f"{folder} holds only pickled weights ({pickles[0]})"
         raise PTQError(f"{found}, which are never opened; convert them to safetensors")
-    raise PTQError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise PTQError(f"{folder} holds neither {single} nor {INDEX_FILE}")
 
 
 def _open_indexed(index: Path) -> dict[str, _File]:

@@ -63,8 +63,8 @@ def command(
     from ptqcli.shipped import find_recipe
 
     words = Output(as_json=as_json, quiet=quiet)
-    asked = load_recipe(None if recipe is None else find_recipe(recipe), _given(request))
-    resources = _resources(device, dtype, batch_size, activation_budget)
+    asked = load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
+    resources = resources_of(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
     silence_transformers()
     target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
@@ -80,11 +80,13 @@ def command(
     words.result(report.to_json())
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
+def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given: None stands for one that was not."""
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
-def _resources(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Resources:
+def resources_of(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Resources:
+    """What the flags of the machine ask for. Raises UsageError for what cannot be."""
     import torch
 
     from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources

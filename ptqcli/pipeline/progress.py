@@ -23,14 +23,17 @@ class Progress(Protocol):
     def detail(self, text: str) -> None:
         """What is being done inside a block, in words."""
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of the work on one linear are behind us; only slow solvers tell."""
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` pieces of the work on one linear or block are behind us, and how it goes; only slow solvers tell."""
 
     def layer_done(self, name: str, error: float) -> None:
         """A linear has its codes; ``error`` is its relative output error."""
 
     def block_done(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` is written."""
+
+    def step(self, done: int, total: int, text: str) -> None:
+        """``done`` of ``total`` steps of what ``phase`` told are behind us; ``text`` says how it stands."""
 
 
 class NoProgress:
@@ -48,11 +51,14 @@ class NoProgress:
     def detail(self, text: str) -> None:
         pass
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
         pass
 
     def layer_done(self, name: str, error: float) -> None:
         pass
 
     def block_done(self, index: int, count: int) -> None:
+        pass
+
+    def step(self, done: int, total: int, text: str) -> None:
         pass

@@ -29,7 +29,8 @@ RECIPE_TYPES = {"algo": str, "calib": str, "nsamples": int}
 class LayerReport:
     """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
     linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. inputs_all_zero:
-    calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. The other fields are those of
+    calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. adapter_error: as relative_error, with
+    the adapter, None without one. The other fields are those of
     ``solvers.SolveNotes``."""
 
     name: str
@@ -46,6 +47,7 @@ class LayerReport:
     beta: float | None
     bias_corrected: bool
     inputs_all_zero: bool = False
+    adapter_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,31 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningReport:
+    """How the scales were tuned end to end, see ``finishing.tune_scales``.
+
+    steps, lr, norms: its options. calib, nsamples, seqlen, bos, seed: the windows, of which held_out were not trained on. kl_before,
+    kl_after: mean KL to the original on these, in nats a token. best_step: the step whose scales are kept, 0 where none was better than
+    the start. batch_size: windows run at once. dtype: in which the model ran.
+    """
+
+    steps: int
+    lr: float
+    norms: bool
+    calib: str
+    nsamples: int
+    seqlen: int
+    bos: bool
+    seed: int
+    held_out: int
+    kl_before: float
+    kl_after: float
+    best_step: int
+    batch_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did.
 
@@ -94,7 +121,8 @@ class Report:
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
     error_kind: output or weight, see ``LayerReport``. folds: what transforms of blocks did. rewritten: what those of the whole model did,
-    None without one. calibration: None where there was none.
+    None without one. calibration: None where there was none. tuning: None for scales that are as the solver left them; the errors of the
+    layers are those before it.
     readers: how other programs load the checkpoint, which its model card tells. files: what is in the folder beside the report and the
     card; anything else in it is not ours to replace.
     output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
@@ -113,6 +141,7 @@ class Report:
     readers: tuple[Reader, ...] = ()
     files: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
+    tuning: TuningReport | None = None
     output: str = ""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
