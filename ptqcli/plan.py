@@ -135,7 +135,6 @@ def make_plan(
     specs = [linear.spec for linear in linears]
     tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
-    memory = memory_bytes(recipe, linears, skeleton, seqlen, texts, resources)
     return Plan(
         recipe=recipe,
         linears=tuple(linears),

@@ -40,7 +40,7 @@ def case_name(case: object) -> str:
 
 def usual(declared: Option) -> object:
     """The default, or a value where the default is none."""
-    return declared.choices[0] if declared.default is None and declared.choices else declared.default
+    return other(declared) if declared.default is None else declared.default
 
 
 def other(declared: Option) -> object:
@@ -305,7 +305,9 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
     listed = {(part["name"], part["from"]): part for part in json.loads(ptq("algorithms", "--json").out)["parts"]}
     assert listed["stretched", "stretching"]["summary"] == "rounds the weights times a factor"
     flags = {entry["name"]: entry["flag"] for entry in listed["stretched", "stretching"]["options"]}
-    assert flags == {"scale_search": "--scale-search", "signed": "--signed/--no-signed", "factor": "--factor", "damp": None, "output": None}
+    of_rounding = {"scale_search": "--scale-search", "signed": "--signed/--no-signed", "polish": "--polish"}
+    of_rounding |= {"target": "--target", "alpha": "--alpha", "beta": "--beta"}
+    assert flags == {**of_rounding, "factor": "--factor", "damp": None, "output": None}
     assert "options of stretched: --factor X What the weights are multiplied by" in " ".join(ptq("quantize", "--help").out.split())
 
     make_model(tmp_path / "model", "llama", torch.bfloat16)
