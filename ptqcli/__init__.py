@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqcli.api import evaluate, quantize, solve
+    from ptqcli.api import evaluate, quantize, solve, tune_scales
     from ptqcli.errors import PTQError, UsageError
     from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.numerics.scheme import Scheme
@@ -36,6 +36,7 @@ __all__ = [
     "open_checkpoint",
     "quantize",
     "solve",
+    "tune_scales",
 ]
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _HOMES = {
     "open_checkpoint": "ptqcli.formats.packed_checkpoint",
     "quantize": "ptqcli.api",
     "solve": "ptqcli.api",
+    "tune_scales": "ptqcli.api",
 }
 
 

@@ -27,6 +27,8 @@ BUILT_IN = {
     TRANSFORMS: {
         "awq": "ptqcli.transforms.awq:AWQ",
         "smoothquant": "ptqcli.transforms.smoothquant:SmoothQuant",
+        "equalize": "ptqcli.transforms.equalize:Equalize",
+        "rotate": "ptqcli.transforms.rotation:Rotate",
     },
     SCHEMES: {"llm-int8": "ptqcli.algorithms:LLMInt8"},
     SOLVERS: {

@@ -16,13 +16,15 @@ from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.measure import Evaluation, measure
+from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.pipeline import pipeline
-from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline import pipeline, tuning
+from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import Report, read_source
+from ptqcli.pipeline.tuning import TunedCheckpoint
 from ptqcli.recipe import Recipe, load_recipe
 from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources, open_device
 from ptqcli.runtime.models import load_model, load_tokenizer
@@ -75,6 +77,52 @@ def quantize(
     )
 
 
+def tune_scales(
+    checkpoint: str | Path,
+    *,
+    output: str | Path,
+    model: str | Path | None = None,
+    calib: str = Recipe.calib,
+    nsamples: int | None = Recipe.nsamples,
+    seqlen: int | None = None,
+    bos: str = Recipe.bos,
+    seed: int = Recipe.seed,
+    steps: int = TuneScales.steps,
+    lr: float = TuneScales.lr,
+    norms: bool = TuneScales.norms,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    activation_budget: int = DEFAULT_ACTIVATION_BUDGET,
+    data_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TunedCheckpoint:
+    """Tune the scales of ``checkpoint`` end to end into the new folder ``output``, as `ptq tune-scales` does; codes stay as they are.
+
+    model: the original, a folder or hub id; None for the one that the checkpoint was made from.
+    calib, nsamples, seqlen, bos, seed: the windows, half of which are held out, see ``Recipe``; seqlen None: at most 512.
+    steps, lr, norms: see ``finishing.tune_scales.TuneScales``.
+    overwrite, device, dtype, batch_size, activation_budget, data_dir, progress: as in ``quantize``.
+
+    Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
+    """
+    for name, number, kind in (("steps", steps, int), ("lr", lr, float), ("norms", norms, bool), ("overwrite", overwrite, bool)):
+        check_argument(number, name, *((int, float) if kind is float else (kind,)))
+    windows = {"calib": calib, "nsamples": nsamples, "seqlen": seqlen, "bos": bos, "seed": seed}
+    return tuning.tune_scales(
+        find_model(str(checkpoint)),
+        as_path(output, "output"),
+        TuneScales(steps=steps, lr=lr, norms=norms),
+        load_recipe(flags={"algo": "rtn", **windows}),
+        model=None if model is None else find_model(str(model)),
+        overwrite=overwrite,
+        resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
+        data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
+        progress=progress or NoProgress(),
+    )
+
+
 def evaluate(
     model: str | Path | PreTrainedModel,
     texts: str | Path | Sequence[str | Path] = "builtin",
@@ -86,6 +134,7 @@ def evaluate(
     bos: str = "auto",
     device: str | torch.device = "cpu",
     kernel: str = "auto",
+    adapter: str | Path | bool = False,
     data_dir: str | Path | None = None,
 ) -> list[Evaluation]:
     """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token.
@@ -97,7 +146,7 @@ def evaluate(
     seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
     bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
     device: where folders are loaded; a model in memory stays where it is.
-    kernel: what packed weights are multiplied by, see ``load_quantized``.
+    kernel, adapter: what packed weights are multiplied by, and what is added to them, see ``load_quantized``.
     data_dir: where files of known corpora are looked for first.
 
     Raises UsageError and PTQError for what cannot be loaded, read or measured.
@@ -119,12 +168,14 @@ def evaluate(
     if folder is not None:
         _refuse(tokenizer)
         tokenizer = load_tokenizer(folder)
+    elif adapter is not False:
+        raise UsageError("adapter belongs to a checkpoint folder; a model in memory has it added by whoever loads it")
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
     rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources}
     measured = measure(
-        model if folder is None else load_model(folder, place, kernel),
+        model if folder is None else load_model(folder, place, kernel, adapter),
         rows,
         load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
         seqlen,

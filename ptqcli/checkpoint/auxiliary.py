@@ -16,6 +16,7 @@ from ptqcli.errors import PTQError
 from ptqcli.untrusted import foreign
 
 TEMPLATES = "additional_chat_templates"
+ADAPTER = "adapter"  # folder in a checkpoint that holds an adapter for it
 
 # What transformers reads by these names, and mistral-common, for the tokenizer, processors, generation and chat templates; and the licence.
 AUXILIARY_FILES = (
@@ -32,7 +33,7 @@ AUXILIARY_FILES = (
 # What else a quantized model folder holds, finished or not. Anything of another name in one is somebody else's.
 WRITTEN_FILES = (
     "README.md", "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "shard-*.safetensors", "joined.safetensors",
+    "shard-*.safetensors", "joined.safetensors", f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors",
 )  # fmt: skip
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,17 +108,85 @@ class MemoryTensors(TensorSource):
         return self._tensors[name]
 
 
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor made of stored ones. origin: the one whose shape and dtype it has. make: gives it, in any dtype, with what reads them."""
+
+    origin: str
+    make: Callable[[Callable[[str], Tensor]], Tensor]
+
+
+class RewrittenTensors(TensorSource):
+    """Another source in which ``new`` tensors take the place of stored ones of their names, or join them. Each is made when it is read."""
+
+    def __init__(self, stored: TensorSource, new: Mapping[str, NewTensor]) -> None:
+        self._stored, self._new = stored, dict(new)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return tuple(sorted({*self._stored.names, *self._new}))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
+        return self._stored.shape(self._origin(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of ``name``."""
+        return self._stored.dtype(self._origin(name))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, rounded once to the dtype that it is stored in. Raises PTQError if that cannot hold it."""
+        if name not in self._new:
+            return self._stored.read(name)
+        made = self._new[name].make(self._stored.read).to(self.dtype(name)).contiguous()
+        if made.shape != self.shape(name):
+            raise PTQError(f"{name}: is rewritten to {list(made.shape)}, and takes {list(self.shape(name))}")
+        if not torch.isfinite(made).all():
+            raise PTQError(f"{name}: rewriting leaves the range of {made.dtype}; start from a wider dtype")
+        return made
+
+    def _origin(self, name: str) -> str:
+        return self._new[name].origin if name in self._new else name
+
+
+class WidenedTensors(TensorSource):
+    """Another source as if it stored every floating tensor in float32."""
+
+    def __init__(self, stored: TensorSource) -> None:
+        self._stored = stored
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return self._stored.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Stored shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
+        return self._stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float32 for a floating tensor."""
+        stored = self._stored.dtype(name)
+        return torch.float32 if stored in FLOATING else stored
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` in that dtype."""
+        return self._stored.read(name).to(self.dtype(name))
+
+
 class SafetensorsFolder(TensorSource):
     """Tensors of a folder of safetensors files. Opening checks every header; no tensor is read before ``read``.
 
+    single: the name of the file, where there is one for all tensors.
     Raises PTQError, naming the file, for: a missing folder; no safetensors weights; a truncated or corrupt
     file; an index that names a missing file or tensor.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, single: str = SINGLE_FILE) -> None:
         self.folder = Path(folder)
         self._index = Stamp(self.folder / INDEX_FILE)
-        self._files: dict[str, _File] = _open_folder(self.folder)  # tensor -> the file that holds it
+        self._files: dict[str, _File] = _open_folder(self.folder, single)  # tensor -> the file that holds it
 
     def check_unchanged(self) -> None:
         """Raise PTQError, naming it, if a file was replaced, cut or written to since it was opened."""
@@ -128,6 +197,14 @@ class SafetensorsFolder(TensorSource):
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
         return tuple(sorted(self._files))
+
+    @property
+    def by_file(self) -> dict[str, list[str]]:
+        """File name -> the tensors that are read from it."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            found.setdefault(file.path.name, []).append(name)
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Stored shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
@@ -218,12 +295,12 @@ def _refuse_not_finite(tensor: Tensor, what: str) -> None:
         raise PTQError(f"{what} holds NaN or infinity; the file is damaged, or the training diverged: take another copy or checkpoint")
 
 
-def _open_folder(folder: Path) -> dict[str, _File]:
+def _open_folder(folder: Path, single: str) -> dict[str, _File]:
     if not folder.is_dir():
         raise PTQError(f"{folder} is not a folder; give the one that holds config.json and the weights")
-    if (folder / SINGLE_FILE).is_file():
-        _check_headers([folder / SINGLE_FILE])
-        file = _File(folder / SINGLE_FILE)
+    if (folder / single).is_file():
+        _check_headers([folder / single])
+        file = _File(folder / single)
         return dict.fromkeys(file.entries, file)
     if (folder / INDEX_FILE).is_file():
         return _open_indexed(folder / INDEX_FILE)
@@ -231,7 +308,7 @@ def _open_folder(folder: Path) -> dict[str, _File]:
     if pickles:
         found = f"{folder} holds only pickled weights ({pickles[0]})"
         raise PTQError(f"{found}, which are never opened; convert them to safetensors")
-    raise PTQError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise PTQError(f"{folder} holds neither {single} nor {INDEX_FILE}")
 
 
 def _open_indexed(index: Path) -> dict[str, _File]:

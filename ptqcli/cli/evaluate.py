@@ -13,7 +13,7 @@ from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
 from ptqcli.errors import PTQError
@@ -26,11 +26,19 @@ SECONDS_BETWEEN_LINES = 15.0
 COMPARED_TOKENS = 1_000  # of each text, to learn whether two tokenizers are one
 
 
+class AdapterPath(NamedPath):
+    """The folder of an adapter; the flag alone is True, which means the one in the checkpoint."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return True if value is True else super().convert(value, param, ctx)
+
+
 @click.command(
     epilog=examples(
         "ptq eval                        # the newest checkpoint here, on builtin text",
         "ptq eval small --ppl wikitext2 --ppl notes.txt",
         "ptq eval small --ppl c4 --baseline ~/models/Llama-3.2-1B --json",
+        "ptq eval small --adapter        # with the adapter that --adapter-rank wrote",
     )
 )
 @click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
@@ -60,6 +68,15 @@ COMPARED_TOKENS = 1_000  # of each text, to learn whether two tokenizers are one
     help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
 )
 @click.option(
+    "--adapter",
+    type=AdapterPath(),
+    is_flag=False,
+    flag_value=True,
+    metavar="[FOLDER]",
+    shell_complete=completion.folder,
+    help="Add the adapter that lies in CHECKPOINT, or in FOLDER.",
+)
+@click.option(
     "--baseline",
     metavar="MODEL",
     show_default="where the checkpoint came from",
@@ -78,6 +95,7 @@ def command(
     seqlen: int | None,
     stride: int | None,
     bos: str,
+    adapter: Path | bool | None,
     baseline: str | None,
     no_baseline: bool,
     data_dir: Path | None,
@@ -115,15 +133,17 @@ def command(
             output.say(f"{text}: {table.skipped:,} rows without text are left out")
     if reference and _reads_otherwise(reference, tokenizer, rows.values()):
         output.say(f"{reference}: its tokenizer is another one; both models are measured on the tokens of the checkpoint's")
-    model = load_model(folder, place, kernel)
+    model = load_model(folder, place, kernel, adapter or False)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
         measured = measure(model, rows, original, seqlen, stride, _telling(tracker), begin)
         results = [{key: value for key, value in asdict(each).items() if value is not None} for each in measured]
-    output.say(f"checkpoint  {path_text(folder)}")
+    output.say(f"checkpoint  {path_text(folder)}{'' if adapter is None else ' with an adapter'}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
-    output.result({"checkpoint": str(folder), "baseline": str(reference) if reference else None, "results": results})
+    output.result(
+        {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
+    )
 
 
 def _reads_otherwise(folder: Path, tokenizer: Any, texts: Iterable[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,8 @@ def command(
     from ptqcli.shipped import find_recipe
 
     words = Output(as_json=as_json, quiet=quiet)
-    asked = load_recipe(None if recipe is None else find_recipe(recipe), _given(request))
-    resources = _resources(device, dtype, batch_size, activation_budget)
+    asked = load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
+    resources = resources_of(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
     silence_transformers()
     target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
@@ -72,7 +73,7 @@ def command(
         progress = QuantizeProgress(folder, words, tracker)
         run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}
         if dry_run:
-            words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), **run)))
+            words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), rehearsal=True, **run)))
             return
         report = quantize(folder, asked, target, **run)
     click.get_current_context().obj.result_kept = not as_json
@@ -80,11 +81,13 @@ def command(
     words.result(report.to_json())
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
+def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given: None stands for one that was not."""
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
-def _resources(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Resources:
+def resources_of(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Resources:
+    """What the flags of the machine ask for. Raises UsageError for what cannot be."""
     import torch
 
     from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
@@ -94,7 +97,16 @@ def _resources(device: str, dtype: str, batch_size: int | None, activation_budge
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         batch_size=batch_size,
         activation_budget=DEFAULT_ACTIVATION_BUDGET if activation_budget is None else _bytes(activation_budget),
+        cache=_cache(),
     )
+
+
+def _cache() -> Path | None:
+    """The user's folder for what can be made again, None for one without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptqcli"
+    except RuntimeError:
+        return None
 
 
 def _bytes(gib: float) -> int:

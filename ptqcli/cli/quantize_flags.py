@@ -97,7 +97,11 @@ def _parse_settings(ctx: click.Context, param: click.Parameter, values: tuple[st
 
 # Flags of the request and of the run, in the groups that the help shows
 
-ALGORITHM, OUTPUT = "Algorithm", "Output"
+ALGORITHM, CALIBRATION, MACHINE, OUTPUT = "Algorithm", "Calibration data", "Machine", "Output"
+SEQLEN_FLAG = click.option(
+    "--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."
+)
+OVERWRITE_FLAG = click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder.")
 FLAGS = {
     ALGORITHM: [
         click.option(
@@ -105,8 +109,8 @@ FLAGS = {
             metavar="NAME[+NAME]",
             show_default="gptq",
             shell_complete=completion.algorithm,
-            help="rtn, gptq, obq, awq, smoothquant, llm-int8, or several joined: transforms, then a solver, such as awq+gptq. "
-            "`ptq algorithms` lists them.",
+            help="rtn, gptq, obq, awq, smoothquant, equalize, rotate, llm-int8, or several joined: transforms, then a solver, such as "
+            "awq+gptq. `ptq algorithms` lists them.",
         ),
         click.option(
             "--recipe",
@@ -186,16 +190,17 @@ FLAGS = {
         click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
         click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
     ],
-    "Calibration data": [
+    CALIBRATION: [
         click.option(
             "--calib",
-            metavar="builtin|wikitext2|c4|pile|PATH",
-            show_default="builtin",
+            metavar="auto|self|builtin|wikitext2|c4|pile|PATH",
+            show_default="auto",
             shell_complete=completion.texts("calibration"),
-            help="Calibration text; of a table, FILE:COLUMN reads the column of that name.",
+            help="Calibration text; of a table, FILE:COLUMN reads the column of that name. auto: what the model is at home in, or a "
+            "general corpus that is at hand and self, text that the model writes. Several, with the windows of each: c4:64,code.jsonl:64.",
         ),
-        click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
-        click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),
+        click.option("--nsamples", type=int, metavar="N", show_default="128; self: 16,384 tokens", help="Calibration windows."),
+        SEQLEN_FLAG,
         click.option(
             "--bos",
             metavar="auto|yes|no",
@@ -205,7 +210,7 @@ FLAGS = {
         click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
         data_dir_option,
     ],
-    "Machine": [
+    MACHINE: [
         device_option,
         click.option(
             "--dtype",
@@ -239,6 +244,21 @@ FLAGS = {
             help="How the checkpoint is stored.",
         ),
         click.option(
+            "--finish",
+            metavar="none|kl",
+            show_default="none",
+            shell_complete=completion.names(lambda: ("none", "kl")),
+            help="kl: when all codes stand, tune the scales to the original's logits, end to end, as `ptq tune-scales` does.",
+        ),
+        click.option(
+            "--adapter-rank",
+            type=int,
+            metavar="N",
+            show_default="0",
+            help="Write an adapter of this rank, too, which corrects the error of each linear (EoRA); peft and vLLM load it beside the "
+            "checkpoint. 32 is usual, 0 is none.",
+        ),
+        click.option(
             "--output",
             type=NamedPath(),
             metavar="FOLDER",
@@ -246,7 +266,7 @@ FLAGS = {
             show_default="./MODEL-ALGO-SCHEME",
             help="Where to write.",
         ),
-        click.option("--overwrite", is_flag=True, help="Replace an earlier checkpoint in the output folder."),
+        OVERWRITE_FLAG,
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,
         quiet_option,
@@ -256,9 +276,18 @@ FLAGS = {
 
 def all_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the command with the flags that stand here, in their order."""
-    for add in reversed([flag for group in FLAGS.values() for flag in group]):
-        function = add(function)
-    return function
+    return with_flags([flag for group in FLAGS.values() for flag in group])(function)
+
+
+def with_flags(flags: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """A decorator that gives a command these flags, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for add in reversed(flags):
+            function = add(function)
+        return function
+
+    return decorate
 
 
 # Flags of the parts

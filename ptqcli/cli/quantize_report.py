@@ -19,11 +19,12 @@ from ptqcli.pipeline.report import REPORT_NAME
 if TYPE_CHECKING:
     from ptqcli.formats import Reader
     from ptqcli.pipeline.prepare import Prepared
-    from ptqcli.pipeline.report import Report
+    from ptqcli.pipeline.report import Report, TuningReport
     from ptqcli.plan import Plan
 
 WORST_LAYERS = 5
 MOST_CHOICES = 4
+ADAPTER = "adapter"  # of ptqcli.checkpoint.auxiliary, whose import takes torch along; a test compares the two
 
 
 class QuantizeProgress:
@@ -39,6 +40,9 @@ class QuantizeProgress:
 
     def phase(self, text: str) -> None:
         self._tracker.say(text)
+
+    def remark(self, text: str) -> None:
+        self._tracker.remark(text)
 
     def block_started(self, index: int, count: int) -> None:
         self._errors.clear()
@@ -59,6 +63,10 @@ class QuantizeProgress:
     def block_done(self, index: int, count: int) -> None:
         worst = f", largest error {max(self._errors):.4f}" if self._errors else ""
         self._tracker.step(index + 1, count, f"{len(self._errors)} linears{worst}")
+
+    def step(self, done: int, total: int, text: str) -> None:
+        stop_if_interrupted()
+        self._tracker.step(done, total, text)
 
 
 def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
@@ -97,11 +105,15 @@ def _transformed(report: Report) -> list[tuple[str, str]]:
     """What transforms did, one row each, and what they had to leave alone."""
     used = [fold for fold in report.folds if fold.left_alone is None]
     left = [fold for fold in report.folds if fold.left_alone is not None]
+    rows = []
+    if report.rewritten is not None:
+        proof = f"proved: the logits move by {report.rewritten.difference:.0e} of themselves"
+        rows.append(("rewritten", "; ".join([*report.rewritten.done, proof])))
     if not report.folds:
-        return []
+        return rows
     linears = {layer.name for layer in report.layers}
     reached = linears & {reader for fold in used for reader in fold.readers}
-    rows = [("folds", f"{len(used)} found and proved; they reach {len(reached)} of {len(linears)} linears")]
+    rows.append(("folds", f"{len(used)} found and proved; they reach {len(reached)} of {len(linears)} linears"))
     for name in dict.fromkeys(name for fold in used for name, *_ in fold.choices):
         choices = Counter(choice for fold in used for part, choice, _ in fold.choices if part == name)
         more = ", ..." if len(choices) > MOST_CHOICES else ""
@@ -141,6 +153,27 @@ def _outliers(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+def _adapter(report: Report) -> list[tuple[str, str]]:
+    """What the adapter takes of the errors."""
+    pairs = [(layer.relative_error, layer.adapter_error) for layer in report.layers if layer.adapter_error is not None]
+    if not pairs:
+        return []
+    without, beside = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
+    return [("adapter", f"rank {report.recipe['adapter_rank']} in {ADAPTER}/; mean error {without:.4f} without it, {beside:.4f} with it")]
+
+
+def _tuning(report: Report) -> list[tuple[str, str]]:
+    return [] if report.tuning is None else [("held-out KL", tuning_text(report.tuning))]
+
+
+def tuning_text(tuning: TuningReport) -> str:
+    """What tuning the scales has brought."""
+    if not tuning.best_step:
+        return f"{tuning.kl_before:.5f}; no step of tuning was better than the start, and all scales are as they were"
+    share = tuning.kl_after / tuning.kl_before
+    return f"{tuning.kl_before:.5f} before tuning, {tuning.kl_after:.5f} after ({share:.0%}), of step {tuning.best_step}"
+
+
 def show_report(report: Report, words: Output) -> None:
     """What was written, and how each kind of thing fared."""
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
@@ -158,19 +191,23 @@ def show_report(report: Report, words: Output) -> None:
             ("bits per weight", f"{report.bits_per_weight:.3f} in the quantized linears, everything stored for them counted"),
             *_transformed(report),
             *_outliers(report),
+            *_adapter(report),
+            *_tuning(report),
             *_handled(report),
             ("time", time_text(report.seconds)),
             ("peak memory", size_text(report.peak_memory_bytes)),
         ]
     )
     words.say()
-    words.facts(_next_steps(path_text(Path(report.output)), report.readers))
+    words.facts(_next_steps(path_text(Path(report.output)), report.readers, bool(report.recipe["adapter_rank"])))
 
 
-def _next_steps(folder: str, readers: Sequence[Reader]) -> Iterator[tuple[str, str]]:
+def _next_steps(folder: str, readers: Sequence[Reader], adapter: bool) -> Iterator[tuple[str, str]]:
     """What a person types next."""
     quoted = shlex.quote(folder)
     yield "measure it", f"ptq eval {quoted}"
+    if adapter:
+        yield "with adapter", f"ptq eval {quoted} --adapter"
     yield "let it speak", f'ptq generate {quoted} "text"'
     for reader in readers:
         if reader.refusal is not None:

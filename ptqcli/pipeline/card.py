@@ -16,12 +16,15 @@ import transformers
 import yaml
 
 import ptqcli
+from ptqcli.calibration.sources import Share, read_calib, shares_text
+from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.formats import Reader
-from ptqcli.pipeline.report import REPORT_NAME, Report
+from ptqcli.pipeline.report import REPORT_NAME, Report, TuningReport
 from ptqcli.plan import Plan
 
 CARD_NAME = "README.md"
 FOLDER = "path/to/this/folder"  # in what a reader is told to write
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels
 WORST_LAYERS = 5
 MOST_NAMES = 8
 # Keys that a card hands on to the card of what is made of the model, where they are one plain word or address.
@@ -49,6 +52,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         f"# {name}, {schemes}",
         "",
         f"{base or name} {MADE_BY} `{plan.recipe.algo}`: {len(plan.linears)} linears in {schemes}, the rest as it was.",
+        *([] if report.tuning is None else ["", tuning_text(report.tuning)]),
         "",
         "| | |",
         "|---|---|",
@@ -57,6 +61,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         "## Loading it",
         "",
         *_loading(plan.readers),
+        *_adapter(plan),
         "## Worst layers",
         "",
         *_worst_layers(report),
@@ -65,6 +70,23 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         lines += ["", "## Notes", "", *(f"- {note}" for note in plan.notes)]
     lines += ["", "## Recipe", "", *(f"    {line}" for line in _recipe(plan).splitlines())]
     return "\n".join(lines) + "\n"
+
+
+def tuning_text(tuning: TuningReport) -> str:
+    """What was done to the scales when the codes stood."""
+    if not tuning.best_step:
+        return "Tuning its scales end to end brought nothing on the windows held out, and they are as they were."
+    what = "Its scales, and gains and biases," if tuning.norms else "Its scales"
+    text = f"{tuning.nsamples} windows of {tuning.seqlen} tokens from {Path(tuning.calib).name}, seed {tuning.seed}"
+    gain = f"mean KL on the {tuning.held_out} of them that were held out {tuning.kl_before:.5f} before, {tuning.kl_after:.5f} after"
+    return f"{what} were then tuned end to end to the original's logits ({tuning.steps} steps, {text}): {gain}."
+
+
+def tuned_card(text: str, tuning: TuningReport) -> str:
+    """The card ``text`` of ours, with what was done to the scales since."""
+    lines = text.splitlines()
+    place = next(number for number, line in enumerate(lines) if MADE_BY in line) + 1
+    return "\n".join([*lines[:place], "", tuning_text(tuning), *lines[place:]]) + "\n"
 
 
 def _hub_id(source: Path | None) -> str | None:
@@ -115,7 +137,8 @@ def _facts(plan: Plan, report: Report, base: str) -> Iterator[tuple[str, str]]:
         more = f" and {len(plan.skipped) - MOST_NAMES} more" if len(plan.skipped) > MOST_NAMES else ""
         yield "left as they are", ", ".join(f"`{name}` ({reason})" for name, reason in plan.skipped[:MOST_NAMES]) + more
     if plan.needs_calibration:
-        yield "calibration", f"{recipe.nsamples} windows of {plan.seqlen} tokens from {Path(recipe.calib).name}, seed {recipe.seed}"
+        named = [Share(Path(share.source).name, share.windows) for share in plan.texts.shares]
+        yield "calibration", f"{shares_text(named, plan.seqlen)}, seed {recipe.seed}"
     yield "size", f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after"
     yield "made with", f"ptqcli {ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
@@ -131,6 +154,23 @@ def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
     yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", f'ptq generate {FOLDER} "text"', "```", "")
 
 
+def _adapter(plan: Plan) -> Iterator[str]:
+    """How the adapter beside the checkpoint is added to it."""
+    rank = plan.recipe.adapter_rank
+    if not rank:
+        return
+    yield from ("## Its adapter", "")
+    yield f"`{ADAPTER}` holds low-rank matrices (EoRA, rank {rank}) that correct the error of each quantized linear. It is optional:"
+    yield from ("", "```sh", f"ptq eval {FOLDER} --adapter")
+    yield f"vllm serve {FOLDER} --enable-lora --max-lora-rank {_served_rank(rank)} --lora-modules corrected={FOLDER}/{ADAPTER}"
+    yield from ("```", "", "```python", f'model = PeftModel.from_pretrained(model, "{FOLDER}/{ADAPTER}")', "```", "")
+
+
+def _served_rank(rank: int) -> int:
+    """The least ``max_lora_rank`` of vLLM that holds ``rank``."""
+    return next(least for least in SERVED_RANKS if least >= rank)
+
+
 def _worst_layers(report: Report) -> Iterator[str]:
     yield f"By relative {report.error_kind} error; all layers are in `{REPORT_NAME}`."
     yield from ("", "| layer | scheme | error |", "|---|---|---|")
@@ -141,7 +181,9 @@ def _worst_layers(report: Report) -> Iterator[str]:
 def _recipe(plan: Plan) -> str:
     """The request as YAML; of a path to a text only its name."""
     stored: dict[str, Any] = {key: value for key, value in plan.recipe.stored().items() if value not in (None, (), [], {})}
-    stored["calib"] = Path(plan.recipe.calib).name
+    shares = read_calib(plan.recipe.calib)
+    named = [Path(share.source).name + (f":{share.windows}" if share.windows else "") for share in shares]
+    stored["calib"] = ",".join(named)
     return yaml.safe_dump(_plain(stored), sort_keys=False)
 
 

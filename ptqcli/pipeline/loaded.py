@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ptqcli.adapters.eora import low_rank_correction
+from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.paired import PairedBlock
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
@@ -34,7 +36,11 @@ from ptqcli.transforms.residual import residual_writers
 
 @dataclass(kw_only=True)
 class Run:
-    """What all blocks of a run share. streams: None when nothing looks at calibration text. layers, folds: for the report."""
+    """What all blocks of a run share.
+
+    streams: None when nothing looks at calibration text. layers, folds: for the report. adapters: of the linears that are placed, if the
+    recipe asks for any, on the CPU and in the dtype of their scales.
+    """
 
     skeleton: Skeleton
     plan: Plan
@@ -46,11 +52,13 @@ class Run:
     streams: Streams | None = None
     layers: list[LayerReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
+    adapters: dict[str, LowRank] = field(default_factory=dict)
 
     def solver_needs(self) -> StatisticsRequest:
         """What is to be known of every input while codes are chosen; samples for the errors of the report, too."""
         rounded = any(linear.scheme.activations is not None for linear in self.plan.linears)
-        needs = self.solver.needs | StatisticsRequest(samples=rounded or not self.solver.needs.hessian)
+        needs = self.solver.needs | StatisticsRequest(hessian=self.plan.recipe.adapter_rank > 0)
+        needs |= StatisticsRequest(samples=rounded or not needs.hessian)
         for linear in self.plan.linears:
             needs |= statistics_for(linear.scheme)
         return needs
@@ -141,17 +149,31 @@ class LoadedBlock:
         if solution.bias is not None and task.bias is not None:
             self.replace(f"{task.name}.bias", solution.bias)
             shift = solution.bias - task.bias
-        error = relative_error(task.weight, FakeQuantLinear.of(solution.weight), self.statistics.get(linear.site.local), shift)
-        self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
+        layer = FakeQuantLinear.of(solution.weight)
+        error = relative_error(task.weight, layer, self.statistics.get(linear.site.local), shift)
+        corrected = self._correct(linear, task.weight, layer, shift)
+        self._note(linear, solution, error, corrected, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.progress.layer_done(task.name, error)
 
-    def _note(self, linear: PlannedLinear, solution: Solution, error: float, bits: int) -> None:
+    def _correct(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear, shift: Tensor | None) -> float | None:
+        """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it."""
+        rank, statistics = self.run.plan.recipe.adapter_rank, self.statistics.get(linear.site.local)
+        if not rank:
+            return None
+        assert statistics is not None
+        assert statistics.hessian is not None
+        adapter = low_rank_correction(weight - layer.matrix(), statistics.hessian.matrix, rank).to(weight.device, linear.scale_dtype)
+        self.run.adapters[linear.name] = adapter.to(torch.device("cpu"), linear.scale_dtype)
+        return relative_error(weight, layer, statistics, shift, adapter.matrix())
+
+    def _note(self, linear: PlannedLinear, solution: Solution, error: float, corrected: float | None, bits: int) -> None:
         outliers, seen = solution.notes.outlier_columns, self.statistics.get(linear.site.local)
         self._layers[linear.name] = LayerReport(
             name=linear.name,
             scheme=str(linear.scheme),
             bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
             relative_error=error,
+            adapter_error=corrected,
             inputs_all_zero=seen is not None and seen.all_zero,
             outlier_share=None if outliers is None else outliers / linear.site.in_features,
             **asdict(solution.notes),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.estimate import windows_per_batch
+from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.formats import find_format
 from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
@@ -27,8 +28,10 @@ from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import CalibrationReport, Report, make_report
+from ptqcli.pipeline.report import CalibrationReport, Report, TuningReport, make_report, text_report
+from ptqcli.pipeline.rewriting import proved
 from ptqcli.pipeline.streams import record
+from ptqcli.pipeline.tuning import rewrite, tune
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
@@ -52,6 +55,8 @@ def quantize(
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
+    with clock.measure("plan"):
+        rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
     with growing(ready.output, folder, overwrite, ready.plan.disk_bytes, ready.inputs) as growing_folder, torch.no_grad():
         work = _Quantization(ready, resources, growing_folder, progress, clock)
         work.run()
@@ -64,7 +69,12 @@ def quantize(
             work.calibration_report(),
         )
         with clock.measure("write"):
-            report = work.written.finish(report)
+            work.written.finish_tensors()
+        if recipe.finish != "none":
+            with clock.measure("tune"):
+                report = replace(report, tuning=work.tune())
+        with clock.measure("write"):
+            report = work.written.finish(replace(report, rewritten=rewritten))
     return replace(
         report,
         output=str(ready.output),
@@ -92,7 +102,7 @@ class _Quantization:
         )
         self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
-        self.batch_size = windows_per_batch(plan.recipe, plan.seqlen, resources)
+        self.batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
         self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
         self.carried: dict[str, Any] = {}
 
@@ -112,16 +122,37 @@ class _Quantization:
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after)
 
+    def tune(self) -> TuningReport:
+        """Tune the scales of the checkpoint in the folder, whose tensors are all there."""
+        assert self.calibration is not None
+        self.state.streams = None  # their memory is needed
+        changed, report = tune(
+            self.folder.path,
+            self.skeleton,
+            self.calibration.windows,
+            self.calibration.bos,
+            TuneScales(),
+            self.plan.recipe,
+            self.state.resources,
+            self.folder.path,
+            self.progress,
+        )
+        rewrite(self.folder, changed)
+        return report
+
     def calibration_report(self) -> CalibrationReport | None:
         """What the codes depend on beside the request, None where nothing was calibrated."""
-        if self.calibration is None:
+        found = self.calibration
+        if found is None:
             return None
         return CalibrationReport(
             seqlen=self.plan.seqlen,
-            bos=self.calibration.bos,
-            skipped_rows=self.calibration.skipped_rows,
+            bos=found.bos,
+            skipped_rows=found.skipped_rows,
             batch_size=self.batch_size,
             dtype=str(self.dtype).removeprefix("torch."),
+            texts=[text_report(share, found.known.get(share)) for share in found.shares],
+            sampling=found.sampling,
         )
 
     def _record(self, windows: Tensor) -> None:

@@ -17,6 +17,9 @@ class Progress(Protocol):
     def phase(self, text: str) -> None:
         """What is being done now, in words."""
 
+    def remark(self, text: str) -> None:
+        """Something that a person should know before the work goes on."""
+
     def block_started(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` begins."""
 
@@ -32,6 +35,9 @@ class Progress(Protocol):
     def block_done(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` is written."""
 
+    def step(self, done: int, total: int, text: str) -> None:
+        """``done`` of ``total`` steps of what ``phase`` told are behind us; ``text`` says how it stands."""
+
 
 class NoProgress:
     """A progress that ignores everything."""
@@ -40,6 +46,9 @@ class NoProgress:
         pass
 
     def phase(self, text: str) -> None:
+        pass
+
+    def remark(self, text: str) -> None:
         pass
 
     def block_started(self, index: int, count: int) -> None:
@@ -55,4 +64,7 @@ class NoProgress:
         pass
 
     def block_done(self, index: int, count: int) -> None:
+        pass
+
+    def step(self, done: int, total: int, text: str) -> None:
         pass

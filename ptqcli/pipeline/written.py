@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
+from ptqcli.adapters.files import adapter_files
+from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.formats.packed_checkpoint import open_checkpoint
@@ -55,18 +56,25 @@ class WrittenUnits:
         if piece:
             yield tuple(piece)
 
+    def finish_tensors(self) -> None:
+        """Give the shards their names and write what a reader needs beside them."""
+        self._writer.finish()
+        self._run.skeleton.source.write_auxiliary(self._folder)
+        for file, entries in self._described().items():
+            write_json(self._folder, file, entries)
+
     def finish(self, report: Report) -> Report:
-        """Give the shards their names and write what stands beside them; then read it all as it lies on the disk.
+        """Write what is left, behind ``finish_tensors``; then read it all as it lies on the disk.
 
         Gives the report with the names of the files. Raises PTQError if that is not what was written, if a reader would refuse it, or if
         the model's files have changed meanwhile.
         """
         source, folder = self._run.skeleton.source, self._folder
         self._run.progress.phase("comparing the checkpoint on the disk with what was written")
-        self._writer.finish()
-        source.write_auxiliary(folder)
-        for file, entries in self._described().items():
-            write_json(folder, file, entries)
+        if self._run.adapters:
+            transposed = any(linear.site.transposed for linear in self._run.plan.linears)
+            for file, pieces in adapter_files(self._run.adapters, transposed):
+                folder.write(f"{ADAPTER}/{file}", pieces)
         report = replace(report, files=[name for name in folder.made_names() if belongs_to_a_checkpoint(name)])
         write_json(folder, REPORT_NAME, report.stored())
         folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])

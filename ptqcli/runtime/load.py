@@ -25,6 +25,7 @@ from ptqcli.model.config import read_generation_config
 from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.resources import open_device
+from ptqcli.runtime.adapted import adapter_folder, add_adapter
 from ptqcli.runtime.joined import alike, joined_bias, joined_weight, same_input
 from ptqcli.runtime.layers import quantized_linear
 
@@ -38,11 +39,13 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     kernel: str = "auto",
     fuse: bool = True,
+    adapter: str | Path | bool = False,
 ) -> PreTrainedModel:
     """The model in the checkpoint folder ``path``, ready for inference and ``generate``.
 
     device: where it is to run. dtype: floating dtype of activations, scales and unquantized weights; None takes the one that config.json
-    names. kernel: one of KERNELS, for all layers. fuse: join layers of the same input.
+    names. kernel: one of KERNELS, for all layers. fuse: join layers of the same input. adapter: the folder of a LoRA adapter whose products
+    are added, True for the one that lies in the checkpoint.
     Raises PTQError or UsageError, naming the file or tensor, when the folder is no quantized checkpoint or does not fit its model, or a
     layer cannot run on ``kernel``.
     """
@@ -52,6 +55,9 @@ def load_quantized(
     _Loader(checkpoint, place, kernel).run(fuse)
     model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
     model.hf_quantizer = _Packed(checkpoint)
+    added = adapter_folder(checkpoint.folder, adapter)
+    if added is not None:
+        add_adapter(model, added)
     return model.to(place)  # the buffers that the model computed for itself
 
 
@@ -151,7 +157,7 @@ class _Loader:
         or take the weights out of its range."""
         if values.dtype == self.dtype or not values.numel():
             return
-        smallest, largest = values.to(self.dtype).aminmax()
+        smallest, largest = (values if levels is None else values.abs()).to(self.dtype).aminmax()  # scales may have a sign
         lost = levels is not None and not (smallest > 0 and torch.isfinite(largest * levels))
         if lost or not (torch.isfinite(smallest) and torch.isfinite(largest)):
             raise PTQError(f"{self.checkpoint.folder}: {name} leave the range of {self.dtype}; load the model in another dtype")

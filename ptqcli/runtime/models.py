@@ -22,18 +22,21 @@ from ptqcli.runtime.load import load_quantized
 from ptqcli.untrusted import foreign
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "auto") -> Any:
+def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "auto", adapter: str | Path | bool = False) -> Any:
     """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are.
 
-    kernel: one of ``layers.KERNELS``, for packed weights. Raises PTQError for a folder that holds no model that can be loaded, UsageError
-    for a layer that cannot run on ``kernel``, or a kernel that is named for a model that is not packed. A model that is not packed and does
+    kernel: one of ``layers.KERNELS``, for packed weights. adapter: as in ``load_quantized``. Raises PTQError for a folder that holds no
+    model that can be loaded, UsageError for a layer that cannot run on ``kernel``, and for a kernel or an adapter that is named for a model
+    that is not packed. A model that is not packed and does
     not fit into the memory of ``device`` is spread by accelerate over what there is: GPUs, then main memory, then the disk.
     """
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
-        return load_quantized(folder, device=device, kernel=kernel)
+        return load_quantized(folder, device=device, kernel=kernel, adapter=adapter)
     if kernel != "auto":
         raise UsageError(f"{folder}: is not quantized, so it cannot run on --kernel {kernel}; leave the flag out")
+    if adapter is not False:
+        raise UsageError(f"{folder}: is not quantized, and adapters are added to quantized checkpoints only; leave --adapter out")
     return _load_plain(folder, config, torch.device(device)).eval()
 
 

@@ -68,11 +68,15 @@ class Solution:
 
 
 class MatrixSolver(Protocol):
-    """Chooses codes for one matrix at a time. needs_hessian: ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
+    """Chooses codes for one matrix at a time."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs_hessian: ClassVar[bool] = False
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
+        return False
 
     @property
     def aim(self) -> Aim | None:

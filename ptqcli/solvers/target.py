@@ -33,7 +33,7 @@ from torch import Tensor
 from ptqcli.calibration.statistics import Hessian, Pairs
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.options import option
-from ptqcli.solvers.damping import factorise
+from ptqcli.solvers.damping import DAMP, factorise
 
 TARGETS = ("quantized", "original")
 AUTO = "auto"
@@ -71,14 +71,13 @@ class AimsAtTarget:
     target: str
     alpha: float | str
     beta: float | str
-    damp: float
 
     @property
     def aim(self) -> Aim | None:
         """None where the target is the linear's own output."""
         if self.target != "original":
             return None
-        return Aim(_share("alpha", self.alpha), _share("beta", self.beta), self.damp)
+        return Aim(_share("alpha", self.alpha), _share("beta", self.beta), getattr(self, "damp", DAMP))
 
     def check_target(self) -> None:
         """Raise UsageError for shares that are none, and for shares without the target that they belong to."""

@@ -1,0 +1,31 @@
+"""The memory that tuning takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ptqcli.finishing.tune_scales import windows_at_once
+from ptqcli.formats import LinearSpec
+from ptqcli.model.skeleton import Skeleton
+from ptqcli.resources import Resources
+
+SCALE_COPIES = 7  # in float32: as stored, its change, the best one, what the model computes with, its gradient, and two of Adam
+LOGITS_COPIES = 6  # in float32, of one window: both models' logarithms of probabilities and what their gradients take
+
+
+def tuning_bytes(specs: Sequence[LinearSpec], skeleton: Skeleton, windows: int, seqlen: int, resources: Resources) -> int:
+    """Peak of all tensors, without what libraries hold. specs: the quantized linears of the original ``skeleton``."""
+    itemsize = resources.calibration_dtype(specs[0].scale_dtype).itemsize
+    weights = [spec.out_features * spec.in_features for spec in specs]
+    scales = sum(spec.out_features * spec.scheme.group_count(spec.in_features) for spec in specs)
+    blocks = len(skeleton.blocks)
+    rest = sum(parameter.numel() for parameter in skeleton.model.parameters()) - sum(weights)
+    features = min(spec.in_features for spec in specs)
+    tokens = windows_at_once(resources, seqlen) * seqlen
+    hidden = min(2 * windows * seqlen * features * itemsize, resources.activation_budget) + blocks * tokens * features * itemsize
+    decoded = sum(weights) // blocks * (4 + itemsize) + 4 * max(weights) * 4
+    inside = tokens * sum(spec.out_features + 2 * spec.in_features for spec in specs) // blocks * itemsize
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    logits = tokens * vocabulary * 3 * itemsize + LOGITS_COPIES * seqlen * vocabulary * 4
+    # Both models have what is not quantized, the original whatever is tied in the other's file.
+    return sum(weights) + SCALE_COPIES * 4 * scales + 2 * rest * itemsize + hidden + max(decoded + inside, logits)
