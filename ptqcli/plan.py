@@ -123,7 +123,6 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
-    _check_solver(recipe, linears)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
@@ -189,6 +188,9 @@ def _choose(
             skipped.append((site.name, reason))
             continue
         scheme = scheme.resolved(site.in_features)
+        refused = solver.refusal(scheme)
+        if refused is not None:
+            raise UsageError(f"{site.name}: {refused}")
         dtype = skeleton.dtype(f"{site.name}.weight")
         spec = LinearSpec(
             name=site.name,
@@ -263,14 +265,6 @@ def _check_window(recipe: Recipe) -> None:
     window = as_block_solver(recipe.solver()).window
     if not isinstance(window, int) or window < 1:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
-
-
-def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    solver = as_block_solver(recipe.solver())
-    for linear in linears:
-        reason = solver.refusal(linear.scheme)
-        if reason is not None:
-            raise UsageError(f"{linear.name}: {reason}")
 
 
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:

@@ -226,6 +226,12 @@ def test_a_linear_that_nothing_reads_keeps_its_start(run, monkeypatch):
     assert [name.split(".")[-1] for name, has in moved.items() if not has] == ["k_proj", "k_proj"]
 
 
+def test_a_block_that_stays_as_it_is_is_passed_by(run, watched):
+    _, _, report = run(layers=3, ignore=(r"layers\.1\.",))
+    assert watched.windows == [("0",), ("2",)]
+    assert {layer["name"].split(".")[2] for layer in report["layers"]} == {"0", "2"}
+
+
 def test_a_loss_that_is_not_finite_is_refused_by_name(run, monkeypatch, tmp_path):
     loss = AutoRound.loss
     monkeypatch.setattr(AutoRound, "loss", lambda self, output, target, bits: loss(self, output, target, bits) * float("nan"))
