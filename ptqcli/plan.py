@@ -125,7 +125,6 @@ def make_plan(
     check_groups(linears, recipe, hits)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
-    stages = _planned_stages(linears, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
@@ -142,7 +141,7 @@ def make_plan(
         skipped=tuple(skipped),
         outside=tuple(outside),
         plain=skeleton.plain_names(linear.name for linear in linears),
-        stages=stages,
+        stages=_planned_stages(linears, skeleton),
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
         texts=texts,

@@ -65,6 +65,14 @@ def run(tmp_path: Path):
     return quantized
 
 
+def windows_of(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The calibration windows of the runs to come."""
+    kept: list[torch.Tensor] = []
+    record = pipeline.record
+    monkeypatch.setattr(pipeline, "record", lambda skeleton, windows, *rest: kept.append(windows) or record(skeleton, windows, *rest))
+    return kept
+
+
 def tensors(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -87,9 +95,7 @@ def test_learning_lowers_the_loss_that_was_never_learned_from(run, watched, star
 
 def test_the_loss_that_is_kept_is_that_of_the_file(run, watched, monkeypatch):
     """On the two windows held out of twelve, as transformers' hidden states behind the first block have it."""
-    kept = []
-    draw = prepare.calibration_windows
-    monkeypatch.setattr(prepare, "calibration_windows", lambda *args: kept.append(draw(*args)) or kept[-1])
+    kept = windows_of(monkeypatch)
     original, folder, _ = run()
     first, found = (
         model(input_ids=kept[0][10:], output_hidden_states=True, use_cache=False).hidden_states[1].detach()
@@ -127,9 +133,7 @@ def test_windows_overlap_and_each_block_is_placed_once(run, watched):
 
 
 def test_an_overlapping_window_sees_what_the_quantized_model_gives(run, watched, monkeypatch):
-    kept, inputs = [], []
-    draw = prepare.calibration_windows
-    monkeypatch.setattr(prepare, "calibration_windows", lambda *args: kept.append(draw(*args)) or kept[-1])
+    kept, inputs = windows_of(monkeypatch), []
     solve = BlockLearner.solve
 
     def looking(self, work):
