@@ -40,7 +40,9 @@ def case_name(case: object) -> str:
 
 def usual(declared: Option) -> object:
     """The default, or a value where the default is none."""
-    return other(declared) if declared.default is None else declared.default
+    if declared.default is not None:
+        return declared.default
+    return declared.choices[0] if declared.choices else other(declared)
 
 
 def other(declared: Option) -> object:
