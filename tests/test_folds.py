@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from ptqcli.calibration.record import record_calls
-from ptqcli.numerics.grids import MinMax
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
+from ptqcli.numerics.grids import MinMax
 from ptqcli.transforms.folded import BOUND, FoldedBlock, verified
 from ptqcli.transforms.folds import Fold, FoldSearch, divide, find_folds
 from ptqcli.transforms.residual import residual_writers

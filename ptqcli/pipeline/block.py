@@ -116,6 +116,8 @@ class WindowWork:
         )
         if transforms:
             statistics = block.transform(streams, source, statistics)
+        if wanted.pairs:
+            return block.paired(walk, streams).sequential(wanted)
         return walk.sequential(wanted) if sequential else walk.at_once(statistics)
 
     def _prepare(self) -> None:

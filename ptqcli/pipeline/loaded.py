@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ptqcli.adapters.eora import low_rank_correction
+from ptqcli.adapters.eora import beside_bias, low_rank_correction
 from ptqcli.adapters.low_rank import LowRank
+from ptqcli.calibration.paired import PairedBlock
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
@@ -29,6 +31,7 @@ from ptqcli.solvers.per_matrix import statistics_for
 from ptqcli.transforms import BlockTransform
 from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec, verified
 from ptqcli.transforms.folds import FoldSearch, find_folds
+from ptqcli.transforms.residual import residual_writers
 
 
 @dataclass(kw_only=True)
@@ -71,6 +74,7 @@ class LoadedBlock:
         self.planned = {linear.name: linear for linear in run.plan.linears if linear.site.block == index}
         self.folded: FoldedBlock | None = None
         self.statistics: dict[str, InputStatistics] = {}  # of the inputs of linears, by local name, while they are needed
+        self.writers: Mapping[str, float] = {}  # into the residual stream, where somebody has asked
         self._finished: dict[str, Tensor] = {}  # what is stored for the block, as far as it differs from the model file
         self._layers: dict[str, LayerReport] = {}
         self._placed: set[str] = set()  # stored names of weights that have codes
@@ -83,6 +87,18 @@ class LoadedBlock:
         return CalibratedBlock(
             self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget
         )
+
+    def paired(self, walk: CalibratedBlock, streams: Streams) -> PairedBlock:
+        """The block as ``walk`` runs it, side by side with itself as it is now, which stays so, on the original model's hidden states."""
+        assert self.block is not None
+        assert streams.original is not None
+        recording, resources, states = streams.recording, self.run.resources, streams.original
+        twin = copy.deepcopy(self.block, {id(value): value for value in (*self.block.parameters(), *self.block.buffers())})
+        original = CalibratedBlock(
+            twin, self.stages, walk.calls, recording.batches, states.inputs, states.outputs, resources.device, resources.activation_budget
+        )
+        self.writers = residual_writers(self.block, streams.excerpt("probe", self.index, streams.quantized.inputs))
+        return PairedBlock(walk, original, self.writers, resources.activation_budget)
 
     def stored(self, local: str) -> Tensor:
         """A parameter of the block as the model file has it, on the device of the run."""
@@ -102,7 +118,20 @@ class LoadedBlock:
             stored = self.stored(f"{local}.weight")
             weight = (stored.t() if linear.site.transposed else stored).float()
         ranges = None if self.folded is None else self.folded.ranges.get(local)
-        return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, ranges=ranges)
+        return LinearTask(
+            name=name,
+            weight=weight,
+            scheme=linear.scheme,
+            scale_dtype=linear.scale_dtype,
+            ranges=ranges,
+            bias=self._bias(local),
+            writes=self.writers.get(local),
+        )
+
+    def _bias(self, local: str) -> Tensor | None:
+        """The bias of a linear as it is now, float32."""
+        bias = None if self.block is None else getattr(self.block.get_submodule(local), "bias", None)
+        return bias.detach().float() if isinstance(bias, Tensor) else None
 
     def place(self, task: LinearTask, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block; what was placed before is forgotten."""
@@ -116,22 +145,32 @@ class LoadedBlock:
         packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
         self._finished.update(packed)
         self._placed.add(stored_name)
+        shift = None
+        if solution.bias is not None and task.bias is not None:
+            self.replace(f"{task.name}.bias", solution.bias)
+            shift = solution.bias - task.bias
         layer = FakeQuantLinear.of(solution.weight)
-        error = relative_error(task.weight, layer, self.statistics.get(linear.site.local))
-        corrected = self._correct(linear, task.weight, layer)
+        error = relative_error(task.weight, layer, self.statistics.get(linear.site.local), shift)
+        corrected = self._correct(linear, task.weight if solution.aimed is None else solution.aimed, layer, shift)
         self._note(linear, solution, error, corrected, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.progress.layer_done(task.name, error)
 
-    def _correct(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear) -> float | None:
-        """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it."""
+    def _correct(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear, shift: Tensor | None) -> float | None:
+        """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it.
+
+        weight: what the codes were to answer to. shift: what has been added to the bias.
+        """
         rank, statistics = self.run.plan.recipe.adapter_rank, self.statistics.get(linear.site.local)
         if not rank:
             return None
         assert statistics is not None
         assert statistics.hessian is not None
-        adapter = low_rank_correction(weight - layer.matrix(), statistics.hessian.matrix, rank).to(weight.device, linear.scale_dtype)
+        difference, hessian = weight - layer.matrix(), statistics.hessian.matrix
+        if shift is not None and statistics.sums is not None:
+            difference = beside_bias(difference, hessian, statistics.sums, statistics.tokens, linear.name)
+        adapter = low_rank_correction(difference, hessian, rank).to(weight.device, linear.scale_dtype)
         self.run.adapters[linear.name] = adapter.to(torch.device("cpu"), linear.scale_dtype)
-        return relative_error(weight, layer, statistics, adapter.matrix())
+        return relative_error(weight, layer, statistics, shift, adapter.matrix())
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, corrected: float | None, bits: int) -> None:
         outliers, seen = solution.notes.outlier_columns, self.statistics.get(linear.site.local)

@@ -145,7 +145,7 @@ class _Quantization:
         state = self.state
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
-            original, excerpts = state.solver.needs.original, bool(state.transforms)
+            original, excerpts = state.solver.needs.original, bool(state.transforms) or state.solver.needs.pairs
             state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder.path, original, excerpts)
 
     def _quantize_window(self, indices: Sequence[int]) -> None:
@@ -156,7 +156,7 @@ class _Quantization:
             blocks = [self._load(index) for index in indices]
         work = WindowWork(self.state, indices, blocks)
         with self.clock.measure("solve"):
-            if self.state.streams is not None:
+            if self.state.streams is not None and not self.state.solver.needs.pairs:  # which runs both models' blocks side by side
                 self.state.streams.follow([block for block in blocks if block is not None], indices)
             self.state.solver.solve(work)
             finished = work.finish()

@@ -43,6 +43,9 @@ class LayerReport:
     damp_raised: bool
     outlier_columns: int | None
     outlier_share: float | None
+    alpha: float | None
+    beta: float | None
+    bias_corrected: bool
     inputs_all_zero: bool = False
     adapter_error: float | None = None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRe
 from ptqcli.numerics.grids import RangeSearch, SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from ptqcli.solvers.target import Aim
 
 # Copies of a matrix, in float32, that fitting grids to it and rounding it take.
 COPIES_TO_FIT = 3
@@ -41,7 +44,8 @@ class SolveNotes:
 
     never_activated: input columns that calibration never reached. zero_groups: (row, group) pairs whose weights are all zero.
     damp: relative damping that was used, None where the method has none. damp_raised: it is above the one asked for.
-    outlier_columns: columns kept in 16 bit, None where the scheme splits none off.
+    outlier_columns: columns kept in 16 bit, None where the scheme splits none off. alpha, beta: shares of ``target``, None where it was
+    not aimed at the original model's output. bias_corrected: the bias takes up what the codes shift the mean output by.
     """
 
     never_activated: int = 0
@@ -49,22 +53,44 @@ class SolveNotes:
     damp: float | None = None
     damp_raised: bool = False
     outlier_columns: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    bias_corrected: bool = False
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes for one matrix and what is to be said about them."""
+    """Codes for one matrix and what is to be said about them. bias: [out], in place of the linear's own, None to leave that.
+
+    aimed: float32 [out, in], the weight that the codes were to answer to, None where it is the linear's own.
+    """
 
     weight: QuantizedWeight
     notes: SolveNotes
+    bias: Tensor | None = None
+    aimed: Tensor | None = None
 
 
 class MatrixSolver(Protocol):
-    """Chooses codes for one matrix at a time. needs_hessian: ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
+    """Chooses codes for one matrix at a time."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs_hessian: ClassVar[bool] = False
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
+        return False
+
+    @property
+    def aim(self) -> Aim | None:
+        """How much of the original model's output to aim at, see ``target``; None for none of it."""
+        return None
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether biases take up the shift of the mean output, see ``bias``."""
+        return False
 
     @property
     def ranges(self) -> RangeSearch:
@@ -103,7 +129,9 @@ class MatrixSolver(Protocol):
 class LinearTask:
     """A linear that waits for its codes.
 
-    name: its path in the model. weight: float32 [out, in], not to be written into. ranges: as in ``MatrixSolver.solve``.
+    name: its path in the model. weight: float32 [out, in], not to be written into. ranges: as in ``MatrixSolver.solve``. bias: float32
+    [out], None if the linear has none. writes: by what its output is multiplied before it is added to the residual stream, None where it
+    is not or nobody asked.
     """
 
     name: str
@@ -111,6 +139,8 @@ class LinearTask:
     scheme: Scheme
     scale_dtype: torch.dtype
     ranges: RangeSearch | None = None
+    bias: Tensor | None = None
+    writes: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,15 @@ from ptqcli.solvers.per_matrix import StageWork
 from ptqcli.solvers.rtn import RTN
 
 
-def relative_error(weight: Tensor, layer: FakeQuantLinear, statistics: InputStatistics | None, adapter: Tensor | None = None) -> float:
+def relative_error(
+    weight: Tensor, layer: FakeQuantLinear, statistics: InputStatistics | None, shift: Tensor | None = None, adapter: Tensor | None = None
+) -> float:
     """``|W x - layer(x)|_F / |W x|_F`` over the tokens of ``statistics``, the bias left out on both sides; 0 if ``W x`` is 0.
 
-    weight: W, float32 [out, in]. adapter: floating [out, in], by which inputs that are not rounded are multiplied, added to what the layer
-    gives; None for none. A layer that rounds its inputs runs on the sampled tokens, in one call. One that does not is measured on all
-    tokens through their Hessian, or on the samples where there is none. Without statistics: ``|W - W'|_F / |W|_F``.
+    weight: W, float32 [out, in]. shift: what has been added to the bias, [out]. adapter: floating [out, in], by which inputs that are not
+    rounded are multiplied, added to what the layer gives; None for none. A layer that rounds its inputs runs on the sampled tokens, in one
+    call. One that does not is measured on all tokens through their Hessian, or on the samples where there is none. Without statistics:
+    ``|W - W'|_F / |W|_F``.
     """
     target = weight if adapter is None else weight - adapter
     difference = target - layer.matrix()
@@ -27,10 +30,13 @@ def relative_error(weight: Tensor, layer: FakeQuantLinear, statistics: InputStat
     elif layer.activations is not None:
         inputs = statistics.sampled()
         found = layer(inputs) if layer.bias is None else layer(inputs) - layer.bias
+        found = found if shift is None else found + shift
         error, whole = (inputs @ target.t() - found).square().sum(), (inputs @ weight.t()).square().sum()
     elif statistics.hessian is not None:
         hessian = statistics.hessian.matrix
         error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+        if shift is not None and statistics.sums is not None:
+            error = error - 2 * (shift * (difference @ statistics.sums)).sum() + statistics.hessian.tokens * shift.square().sum()
     else:
         inputs = statistics.sampled()
         error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()

@@ -20,7 +20,10 @@ LINES = {
     "quantize": ("quantize model --algo rtn --group-size 32 --output new --overwrite", "writtennew"),
     "eval": ("eval done --ppl text.txt --seqlen 64 --no-baseline", "checkpointdone"),
     "bench": ("bench --shapes 128x32 --tokens 1 --seconds 0.0001", "w4a16-g128:mediantimeofacall"),
-    "tune-scales": ("tune-scales done --model model --calib text.txt --nsamples 2 --seqlen 16 --steps 1 --output tuned --overwrite", "writtentuned"),
+    "tune-scales": (
+        "tune-scales done --model model --calib text.txt --nsamples 2 --seqlen 16 --steps 1 --output tuned --overwrite",
+        "writtentuned",
+    ),
     "inspect": ("inspect done", "Layers(error:relative,weight)"),
     "generate": ("generate done hello --max-new-tokens 2", "hello"),
     "algorithms": ("algorithms", "Options"),
