@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.calibration.bos import check_bos
+from ptqcli.calibration.sources import check_calib
 from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
@@ -24,7 +25,7 @@ from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
-    from ptqcli.transforms import BlockTransform
+    from ptqcli.transforms import BlockTransform, ModelTransform
 
 DEFAULT_BITS = 4
 
@@ -101,8 +102,10 @@ class Recipe:
     activations alone. act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none, dynamic or
     static, columns with inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
     sequential: later linears of a block are calibrated behind the quantized earlier ones.
-    calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
-    with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
+    calib: auto, self, builtin, wikitext2, c4, pile, a path, or a list with the windows of each such as c4:64,self:8, see
+    ``calibration.sources``. nsamples windows (None: 128, or fewer where the model writes them) of seqlen tokens (None: what the model
+    allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
+    is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
     finish: kl tunes the scales end to end (``finishing.tune_scales``) when all codes stand, none leaves them.
@@ -121,8 +124,8 @@ class Recipe:
     outliers: str | None = None
     outlier_threshold: float | None = None
     sequential: bool = True
-    calib: str = "builtin"
-    nsamples: int = 128
+    calib: str = "auto"
+    nsamples: int | None = None
     seqlen: int | None = None
     seed: int = 0
     bos: str = "auto"
@@ -136,15 +139,15 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_types(Recipe, vars(self), "recipe")
         _check_options(self.options, self.algorithm)
+        self._check_order()
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:
             raise UsageError(
                 "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
             )
         find_format(self.format)
-        if not self.calib:
-            raise UsageError("calib is empty; give builtin, wikitext2, c4, pile or a path")
-        if self.nsamples < 1:
+        check_calib(self.calib, self.nsamples)
+        if self.nsamples is not None and self.nsamples < 1:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
@@ -161,7 +164,7 @@ class Recipe:
             raise UsageError(f"adapter rank {self.adapter_rank} is out of range; give 1 to {LARGEST_ADAPTER_RANK}, or 0 for no adapter")
         if self.finish not in FINISHES:
             raise UsageError(f"finish '{self.finish}' is unknown; use {' or '.join(FINISHES)}{did_you_mean(self.finish, FINISHES)}")
-        if self.finish != "none" and self.nsamples < 2:
+        if self.finish != "none" and self.nsamples is not None and self.nsamples < 2:
             raise UsageError(f"finish {self.finish} holds half of the windows out; give --nsamples 2 or more")
         if self.finish != "none" and self.adapter_rank:
             raise UsageError("an adapter corrects the scales as they are before finish kl moves them; leave one of the two out")
@@ -187,8 +190,24 @@ class Recipe:
         return solver
 
     def transforms(self) -> list[BlockTransform]:
-        """The transforms that come before the solver, in order, with their options."""
+        """The transforms of blocks that come before the solver, in order, with their options."""
+        return [transform for transform in self._transforms if not _is_of_the_model(transform)]
+
+    def model_transforms(self) -> list[ModelTransform]:
+        """The transforms of the whole model, which come before those of blocks, in order, with their options."""
+        return [transform for transform in self._transforms if _is_of_the_model(transform)]
+
+    @property
+    def _transforms(self) -> list[Any]:
         return [self._built[part.name] for part in self.algorithm.transforms]
+
+    def _check_order(self) -> None:
+        names = [transform.name for transform in self._transforms]
+        ordered = [*(transform.name for transform in self.model_transforms()), *(transform.name for transform in self.transforms())]
+        if names != ordered:
+            rest = [part.name for part in self.algorithm.parts if not part.is_transform]
+            written = "+".join([*ordered, *rest])
+            raise UsageError(f"algorithm '{self.algo}': {ordered[0]} rewrites the whole model and comes first; write {written}")
 
     def stored(self) -> dict[str, Any]:
         """The fields as a report keeps them: with every option of every part, those that were not given, too."""
@@ -247,6 +266,10 @@ class Recipe:
             raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
         threshold = DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold
         return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
+
+
+def _is_of_the_model(transform: Any) -> bool:
+    return hasattr(transform, "prepare")
 
 
 def _group_number(given: int | str, activations: ActivationScheme | None) -> int:

@@ -9,7 +9,8 @@ the extra [gguf].
     smollm2   SmolLM2-135M-Instruct: Llama, 30 layers, width 576, chat template. Its weights were stored in Q4_1, so they lie on 4-bit grids
               of 32, which flatters schemes that are close to those
     mgm       GPT-2, 8 layers, width 256, float32 weights that never were quantized: genera of microbes, no English. Beside it lie
-              calibration.txt and heldout.txt, which it wrote itself with fixed seeds
+              calibration.txt and heldout.txt, which it wrote itself with fixed seeds, a line of 128 words each: half of what it writes
+              ends before that, and what it writes behind an end is nothing but ends, so the end is left out of what it draws from
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pathlib import Path
 import torch
 
 FOLDER = Path.home() / ".cache" / "ptqcli-lab"
-SEQUENCES = {"calibration": (0, 64), "heldout": (1, 32)}  # file -> seed, sequences of the model's whole context
+SEQUENCES = {"calibration": (0, 128), "heldout": (1, 128)}  # file -> seed, sequences
+WORDS = 128  # in a sequence of MGM's
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,13 @@ def _numbered_words(words: int):  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def _written(model: torch.nn.Module, count: int, seed: int) -> torch.Tensor:
-    """``count`` sequences [count, context] at temperature 1, each after the word that begins a sequence."""
+    """``count`` sequences [count, WORDS] at temperature 1, each after the word that begins a sequence, without the special words."""
     torch.manual_seed(seed)
-    context = model.config.n_positions
+    special = [model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id]
     first = torch.full((count, 1), model.config.bos_token_id)
     return model.generate(
-        first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, max_length=context, min_length=context,
-        eos_token_id=None, pad_token_id=model.config.pad_token_id,
+        first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, max_length=WORDS, min_length=WORDS,
+        eos_token_id=None, pad_token_id=model.config.pad_token_id, suppress_tokens=special,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from textbook import excess_rounding, textbook_gptq, textbook_values
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.elements import Codebook
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.solvers import gptq
 from ptqcli.solvers.gptq import LEAF
 from ptqcli.solvers.rtn import RTN
@@ -87,7 +87,7 @@ def test_scales_are_rounded_before_codes_are_chosen(scale_dtype):
     weight, hessian = layer()
     scheme = Scheme(4, 64)
     ours = solve(GPTQ(), weight, hessian, scheme, scale_dtype).weight
-    truth = textbook_gptq(weight, hessian.matrix, scheme, scale_dtype, 0.01, True, True)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, scale_dtype, 0.01, True, True, "minmax")
     assert ours.scale.dtype == scale_dtype
     assert torch.equal(ours.codes, truth.codes)
     assert torch.equal(ours.scale, truth.scale)
@@ -100,7 +100,7 @@ def test_the_comparison_notices_one_flipped_code():
     assert excess_rounding(weight, hessian.matrix, ours, 0.01) < 1e-6
     ours.codes[3, 17] ^= 1
     assert excess_rounding(weight, hessian.matrix, ours, 0.01) > 1e-3
-    assert not torch.equal(ours.codes, textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01).codes)
+    assert not torch.equal(ours.codes, textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, search="minmax").codes)
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -119,9 +119,9 @@ def test_a_column_never_activated_is_rounded_to_nearest_and_counted(order, damp)
     hessian.sums[40, :] = 0
     scheme = Scheme(4, -1)
     solution = solve(GPTQ(damp=damp, act_order=order), weight, hessian, scheme)
-    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True, "minmax")
     assert torch.equal(solution.weight.codes, truth.codes)
-    assert torch.equal(solution.weight.codes[:, 40], solve(RTN(), weight, None, scheme).weight.codes[:, 40])
+    assert torch.equal(solution.weight.codes[:, 40], solve(RTN("minmax"), weight, None, scheme).weight.codes[:, 40])
     assert solution.notes.never_activated == 1
     assert not solution.notes.damp_raised
 
@@ -131,7 +131,7 @@ def test_a_rank_deficient_hessian_is_damped_as_the_textbook_does():
     assert torch.linalg.matrix_rank(hessian.matrix) <= 50
     scheme = Scheme(3, 64)
     solution = solve(GPTQ(act_order=False), weight, hessian, scheme)
-    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, search="minmax")
     assert torch.equal(solution.weight.codes, truth.codes)
     assert solution.notes.damp == 0.01
 
@@ -180,3 +180,30 @@ def test_gptq_beats_rounding_in_output_error():
         errors[name] = hessian.output_energy(weight - solved)
     assert errors["plain"] < 0.8 * errors["rtn"]
     assert errors["act"] < errors["plain"]
+
+
+@pytest.mark.parametrize("group", [16, -1])
+@pytest.mark.parametrize(("order", "static"), [(True, True), (False, True), (True, False)], ids=["act", "plain", "classic"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_of_both_searches_each_row_keeps_the_better(bits, order, static, group):
+    weight, hessian = layer(out=40)
+    scheme = Scheme(bits, group)
+    damped = hessian.matrix.double() + 0.01 * hessian.matrix.double().diagonal().mean() * torch.eye(192, dtype=torch.float64)
+
+    def row_losses(search):
+        found = solve(GPTQ(0.01, order, static, search, polish=0), weight, hessian, scheme).weight
+        error = weight - found.dequantize(torch.float64)
+        return ((error @ damped) * error).sum(dim=1)
+
+    minmax, mse, both = (row_losses(search) for search in ("minmax", "mse", "auto"))
+    torch.testing.assert_close(both, torch.minimum(minmax, mse), rtol=1e-6, atol=0)
+    assert (minmax < mse).any()
+    assert (mse < minmax).any()
+
+
+def test_with_one_scale_for_the_matrix_all_rows_keep_the_same_search():
+    weight, hessian = layer(out=40)
+    scheme = Scheme(8, 0, activations=ActivationScheme())
+    scales = [solve(GPTQ(scale_search=search, polish=0), weight, hessian, scheme).weight.scale for search in ("minmax", "mse", "auto")]
+    assert torch.equal(scales[2], scales[0]) or torch.equal(scales[2], scales[1])
+    assert (scales[2] == scales[2][0]).all()

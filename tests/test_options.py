@@ -24,7 +24,7 @@ from ptqcli import recipe as recipes
 from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorithm, parts
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.options import Option, check_choices, fits, from_text, option, options_of
+from ptqcli.options import Option, check_choices, fits, from_text, kinds, option, options_of
 from ptqcli.recipe import Recipe, load_recipe
 
 ALGORITHMS = [*parts(), "awq+gptq", "awq+obq", "smoothquant+obq", "awq+smoothquant"]
@@ -46,7 +46,9 @@ def other(declared: Option) -> object:
     """A value that is not the default."""
     if isinstance(declared.default, bool):
         return not declared.default
-    return next(choice for choice in declared.choices if choice != declared.default) if declared.choices else 0.25
+    if declared.choices:
+        return next(choice for choice in declared.choices if choice != declared.default)
+    return 0.25 if float in kinds(declared.hint) else 3
 
 
 def as_flag(declared: Option, value: object) -> list[str]:
@@ -90,7 +92,8 @@ def test_an_option_whose_part_is_not_asked_for_is_refused_by_name(ptq: Ptq, tmp_
     ]
     for answer in answers:
         assert answer.code == 2
-        assert f"{declared.option.words} belongs to {' and '.join(declared.parts)}, not to {algorithm}; leave it out" in one_line(answer)
+        owners = " and ".join(filter(None, [", ".join(declared.parts[:-1]), declared.parts[-1]]))
+        assert f"{declared.option.words} belongs to {owners}, not to {algorithm}; leave it out" in one_line(answer)
     assert str(file) in one_line(answers[1])
     for part in declared.parts:
         file.write_text(yaml.safe_dump({"algo": algorithm, part: {declared.option.name: value}}))
@@ -318,7 +321,8 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
 def test_a_flag_that_is_taken_is_left_to_set(ptq: Ptq, asked: list[Recipe]) -> None:
     refused = ptq("quantize", "--algo", "stretched", "--damp", "5")
     assert refused.code == 2
-    assert "damp belongs to gptq and obq, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
+    owners = "gptq, obq, autoround and flexround"
+    assert f"damp belongs to {owners}, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
     ptq("quantize", "--algo", "stretched", "--set", "stretched.damp=5", "--set", "stretched.output=y")
     assert [recipe.options for recipe in asked] == [{"stretched": {"damp": 5, "output": "y"}}]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from ptqcli.calibration.bos import window_bos
-from ptqcli.calibration.chat import chat_writer
-from ptqcli.calibration.rows import Rows
-from ptqcli.calibration.text import calibration_windows, documents, source_path
+from ptqcli.calibration.sources import read_calib
+from ptqcli.calibration.text import source_path
+from ptqcli.estimate import LIBRARY_BYTES
+from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.clock import Clock
@@ -21,25 +18,15 @@ from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline.rewriting import proof_bytes, rewritten
+from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
+from ptqcli.plan_texts import ChooseTexts
 from ptqcli.recipe import Recipe
-from ptqcli.resources import Resources
+from ptqcli.resources import Resources, process_bytes
 
 # Where the checkpoint goes, or what says so once it is known what will be in it.
 Output = Path | Callable[[Plan], Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationSet:
-    """What a run is calibrated on.
-
-    windows: token ids, int64 [windows, tokens]. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of the
-    text's tables that hold none.
-    """
-
-    windows: Tensor
-    bos: bool
-    skipped_rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +42,33 @@ class Prepared:
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
     """Open the model and decide everything that can be decided without its weights."""
-    skeleton = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
-    return skeleton, make_plan(recipe, skeleton, resources)
+    return _planned(open_skeleton(model, recipe), recipe, resources)
+
+
+def _planned(original: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
+    """The model as transforms of the whole model rewrite it, and its plan."""
+    skeleton, rewrites = rewritten(original, recipe)
+    plan = make_plan(recipe, skeleton, resources, choose_texts=choose_texts)
+    return skeleton, plan if not rewrites else _with_rewrites(plan, original, skeleton, rewrites, resources)
+
+
+def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:
+    """What is added to the plan of a rewritten model: its cost, compared with the model as it was, and what is to be known."""
+    solver = plan.recipe.algorithm.solver.name
+    own = [note for transform in plan.recipe.model_transforms() for note in transform.notes(solver)]
+    held = process_bytes() + LIBRARY_BYTES if resources.device.type == "cpu" else 0
+    return replace(
+        plan,
+        bytes_before=original.total_bytes,
+        memory_bytes=max(plan.memory_bytes, held + proof_bytes(skeleton)),
+        rewrites=tuple(rewrite.done for rewrite in rewrites),
+        notes=(*(note for rewrite in rewrites for note in rewrite.notes), *own, *plan.notes),
+    )
+
+
+def open_skeleton(model: Path | ModelSource, recipe: Recipe) -> Skeleton:
+    """The model without its weights."""
+    return Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
 
 
 def prepare(
@@ -69,17 +81,22 @@ def prepare(
     data_dir: Path | None,
     progress: Progress,
     clock: Clock,
+    rehearsal: bool = False,
 ) -> Prepared:
     """Plan the run, see that ``output`` can be written, and read the calibration text.
 
+    rehearsal: the run will not follow, so the model writes no text.
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
     folder = model if isinstance(model, Path) else model.folder
-    inputs = [path for path in (source_path(recipe.calib), data_dir) if path is not None and os.path.exists(path)]
+    texts = [source_path(share.source) for share in read_calib(recipe.calib)]
+    inputs = [path for path in (*texts, data_dir) if path is not None and os.path.exists(path)]
     if isinstance(output, Path):  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
-        skeleton, plan = plan_run(model, recipe, resources)
+        original = open_skeleton(model, recipe)
+        maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
+        skeleton, plan = _planned(original, recipe, resources, maker.choose)
     if not isinstance(output, Path):
         output = output(plan)
         check_output(output, folder, overwrite, inputs)
@@ -87,18 +104,12 @@ def prepare(
     check_room(output, plan.disk_bytes)
     calibration = None
     if plan.needs_calibration:
-        progress.phase(f"reading calibration text from {recipe.calib}")
         with clock.measure("text"):
-            calibration = _calibration_set(plan, skeleton.source.tokenizer(), data_dir)
+            calibration = maker.make(plan.texts, plan.seqlen, rehearsal)
             return_freed_memory()  # a tokenizer's work on a long text takes many times the text
         if calibration.skipped_rows:
             progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
+        for share, known in calibration.known.items():
+            if known is not None and known.foreign:
+                progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)
-
-
-def _calibration_set(plan: Plan, tokenizer: Any, data_dir: Path | None) -> CalibrationSet:
-    recipe, rows = plan.recipe, Rows(write_chat=chat_writer(tokenizer))
-    bos = window_bos(tokenizer, recipe.bos)
-    texts = documents(recipe.calib, "calibration", data_dir, rows)
-    windows = calibration_windows(texts, tokenizer, recipe.nsamples, plan.seqlen, recipe.seed, bos)
-    return CalibrationSet(windows=windows, bos=bos is not None, skipped_rows=rows.skipped)

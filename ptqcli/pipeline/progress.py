@@ -17,14 +17,17 @@ class Progress(Protocol):
     def phase(self, text: str) -> None:
         """What is being done now, in words."""
 
+    def remark(self, text: str) -> None:
+        """Something that a person should know before the work goes on."""
+
     def block_started(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` begins."""
 
     def detail(self, text: str) -> None:
         """What is being done inside a block, in words."""
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of the work on one linear are behind us; only slow solvers tell."""
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` pieces of the work on one linear or block are behind us, and how it goes; only slow solvers tell."""
 
     def layer_done(self, name: str, error: float) -> None:
         """A linear has its codes; ``error`` is its relative output error."""
@@ -45,13 +48,16 @@ class NoProgress:
     def phase(self, text: str) -> None:
         pass
 
+    def remark(self, text: str) -> None:
+        pass
+
     def block_started(self, index: int, count: int) -> None:
         pass
 
     def detail(self, text: str) -> None:
         pass
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
         pass
 
     def layer_done(self, name: str, error: float) -> None:

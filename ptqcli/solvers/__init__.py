@@ -12,7 +12,7 @@ of every linear itself. ``per_matrix.PerMatrix`` is the block solver that applie
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -175,6 +175,17 @@ class CalibrationBatches(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
 
+    @property
+    def windows(self) -> Sequence[Sequence[int]]:
+        """The numbers of the windows of each batch."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any windows can share a batch, because the model calls its blocks alike whatever the text is."""
+
+    def of(self, windows: Sequence[int]) -> Batch:
+        """The batch of these windows: one of ``windows``, or, where it mixes, any as large as the first."""
+
 
 class BlockWork(Protocol):
     """A window of blocks, loaded, as block solvers see it: after the transforms, every weight still unquantized.
@@ -195,8 +206,19 @@ class BlockWork(Protocol):
     def paths(self) -> Sequence[str]:
         """Path in the model of each block."""
 
+    @property
+    def final(self) -> int:
+        """How many of the blocks have to be placed; those behind them come again at the head of the next window."""
+
+    @property
+    def carried(self) -> MutableMapping[str, Any]:
+        """What the solver wants to find again in the next window."""
+
     def stages(self) -> Iterator[Stage]:
-        """The stages in the order in which they run; each is seen after all earlier ones have been placed."""
+        """The stages in the order in which they run; each is seen after all earlier ones have been placed.
+
+        A solver that works on batches, too, asks for them first.
+        """
 
     def batches(self) -> CalibrationBatches:
         """The hidden states before the window, to run through it."""
@@ -207,15 +229,16 @@ class BlockWork(Protocol):
     def replace(self, parameter: str, value: Tensor) -> None:
         """Give ``parameter`` (its path in the model), which is not quantized, another value, in the block and in the file."""
 
-    def progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of work on ``name`` are behind us."""
+    def progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` pieces of work on ``name`` are behind us; ``note`` says how it goes."""
 
 
 class BlockSolver(Protocol):
     """Works on a window of blocks.
 
     needs: what it wants to know of the inputs; ``original`` asks for the original model's hidden states beside the quantized model's.
-    window: blocks worked on together.
+    window: blocks worked on together. overlap: how many of them come again at the head of the next window. batch: the most calibration
+    windows in one pass, None for what suits the machine.
     """
 
     name: ClassVar[str]
@@ -227,9 +250,27 @@ class BlockSolver(Protocol):
     @property
     def window(self) -> int: ...
 
+    @property
+    def overlap(self) -> int:
+        """As it stands, none."""
+        return 0
+
+    @property
+    def batch(self) -> int | None:
+        """As it stands, None."""
+        return None
+
     @abstractmethod
     def solve(self, work: BlockWork) -> None:
         """Place every linear of the window."""
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why it has no codes in this scheme, None if it has."""
+        return None
+
+    def notes(self, windows: int) -> list[str]:
+        """What to say beforehand of a run on so many calibration windows; as it stands, nothing."""
+        return []
 
     @property
     def ranges(self) -> RangeSearch:
@@ -243,3 +284,10 @@ class BlockSolver(Protocol):
     @abstractmethod
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """As in ``MatrixSolver``."""
+
+    def window_bytes(self, weights: int, features: int, tokens: int) -> int:
+        """Memory held while a window is at work, beside its blocks; as it stands, none.
+
+        weights: of the window's linears together. features: of what its modules read and return for a token. tokens: of a batch.
+        """
+        return 0

@@ -14,13 +14,17 @@ from ptqcli.solvers.rtn import RTN
 
 
 def relative_error(
-    weight: Tensor, layer: FakeQuantLinear, statistics: InputStatistics | None, shift: Tensor | None = None, adapter: Tensor | None = None
+    weight: Tensor,
+    layer: FakeQuantLinear,
+    statistics: InputStatistics | None,
+    shift: Tensor | None = None,
+    adapter: Tensor | None = None,
 ) -> float:
     """``|W x - layer(x)|_F / |W x|_F`` over the tokens of ``statistics``, the bias left out on both sides; 0 if ``W x`` is 0.
 
     weight: W, float32 [out, in]. shift: what has been added to the bias, [out]. adapter: floating [out, in], by which inputs that are not
-    rounded are multiplied, added to what the layer gives; None for none. A layer that rounds its inputs runs on the sampled tokens, in one
-    call. One that does not is measured on all tokens through their Hessian, or on the samples where there is none. Without statistics:
+    rounded are multiplied, added to what the layer gives. A layer that rounds its inputs runs on the sampled tokens, in one call. One that
+    does not is measured on all tokens through their Hessian, or on the samples where there is none. Without statistics:
     ``|W - W'|_F / |W|_F``.
     """
     target = weight if adapter is None else weight - adapter

@@ -23,7 +23,7 @@ from ptqcli.solvers.bias import centred, corrected_bias, corrected_towards
 from ptqcli.solvers.target import Moments, Targeted, aim_at
 
 
-class PerMatrix:
+class PerMatrix(BlockSolver):
     """Each matrix by itself. solver: what chooses its codes."""
 
     name: ClassVar[str] = "per-matrix"
@@ -32,10 +32,14 @@ class PerMatrix:
 
     def __init__(self, solver: MatrixSolver) -> None:
         self.solver = solver
+
+    @property
+    def needs(self) -> StatisticsRequest:
+        """What the matrix solver asks for."""
+        solver = self.solver
         aims = solver.aim is not None
-        self.needs = StatisticsRequest(
-            hessian=solver.needs_hessian or aims, pairs=aims, original=aims, sums=solver.corrects_bias and solver.needs_hessian
-        )
+        sums = solver.corrects_bias and solver.needs_hessian
+        return StatisticsRequest(hessian=solver.needs_hessian or aims, pairs=aims, original=aims, sums=sums)
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""

@@ -1,7 +1,7 @@
 """Which linears of a block write into its residual stream, found by behaviour alone.
 
 A block of a pre-norm model returns ``h + sum_k c_k y_k``: the hidden states that it was given and the outputs of some of its linears, each
-times a constant (1, or Granite's residual multiplier). On a twin that is cut at its modules with parameters (``folds.CutBlock``) these
+times a constant (1, or Granite's residual multiplier). On a twin that is cut at its modules with parameters (``cut.py``) these
 outputs are leaves: when one is multiplied by random numbers, channel by channel, the block's output must change by ``c_k`` times what the
 leaf has changed by, and in the end the sum must be the output. Linears whose output goes through a norm before it is added (Gemma 2) or
 into a gate do not write in this sense; a block that has another output than such a sum has no writers.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqcli.transforms.folds import TOLERANCE, CutBlock, NoFoldError, Run
+from ptqcli.transforms.cut import TOLERANCE, CutError, CutModule, Run
 
 
 def residual_writers(block: nn.Module, run: Run) -> dict[str, float]:
@@ -32,9 +32,9 @@ def residual_writers(block: nn.Module, run: Run) -> dict[str, float]:
             handle.remove()
 
     try:
-        cut = CutBlock(block, noting)
+        cut = CutModule(block, noting)
         return _writers(cut, given[0])
-    except (RuntimeError, NoFoldError):  # code that the cuts or float64 do not suit
+    except (RuntimeError, CutError):  # code that the cuts or float64 do not suit
         return {}
 
 
@@ -44,7 +44,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden.detach().clone()
 
 
-def _writers(cut: CutBlock, hidden: Tensor) -> dict[str, float]:
+def _writers(cut: CutModule, hidden: Tensor) -> dict[str, float]:
     output = cut.before[-1][0].detach()
     writers: dict[str, float] = {}
     rest = output - hidden
@@ -58,12 +58,12 @@ def _writers(cut: CutBlock, hidden: Tensor) -> dict[str, float]:
     return writers if rest.norm() <= TOLERANCE * output.norm() else {}
 
 
-def _factor(cut: CutBlock, index: int, output: Tensor) -> float | None:
+def _factor(cut: CutModule, index: int, output: Tensor) -> float | None:
     """By what the leaf ``index`` is multiplied before it is added to the output, None if that is not all that becomes of it."""
     leaf = cut.leaves[index].detach()
     scale = 1 + torch.rand(leaf.shape[-1], generator=cut.generator, dtype=torch.float64).to(leaf.device)
     added = (leaf * (scale - 1)).view_as(output)
-    change = cut.outputs(index, scale)[-1][0].detach() - output
+    change = cut.passed({index: lambda leaf: leaf * scale})[-1][0].detach() - output
     factor = float((change * added).sum() / added.square().sum())
     near = (change - factor * added).norm() <= TOLERANCE * change.norm()
     return factor if near and factor != 0 else None
