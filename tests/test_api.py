@@ -43,7 +43,8 @@ from ptqcli.solvers.rtn import RTN
 
 PACKAGE = Path(ptqcli.__file__).parent
 SHORT = {"nsamples": 4, "seqlen": 48}
-PUBLIC = {"PTQError", "UsageError", "Recipe", "Report", "Scheme", "evaluate", "load_quantized", "open_checkpoint", "quantize", "solve"}
+CLASSES = {"PTQError", "UsageError", "Recipe", "Report", "Scheme"}
+PUBLIC = CLASSES | {"evaluate", "load_quantized", "open_checkpoint", "quantize", "solve", "tune_scales"}
 
 
 @dataclass

@@ -38,7 +38,7 @@ ALLOWED = {
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
     "model": BASE | {"checkpoint"},
     "calibration": BASE | {"model"},  # it records and replays the model's blocks
-    "adapters": BASE | {"checkpoint"},
+    "adapters": BASE | {"checkpoint", "solvers.damping"},
     "finishing": BASE | {"options", "calibration", "checkpoint", "formats", "model", "resources", "runtime"},
     "solvers": BASE | {"options", "calibration.statistics"},
     # which modules are linears, and how they lie in memory; what a rewritten tensor is made of

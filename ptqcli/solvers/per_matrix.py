@@ -115,7 +115,8 @@ class StageWork:
         wanted = weight if targeted is None else targeted.weight
         solution = self.solver.solve(wanted, prepared, task.scheme, task.scale_dtype, task.ranges, progress)
         if targeted is not None:
-            solution = replace(solution, notes=replace(solution.notes, alpha=targeted.alpha, beta=targeted.beta))
+            notes = replace(solution.notes, alpha=targeted.alpha, beta=targeted.beta)
+            solution = replace(solution, aimed=targeted.weight, notes=notes)
         return self._with_bias(solution, task, targeted) if centred else solution
 
     def _corrects(self, task: LinearTask, threshold: float | None) -> bool:
