@@ -83,7 +83,7 @@ def tune_scales(
     output: str | Path,
     model: str | Path | None = None,
     calib: str = Recipe.calib,
-    nsamples: int = Recipe.nsamples,
+    nsamples: int | None = Recipe.nsamples,
     seqlen: int | None = None,
     bos: str = Recipe.bos,
     seed: int = Recipe.seed,

@@ -9,6 +9,7 @@ import torch
 
 from ptqcli.adapters import eora
 from ptqcli.calibration.hidden import beyond_budget
+from ptqcli.calibration.sources import BUILTIN, SELF
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.checkpoint.writer import JOIN_BELOW
 from ptqcli.finishing.estimate import tuning_bytes
@@ -16,6 +17,7 @@ from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.plan_texts import PlannedTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
 from ptqcli.solvers import BlockSolver
@@ -89,20 +91,20 @@ def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: 
     return after + max(*sizes, skeleton.unit_bytes(skeleton.before), skeleton.unit_bytes(skeleton.after))
 
 
-def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, resources: Resources) -> int:
+def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, windows: int, resources: Resources) -> int:
     """Size of the files that hold the activations, 0 when they fit into memory."""
     if not needs_calibration(recipe, linears):
         return 0
     features = min(linear.site.in_features for linear in linears)
-    buffer = recipe.nsamples * seqlen * features * resources.calibration_dtype(linears[0].scale_dtype).itemsize
+    buffer = windows * seqlen * features * resources.calibration_dtype(linears[0].scale_dtype).itemsize
     return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
 
 
-def windows_per_batch(recipe: Recipe, seqlen: int, resources: Resources) -> int:
+def windows_per_batch(recipe: Recipe, windows: int, seqlen: int, resources: Resources) -> int:
     """Calibration windows in one pass. A solver that learns from small batches gets at least four, so that some can be held out."""
     most = as_block_solver(recipe.solver()).batch
     size = resources.windows_per_batch(seqlen)
-    return size if most is None else min(size, most, max(1, recipe.nsamples // 4))
+    return size if most is None else min(size, most, max(1, windows // 4))
 
 
 def _streams(recipe: Recipe) -> int:
@@ -110,25 +112,30 @@ def _streams(recipe: Recipe) -> int:
     return 2 if as_block_solver(recipe.solver()).needs.original else 1
 
 
-def memory_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, resources: Resources) -> int:
-    """Peak of a run: what the process holds already, activations, one block, and the solver's copies of the largest matrix.
+def memory_bytes(
+    recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, texts: PlannedTexts, resources: Resources
+) -> int:
+    """Peak of a run: what the process holds already, activations, one block, and the solver's copies of the largest matrix; or what making
+    the texts takes beforehand, if that is more.
 
     On a GPU it is the peak there, without what libraries hold.
     """
-    needed = _tensor_bytes(recipe, linears, skeleton, seqlen, resources)
+    needed = max(texts.memory_bytes, _tensor_bytes(recipe, linears, skeleton, seqlen, texts.windows, resources))
     if recipe.finish != "none":
-        needed = max(needed, tuning_bytes([linear.spec for linear in linears], skeleton, recipe.nsamples, seqlen, resources))
+        needed = max(needed, tuning_bytes([linear.spec for linear in linears], skeleton, texts.windows, seqlen, resources))
     if resources.device.type != "cpu":
         return needed
     if needs_calibration(recipe, linears):
-        beside = 0 if recipe.calib == "builtin" else TEXT_READER_BYTES
+        beside = 0 if all(share.source in (BUILTIN, SELF) for share in texts.shares) else TEXT_READER_BYTES
     else:
         largest = max(linear.site.in_features * linear.site.out_features for linear in linears) * 4
         beside = KEPT_COPIES * min(largest, LARGEST_KEPT)
     return process_bytes() + LIBRARY_BYTES + beside + needed
 
 
-def _tensor_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, resources: Resources) -> int:
+def _tensor_bytes(
+    recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, windows: int, resources: Resources
+) -> int:
     solver, itemsize = as_block_solver(recipe.solver()), resources.calibration_dtype(linears[0].scale_dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
@@ -150,10 +157,10 @@ def _tensor_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
         # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
         outputs = max(sum(site.out_features for site in skeleton.linears if site.block == index) for index in range(len(in_blocks)))
         solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
-    tokens = recipe.nsamples * seqlen
+    tokens = windows * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
     held = min(2 * _streams(recipe) * tokens * hidden, resources.activation_budget) + min(tokens * inside, resources.activation_budget)
-    batch = windows_per_batch(recipe, seqlen, resources) * seqlen
+    batch = windows_per_batch(recipe, windows, seqlen, resources) * seqlen
     one_batch = batch * inside
     solving += _window_bytes(solver, window, linears, skeleton, features, batch)
     embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize

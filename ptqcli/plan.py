@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ptqcli.numerics.grids import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
@@ -42,6 +44,7 @@ class Plan:
     outside: linears outside the blocks.
     plain: every matrix that is not quantized, by all names that readers may know it under.
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
+    texts: what is calibrated on, where anything is.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards. adapter_bytes: of the adapter beside them.
     rewrites: what transforms of the whole model do, a line each.
@@ -57,6 +60,7 @@ class Plan:
     stages: tuple[tuple[tuple[str, ...], ...], ...]
     fused_groups: tuple[tuple[str, ...], ...]
     seqlen: int
+    texts: PlannedTexts
     bytes_before: int
     bytes_after: int
     disk_bytes: int
@@ -87,7 +91,7 @@ class Plan:
         if self.skipped:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
-            rows.append(("calibration", f"{recipe.nsamples} windows of {self.seqlen} tokens from {recipe.calib}"))
+            rows.append(("calibration", self.texts.row(self.seqlen)))
         if recipe.finish != "none":
             rows.append(("finish", f"{recipe.finish}: scales are tuned to the original's logits, half of the windows held out"))
         if recipe.adapter_rank:
@@ -99,10 +103,17 @@ class Plan:
         return rows
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned: Mapping[str, Scheme] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    skeleton: Skeleton,
+    resources: Resources,
+    assigned: Mapping[str, Scheme] | None = None,
+    choose_texts: ChooseTexts | None = None,
+) -> Plan:
     """Decide about every linear of the model. Raises UsageError, by name, for everything that cannot work.
 
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
+    choose_texts: is asked for the texts where anything looks at them; None leaves them as they are asked for.
     """
     _check_window(recipe)
     outside = _outside(skeleton)
@@ -124,7 +135,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         _check_hidden_states(skeleton)
     specs = [linear.spec for linear in linears]
     tried = chosen.trial([model for model, _ in skeleton.classes], specs)
-    memory = memory_bytes(recipe, linears, skeleton, seqlen, resources)
+    texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
+    memory = memory_bytes(recipe, linears, skeleton, seqlen, texts, resources)
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
@@ -134,15 +146,17 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, resources: Resources, assigned
         stages=stages,
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
+        texts=texts,
         bytes_before=skeleton.total_bytes,
         bytes_after=bytes_after(chosen, linears, skeleton),
         disk_bytes=checkpoint_room(chosen, linears, skeleton)
         + adapter_bytes(recipe, linears)
-        + mapped_bytes(recipe, linears, seqlen, resources),
+        + mapped_bytes(recipe, linears, seqlen, texts.windows, resources),
         memory_bytes=memory,
         notes=(
             *group_notes(linears, recipe, hits),
-            *_calibration_notes(recipe, linears),
+            *_calibration_notes(recipe, linears, texts.windows),
+            *texts.notes,
             *_model_notes(skeleton, linears),
             *chosen.notes(specs),
             *tried,
@@ -320,12 +334,12 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
+def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows: int) -> list[str]:
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
     asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
     if needs_calibration(recipe, linears):
-        return as_block_solver(recipe.solver()).notes(recipe.nsamples)
+        return as_block_solver(recipe.solver()).notes(windows)
     if not asked:
         return []
     return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
 from ptqcli.calibration.bos import check_bos
+from ptqcli.calibration.sources import check_calib
 from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
@@ -101,8 +102,10 @@ class Recipe:
     activations alone. act_scales: token or tensor (both dynamic), or static (per tensor, from calibration). outliers: none, dynamic or
     static, columns with inputs above outlier_threshold in 16 bit. What is None follows from algo and from the others.
     sequential: later linears of a block are calibrated behind the quantized earlier ones.
-    calib: builtin, wikitext2, c4, pile or a path. nsamples windows of seqlen tokens (None: what the model allows, 2048 at most), drawn
-    with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
+    calib: auto, self, builtin, wikitext2, c4, pile, a path, or a list with the windows of each such as c4:64,self:8, see
+    ``calibration.sources``. nsamples windows (None: 128, or fewer where the model writes them) of seqlen tokens (None: what the model
+    allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
+    is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
     finish: kl tunes the scales end to end (``finishing.tune_scales``) when all codes stand, none leaves them.
@@ -121,8 +124,8 @@ class Recipe:
     outliers: str | None = None
     outlier_threshold: float | None = None
     sequential: bool = True
-    calib: str = "builtin"
-    nsamples: int = 128
+    calib: str = "auto"
+    nsamples: int | None = None
     seqlen: int | None = None
     seed: int = 0
     bos: str = "auto"
@@ -143,9 +146,8 @@ class Recipe:
                 "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
             )
         find_format(self.format)
-        if not self.calib:
-            raise UsageError("calib is empty; give builtin, wikitext2, c4, pile or a path")
-        if self.nsamples < 1:
+        check_calib(self.calib, self.nsamples)
+        if self.nsamples is not None and self.nsamples < 1:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
@@ -162,7 +164,7 @@ class Recipe:
             raise UsageError(f"adapter rank {self.adapter_rank} is out of range; give 1 to {LARGEST_ADAPTER_RANK}, or 0 for no adapter")
         if self.finish not in FINISHES:
             raise UsageError(f"finish '{self.finish}' is unknown; use {' or '.join(FINISHES)}{did_you_mean(self.finish, FINISHES)}")
-        if self.finish != "none" and self.nsamples < 2:
+        if self.finish != "none" and self.nsamples is not None and self.nsamples < 2:
             raise UsageError(f"finish {self.finish} holds half of the windows out; give --nsamples 2 or more")
         if self.finish != "none" and self.adapter_rank:
             raise UsageError("an adapter corrects the scales as they are before finish kl moves them; leave one of the two out")

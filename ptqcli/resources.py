@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,8 @@ class Resources:
 
     batch_size: windows per forward pass, None for what makes about TOKENS_PER_BATCH tokens. activation_budget: bytes of activations to hold
     in memory; more go to a file. dtype: of the calibration passes, None for the model's own (float16 becomes float32 on a CPU, where its
-    products are slow and overflow). max_shard_bytes: largest safetensors file, None for the default.
+    products are slow and overflow). max_shard_bytes: largest safetensors file, None for the default. cache: folder where text that a model
+    has written is kept for the next run, None to keep none.
     Raises UsageError for values that cannot be.
     """
 
@@ -29,6 +31,7 @@ class Resources:
     activation_budget: int = DEFAULT_ACTIVATION_BUDGET
     dtype: torch.dtype | None = None
     max_shard_bytes: int | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and not (isinstance(self.batch_size, int) and self.batch_size > 0):

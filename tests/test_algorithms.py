@@ -27,7 +27,7 @@ from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats.compressed_tensors_config import OUTLIERS_KEY
 from ptqcli.numerics.scheme import AUTO_GROUP, ActivationScheme, OutlierSplit, Scheme
-from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
 from ptqcli.recipe import Override, Recipe, load_recipe
@@ -107,8 +107,8 @@ def test_options_reach_the_parts() -> None:
     recipe = Recipe(algo="awq+smoothquant+gptq", options=given)
     assert recipe.transforms() == [AWQ(clip=False), SmoothQuant("auto")]
     assert recipe.solver() == GPTQ(0.1, act_order=False, static_groups=True, scale_search="minmax")
-    assert Recipe(algo="obq", options={"obq": {"damp": 0.2}}).solver() == OBQ(0.2, "mse")
-    assert Recipe(algo="awq").solver() == RTN("mse")
+    assert Recipe(algo="obq", options={"obq": {"damp": 0.2}}).solver() == OBQ(0.2)
+    assert Recipe(algo="awq").solver() == RTN()
 
 
 # Schemes
@@ -619,10 +619,11 @@ def test_columns_that_never_get_an_input_may_be_all_that_is_left(solver: Any) ->
     inputs = calibration_inputs()
     dead = [0, 7]
     inputs[:, dead] = 0
+    solver = replace(solver, polish=0)
     found = lifted(solver, split_scheme(False, 1e-9), inputs)["q"].weight
     weight = matrix("q", torch.float32)
     assert found.outliers.index.tolist() == [column for column in range(COLUMNS) if column not in dead]
-    nearest = RTN(solver.scale_search).solve(weight[:, dead], None, split_scheme(False), torch.float32).weight
+    nearest = round_to_nearest(weight[:, dead], split_scheme(False), torch.float32, solver.ranges)
     assert torch.equal(found.codes[:, dead], nearest.codes)
 
 

@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels" / "ptq_kernels"
 
 BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
-PLAN = ROOMS | {"plan", "estimate", "adapters"}
+PLAN = ROOMS | {"plan", "plan_texts", "estimate", "adapters"}
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
@@ -43,10 +43,11 @@ ALLOWED = {
     # which modules are linears, and how they lie in memory; what a rewritten tensor is made of
     "transforms": BASE | {"options", "calibration.statistics", "model", "checkpoint.tensors"},
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "recipe_file"},
-    "estimate": ROOMS | {"adapters", "finishing"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources", "recipe_file"},
+    "plan_texts": ROOMS,
+    "estimate": ROOMS | {"adapters", "finishing", "plan_texts"},
     "plan_groups": ROOMS | {"estimate"},
-    "plan": ROOMS | {"estimate", "plan_groups"},
+    "plan": ROOMS | {"estimate", "plan_groups", "plan_texts"},
     "runtime": BASE | {"adapters", "formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

@@ -87,7 +87,7 @@ def test_scales_are_rounded_before_codes_are_chosen(scale_dtype):
     weight, hessian = layer()
     scheme = Scheme(4, 64)
     ours = solve(GPTQ(), weight, hessian, scheme, scale_dtype).weight
-    truth = textbook_gptq(weight, hessian.matrix, scheme, scale_dtype, 0.01, True, True)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, scale_dtype, 0.01, True, True, "minmax")
     assert ours.scale.dtype == scale_dtype
     assert torch.equal(ours.codes, truth.codes)
     assert torch.equal(ours.scale, truth.scale)
@@ -100,7 +100,7 @@ def test_the_comparison_notices_one_flipped_code():
     assert excess_rounding(weight, hessian.matrix, ours, 0.01) < 1e-6
     ours.codes[3, 17] ^= 1
     assert excess_rounding(weight, hessian.matrix, ours, 0.01) > 1e-3
-    assert not torch.equal(ours.codes, textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01).codes)
+    assert not torch.equal(ours.codes, textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, search="minmax").codes)
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -119,9 +119,9 @@ def test_a_column_never_activated_is_rounded_to_nearest_and_counted(order, damp)
     hessian.sums[40, :] = 0
     scheme = Scheme(4, -1)
     solution = solve(GPTQ(damp=damp, act_order=order), weight, hessian, scheme)
-    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True, "minmax")
     assert torch.equal(solution.weight.codes, truth.codes)
-    assert torch.equal(solution.weight.codes[:, 40], solve(RTN(), weight, None, scheme).weight.codes[:, 40])
+    assert torch.equal(solution.weight.codes[:, 40], solve(RTN("minmax"), weight, None, scheme).weight.codes[:, 40])
     assert solution.notes.never_activated == 1
     assert not solution.notes.damp_raised
 
@@ -131,7 +131,7 @@ def test_a_rank_deficient_hessian_is_damped_as_the_textbook_does():
     assert torch.linalg.matrix_rank(hessian.matrix) <= 50
     scheme = Scheme(3, 64)
     solution = solve(GPTQ(act_order=False), weight, hessian, scheme)
-    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01)
+    truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, search="minmax")
     assert torch.equal(solution.weight.codes, truth.codes)
     assert solution.notes.damp == 0.01
 

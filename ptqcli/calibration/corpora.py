@@ -82,17 +82,39 @@ def read_corpus(name: str, part: Part, data_dir: Path | None) -> list[str]:
     Raises UsageError for a part that the corpus lacks or a data folder that does not exist; PTQError where the text is found
     nowhere, saying how to get it, or cannot be read.
     """
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"data folder {data_dir} does not exist; correct --data-dir or PTQ_DATA_DIR")
     wanted = CORPORA[name].get(part)
     if wanted is None:
         others = ", ".join(other for other, parts in CORPORA.items() if part in parts)
         raise UsageError(f"{name} has no {part} text; use builtin, {others} or a path")
-    path = _in_data_dir(wanted, data_dir) or _in_hub_cache(wanted) or _in_datasets_cache(wanted)
-    if path is None:
-        path = _from_hub(name, part, data_dir)
+    path = found_here(name, part, data_dir) or _from_hub(name, part, data_dir)
     texts = files.read_file(path, wanted.limit)
     return ["\n\n".join(texts)] if name == "wikitext2" else texts
+
+
+def found_here(name: str, part: Part, data_dir: Path | None) -> Path | None:
+    """The file of a part of a known corpus that this machine has, or None. Raises UsageError for a data folder that does not exist."""
+    if data_dir is not None and not data_dir.is_dir():
+        raise UsageError(f"data folder {data_dir} does not exist; correct --data-dir or PTQ_DATA_DIR")
+    wanted = CORPORA[name][part]
+    return _in_data_dir(wanted, data_dir) or _in_hub_cache(wanted) or _in_datasets_cache(wanted)
+
+
+def hub_answers(name: str, part: Part) -> bool:
+    """Whether the hub has the file: one short request, and none where the hub client is told to be offline."""
+    from huggingface_hub import errors
+
+    transport_error = errors.HTTPError  # type: ignore[attr-defined]
+    try:
+        _ask_hub(CORPORA[name][part])
+    except (OSError, transport_error):
+        return False
+    return True
+
+
+def _ask_hub(wanted: CorpusFile) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    get_hf_file_metadata(hf_hub_url(wanted.repo, wanted.file, repo_type="dataset"), timeout=HUB_ANSWER_SECONDS)
 
 
 def _in_data_dir(wanted: CorpusFile, data_dir: Path | None) -> Path | None:
@@ -120,13 +142,13 @@ def _in_datasets_cache(wanted: CorpusFile) -> Path | None:
 
 
 def _from_hub(name: str, part: Part, data_dir: Path | None) -> Path:
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import errors, hf_hub_download
 
     wanted = CORPORA[name][part]
     # Errors of the connection: httpx's class in version 1 of the hub client, httpx2's since.
     transport_error = errors.HTTPError  # type: ignore[attr-defined]
     try:
-        get_hf_file_metadata(hf_hub_url(wanted.repo, wanted.file, repo_type="dataset"), timeout=HUB_ANSWER_SECONDS)
+        _ask_hub(wanted)
         return Path(hf_hub_download(wanted.repo, wanted.file, repo_type="dataset"))
     except (OSError, transport_error) as error:
         # The hub client's own message for this case is three lines long.

@@ -1,7 +1,7 @@
 """Text to token ids: which text a source names, and how it is cut for calibration and for evaluation.
 
 A source is ``builtin``, the name of a corpus that the field measures with, or a path. The names win over paths of the same name
-(``./c4`` is the folder), and a path never touches the network.
+(``./c4`` is the folder), and a path never touches the network. What ``auto`` and ``self`` stand for is decided elsewhere (``sources.py``).
 
     builtin     the corpus that every Python installation carries, see ``builtin.py``
     wikitext2   train split for calibration, test split for evaluation: the rows joined with blank lines
@@ -33,6 +33,7 @@ from ptqcli.calibration import builtin, corpora, files
 from ptqcli.calibration.builtin import Part
 from ptqcli.calibration.chat import chat_writer
 from ptqcli.calibration.rows import Rows
+from ptqcli.calibration.sources import AUTO, BUILTIN, SELF
 from ptqcli.calibration.tokens import read_tokens
 from ptqcli.errors import UsageError
 from ptqcli.suggest import did_you_mean
@@ -56,13 +57,13 @@ def documents(source: str, part: Part, data_dir: Path | None = None, rows: Rows 
 
     Raises UsageError for a source, file kind, column or part that does not exist; PTQError for text that cannot be had or read.
     """
-    if source == "builtin":
+    if source == BUILTIN:
         return builtin.documents(part)
     if source in corpora.CORPORA:
         return corpora.read_corpus(source, part, data_dir)
     path = source_path(source)
     if path is None:
-        raise UsageError(_unknown_source(source, ["builtin", *corpora.CORPORA]))
+        raise UsageError(_unknown_source(source, [BUILTIN, *corpora.CORPORA]))
     rows = rows or Rows()
     if str(path) != source and not os.path.exists(source):
         rows.column = source.rpartition(":")[2]
@@ -76,7 +77,7 @@ def documents(source: str, part: Part, data_dir: Path | None = None, rows: Rows 
 
 def source_path(source: str) -> Path | None:
     """The file or folder that ``source`` names, a column behind it left out; None for a name, and for a path that does not exist."""
-    if source == "builtin" or source in corpora.CORPORA:
+    if source in (AUTO, SELF, BUILTIN) or source in corpora.CORPORA:
         return None
     return next((Path(path) for path in (source, source.rpartition(":")[0]) if path and os.path.exists(path)), None)
 

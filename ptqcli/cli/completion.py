@@ -60,7 +60,8 @@ def texts(part: str) -> Complete:
         from ptqcli.calibration.corpora import CORPORA
         from ptqcli.calibration.files import is_text_file
 
-        named = ("builtin", *(name for name, parts in CORPORA.items() if part in parts))
+        chosen = ("auto", "self") if part == "calibration" else ()
+        named = (*chosen, "builtin", *(name for name, parts in CORPORA.items() if part in parts))
         files = (path for path, entry in _entries(incomplete) if is_text_file(entry.name))
         return _items([*named, *files], incomplete) or [CompletionItem(incomplete, type="file")]
 

@@ -91,14 +91,17 @@ def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, A
     if report:
         facts += [
             ("made from", report["source"] or "a model in memory"),
-            ("made by", f"ptqcli {report['ptqcli']}, {_recipe_text(report['recipe'], report.get('error_kind'))}"),
+            ("made by", f"ptqcli {report['ptqcli']}, {_recipe_text(report)}"),
         ]
     return facts
 
 
-def _recipe_text(recipe: Mapping[str, Any], error_kind: object) -> str:
-    windows, text = recipe.get("nsamples", "unknown"), recipe.get("calib", "unknown text")
-    calibration = f", calibrated on {windows} windows of {text}" if error_kind == "output" else ""
+def _recipe_text(report: Mapping[str, Any]) -> str:
+    recipe: Mapping[str, Any] = report["recipe"]
+    usual = {"source": recipe.get("calib", "unknown text"), "windows": recipe.get("nsamples", "unknown")}  # of reports of earlier versions
+    texts = (report.get("calibration") or {}).get("texts") or [usual]
+    named = " and ".join(f"{text['windows']} windows of {text['source']}" for text in texts)
+    calibration = f", calibrated on {named}" if report.get("error_kind") == "output" else ""
     return f"{recipe.get('algo', 'an unknown algorithm')}{calibration}"
 
 

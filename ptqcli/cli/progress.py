@@ -27,6 +27,9 @@ class Tracker(Protocol):
     def note(self, text: str) -> None:
         """A detail of the step that is being done."""
 
+    def remark(self, text: str) -> None:
+        """Something that stays to be read."""
+
     def part(self, name: str, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` pieces of the part ``name`` of a step are behind us; ``note`` says how it goes."""
 
@@ -74,6 +77,9 @@ class BarTracker:
     def note(self, text: str) -> None:
         self._bar.update(self._task, note=printable(text))
 
+    def remark(self, text: str) -> None:
+        self._bar.console.print(printable(text), soft_wrap=True)
+
     def part(self, name: str, done: int, total: int, note: str = "") -> None:
         self.note(self._parts.text(name, done, total, note))
 
@@ -98,6 +104,9 @@ class LineTracker:
 
     def note(self, text: str) -> None:
         pass
+
+    def remark(self, text: str) -> None:
+        self._console.print(printable(text), soft_wrap=True)
 
     def part(self, name: str, done: int, total: int, note: str = "") -> None:
         text, now = self._parts.text(name, done, total, note), time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def command(
         progress = QuantizeProgress(folder, words, tracker)
         run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}
         if dry_run:
-            words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), **run)))
+            words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), rehearsal=True, **run)))
             return
         report = quantize(folder, asked, target, **run)
     click.get_current_context().obj.result_kept = not as_json
@@ -96,7 +97,16 @@ def resources_of(device: str, dtype: str, batch_size: int | None, activation_bud
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         batch_size=batch_size,
         activation_budget=DEFAULT_ACTIVATION_BUDGET if activation_budget is None else _bytes(activation_budget),
+        cache=_cache(),
     )
+
+
+def _cache() -> Path | None:
+    """The user's folder for what can be made again, None for one without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptqcli"
+    except RuntimeError:
+        return None
 
 
 def _bytes(gib: float) -> int:

@@ -193,12 +193,13 @@ FLAGS = {
     CALIBRATION: [
         click.option(
             "--calib",
-            metavar="builtin|wikitext2|c4|pile|PATH",
-            show_default="builtin",
+            metavar="auto|self|builtin|wikitext2|c4|pile|PATH",
+            show_default="auto",
             shell_complete=completion.texts("calibration"),
-            help="Calibration text; of a table, FILE:COLUMN reads the column of that name.",
+            help="Calibration text; of a table, FILE:COLUMN reads the column of that name. auto: what the model is at home in, or a "
+            "general corpus that is at hand and self, text that the model writes. Several, with the windows of each: c4:64,code.jsonl:64.",
         ),
-        click.option("--nsamples", type=int, metavar="N", show_default="128", help="Calibration windows."),
+        click.option("--nsamples", type=int, metavar="N", show_default="128; self: 16,384 tokens", help="Calibration windows."),
         SEQLEN_FLAG,
         click.option(
             "--bos",

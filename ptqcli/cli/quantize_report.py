@@ -41,6 +41,9 @@ class QuantizeProgress:
     def phase(self, text: str) -> None:
         self._tracker.say(text)
 
+    def remark(self, text: str) -> None:
+        self._tracker.remark(text)
+
     def block_started(self, index: int, count: int) -> None:
         self._errors.clear()
         if index == 0:

@@ -119,7 +119,7 @@ def _plan_rows(plan: TuningPlan) -> Iterator[tuple[str, str]]:
     yield "original", path_text(plan.original)
     yield "output", path_text(plan.output)
     yield "tuned", f"{plan.scales:,} scales{vectors}, in {plan.options.steps} steps"
-    yield "calibration", f"{plan.request.nsamples} windows of {plan.seqlen} tokens from {plan.request.calib}, half of them held out"
+    yield "calibration", f"{plan.texts.row(plan.seqlen)}, half of them held out"
     yield "disk needed", size_text(plan.disk_bytes)
     yield "memory needed", f"about {size_text(plan.memory_bytes)} in all"
 

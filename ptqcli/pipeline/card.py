@@ -16,6 +16,7 @@ import transformers
 import yaml
 
 import ptqcli
+from ptqcli.calibration.sources import Share, read_calib, shares_text
 from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.formats import Reader
 from ptqcli.pipeline.report import REPORT_NAME, Report, TuningReport
@@ -136,7 +137,8 @@ def _facts(plan: Plan, report: Report, base: str) -> Iterator[tuple[str, str]]:
         more = f" and {len(plan.skipped) - MOST_NAMES} more" if len(plan.skipped) > MOST_NAMES else ""
         yield "left as they are", ", ".join(f"`{name}` ({reason})" for name, reason in plan.skipped[:MOST_NAMES]) + more
     if plan.needs_calibration:
-        yield "calibration", f"{recipe.nsamples} windows of {plan.seqlen} tokens from {Path(recipe.calib).name}, seed {recipe.seed}"
+        named = [Share(Path(share.source).name, share.windows) for share in plan.texts.shares]
+        yield "calibration", f"{shares_text(named, plan.seqlen)}, seed {recipe.seed}"
     yield "size", f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after"
     yield "made with", f"ptqcli {ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
@@ -179,7 +181,9 @@ def _worst_layers(report: Report) -> Iterator[str]:
 def _recipe(plan: Plan) -> str:
     """The request as YAML; of a path to a text only its name."""
     stored: dict[str, Any] = {key: value for key, value in plan.recipe.stored().items() if value not in (None, (), [], {})}
-    stored["calib"] = Path(plan.recipe.calib).name
+    shares = read_calib(plan.recipe.calib)
+    named = [Path(share.source).name + (f":{share.windows}" if share.windows else "") for share in shares]
+    stored["calib"] = ",".join(named)
     return yaml.safe_dump(_plain(stored), sort_keys=False)
 
 

@@ -28,7 +28,7 @@ from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import CalibrationReport, Report, TuningReport, make_report
+from ptqcli.pipeline.report import CalibrationReport, Report, TuningReport, make_report, text_report
 from ptqcli.pipeline.rewriting import proved
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.tuning import rewrite, tune
@@ -102,7 +102,7 @@ class _Quantization:
         )
         self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
-        self.batch_size = windows_per_batch(plan.recipe, plan.seqlen, resources)
+        self.batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
         self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
         self.carried: dict[str, Any] = {}
 
@@ -142,14 +142,17 @@ class _Quantization:
 
     def calibration_report(self) -> CalibrationReport | None:
         """What the codes depend on beside the request, None where nothing was calibrated."""
-        if self.calibration is None:
+        found = self.calibration
+        if found is None:
             return None
         return CalibrationReport(
             seqlen=self.plan.seqlen,
-            bos=self.calibration.bos,
-            skipped_rows=self.calibration.skipped_rows,
+            bos=found.bos,
+            skipped_rows=found.skipped_rows,
             batch_size=self.batch_size,
             dtype=str(self.dtype).removeprefix("torch."),
+            texts=[text_report(share, found.known.get(share)) for share in found.shares],
+            sampling=found.sampling,
         )
 
     def _record(self, windows: Tensor) -> None:

@@ -6,14 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from ptqcli.calibration.bos import window_bos
-from ptqcli.calibration.chat import chat_writer
-from ptqcli.calibration.rows import Rows
-from ptqcli.calibration.text import calibration_windows, documents, source_path
+from ptqcli.calibration.sources import read_calib
+from ptqcli.calibration.text import source_path
 from ptqcli.estimate import LIBRARY_BYTES
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
@@ -24,25 +19,14 @@ from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.rewriting import proof_bytes, rewritten
+from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
+from ptqcli.plan_texts import ChooseTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
 
 # Where the checkpoint goes, or what says so once it is known what will be in it.
 Output = Path | Callable[[Plan], Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationSet:
-    """What a run is calibrated on.
-
-    windows: token ids, int64 [windows, tokens]. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of the
-    text's tables that hold none.
-    """
-
-    windows: Tensor
-    bos: bool
-    skipped_rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +41,14 @@ class Prepared:
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
-    """Open the model, rewritten as transforms of the whole model do it, and decide everything that can be decided without its weights."""
-    original = Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
+    """Open the model and decide everything that can be decided without its weights."""
+    return _planned(open_skeleton(model, recipe), recipe, resources)
+
+
+def _planned(original: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
+    """The model as transforms of the whole model rewrite it, and its plan."""
     skeleton, rewrites = rewritten(original, recipe)
-    plan = make_plan(recipe, skeleton, resources)
+    plan = make_plan(recipe, skeleton, resources, choose_texts=choose_texts)
     return skeleton, plan if not rewrites else _with_rewrites(plan, original, skeleton, rewrites, resources)
 
 
@@ -78,6 +66,11 @@ def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites:
     )
 
 
+def open_skeleton(model: Path | ModelSource, recipe: Recipe) -> Skeleton:
+    """The model without its weights."""
+    return Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
+
+
 def prepare(
     model: Path | ModelSource,
     recipe: Recipe,
@@ -88,17 +81,22 @@ def prepare(
     data_dir: Path | None,
     progress: Progress,
     clock: Clock,
+    rehearsal: bool = False,
 ) -> Prepared:
     """Plan the run, see that ``output`` can be written, and read the calibration text.
 
+    rehearsal: the run will not follow, so the model writes no text.
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
     folder = model if isinstance(model, Path) else model.folder
-    inputs = [path for path in (source_path(recipe.calib), data_dir) if path is not None and os.path.exists(path)]
+    texts = [source_path(share.source) for share in read_calib(recipe.calib)]
+    inputs = [path for path in (*texts, data_dir) if path is not None and os.path.exists(path)]
     if isinstance(output, Path):  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
-        skeleton, plan = plan_run(model, recipe, resources)
+        original = open_skeleton(model, recipe)
+        maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
+        skeleton, plan = _planned(original, recipe, resources, maker.choose)
     if not isinstance(output, Path):
         output = output(plan)
         check_output(output, folder, overwrite, inputs)
@@ -106,18 +104,12 @@ def prepare(
     check_room(output, plan.disk_bytes)
     calibration = None
     if plan.needs_calibration:
-        progress.phase(f"reading calibration text from {recipe.calib}")
         with clock.measure("text"):
-            calibration = _calibration_set(plan, skeleton.source.tokenizer(), data_dir)
+            calibration = maker.make(plan.texts, plan.seqlen, rehearsal)
             return_freed_memory()  # a tokenizer's work on a long text takes many times the text
         if calibration.skipped_rows:
             progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
+        for share, known in calibration.known.items():
+            if known is not None and known.foreign:
+                progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)
-
-
-def _calibration_set(plan: Plan, tokenizer: Any, data_dir: Path | None) -> CalibrationSet:
-    recipe, rows = plan.recipe, Rows(write_chat=chat_writer(tokenizer))
-    bos = window_bos(tokenizer, recipe.bos)
-    texts = documents(recipe.calib, "calibration", data_dir, rows)
-    windows = calibration_windows(texts, tokenizer, recipe.nsamples, plan.seqlen, recipe.seed, bos)
-    return CalibrationSet(windows=windows, bos=bos is not None, skipped_rows=rows.skipped)

@@ -17,6 +17,9 @@ class Progress(Protocol):
     def phase(self, text: str) -> None:
         """What is being done now, in words."""
 
+    def remark(self, text: str) -> None:
+        """Something that a person should know before the work goes on."""
+
     def block_started(self, index: int, count: int) -> None:
         """Block ``index`` of ``count`` begins."""
 
@@ -43,6 +46,9 @@ class NoProgress:
         pass
 
     def phase(self, text: str) -> None:
+        pass
+
+    def remark(self, text: str) -> None:
         pass
 
     def block_started(self, index: int, count: int) -> None:

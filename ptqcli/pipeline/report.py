@@ -14,6 +14,8 @@ from ptqcli.formats import Reader
 from ptqcli.untrusted import read_json, shown
 
 if TYPE_CHECKING:  # the commands that show a report must not wait for torch
+    from ptqcli.calibration.familiar import Familiarity
+    from ptqcli.calibration.sources import Share
     from ptqcli.plan import Plan
 
 REPORT_NAME = "ptq_report.json"
@@ -22,7 +24,7 @@ REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without a
 
 
 # What is shown of the recipe, which is stored whole.
-RECIPE_TYPES = {"algo": str, "calib": str, "nsamples": int}
+RECIPE_TYPES: dict[str, Any] = {"algo": str, "calib": str, "nsamples": int | None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +76,28 @@ class RewriteReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextReport:
+    """One of the texts that were calibrated on. loss, expected_loss: of the model there, see ``calibration.familiar``; None where they
+    were not measured, as on text that the model wrote itself."""
+
+    source: str
+    windows: int
+    loss: float | None = None
+    expected_loss: float | None = None
+
+
+def text_report(share: Share, known: Familiarity | None) -> TextReport:
+    """``share``, and how well the model knows it."""
+    loss, expected = (None, None) if known is None else (known.loss, known.expected)
+    return TextReport(source=share.source, windows=share.windows or 0, loss=loss, expected_loss=expected)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
     """How the calibration text was run through the model; with the request, the model and the machine it settles the codes.
 
     seqlen: tokens in a window. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of tables that hold no
-    text. batch_size: windows in one forward pass. dtype: of the passes.
+    text. batch_size: windows in one forward pass. dtype: of the passes. texts: what auto became, too. sampling: how the model wrote.
     """
 
     seqlen: int
@@ -86,6 +105,8 @@ class CalibrationReport:
     skipped_rows: int
     batch_size: int
     dtype: str
+    texts: list[TextReport] = field(default_factory=list)
+    sampling: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 import ptqcli
-from ptqcli.calibration.bos import window_bos
-from ptqcli.calibration.chat import chat_writer
-from ptqcli.calibration.rows import Rows
-from ptqcli.calibration.text import calibration_windows, documents, source_path
+from ptqcli.calibration.sources import read_calib
+from ptqcli.calibration.text import source_path
 from ptqcli.checkpoint.auxiliary import auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import INDEX_FILE, SafetensorsFolder
@@ -36,7 +34,9 @@ from ptqcli.pipeline.memory import peak_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import REPORT_NAME, TuningReport, read_report, read_source
+from ptqcli.pipeline.texts import TextMaker
 from ptqcli.plan import model_length
+from ptqcli.plan_texts import ChooseTexts, PlannedTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
 
@@ -53,6 +53,7 @@ class TuningPlan:
     output: Path
     options: TuneScales
     request: Recipe
+    texts: PlannedTexts
     seqlen: int
     scales: int
     disk_bytes: int
@@ -93,18 +94,20 @@ def tune_scales(
     """
     start = time.perf_counter()
     origin = _original(checkpoint, model)
-    inputs = [path for path in (checkpoint, source_path(request.calib), data_dir) if path is not None and path.exists()]
+    sources = [source_path(share.source) for share in read_calib(request.calib)]
+    inputs = [path for path in (checkpoint, *sources, data_dir) if path is not None and path.exists()]
     check_output(output, origin, overwrite, inputs)
-    check_windows(request.nsamples)
     packed, source = open_checkpoint(checkpoint), ModelFolder(checkpoint)
     skeleton = Skeleton(ModelFolder(origin), request.blocks)
     _check_pair(packed, skeleton)
-    plan = _plan(packed, skeleton, origin, output, options, request, resources)
+    maker = TextMaker(recipe=request, skeleton=skeleton, resources=resources, data_dir=data_dir, progress=progress)
+    plan = _plan(packed, skeleton, origin, output, options, request, maker.choose, resources)
+    check_windows(plan.texts.windows)
     if on_plan is not None:
         on_plan(plan)
     check_room(output, plan.disk_bytes)
-    progress.phase(f"reading calibration text from {request.calib}")
-    windows, bos = _windows(request, plan.seqlen, skeleton.source.tokenizer(), data_dir)
+    calibration = maker.make(plan.texts, plan.seqlen, rehearsal=False)
+    windows, bos = calibration.windows, calibration.bos
     with growing(output, origin, overwrite, plan.disk_bytes, inputs) as folder, torch.no_grad():
         changed, report = tune(checkpoint, skeleton, windows, bos, options, request, resources, folder.path, progress)
         progress.phase("writing the checkpoint, and comparing it with what was written")
@@ -180,12 +183,14 @@ def _plan(
     output: Path,
     options: TuneScales,
     request: Recipe,
+    choose_texts: ChooseTexts,
     resources: Resources,
 ) -> TuningPlan:
     longest = model_length(skeleton.config)
     seqlen = request.seqlen or min(LONGEST_WINDOW, longest or LONGEST_WINDOW)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
+    texts = choose_texts(seqlen)
     specs = [packed.spec(name) for name in packed.schemes]
     return TuningPlan(
         checkpoint=packed.folder,
@@ -193,10 +198,11 @@ def _plan(
         output=output,
         options=options,
         request=request,
+        texts=texts,
         seqlen=seqlen,
         scales=sum(spec.out_features * spec.scheme.group_count(spec.in_features) for spec in specs),
         disk_bytes=packed.tensors.total_bytes,
-        memory_bytes=_memory(specs, skeleton, request.nsamples, seqlen, resources),
+        memory_bytes=max(texts.memory_bytes, _memory(specs, skeleton, texts.windows, seqlen, resources)),
     )
 
 
@@ -204,12 +210,6 @@ def _memory(specs: Sequence[LinearSpec], skeleton: Skeleton, nsamples: int, seql
     """Peak of tuning; on a GPU the peak there, without what libraries hold."""
     needed = tuning_bytes(specs, skeleton, nsamples, seqlen, resources)
     return needed if resources.device.type != "cpu" else process_bytes() + LIBRARY_BYTES + TEXT_READER_BYTES + needed
-
-
-def _windows(request: Recipe, seqlen: int, tokenizer: Any, data_dir: Path | None) -> tuple[Tensor, bool]:
-    bos = window_bos(tokenizer, request.bos)
-    texts = documents(request.calib, "calibration", data_dir, Rows(write_chat=chat_writer(tokenizer)))
-    return calibration_windows(texts, tokenizer, request.nsamples, seqlen, request.seed, bos), bos is not None
 
 
 def _telling(progress: Progress, run: Tuning) -> Callable[[int, int, float], None]:

@@ -55,7 +55,7 @@ def offered(line: str) -> list[str]:
         ("ptq quantize --algo gptq+", []),
         ("ptq quantize --damp 0.1 --algo smoothquant+o", ["smoothquant+obq"]),
         ("ptq quantize --calib w", ["wikitext2"]),
-        ("ptq quantize --calib ", [*CORPORA, "builtin", "corpus.jsonl.gz", "notes.txt"]),
+        ("ptq quantize --calib ", ["auto", "self", *CORPORA, "builtin", "corpus.jsonl.gz", "notes.txt"]),
         ("ptq quantize --calib deep/", ["<file>"]),
         ("ptq eval --ppl n", ["notes.txt"]),
         ("ptq quantize --recipe w8a16", [name for name in shipped_recipes() if name.startswith("w8a16")]),
@@ -80,7 +80,7 @@ def test_what_is_offered(folder: Path, line: str, expected: list[str]) -> None:
 
 def test_names_on_offer_are_those_that_there_are(folder: Path) -> None:
     words = offered("ptq quantize --calib ")
-    assert {word for word in words if not (folder / word).exists()} == {*CORPORA, "builtin"}
+    assert {word for word in words if not (folder / word).exists()} == {*CORPORA, "auto", "self", "builtin"}
 
 
 def test_bash_completes(folder: Path) -> None:
