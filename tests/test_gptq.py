@@ -10,7 +10,7 @@ from textbook import excess_rounding, textbook_gptq, textbook_values
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.elements import Codebook
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.solvers import gptq
 from ptqcli.solvers.gptq import LEAF
 from ptqcli.solvers.rtn import RTN
@@ -180,3 +180,30 @@ def test_gptq_beats_rounding_in_output_error():
         errors[name] = hessian.output_energy(weight - solved)
     assert errors["plain"] < 0.8 * errors["rtn"]
     assert errors["act"] < errors["plain"]
+
+
+@pytest.mark.parametrize("group", [16, -1])
+@pytest.mark.parametrize(("order", "static"), [(True, True), (False, True), (True, False)], ids=["act", "plain", "classic"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_of_both_searches_each_row_keeps_the_better(bits, order, static, group):
+    weight, hessian = layer(out=40)
+    scheme = Scheme(bits, group)
+    damped = hessian.matrix.double() + 0.01 * hessian.matrix.double().diagonal().mean() * torch.eye(192, dtype=torch.float64)
+
+    def row_losses(search):
+        found = solve(GPTQ(0.01, order, static, search, polish=0), weight, hessian, scheme).weight
+        error = weight - found.dequantize(torch.float64)
+        return ((error @ damped) * error).sum(dim=1)
+
+    minmax, mse, both = (row_losses(search) for search in ("minmax", "mse", "auto"))
+    torch.testing.assert_close(both, torch.minimum(minmax, mse), rtol=1e-6, atol=0)
+    assert (minmax < mse).any()
+    assert (mse < minmax).any()
+
+
+def test_with_one_scale_for_the_matrix_all_rows_keep_the_same_search():
+    weight, hessian = layer(out=40)
+    scheme = Scheme(8, 0, activations=ActivationScheme())
+    scales = [solve(GPTQ(scale_search=search, polish=0), weight, hessian, scheme).weight.scale for search in ("minmax", "mse", "auto")]
+    assert torch.equal(scales[2], scales[0]) or torch.equal(scales[2], scales[1])
+    assert (scales[2] == scales[2][0]).all()

@@ -17,6 +17,9 @@ product, so nearly all of the work is in large products and what is left for the
 A group's grid is fitted on the weights that the feedback of all earlier columns leaves for it, ``w' = w + B R_gg^-1`` (``B`` the feedback
 sums of the group's columns, ``R_gg`` the group's triangle of R): the recursion is cut so that a group is a node of it.
 
+Ranges that clip (``scale_search="mse"``) suit most rows at 3 and 4 bits and few at 2, where they clip what feedback has widened. So a
+matrix is solved with both, and every row keeps the codes with the smaller ``|E R|^2``, which the targets give for nothing.
+
 Order of the columns (``act_order``): by falling diagonal of H, so that the columns which carry the most are rounded while there are
 still many others to take up their error. With ``static_groups`` a group stays ``group_size`` neighbouring columns and its grid is
 fitted before the first column is rounded, so that the file needs no index; without, groups are neighbours in the new order, as in
@@ -29,7 +32,8 @@ calibration happened not to reach).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -38,7 +42,7 @@ from torch import Tensor
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
 from ptqcli.numerics.grids import Grid, RangeSearch
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
@@ -57,12 +61,13 @@ LEAF = 32
 class Factor:
     """The damped Hessian, factored in processing order.
 
-    order: int64 [in], processing position -> column. feedback: N [in, in], unit upper triangular, ``N[k, j] = R_kj / R_jj``.
-    hessian: the damped one, columns in their original order; None where nothing is polished.
+    order: int64 [in], processing position -> column. feedback: N [in, in], unit upper triangular, ``N[k, j] = R_kj / R_jj``. pivots:
+    R_jj [in]. hessian: the damped one, columns in their original order; None where nothing is polished.
     """
 
     order: Tensor
     feedback: Tensor
+    pivots: Tensor
     hessian: Tensor | None
     damp: float
     damp_raised: bool
@@ -85,7 +90,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     act_order: bool = option(True, "most active columns first")
     static_groups: bool = option(True, "with act-order, groups stay neighbours, so the file needs no index")
     usual_rounds: ClassVar[int] = 3
-    usual_search: ClassVar[str] = "minmax"
+    usual_searches: ClassVar[tuple[str, ...]] = ("minmax", "mse")
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
     target: str = target_option()
@@ -116,11 +121,13 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         reordered = matrix.index_select(0, reverse).index_select(1, reverse)
         damped = factorise(reordered, self.damp, where)
         feedback = damped.lower.flip(0, 1)  # R
-        feedback /= feedback.diagonal().clone()
+        pivots = feedback.diagonal().clone()
+        feedback /= pivots
         back = torch.argsort(reverse)
         return Factor(
             order=order,
             feedback=feedback,
+            pivots=pivots,
             hessian=reordered.index_select(0, back).index_select(1, back) if self.rounds else None,
             damp=damped.damp,
             damp_raised=damped.damp > self.damp,
@@ -137,7 +144,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        quantized, zero_groups = self._fed_back(weight, prepared, scheme, scale_dtype, ranges or self.ranges)
+        quantized, zero_groups = self._best(weight, prepared, scheme, scale_dtype, (ranges,) if ranges else self.searches)
         if prepared.hessian is not None:
             quantized = polished(weight, prepared.hessian, quantized, self.rounds)
         notes = SolveNotes(
@@ -148,18 +155,36 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         )
         return Solution(quantized, notes)
 
-    def _fed_back(
-        self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch
+    def _best(
+        self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, searches: Sequence[RangeSearch]
     ) -> tuple[QuantizedWeight, int]:
-        """What error feedback alone gives, and the number of groups whose weights are all zero."""
-        groups = scheme.group_count(weight.shape[1])
+        """What error feedback gives with the one of ``searches`` that leaves a row the least error, and the number of groups of zeros."""
+        best: QuantizedWeight | None = None
+        least = zero_groups = None
+        for ranges in searches:
+            work = self._fed_back(weight, factor, scheme, scale_dtype, ranges)
+            found, error = work.result(moving_groups=work.moving), work.row_errors(factor.pivots)
+            if scheme.group_size == WHOLE_MATRIX:  # rows share their scale
+                error = error.sum().expand_as(error)
+            if best is None or least is None:
+                best, least, zero_groups = found, error, work.zero_groups()
+                continue
+            better = error < least
+            best, least = _rows_of(found, best, better), torch.minimum(error, least)
+        assert best is not None
+        assert zero_groups is not None
+        return best, zero_groups
+
+    def _fed_back(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> _Columns:
+        """The matrix with all of its columns rounded."""
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
-        fixed = self.act_order and (self.static_groups or groups == 1)
+        fixed = self.act_order and (self.static_groups or scheme.group_count(weight.shape[1]) == 1)
         work = _Columns(weight, factor, scheme, scale_dtype, ranges)
+        work.moving = self.act_order and not fixed
         if fixed:
             work.fit_beforehand()
         work.run(0, weight.shape[1])
-        return work.result(moving_groups=self.act_order and not fixed), work.zero_groups()
+        return work
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """The factorisation holds four more matrices of the Hessian's size, the solve four of the weight's; polishing comes after it and
@@ -168,6 +193,17 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         solve = 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
         polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)
         return max(solve, polish) if self.rounds else solve
+
+
+def _rows_of(one: QuantizedWeight, other: QuantizedWeight, wanted: Tensor) -> QuantizedWeight:
+    """The rows of ``one`` where ``wanted`` [out] is True, of ``other`` elsewhere; their groups are the same."""
+    rows = wanted.unsqueeze(1)
+    return replace(
+        one,
+        codes=torch.where(rows, one.codes, other.codes),
+        scale=torch.where(rows, one.scale, other.scale),
+        zero=torch.where(rows, one.zero, other.zero),
+    )
 
 
 class _Columns:
@@ -189,7 +225,7 @@ class _Columns:
         self.zero = torch.empty_like(self.scale)
         # the group of each processing position
         self.group_of = [position // self.group for position in range(in_features)]
-        self.fitted = False
+        self.fitted = self.moving = False
 
     def fit_beforehand(self) -> None:
         """Fit every grid on the original weights, with groups of neighbouring columns in the original order."""
@@ -241,6 +277,11 @@ class _Columns:
             codes = grid.nearest(target)
             self.codes[position] = codes
             grid.subtract(codes, self.weight[position], out=self.error[position])
+
+    def row_errors(self, pivots: Tensor) -> Tensor:
+        """``|E R|^2`` of each row, [out]: ``(E R)_j = R_jj (t_j - w'_j)``, and all targets are there."""
+        miss = (self.target - self.weight).add_(self.error).mul_(pivots.to(self.target).unsqueeze(1))
+        return miss.square_().sum(dim=0)
 
     def zero_groups(self) -> int:
         """Groups of a row whose original weights are all zero."""

@@ -81,7 +81,7 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     needs_hessian: ClassVar[bool] = True
     damp: float = damp_option()
     usual_rounds: ClassVar[int] = 3
-    usual_search: ClassVar[str] = "minmax"
+    usual_searches: ClassVar[tuple[str, ...]] = ("minmax",)
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
     target: str = target_option()

@@ -42,7 +42,7 @@ class RTN(FitsGrids, Polishes, AimsAtTarget, MatrixSolver):
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest"
     usual_rounds: ClassVar[int] = 0
-    usual_search: ClassVar[str] = "mse"
+    usual_searches: ClassVar[tuple[str, ...]] = ("mse",)
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
     polish: int | None = polish_option()
