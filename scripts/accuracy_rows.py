@@ -94,10 +94,11 @@ WEIGHTS = {
     "awq": Row(changes={"algo": "awq"}),
     # What gptq is made of, one after the other; the first is what it was at BEFORE.
     "gptq, mse unsigned": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "mse", "signed": False}),
-    "gptq, mse signed": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "mse"}),
-    "gptq, unsigned": Row(changes={"algo": "gptq", **PLAIN, "signed": False}),
-    "gptq, signed": Row(changes={"algo": "gptq", **PLAIN}),
-    "gptq, unpolished": Row(changes={"algo": "gptq", "polish": 0}),
+    "gptq, mse": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "mse"}),
+    "gptq, min-max unsigned": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "minmax", "signed": False}),
+    "gptq, min-max": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "minmax"}),
+    "gptq, better of both": Row(changes={"algo": "gptq", **PLAIN}),
+    "gptq, biases corrected": Row(changes={"algo": "gptq", "polish": 0}),
     GPTQ: Row(changes={"algo": "gptq"}),
     # One part more, or another.
     "gptq, plain order": Row(changes={"algo": "gptq", "act_order": False}),
