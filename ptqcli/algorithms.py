@@ -27,12 +27,17 @@ BUILT_IN = {
     TRANSFORMS: {
         "awq": "ptqcli.transforms.awq:AWQ",
         "smoothquant": "ptqcli.transforms.smoothquant:SmoothQuant",
+        "equalize": "ptqcli.transforms.equalize:Equalize",
+        "rotate": "ptqcli.transforms.rotation:Rotate",
     },
     SCHEMES: {"llm-int8": "ptqcli.algorithms:LLMInt8"},
     SOLVERS: {
         "rtn": "ptqcli.solvers.rtn:RTN",
         "gptq": "ptqcli.solvers.gptq:GPTQ",
         "obq": "ptqcli.solvers.obq:OBQ",
+        "autoround": "ptqcli.solvers.autoround:AutoRound",
+        "flexround": "ptqcli.solvers.flexround:FlexRound",
+        "omniquant": "ptqcli.solvers.omniquant:OmniQuant",
     },
 }
 DEFAULT_SOLVER = "rtn"

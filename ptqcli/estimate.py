@@ -18,6 +18,7 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.plan_texts import PlannedTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
+from ptqcli.solvers import BlockSolver
 from ptqcli.solvers.per_matrix import as_block_solver, statistics_for
 
 # Tokens on which transforms try their choices out, in whole windows.
@@ -91,6 +92,13 @@ def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, 
     return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
 
 
+def windows_per_batch(recipe: Recipe, seqlen: int, windows: int, resources: Resources) -> int:
+    """Calibration windows in one pass. A solver that learns from small batches gets at least four, so that some can be held out."""
+    most = as_block_solver(recipe.solver()).batch
+    size = resources.windows_per_batch(seqlen)
+    return size if most is None else min(size, most, max(1, windows // 4))
+
+
 def _streams(recipe: Recipe) -> int:
     """Streams of hidden states: the quantized model's, and the original's if the solver asks for it."""
     return 2 if as_block_solver(recipe.solver()).needs.original else 1
@@ -118,18 +126,19 @@ def memory_bytes(
 def _tensor_bytes(
     recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, windows: int, resources: Resources
 ) -> int:
-    itemsize = resources.calibration_dtype(linears[0].scale_dtype).itemsize
+    solver, itemsize = as_block_solver(recipe.solver()), resources.calibration_dtype(linears[0].scale_dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
     workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)
-    solving = max(in_blocks) * itemsize + 2 * largest.in_features * largest.out_features * 4 + workspace
+    window = min(solver.window, len(in_blocks))
+    solving = window * max(in_blocks) * itemsize + 2 * largest.in_features * largest.out_features * 4 + workspace
     if not needs_calibration(recipe, linears):
         return solving
     features = min(linear.site.in_features for linear in linears)
     widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
     inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
-    solving += SAMPLED_TOKENS * inputs * 4
-    if as_block_solver(recipe.solver()).needs.hessian:
+    solving += window * SAMPLED_TOKENS * inputs * 4
+    if solver.needs.hessian:
         solving += max(linear.site.in_features for linear in linears) ** 2 * 4
     if recipe.transforms():
         # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
@@ -138,6 +147,16 @@ def _tensor_bytes(
     tokens = windows * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
     held = min(2 * _streams(recipe) * tokens * hidden, resources.activation_budget) + min(tokens * inside, resources.activation_budget)
-    one_batch = resources.windows_per_batch(seqlen) * seqlen * inside
+    batch = windows_per_batch(recipe, seqlen, windows, resources) * seqlen
+    one_batch = batch * inside
+    solving += _window_bytes(solver, window, linears, skeleton, features, batch)
     embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize
     return held + one_batch + max(embeddings, solving)
+
+
+def _window_bytes(solver: BlockSolver, window: int, linears: Sequence[PlannedLinear], skeleton: Skeleton, hidden: int, tokens: int) -> int:
+    """What the solver says of the largest window: all blocks like the largest."""
+    blocks = range(len(skeleton.blocks))
+    weights = max(sum(each.site.in_features * each.site.out_features for each in linears if each.site.block == index) for index in blocks)
+    features = max(sum(site.in_features + site.out_features for site in skeleton.linears if site.block == index) for index in blocks)
+    return solver.window_bytes(window * weights, window * (features + 4 * hidden), tokens)

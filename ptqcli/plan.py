@@ -47,6 +47,7 @@ class Plan:
     texts: what is calibrated on, where anything is.
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards.
+    rewrites: what transforms of the whole model do, a line each.
     readers: how other programs load the result, or why they do not.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
@@ -65,6 +66,7 @@ class Plan:
     disk_bytes: int
     memory_bytes: int
     notes: tuple[str, ...] = field(default=())
+    rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
 
     @property
@@ -83,7 +85,8 @@ class Plan:
         """(what, value) pairs that tell a person what is about to happen."""
         recipe = self.recipe
         schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
-        rows = [("algorithm", recipe.algo), ("linears", schemes), ("blocks", str(len(self.stages)))]
+        rows = [("algorithm", recipe.algo), *(("rewritten", done) for done in self.rewrites)]
+        rows += [("linears", schemes), ("blocks", str(len(self.stages)))]
         if self.skipped:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
@@ -113,6 +116,7 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
+    _check_solver(recipe, linears)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
     stages = _planned_stages(linears, skeleton)
@@ -142,7 +146,7 @@ def make_plan(
         memory_bytes=memory,
         notes=(
             *group_notes(linears, recipe, hits),
-            *_calibration_notes(recipe, linears),
+            *_calibration_notes(recipe, linears, texts),
             *texts.notes,
             *_model_notes(skeleton, linears),
             *chosen.notes(specs),
@@ -251,6 +255,14 @@ def _check_window(recipe: Recipe) -> None:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
 
 
+def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
+    solver = as_block_solver(recipe.solver())
+    for linear in linears:
+        reason = solver.refusal(linear.scheme)
+        if reason is not None:
+            raise UsageError(f"{linear.name}: {reason}")
+
+
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
@@ -312,11 +324,13 @@ def _check_length(seqlen: int, skeleton: Skeleton) -> None:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
 
 
-def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
+def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], texts: PlannedTexts) -> list[str]:
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
     asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
-    if not asked or needs_calibration(recipe, linears):
+    if needs_calibration(recipe, linears):
+        return as_block_solver(recipe.solver()).notes(texts.windows)
+    if not asked:
         return []
     return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
 

@@ -25,7 +25,7 @@ from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
-    from ptqcli.transforms import BlockTransform
+    from ptqcli.transforms import BlockTransform, ModelTransform
 
 DEFAULT_BITS = 4
 
@@ -131,6 +131,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_types(Recipe, vars(self), "recipe")
         _check_options(self.options, self.algorithm)
+        self._check_order()
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:
             raise UsageError(
@@ -169,8 +170,24 @@ class Recipe:
         return solver
 
     def transforms(self) -> list[BlockTransform]:
-        """The transforms that come before the solver, in order, with their options."""
+        """The transforms of blocks that come before the solver, in order, with their options."""
+        return [transform for transform in self._transforms if not _is_of_the_model(transform)]
+
+    def model_transforms(self) -> list[ModelTransform]:
+        """The transforms of the whole model, which come before those of blocks, in order, with their options."""
+        return [transform for transform in self._transforms if _is_of_the_model(transform)]
+
+    @property
+    def _transforms(self) -> list[Any]:
         return [self._built[part.name] for part in self.algorithm.transforms]
+
+    def _check_order(self) -> None:
+        names = [transform.name for transform in self._transforms]
+        ordered = [*(transform.name for transform in self.model_transforms()), *(transform.name for transform in self.transforms())]
+        if names != ordered:
+            rest = [part.name for part in self.algorithm.parts if not part.is_transform]
+            written = "+".join([*ordered, *rest])
+            raise UsageError(f"algorithm '{self.algo}': {ordered[0]} rewrites the whole model and comes first; write {written}")
 
     def stored(self) -> dict[str, Any]:
         """The fields as a report keeps them: with every option of every part, those that were not given, too."""
@@ -229,6 +246,10 @@ class Recipe:
             raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
         threshold = DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold
         return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
+
+
+def _is_of_the_model(transform: Any) -> bool:
+    return hasattr(transform, "prepare")
 
 
 def _group_number(given: int | str, activations: ActivationScheme | None) -> int:

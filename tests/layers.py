@@ -29,14 +29,19 @@ def random_inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def signs(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """1 and -1, as often as not."""
+    return torch.randint(0, 2, (rows, columns), generator=torch.Generator().manual_seed(seed + 1)) * 2 - 1
+
+
 def random_layer(
     rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype = torch.float32, symmetric: bool = True, seed: int = 0
 ) -> Layer:
-    """Groups of ``group_size`` columns, or whole rows for -1; scales differ by a factor of up to eleven."""
+    """Groups of ``group_size`` columns, or whole rows for -1; scales have both signs and differ by a factor of up to eleven."""
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if group_size == -1 else columns // group_size
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = (torch.rand(rows, groups, generator=generator) * 0.1 + 0.01).to(dtype)
+    scale = (torch.rand(rows, groups, generator=generator) * 0.1 + 0.01).to(dtype) * signs(rows, groups, seed).to(dtype)
     zero = None if symmetric else torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
     return Layer(codes, scale, zero, torch.randn(rows, generator=generator).to(dtype))
 
@@ -64,7 +69,7 @@ def random_weight(
     def integers(*shape: int) -> Tensor:
         return torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
 
-    scale = (torch.rand(out_features, groups, generator=generator) + 0.01).to(dtype)
+    scale = (torch.rand(out_features, groups, generator=generator) + 0.01).to(dtype) * signs(out_features, groups, seed).to(dtype)
     if scheme.group_size == 0:
         scale = scale[:1].expand(out_features, 1).clone()
     zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)

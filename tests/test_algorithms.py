@@ -425,14 +425,14 @@ def test_with_no_outlier_the_model_is_plain_w8a8(name: str, llama: Path, tmp_pat
 def passes(folder: Path, out: Path, name: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Counter[int]]:
     """For each block how often each batch ran through it."""
     seen: dict[CalibratedBlock, Counter[int]] = {}
-    forward = CalibratedBlock._forward
+    forward = CalibratedBlock.forward
 
     def counted(self: CalibratedBlock, batch: int) -> Tensor:
         seen.setdefault(self, Counter())[batch] += 1
         return forward(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CalibratedBlock, "_forward", counted)
+        patch.setattr(CalibratedBlock, "forward", counted)
         quantize(folder / "model", recipe_for(name, folder, **changes), out, resources=Resources(batch_size=2))
     return list(seen.values())
 

@@ -38,7 +38,8 @@ ALLOWED = {
     "model": BASE | {"checkpoint"},
     "calibration": BASE | {"model"},  # it records and replays the model's blocks
     "solvers": BASE | {"options", "calibration.statistics"},
-    "transforms": BASE | {"options", "calibration.statistics", "model"},  # which modules are linears, and how they lie in memory
+    # which modules are linears, and how they lie in memory; what a rewritten tensor is made of
+    "transforms": BASE | {"options", "calibration.statistics", "model", "checkpoint.tensors"},
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
     "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources", "recipe_file"},
     "plan_texts": ROOMS,

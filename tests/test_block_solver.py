@@ -18,7 +18,7 @@ from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline import pipeline, prepare
 from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
-from ptqcli.solvers import Solution, SolveNotes
+from ptqcli.solvers import BlockSolver, Solution, SolveNotes
 
 LAYERS = 5
 SEEN = []  # what the solvers below saw of each window
@@ -52,7 +52,7 @@ class Learned(nn.Module):
 
 
 @dataclass(frozen=True)
-class LearnScales:
+class LearnScales(BlockSolver):
     """Rounds to nearest, then learns all scales and norms of two blocks at once."""
 
     name: ClassVar[str] = "learn-scales"

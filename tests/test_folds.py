@@ -13,8 +13,10 @@ from ptqcli.calibration.record import record_calls
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
+from ptqcli.numerics.grids import MinMax
 from ptqcli.transforms.folded import BOUND, FoldedBlock, verified
 from ptqcli.transforms.folds import Fold, FoldSearch, divide, find_folds
+from ptqcli.transforms.residual import residual_writers
 
 CPU = torch.device("cpu")
 
@@ -151,7 +153,7 @@ def scales(fold, seed=0, low=0.3, high=3.0):
 
 def folded(block, run, stored=None):
     """``block`` for its folds to be scaled; nothing in it is quantized."""
-    return FoldedBlock(block, [], {}, {}, stored or block.get_parameter, lambda twin: run(twin, torch.float32))
+    return FoldedBlock(block, [], {}, {}, stored or block.get_parameter, lambda twin: run(twin, torch.float32), MinMax())
 
 
 @torch.no_grad()
@@ -175,6 +177,48 @@ def test_folds_are_the_known_ones(architecture, probed):
                 assert (fold.offsets, fold.width) == ((), len(linear_weight(producer)))
             else:
                 assert (fold.offsets, fold.width) == (OFFSETS[architecture], HIDDEN)
+
+
+WRITERS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "stablelm"), ("self_attn.o_proj", "mlp.down_proj")),
+    "phi3": ("self_attn.o_proj", "mlp.down_proj"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    **dict.fromkeys(("gemma2", "gemma3", "olmo2"), ()),  # a norm stands between their linears and the residual stream
+}
+
+
+def test_what_writes_into_the_residual_stream_is_known(architecture, probed):
+    for block in probed:
+        found = residual_writers(block.block, block.run)
+        assert tuple(found) == WRITERS[architecture]
+        assert found == {name: pytest.approx(1) for name in found}
+
+
+def test_a_constant_before_the_sum_is_found_and_another_sum_is_no_stream():
+    class Block(nn.Module):
+        def __init__(self, forward):
+            super().__init__()
+            self.norm, self.down = nn.LayerNorm(8), nn.Linear(8, 8)
+            self.combine = forward
+
+        def forward(self, x):
+            return self.combine(x, self.down(self.norm(x)))
+
+    def found(combine):
+        block = Block(combine)
+        return residual_writers(block, lambda twin, dtype: twin(on_random_tokens_of(8, dtype)))
+
+    assert found(lambda x, y: x + 0.22 * y) == {"down": pytest.approx(0.22)}
+    for combine in (lambda x, y: 0.5 * x + y, lambda x, y: x * y, lambda x, y: x + y.tanh(), lambda x, y: y):
+        assert found(combine) == {}
+
+
+def on_random_tokens_of(features, dtype):
+    return torch.randn(2, 5, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
 def test_loaded_blocks_have_the_same_folds_and_all_are_verified(probed):

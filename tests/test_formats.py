@@ -177,7 +177,7 @@ def test_golden_integers_both_ways(case: str, group_size: int) -> None:
     scheme = Scheme(8, group_size, activations=TOKEN)
     weight = COMPRESSED_TENSORS.unpack(case, golden.__getitem__, scheme)
     assert torch.equal(weight.dequantize(), golden[f"{case}.dequantized"])
-    grid = MinMax().fit(golden["input_weight"], scheme, torch.float32)
+    grid = MinMax(signed=False).fit(golden["input_weight"], scheme, torch.float32)
     assert torch.equal(grid.scale, weight.scale)
     assert torch.equal(grid.nearest(golden["input_weight"]), weight.codes.float())
     packed = COMPRESSED_TENSORS.pack(case, weight)

@@ -1,5 +1,6 @@
 """OBQ against a brute-force greedy search in float64 that inverts what is left of the Hessian at every step."""
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,9 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.elements import Codebook
 from ptqcli.numerics.grids import Clipped
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
-from ptqcli.solvers.obq import OBQ
 from ptqcli.solvers.rtn import RTN
+
+OBQ = functools.partial(obq.OBQ, polish=0)  # what the greedy order alone finds
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
 

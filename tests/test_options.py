@@ -24,7 +24,7 @@ from ptqcli import recipe as recipes
 from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorithm, parts
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.options import Option, check_choices, fits, from_text, option, options_of
+from ptqcli.options import Option, check_choices, fits, from_text, kinds, option, options_of
 from ptqcli.recipe import Recipe, load_recipe
 
 ALGORITHMS = [*parts(), "awq+gptq", "awq+obq", "smoothquant+obq", "awq+smoothquant"]
@@ -46,7 +46,9 @@ def other(declared: Option) -> object:
     """A value that is not the default."""
     if isinstance(declared.default, bool):
         return not declared.default
-    return next(choice for choice in declared.choices if choice != declared.default) if declared.choices else 0.25
+    if declared.choices:
+        return next(choice for choice in declared.choices if choice != declared.default)
+    return 0.25 if float in kinds(declared.hint) else 3
 
 
 def as_flag(declared: Option, value: object) -> list[str]:
@@ -90,7 +92,8 @@ def test_an_option_whose_part_is_not_asked_for_is_refused_by_name(ptq: Ptq, tmp_
     ]
     for answer in answers:
         assert answer.code == 2
-        assert f"{declared.option.words} belongs to {' and '.join(declared.parts)}, not to {algorithm}; leave it out" in one_line(answer)
+        owners = " and ".join(filter(None, [", ".join(declared.parts[:-1]), declared.parts[-1]]))
+        assert f"{declared.option.words} belongs to {owners}, not to {algorithm}; leave it out" in one_line(answer)
     assert str(file) in one_line(answers[1])
     for part in declared.parts:
         file.write_text(yaml.safe_dump({"algo": algorithm, part: {declared.option.name: value}}))
@@ -99,14 +102,20 @@ def test_an_option_whose_part_is_not_asked_for_is_refused_by_name(ptq: Ptq, tmp_
         assert f"{file}: {part}.{declared.option.name} belongs to {part}, not to {algorithm}; leave it out" in one_line(answer)
 
 
+# What an option has no effect without.
+BESIDE = {"alpha": {"target": "original"}, "beta": {"target": "original"}}
+
+
 @pytest.mark.parametrize("declared, part", OWNED, ids=case_name)
 def test_an_option_reaches_its_part(ptq: Ptq, asked: list[Recipe], tmp_path: Path, declared: Declaration, part: str) -> None:
     value, file = other(declared.option), tmp_path / "recipe.yaml"
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    ptq("quantize", "--algo", part, *as_flag(declared.option, value))
-    ptq("quantize", "--algo", part, "--set", f"{part}.{declared.option.name}={text}")
+    beside = BESIDE.get(declared.option.name, {})
+    flags = [word for key, wanted in beside.items() for word in (f"--{key}", wanted)]
+    ptq("quantize", "--algo", part, *flags, *as_flag(declared.option, value))
+    ptq("quantize", "--algo", part, *flags, "--set", f"{part}.{declared.option.name}={text}")
     for entry in ({declared.option.key: value}, {part: {declared.option.name: value}}):
-        file.write_text(yaml.safe_dump({"algo": part, **entry}))
+        file.write_text(yaml.safe_dump({"algo": part, **beside, **entry}))
         ptq("quantize", "--recipe", file)
     assert len(asked) == 4
     for recipe in asked:
@@ -131,7 +140,7 @@ def test_a_flag_wins_over_a_section_and_leaves_the_rest(tmp_path: Path) -> None:
     "text, message",
     [
         ("gtpq: {damp: 0.1}", "unknown key 'gtpq'; the keys are abits"),
-        ("gptq: {dmp: 0.1}", "gptq has no option 'dmp'; its options are damp, act_order, static_groups, scale_search"),
+        ("gptq: {dmp: 0.1}", "gptq has no option 'dmp'; its options are damp, act_order, static_groups, scale_search, signed"),
         ("algo: llm-int8\nllm-int8: {damp: 0.1}", "llm-int8 has no option 'damp'; it has none"),
         ("gptq: {damp: high}", "'gptq.damp' must be float, not 'high'"),
         ("gptq: {damp: 0.1}\noptions: {gptq: {damp: 0.2}}", "gptq.damp is given twice"),
@@ -141,7 +150,7 @@ def test_a_flag_wins_over_a_section_and_leaves_the_rest(tmp_path: Path) -> None:
         ("gptq: 0.1", "'gptq' must be a section of options"),
         ("gptq: {damp: 0.1}\ndamp: 0.1", "gptq.damp is given twice"),
         ("damp: -1", "damp -1 is out of range"),
-        ("scale_search: best", "scale search 'best' is unknown; use minmax or mse"),
+        ("scale_search: best", "scale search 'best' is unknown; use auto, minmax or mse"),
         ("options: {gtpq: {damp: 0.1}}", "there is no part 'gtpq'; the parts are awq, smoothquant"),
     ],
 )
@@ -295,7 +304,7 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
     listed = {(part["name"], part["from"]): part for part in json.loads(ptq("algorithms", "--json").out)["parts"]}
     assert listed["stretched", "stretching"]["summary"] == "rounds the weights times a factor"
     flags = {entry["name"]: entry["flag"] for entry in listed["stretched", "stretching"]["options"]}
-    assert flags == {"scale_search": "--scale-search", "factor": "--factor", "damp": None, "output": None}
+    assert flags == {"scale_search": "--scale-search", "signed": "--signed/--no-signed", "factor": "--factor", "damp": None, "output": None}
     assert "options of stretched: --factor X What the weights are multiplied by" in " ".join(ptq("quantize", "--help").out.split())
 
     make_model(tmp_path / "model", "llama", torch.bfloat16)
@@ -312,7 +321,8 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
 def test_a_flag_that_is_taken_is_left_to_set(ptq: Ptq, asked: list[Recipe]) -> None:
     refused = ptq("quantize", "--algo", "stretched", "--damp", "5")
     assert refused.code == 2
-    assert "damp belongs to gptq and obq, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
+    owners = "gptq, obq, autoround and flexround"
+    assert f"damp belongs to {owners}, not to stretched; stretched has another of that name, stretched.damp" in one_line(refused)
     ptq("quantize", "--algo", "stretched", "--set", "stretched.damp=5", "--set", "stretched.output=y")
     assert [recipe.options for recipe in asked] == [{"stretched": {"damp": 5, "output": "y"}}]
 

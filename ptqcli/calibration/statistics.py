@@ -85,13 +85,15 @@ class Hessian:
 class StatisticsRequest:
     """What a part wants to know of the inputs; ``|`` joins the wants of several parts.
 
-    hessian, magnitudes, samples: see ``InputStatistics``. original: the original model's hidden states are to be kept beside the quantized
-    model's, so that both are at hand before and behind every block.
+    hessian, magnitudes, samples, sums, pairs: see ``InputStatistics``. original: the original model's hidden states are to be kept beside
+    the quantized model's, so that both are at hand before and behind every block; pairs are taken from them.
     """
 
     hessian: bool = False
     magnitudes: bool = False
     samples: bool = False
+    sums: bool = False
+    pairs: bool = False
     original: bool = False
 
     def __or__(self, other: StatisticsRequest) -> StatisticsRequest:
@@ -99,11 +101,76 @@ class StatisticsRequest:
             hessian=self.hessian or other.hessian,
             magnitudes=self.magnitudes or other.magnitudes,
             samples=self.samples or other.samples,
+            sums=self.sums or other.sums,
+            pairs=self.pairs or other.pairs,
             original=self.original or other.original,
         )
 
     def __bool__(self) -> bool:
-        return self.hessian or self.magnitudes or self.samples or self.original
+        return self.hessian or self.magnitudes or self.samples or self.sums or self.pairs or self.original
+
+
+@dataclass(kw_only=True)
+class Pairs:
+    """What the original model has in the place of a linear's inputs, over the same tokens as ``InputStatistics``.
+
+    With x the input in the quantized model, f that in the original model, and d what the original's residual stream has over the
+    quantized one's where linears that read x write into it:
+
+        cross = sum f x^T  [in, in]      drift = sum d x^T  [hidden, in]      sums of f  [in] and of d  [hidden]
+
+    drift and its sum are None where no such linear reads x. held: the same over held-out windows alone, with their Hessian and the sum of
+    their inputs; None in those themselves.
+    """
+
+    cross: Tensor
+    sums: Tensor
+    drift: Tensor | None
+    drift_sums: Tensor | None
+    held: Held | None
+
+    @classmethod
+    def empty(cls, features: int, hidden: int | None, device: torch.device, held: bool = True) -> Pairs:
+        """Those of no token. hidden: channels of the residual stream, None where the drift is not wanted."""
+        zeros = torch.zeros
+        return cls(
+            cross=zeros(features, features, device=device),
+            sums=zeros(features, device=device),
+            drift=None if hidden is None else zeros(hidden, features, device=device),
+            drift_sums=None if hidden is None else zeros(hidden, device=device),
+            held=Held.empty(features, hidden, device) if held else None,
+        )
+
+    def add(self, x: Tensor, f: Tensor, d: Tensor | None, held: Tensor) -> None:
+        """Add tokens; x, f: [tokens, in], d: [tokens, hidden]. held: bool [tokens], those of held-out windows."""
+        self._add(x, f, d)
+        if self.held is not None and held.any():
+            self.held.hessian.add(x[held])
+            self.held.sums += x[held].float().sum(dim=0)
+            self.held.pairs._add(x[held], f[held], None if d is None else d[held])
+
+    def _add(self, x: Tensor, f: Tensor, d: Tensor | None) -> None:
+        x, f = x.float(), f.float()
+        self.cross.addmm_(f.t(), x)
+        self.sums += f.sum(dim=0)
+        if self.drift is not None and self.drift_sums is not None and d is not None:
+            self.drift.addmm_(d.float().t(), x)
+            self.drift_sums += d.float().sum(dim=0)
+
+
+@dataclass
+class Held:
+    """Hessian and sum of the inputs, and ``Pairs``, of held-out windows."""
+
+    hessian: Hessian
+    sums: Tensor
+    pairs: Pairs
+
+    @classmethod
+    def empty(cls, features: int, hidden: int | None, device: torch.device) -> Held:
+        """Those of no token."""
+        pairs = Pairs.empty(features, hidden, device, held=False)
+        return cls(Hessian.zeros(features, device), torch.zeros(features, device=device), pairs)
 
 
 @dataclass(kw_only=True)
@@ -111,13 +178,16 @@ class InputStatistics:
     """What is known of one input tensor, float32 throughout; what was not asked for is None (samples: empty).
 
     largest: [in], the largest magnitude of each channel. summed: [in], the sum of magnitudes. samples: every ``stride``-th token, in
-    pieces [tokens, in]. hessian: see ``Hessian``. tokens: how many were seen.
+    pieces [tokens, in]. hessian: see ``Hessian``. sums: [in], the sum of the inputs. pairs: what the original model has in their place.
+    tokens: how many were seen.
     """
 
     largest: Tensor | None
     summed: Tensor | None
     hessian: Hessian | None
     stride: int
+    sums: Tensor | None = None
+    pairs: Pairs | None = None
     samples: list[Tensor] = field(default_factory=list)
     tokens: int = 0
 
@@ -129,6 +199,7 @@ class InputStatistics:
             summed=torch.zeros(features, device=device) if needs.magnitudes else None,
             hessian=Hessian.zeros(features, device) if needs.hessian else None,
             stride=-(-tokens // SAMPLED_TOKENS) if needs.samples else 0,
+            sums=torch.zeros(features, device=device) if needs.sums else None,
         )
 
     def add(self, inputs: Tensor) -> None:
@@ -140,6 +211,8 @@ class InputStatistics:
             self.summed += magnitudes.sum(dim=0)
         if self.stride:
             self.samples.append(rows[-self.tokens % self.stride :: self.stride].float())
+        if self.sums is not None:
+            self.sums += rows.float().sum(dim=0)
         if self.hessian is not None:
             self.hessian.add(rows)
         self.tokens += rows.shape[0]
@@ -159,6 +232,7 @@ class InputStatistics:
             largest=None if self.largest is None else self.largest / scales,
             summed=None if self.summed is None else self.summed / scales,
             hessian=None if self.hessian is None else self.hessian.divided(scales),
+            sums=None if self.sums is None else self.sums / scales,
             stride=self.stride,
             samples=[piece / scales for piece in self.samples],
             tokens=self.tokens,

@@ -56,34 +56,42 @@ class CalibratedBlock:
         windows, tokens, features = self.source.shape
         return windows * tokens * (3 * features + 2 * widest) * self.source.dtype.itemsize
 
-    def _forward(self, batch: int) -> Tensor:
+    def forward(self, batch: int) -> Tensor:
+        """The block's outputs for one batch."""
         start, stop = self.batches[batch]
         # a copy: a block may change its input in place
         hidden = self.source[start:stop].to(self.device, copy=True)
         return self.calls[batch].run(self.block, hidden)
 
-    def _run(self, batch: int) -> None:
+    def run(self, batch: int) -> None:
+        """Write the block's outputs for one batch into the target."""
         start, stop = self.batches[batch]
-        self.target[start:stop] = self._forward(batch).to(self.target.device)
+        self.target[start:stop] = self.forward(batch).to(self.target.device)
 
-    def _leaders(self, hook: Callable[[int, Tensor], None]) -> list[Any]:
+    def leaders(self, hook: Callable[[int, Tensor], None]) -> list[Any]:
+        """Have ``hook`` called with (stage, its input) in front of each stage; gives what takes that back."""
+
         def pre_hook(stage: int) -> Callable[..., None]:
             return lambda _module, args, kwargs: hook(stage, linear_input(args, kwargs))
 
         leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
         return [leader.register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index, leader in enumerate(leaders)]
 
-    def _empty(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
-        leader = self.block.get_submodule(self.stages[stage][0])
+    def features(self, stage: int) -> int:
+        """Channels of the input of ``stage``."""
+        return linear_weight(self.block.get_submodule(self.stages[stage][0])).shape[1]
+
+    def empty_statistics(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
+        """Statistics of nothing yet of the input of ``stage``."""
         windows, tokens, _features = self.source.shape
-        return InputStatistics.empty(linear_weight(leader).shape[1], needs, windows * tokens, self.device)
+        return InputStatistics.empty(self.features(stage), needs, windows * tokens, self.device)
 
     def observe(self, needs: StatisticsRequest) -> list[InputStatistics]:
         """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
-        statistics = [self._empty(stage, needs) for stage in range(len(self.stages))]
-        handles = self._leaders(lambda stage, inputs: statistics[stage].add(inputs))
+        statistics = [self.empty_statistics(stage, needs) for stage in range(len(self.stages))]
+        handles = self.leaders(lambda stage, inputs: statistics[stage].add(inputs))
         for batch in range(len(self.calls)):
-            self._forward(batch)
+            self.forward(batch)
         for handle in handles:
             handle.remove()
         return statistics
@@ -100,15 +108,15 @@ class CalibratedBlock:
     def advance(self) -> None:
         """Write the block's outputs into the target."""
         for batch in range(len(self.calls)):
-            self._run(batch)
+            self.run(batch)
 
     def _suspended(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
-        lanes = _Lanes(self._run, len(self.calls))
-        handles = self._leaders(lanes.pause)
+        lanes = Lanes(self.run, len(self.calls))
+        handles = self.leaders(lanes.pause)
         try:
             lanes.start()
             for stage in range(len(self.stages)):
-                statistics = self._empty(stage, needs)
+                statistics = self.empty_statistics(stage, needs)
                 for inputs in lanes.inputs_of(stage):
                     statistics.add(inputs)
                 yield stage, statistics
@@ -120,7 +128,7 @@ class CalibratedBlock:
 
     def _repeated(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         for stage in range(len(self.stages)):
-            statistics = self._empty(stage, needs)
+            statistics = self.empty_statistics(stage, needs)
             self._run_until(stage, statistics)
             yield stage, statistics
         self.advance()
@@ -131,18 +139,22 @@ class CalibratedBlock:
                 statistics.add(inputs)
                 raise StopForward
 
-        handles = self._leaders(hook)
+        handles = self.leaders(hook)
         for batch in range(len(self.calls)):
             with suppress(StopForward):
-                self._forward(batch)
+                self.forward(batch)
         for handle in handles:
             handle.remove()
 
 
-class _Lanes:
-    """All batches of a block on their way through it, each in a greenlet that sleeps before a stage which has no codes yet."""
+class Lanes:
+    """All batches of a block on their way through it, each in a greenlet that sleeps before a stage which has no codes yet.
 
-    def __init__(self, run: Callable[[int], None], count: int) -> None:
+    run: sends a batch through the block. resuming: called with a batch's number whenever that batch goes on.
+    """
+
+    def __init__(self, run: Callable[[int], None], count: int, resuming: Callable[[int], None] = lambda batch: None) -> None:
+        self._resuming = resuming
         self._greenlets = [greenlet(run) for _ in range(count)]
         self._asleep: dict[int, tuple[int, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
         self._solved: set[int] = set()
@@ -160,8 +172,13 @@ class _Lanes:
 
     def inputs_of(self, stage: int) -> Iterator[Tensor]:
         """The inputs of ``stage`` in all batches that sleep before it, in the order of the batches."""
+        for _batch, inputs in self.waiting_inputs(stage):
+            yield inputs
+
+    def waiting_inputs(self, stage: int) -> Iterator[tuple[int, Tensor]]:
+        """The same with the numbers of the batches."""
         for batch in self._waiting(stage):
-            yield self._asleep[batch][1]
+            yield batch, self._asleep[batch][1]
 
     def pass_stage(self, stage: int) -> None:
         """``stage`` has its codes: wake the batches that waited for them, up to their next stage or the end of the block."""
@@ -181,6 +198,7 @@ class _Lanes:
 
     def _resume(self, batch: int, *first: int) -> None:
         self._asleep.pop(batch, None)
+        self._resuming(batch)
         self._outside = outside_modes()
         stop = self._greenlets[batch].switch(*first)
         self._outside[1].restore()

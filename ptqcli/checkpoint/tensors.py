@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,6 +106,73 @@ class MemoryTensors(TensorSource):
         if name not in self._tensors:
             raise PTQError(f"the model in memory holds no tensor {name}")
         return self._tensors[name]
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor made of stored ones. origin: the one whose shape and dtype it has. make: gives it, in any dtype, with what reads them."""
+
+    origin: str
+    make: Callable[[Callable[[str], Tensor]], Tensor]
+
+
+class RewrittenTensors(TensorSource):
+    """Another source in which ``new`` tensors take the place of stored ones of their names, or join them. Each is made when it is read."""
+
+    def __init__(self, stored: TensorSource, new: Mapping[str, NewTensor]) -> None:
+        self._stored, self._new = stored, dict(new)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return tuple(sorted({*self._stored.names, *self._new}))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
+        return self._stored.shape(self._origin(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of ``name``."""
+        return self._stored.dtype(self._origin(name))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, rounded once to the dtype that it is stored in. Raises PTQError if that cannot hold it."""
+        if name not in self._new:
+            return self._stored.read(name)
+        made = self._new[name].make(self._stored.read).to(self.dtype(name)).contiguous()
+        if made.shape != self.shape(name):
+            raise PTQError(f"{name}: is rewritten to {list(made.shape)}, and takes {list(self.shape(name))}")
+        if not torch.isfinite(made).all():
+            raise PTQError(f"{name}: rewriting leaves the range of {made.dtype}; start from a wider dtype")
+        return made
+
+    def _origin(self, name: str) -> str:
+        return self._new[name].origin if name in self._new else name
+
+
+class WidenedTensors(TensorSource):
+    """Another source as if it stored every floating tensor in float32."""
+
+    def __init__(self, stored: TensorSource) -> None:
+        self._stored = stored
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return self._stored.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Stored shape of ``name``. Raises PTQError, here and below, if there is no such tensor."""
+        return self._stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float32 for a floating tensor."""
+        stored = self._stored.dtype(name)
+        return torch.float32 if stored in FLOATING else stored
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` in that dtype."""
+        return self._stored.read(name).to(self.dtype(name))
 
 
 class SafetensorsFolder(TensorSource):

@@ -30,8 +30,8 @@ class Tracker(Protocol):
     def remark(self, text: str) -> None:
         """Something that stays to be read."""
 
-    def part(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of the part ``name`` of a step are behind us."""
+    def part(self, name: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` pieces of the part ``name`` of a step are behind us; ``note`` says how it goes."""
 
     def step(self, done: int, total: int, text: str) -> None:
         """``done`` of ``total`` steps of this stage are behind us; ``text`` says how the last one went."""
@@ -43,11 +43,11 @@ class PartClock:
     def __init__(self) -> None:
         self._name, self._start = "", 0.0
 
-    def text(self, name: str, done: int, total: int) -> str:
-        """How far it is, and what is left: ``NAME 37%, 20 s left``."""
+    def text(self, name: str, done: int, total: int, note: str) -> str:
+        """How far it is, how it goes, and what is left: ``NAME 37%, NOTE, 20 s left``."""
         if name != self._name:
             self._name, self._start = name, time.monotonic()
-        return ", ".join(filter(None, (f"{name} {done / total:.0%}", time_left(self._start, done, total))))
+        return ", ".join(filter(None, (f"{name} {done / total:.0%}", note, time_left(self._start, done, total))))
 
 
 def time_left(start: float, done: int, total: int) -> str:
@@ -80,8 +80,8 @@ class BarTracker:
     def remark(self, text: str) -> None:
         self._bar.console.print(printable(text), soft_wrap=True)
 
-    def part(self, name: str, done: int, total: int) -> None:
-        self.note(self._parts.text(name, done, total))
+    def part(self, name: str, done: int, total: int, note: str = "") -> None:
+        self.note(self._parts.text(name, done, total, note))
 
     def step(self, done: int, total: int, text: str) -> None:
         left = time_left(self._stage_start, done, total)
@@ -108,8 +108,8 @@ class LineTracker:
     def remark(self, text: str) -> None:
         self._console.print(printable(text), soft_wrap=True)
 
-    def part(self, name: str, done: int, total: int) -> None:
-        text, now = self._parts.text(name, done, total), time.monotonic()
+    def part(self, name: str, done: int, total: int, note: str = "") -> None:
+        text, now = self._parts.text(name, done, total, note), time.monotonic()
         if now - max(self._last_part, self._last_line) >= PART_PAUSE:
             self._last_part = now
             self._console.print(printable(text), soft_wrap=True)

@@ -105,8 +105,8 @@ FLAGS = {
             metavar="NAME[+NAME]",
             show_default="gptq",
             shell_complete=completion.algorithm,
-            help="rtn, gptq, obq, awq, smoothquant, llm-int8, or several joined: transforms, then a solver, such as awq+gptq. "
-            "`ptq algorithms` lists them.",
+            help="rtn, gptq, obq, awq, smoothquant, equalize, rotate, llm-int8, or several joined: transforms, then a solver, such as "
+            "awq+gptq. `ptq algorithms` lists them.",
         ),
         click.option(
             "--recipe",
@@ -192,8 +192,8 @@ FLAGS = {
             metavar="auto|self|builtin|wikitext2|c4|pile|PATH",
             show_default="auto",
             shell_complete=completion.texts("calibration"),
-            help="Calibration text; of a table, FILE:COLUMN reads the column of that name. auto: what the model is at home in, or a general "
-            "corpus that is at hand and self, text that the model writes. Several, with the windows of each: c4:64,code.jsonl:64.",
+            help="Calibration text; of a table, FILE:COLUMN reads the column of that name. auto: what the model is at home in, or a "
+            "general corpus that is at hand and self, text that the model writes. Several, with the windows of each: c4:64,code.jsonl:64.",
         ),
         click.option("--nsamples", type=int, metavar="N", show_default="128; self: 16,384 tokens", help="Calibration windows."),
         click.option("--seqlen", type=int, metavar="N", show_default="what the model allows, at most 2048", help="Tokens in a window."),

@@ -51,8 +51,8 @@ class QuantizeProgress:
     def detail(self, text: str) -> None:
         self._tracker.note(text)
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        self._tracker.part(name, done, total)
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        self._tracker.part(name, done, total, note)
 
     def layer_done(self, name: str, error: float) -> None:
         stop_if_interrupted()
@@ -100,11 +100,15 @@ def _transformed(report: Report) -> list[tuple[str, str]]:
     """What transforms did, one row each, and what they had to leave alone."""
     used = [fold for fold in report.folds if fold.left_alone is None]
     left = [fold for fold in report.folds if fold.left_alone is not None]
+    rows = []
+    if report.rewritten is not None:
+        proof = f"proved: the logits move by {report.rewritten.difference:.0e} of themselves"
+        rows.append(("rewritten", "; ".join([*report.rewritten.done, proof])))
     if not report.folds:
-        return []
+        return rows
     linears = {layer.name for layer in report.layers}
     reached = linears & {reader for fold in used for reader in fold.readers}
-    rows = [("folds", f"{len(used)} found and proved; they reach {len(reached)} of {len(linears)} linears")]
+    rows.append(("folds", f"{len(used)} found and proved; they reach {len(reached)} of {len(linears)} linears"))
     for name in dict.fromkeys(name for fold in used for name, *_ in fold.choices):
         choices = Counter(choice for fold in used for part, choice, _ in fold.choices if part == name)
         more = ", ..." if len(choices) > MOST_CHOICES else ""

@@ -268,18 +268,24 @@ class Skeleton:
             yield self.model
 
     @contextmanager
-    def loaded_around(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """The model with everything but its blocks loaded for the duration."""
-        inside = range(1, len(self.blocks) + 1)
-        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if self._unit_of(name) not in inside]
+    def loaded_outside(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """The model with all but its blocks loaded for the duration; what is stored for that is not kept."""
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if not name.startswith(self.blocks_name + ".")]
         with self._loaded(names, device, dtype):
+            self.release(self.before)
+            self.release(self.after)
             yield self.model
 
     @contextmanager
     def _loaded(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        """The parameters ``names``, and all buffers, on ``device``; of two that are stored as one tensor both are one."""
+        loaded: dict[str, nn.Parameter] = {}
         for name in names:
             module, leaf = _owner(self.model, name)
-            module._parameters[leaf] = nn.Parameter(self.read(name).to(device, dtype), requires_grad=False)
+            stored = self.stored_name(name)
+            if stored not in loaded:
+                loaded[stored] = nn.Parameter(self.read(name).to(device, dtype), requires_grad=False)
+            module._parameters[leaf] = loaded[stored]
         for name, buffer in list(self.model.named_buffers()):
             module, leaf = _owner(self.model, name)
             module._buffers[leaf] = buffer.to(device)

@@ -15,20 +15,20 @@ from ptqcli.model.skeleton import Skeleton
 @contextmanager
 def whole(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
     """The model with every weight on ``device``, floating ones as ``dtype``, for the duration."""
-    with skeleton.loaded_around(device, dtype) as model:
+    with skeleton.loaded_outside(device, dtype) as model:
         try:
             for index in range(len(skeleton.blocks)):
                 skeleton.load_block(index, device, dtype)
             yield model
         finally:
-            for unit in (skeleton.before, *skeleton.units, skeleton.after):
+            for unit in skeleton.units:
                 skeleton.release(unit)
 
 
 @contextmanager
 def walked(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
     """As ``whole``, but a block's weights are there only while the model runs it: for one pass, in the memory of a few blocks."""
-    with ExitStack() as hooks, skeleton.loaded_around(device, dtype) as model:
+    with ExitStack() as hooks, skeleton.loaded_outside(device, dtype) as model:
         for index, block in enumerate(skeleton.blocks):
 
             def load(_block: nn.Module, _inputs: Any, index: int = index) -> None:
@@ -39,8 +39,4 @@ def walked(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Iter
 
             hooks.callback(block.register_forward_pre_hook(load).remove)
             hooks.callback(block.register_forward_hook(release).remove)
-        try:
-            yield model
-        finally:
-            for unit in (skeleton.before, skeleton.after):
-                skeleton.release(unit)
+        yield model

@@ -7,7 +7,9 @@ the whole window transformed beforehand, with the samples of every input from wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,11 +22,11 @@ from ptqcli.solvers import LinearTask, Solution, Stage
 
 
 class WindowWork:
-    """Blocks ``indices``, loaded. blocks: their modules, or None for each when nothing runs through them."""
+    """Loaded ``blocks``. final: how many of them are finished with this window. carried: what the solver hands from window to window."""
 
-    def __init__(self, run: Run, indices: Sequence[int], blocks: Sequence[nn.Module | None]) -> None:
-        self._run, self._indices = run, indices
-        self._blocks = [LoadedBlock(run, index, block) for index, block in zip(indices, blocks, strict=True)]
+    def __init__(self, run: Run, blocks: Sequence[LoadedBlock], final: int, carried: MutableMapping[str, Any]) -> None:
+        self.final, self.carried = final, carried
+        self._run, self._blocks = run, blocks
         self._owners = {f"{block.prefix}.{local}": block for block in self._blocks for stage in block.stages for local in stage}
         self._tasks: dict[str, LinearTask] = {}  # of the stage at work
         self._prepared = self._walked = False
@@ -48,7 +50,7 @@ class WindowWork:
     def batches(self) -> WindowBatches:
         """The hidden states before the window."""
         self._prepare()
-        return WindowBatches(self._streams, self._indices)
+        return WindowBatches(self._streams, [block.index for block in self._blocks])
 
     def stages(self) -> Iterator[Stage]:
         """Every stage with its statistics, after all earlier stages have been placed."""
@@ -66,6 +68,7 @@ class WindowWork:
             raise PTQError(f"{name}: a solver has placed it, but it is no linear of {', '.join(self.paths)} that is quantized")
         task = self._tasks.get(name) or self._owners[name].task(name)
         self._owners[name].place(task, solution)
+        self._walked = False
 
     def replace(self, parameter: str, value: Tensor) -> None:
         """Another value for a parameter that is not quantized. Raises PTQError for one that does not fit."""
@@ -74,15 +77,16 @@ class WindowWork:
             raise PTQError(f"{parameter}: a solver has replaced it, but it is no parameter of {', '.join(self.paths)}")
         block.replace(parameter, value)
 
-    def progress(self, name: str, done: int, total: int) -> None:
+    def progress(self, name: str, done: int, total: int, note: str = "") -> None:
         """Pass on how far the work on one linear is."""
-        self._run.progress.layer_progress(name, done, total)
+        self._run.progress.layer_progress(name, done, total, note)
 
     def finish(self) -> list[dict[str, Tensor]]:
-        """The stored tensors of each block; from now on the hidden states behind the window are those of the quantized blocks."""
-        finished = [block.finished() for block in self._blocks]
-        if self._run.streams is not None and not self._walked:
-            for number, block in enumerate(self._blocks):
+        """The stored tensors of each final block; from now on the hidden states behind these are those of the quantized blocks."""
+        final = self._blocks[: self.final]
+        finished = [block.finished() for block in final]
+        if self._run.streams is not None and not (self._walked and self.final == len(self._blocks)):
+            for number, block in enumerate(final):
                 block.walk(self._streams, self._source(number)).advance()
         return finished
 
@@ -102,11 +106,11 @@ class WindowWork:
         return Stage(tuple(self._tasks.values()), statistics)
 
     def _calibrated_stages(self, block: LoadedBlock, streams: Streams, source: Tensor) -> Iterator[Stage]:
-        walk = block.walk(streams, source)
+        walk, seen = block.walk(streams, source), block.statistics
         for number, statistics in self._passes(block, walk, streams, source):
             statistics.check_finite(f"{block.prefix}.{block.stages[number][0]}")
             yield self._stage(block, block.stages[number], statistics)
-        block.statistics, self._tasks = {}, {}
+        block.statistics, self._tasks = seen, {}
 
     def _passes(self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor) -> Iterator[tuple[int, InputStatistics]]:
         wanted, sequential = self._run.solver_needs(), self._run.plan.recipe.sequential
@@ -116,6 +120,8 @@ class WindowWork:
         )
         if transforms:
             statistics = block.transform(streams, source, statistics)
+        if wanted.pairs:
+            return block.paired(walk, streams).sequential(wanted)
         return walk.sequential(wanted) if sequential else walk.at_once(statistics)
 
     def _prepare(self) -> None:
@@ -123,11 +129,13 @@ class WindowWork:
         if self._prepared or self._run.streams is None:
             return
         self._prepared = True
+        needs = replace(StatisticsRequest(samples=True) | self._run.solver_needs(), hessian=False)  # which the stages bring
         for number, block in enumerate(self._blocks):
             source = self._source(number)
             walk = block.walk(self._streams, source)
-            statistics = walk.observe(_joined_needs(self._run.transforms, StatisticsRequest(samples=True) | self._run.solver_needs()))
-            if self._run.transforms:
+            transforms = self._run.transforms if block.folded is None else ()  # of a block that comes again
+            statistics = walk.observe(_joined_needs(transforms, needs))
+            if transforms:
                 statistics = block.transform(self._streams, source, statistics)
             block.statistics = {local: seen for stage, seen in zip(block.stages, statistics, strict=True) for local in stage}
             if number + 1 < len(self._blocks):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ptqcli.calibration.paired import PairedBlock
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
@@ -27,6 +29,7 @@ from ptqcli.solvers.per_matrix import statistics_for
 from ptqcli.transforms import BlockTransform
 from ptqcli.transforms.folded import FoldedBlock, FoldNote, WeightSpec, verified
 from ptqcli.transforms.folds import FoldSearch, find_folds
+from ptqcli.transforms.residual import residual_writers
 
 
 @dataclass(kw_only=True)
@@ -63,6 +66,7 @@ class LoadedBlock:
         self.planned = {linear.name: linear for linear in run.plan.linears if linear.site.block == index}
         self.folded: FoldedBlock | None = None
         self.statistics: dict[str, InputStatistics] = {}  # of the inputs of linears, by local name, while they are needed
+        self.writers: Mapping[str, float] = {}  # into the residual stream, where somebody has asked
         self._finished: dict[str, Tensor] = {}  # what is stored for the block, as far as it differs from the model file
         self._layers: dict[str, LayerReport] = {}
         self._placed: set[str] = set()  # stored names of weights that have codes
@@ -75,6 +79,18 @@ class LoadedBlock:
         return CalibratedBlock(
             self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget
         )
+
+    def paired(self, walk: CalibratedBlock, streams: Streams) -> PairedBlock:
+        """The block as ``walk`` runs it, side by side with itself as it is now, which stays so, on the original model's hidden states."""
+        assert self.block is not None
+        assert streams.original is not None
+        recording, resources, states = streams.recording, self.run.resources, streams.original
+        twin = copy.deepcopy(self.block, {id(value): value for value in (*self.block.parameters(), *self.block.buffers())})
+        original = CalibratedBlock(
+            twin, self.stages, walk.calls, recording.batches, states.inputs, states.outputs, resources.device, resources.activation_budget
+        )
+        self.writers = residual_writers(self.block, streams.excerpt("probe", self.index, streams.quantized.inputs))
+        return PairedBlock(walk, original, self.writers, resources.activation_budget)
 
     def stored(self, local: str) -> Tensor:
         """A parameter of the block as the model file has it, on the device of the run."""
@@ -94,7 +110,20 @@ class LoadedBlock:
             stored = self.stored(f"{local}.weight")
             weight = (stored.t() if linear.site.transposed else stored).float()
         ranges = None if self.folded is None else self.folded.ranges.get(local)
-        return LinearTask(name=name, weight=weight, scheme=linear.scheme, scale_dtype=linear.scale_dtype, ranges=ranges)
+        return LinearTask(
+            name=name,
+            weight=weight,
+            scheme=linear.scheme,
+            scale_dtype=linear.scale_dtype,
+            ranges=ranges,
+            bias=self._bias(local),
+            writes=self.writers.get(local),
+        )
+
+    def _bias(self, local: str) -> Tensor | None:
+        """The bias of a linear as it is now, float32."""
+        bias = None if self.block is None else getattr(self.block.get_submodule(local), "bias", None)
+        return bias.detach().float() if isinstance(bias, Tensor) else None
 
     def place(self, task: LinearTask, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block; what was placed before is forgotten."""
@@ -108,7 +137,11 @@ class LoadedBlock:
         packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
         self._finished.update(packed)
         self._placed.add(stored_name)
-        error = relative_error(task.weight, FakeQuantLinear.of(solution.weight), self.statistics.get(linear.site.local))
+        shift = None
+        if solution.bias is not None and task.bias is not None:
+            self.replace(f"{task.name}.bias", solution.bias)
+            shift = solution.bias - task.bias
+        error = relative_error(task.weight, FakeQuantLinear.of(solution.weight), self.statistics.get(linear.site.local), shift)
         self._note(linear, solution, error, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.progress.layer_done(task.name, error)
 

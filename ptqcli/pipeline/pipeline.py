@@ -11,21 +11,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.estimate import windows_per_batch
 from ptqcli.formats import find_format
 from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import growing
-from ptqcli.pipeline.loaded import Run
+from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import CalibrationReport, Report, make_report, text_report
+from ptqcli.pipeline.rewriting import proved
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -50,6 +53,8 @@ def quantize(
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
+    with clock.measure("plan"):
+        rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
     with growing(ready.output, folder, overwrite, ready.plan.disk_bytes, ready.inputs) as growing_folder, torch.no_grad():
         work = _Quantization(ready, resources, growing_folder, progress, clock)
         work.run()
@@ -62,7 +67,7 @@ def quantize(
             work.calibration_report(),
         )
         with clock.measure("write"):
-            report = work.written.finish(report)
+            report = work.written.finish(replace(report, rewritten=rewritten))
     return replace(
         report,
         output=str(ready.output),
@@ -90,6 +95,9 @@ class _Quantization:
         )
         self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
+        self.batch_size = windows_per_batch(plan.recipe, plan.seqlen, plan.texts.windows, resources)
+        self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
+        self.carried: dict[str, Any] = {}
 
     def run(self) -> None:
         """Everything up to the last tensor."""
@@ -97,9 +105,13 @@ class _Quantization:
             self._record(self.calibration.windows)
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.before)
-        window = self.state.solver.window
-        for start in range(0, len(self.skeleton.blocks), window):
-            self._quantize_window(range(len(self.skeleton.blocks))[start : start + window])
+        solver, blocks = self.state.solver, range(len(self.skeleton.blocks))
+        window, start = min(solver.window, len(blocks)), 0
+        while start < len(blocks):
+            indices = blocks[start : start + window]
+            final = len(indices) if indices.stop == blocks.stop else window - solver.overlap
+            self._quantize_window(indices, final)
+            start += final
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after)
 
@@ -112,7 +124,7 @@ class _Quantization:
             seqlen=self.plan.seqlen,
             bos=found.bos,
             skipped_rows=found.skipped_rows,
-            batch_size=self.state.resources.windows_per_batch(self.plan.seqlen),
+            batch_size=self.batch_size,
             dtype=str(self.dtype).removeprefix("torch."),
             texts=[text_report(share, found.known.get(share)) for share in found.shares],
             sampling=found.sampling,
@@ -123,30 +135,34 @@ class _Quantization:
         state = self.state
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
-            original, excerpts = state.solver.needs.original, bool(state.transforms)
-            state.streams = record(self.skeleton, windows, self.dtype, state.resources, self.folder.path, original, excerpts)
+            original, excerpts = state.solver.needs.original, bool(state.transforms) or state.solver.needs.pairs
+            state.streams = record(
+                self.skeleton, windows, self.batch_size, self.dtype, state.resources, self.folder.path, original, excerpts
+            )
 
-    def _quantize_window(self, indices: Sequence[int]) -> None:
-        """Load, solve, write and release the blocks ``indices``."""
+    def _quantize_window(self, indices: Sequence[int], final: int) -> None:
+        """Load and solve the blocks ``indices``, write and release the first ``final`` of them."""
         count = len(self.skeleton.blocks)
         self.progress.block_started(indices[0], count)
         with self.clock.measure("load"):
-            blocks = [self._load(index) for index in indices]
-        work = WindowWork(self.state, indices, blocks)
+            new = [LoadedBlock(self.state, index, self._load(index)) for index in indices if index not in self.waiting]
+            blocks = [*self.waiting.values(), *new]
+        work = WindowWork(self.state, blocks, final, self.carried)
         with self.clock.measure("solve"):
-            if self.state.streams is not None:
-                self.state.streams.follow([block for block in blocks if block is not None], indices)
+            if self.state.streams is not None and not self.state.solver.needs.pairs:  # which runs both models' blocks side by side
+                self.state.streams.follow([block.block for block in new if block.block is not None], [block.index for block in new])
             self.state.solver.solve(work)
             finished = work.finish()
         with self.clock.measure("write"):
-            for index, tensors in zip(indices, finished, strict=True):
+            for block, tensors in zip(blocks, finished, strict=False):  # without those that wait
                 self.written.write(tensors)
-                self.skeleton.release(self.skeleton.units[index])
+                self.skeleton.release(self.skeleton.units[block.index])
         if self.state.streams is not None:
             self.state.streams.advance()
-        del work, blocks, finished  # before the next block is loaded
+        self.waiting = {block.index: block for block in blocks[final:]}
+        del work, blocks, new, finished  # before the next block is loaded
         return_freed_memory()
-        self.progress.block_done(indices[-1], count)
+        self.progress.block_done(indices[final - 1], count)
 
     def _load(self, index: int) -> nn.Module | None:
         """The block, if anything runs through it: without calibration its matrices are read one by one."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
+from ptqcli.estimate import LIBRARY_BYTES
+from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelSource
 from ptqcli.pipeline.clock import Clock
@@ -16,10 +18,12 @@ from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline.rewriting import proof_bytes, rewritten
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
+from ptqcli.plan_texts import ChooseTexts
 from ptqcli.recipe import Recipe
-from ptqcli.resources import Resources
+from ptqcli.resources import Resources, process_bytes
 
 # Where the checkpoint goes, or what says so once it is known what will be in it.
 Output = Path | Callable[[Plan], Path]
@@ -37,9 +41,28 @@ class Prepared:
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
-    """Open the model and decide everything that can be decided without its weights."""
-    skeleton = open_skeleton(model, recipe)
-    return skeleton, make_plan(recipe, skeleton, resources)
+    """Open the model, rewritten as transforms of the whole model do it, and decide everything that can be decided without its weights."""
+    return _plan(open_skeleton(model, recipe), recipe, resources)
+
+
+def _plan(original: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
+    skeleton, rewrites = rewritten(original, recipe)
+    plan = make_plan(recipe, skeleton, resources, choose_texts=choose_texts)
+    return skeleton, plan if not rewrites else _with_rewrites(plan, original, skeleton, rewrites, resources)
+
+
+def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:
+    """What is added to the plan of a rewritten model: its cost, compared with the model as it was, and what is to be known."""
+    solver = plan.recipe.algorithm.solver.name
+    own = [note for transform in plan.recipe.model_transforms() for note in transform.notes(solver)]
+    held = process_bytes() + LIBRARY_BYTES if resources.device.type == "cpu" else 0
+    return replace(
+        plan,
+        bytes_before=original.total_bytes,
+        memory_bytes=max(plan.memory_bytes, held + proof_bytes(skeleton)),
+        rewrites=tuple(rewrite.done for rewrite in rewrites),
+        notes=(*(note for rewrite in rewrites for note in rewrite.notes), *own, *plan.notes),
+    )
 
 
 def open_skeleton(model: Path | ModelSource, recipe: Recipe) -> Skeleton:
@@ -70,9 +93,9 @@ def prepare(
     if isinstance(output, Path):  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
-        skeleton = open_skeleton(model, recipe)
-        maker = TextMaker(recipe=recipe, skeleton=skeleton, resources=resources, data_dir=data_dir, progress=progress)
-        plan = make_plan(recipe, skeleton, resources, choose_texts=maker.choose)
+        original = open_skeleton(model, recipe)
+        maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
+        skeleton, plan = _plan(original, recipe, resources, maker.choose)
     if not isinstance(output, Path):
         output = output(plan)
         check_output(output, folder, overwrite, inputs)

@@ -26,8 +26,8 @@ class Progress(Protocol):
     def detail(self, text: str) -> None:
         """What is being done inside a block, in words."""
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of the work on one linear are behind us; only slow solvers tell."""
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` pieces of the work on one linear or block are behind us, and how it goes; only slow solvers tell."""
 
     def layer_done(self, name: str, error: float) -> None:
         """A linear has its codes; ``error`` is its relative output error."""
@@ -54,7 +54,7 @@ class NoProgress:
     def detail(self, text: str) -> None:
         pass
 
-    def layer_progress(self, name: str, done: int, total: int) -> None:
+    def layer_progress(self, name: str, done: int, total: int, note: str = "") -> None:
         pass
 
     def layer_done(self, name: str, error: float) -> None:

@@ -44,6 +44,9 @@ class LayerReport:
     damp_raised: bool
     outlier_columns: int | None
     outlier_share: float | None
+    alpha: float | None
+    beta: float | None
+    bias_corrected: bool
     inputs_all_zero: bool = False
 
 
@@ -79,6 +82,15 @@ def text_report(share: Share, known: Familiarity | None) -> TextReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewriteReport:
+    """What the transforms of the whole model did. done: a line for each. difference: of the logits to those of the model, relative to them,
+    in the run that proved it."""
+
+    done: list[str]
+    difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
     """How the calibration text was run through the model; with the request, the model and the machine it settles the codes.
 
@@ -102,7 +114,8 @@ class Report:
     source: the folder that the model came from, None for one in memory. recipe: the request, every option of every part with it.
     layers: the quantized linears, in running order. skipped: (name, reason) of those in the blocks that were left alone.
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
-    error_kind: output or weight, see ``LayerReport``. folds: what transforms did. calibration: None where there was none.
+    error_kind: output or weight, see ``LayerReport``. folds: what transforms of blocks did. rewritten: what those of the whole model did,
+    None without one. calibration: None where there was none.
     readers: how other programs load the checkpoint, which its model card tells. files: what is in the folder beside the report and the
     card; anything else in it is not ours to replace.
     output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
@@ -117,6 +130,7 @@ class Report:
     bits_per_weight: float
     error_kind: str
     folds: list[FoldReport] = field(default_factory=list)
+    rewritten: RewriteReport | None = None
     readers: tuple[Reader, ...] = ()
     files: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None

@@ -77,19 +77,49 @@ class WindowBatches:
         return len(self._streams.recording.batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        for windows in self.windows:
+            yield self.of(windows)
+
+    @property
+    def windows(self) -> Sequence[Sequence[int]]:
+        """The numbers of the windows of each batch."""
+        return [range(start, stop) for start, stop in self._streams.recording.batches]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the blocks are called alike with all batches as large as the first."""
+        calls, batches = self._streams.recording.calls, self.windows
+        return all(
+            calls[index][number] is calls[index][0]
+            for index in self._indices
+            for number, windows in enumerate(batches)
+            if len(windows) == len(batches[0])
+        )
+
+    def of(self, windows: Sequence[int]) -> Batch:
+        """The batch of these windows, see ``CalibrationBatches``."""
         streams, device = self._streams, self._streams.resources.device
-        for number, (start, stop) in enumerate(streams.recording.batches):
-            targets = None if streams.original is None else streams.original.outputs[start:stop].to(device, copy=True)
-            inputs = streams.quantized.inputs[start:stop].to(device, copy=True)
-            yield Batch(inputs, targets, partial(streams.forward, self._indices, number))
+        number = self.windows.index(windows) if isinstance(windows, range) else 0
+        chosen = slice(windows.start, windows.stop) if isinstance(windows, range) else list(windows)
+        targets = None if streams.original is None else streams.original.outputs[chosen].to(device, copy=True)
+        inputs = streams.quantized.inputs[chosen].to(device, copy=True)
+        return Batch(inputs, targets, partial(streams.forward, self._indices, number))
 
 
 def record(
-    skeleton: Skeleton, windows: Tensor, dtype: torch.dtype, resources: Resources, folder: Path, original: bool, excerpts: bool
+    skeleton: Skeleton,
+    windows: Tensor,
+    batch_size: int,
+    dtype: torch.dtype,
+    resources: Resources,
+    folder: Path,
+    original: bool,
+    excerpts: bool,
 ) -> Streams:
     """Run the model up to its blocks on ``windows``, int64 [windows, tokens].
 
-    dtype: of the calibration passes. original: keep the original model's stream, too. excerpts: record what transforms try things out on.
+    batch_size: windows in one pass. dtype: of the calibration passes. original: keep the original model's stream, too. excerpts: record
+    what transforms try things out on.
     Raises PTQError for tokens that the model does not know.
     """
     largest = int(windows.max())
@@ -98,7 +128,7 @@ def record(
     recording = record_calls(
         skeleton,
         windows,
-        resources.windows_per_batch(windows.shape[1]),
+        batch_size,
         resources.device,
         dtype,
         partial(new_buffer, budget=resources.activation_budget, folder=folder),

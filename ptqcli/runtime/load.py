@@ -151,7 +151,7 @@ class _Loader:
         or take the weights out of its range."""
         if values.dtype == self.dtype or not values.numel():
             return
-        smallest, largest = values.to(self.dtype).aminmax()
+        smallest, largest = values.to(self.dtype).abs().aminmax()
         lost = levels is not None and not (smallest > 0 and torch.isfinite(largest * levels))
         if lost or not (torch.isfinite(smallest) and torch.isfinite(largest)):
             raise PTQError(f"{self.checkpoint.folder}: {name} leave the range of {self.dtype}; load the model in another dtype")

@@ -12,9 +12,9 @@ of every linear itself. ``per_matrix.PerMatrix`` is the block solver that applie
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRe
 from ptqcli.numerics.grids import RangeSearch, SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from ptqcli.solvers.target import Aim
 
 # Copies of a matrix, in float32, that fitting grids to it and rounding it take.
 COPIES_TO_FIT = 3
@@ -41,7 +44,8 @@ class SolveNotes:
 
     never_activated: input columns that calibration never reached. zero_groups: (row, group) pairs whose weights are all zero.
     damp: relative damping that was used, None where the method has none. damp_raised: it is above the one asked for.
-    outlier_columns: columns kept in 16 bit, None where the scheme splits none off.
+    outlier_columns: columns kept in 16 bit, None where the scheme splits none off. alpha, beta: shares of ``target``, None where it was
+    not aimed at the original model's output. bias_corrected: the bias takes up what the codes shift the mean output by.
     """
 
     never_activated: int = 0
@@ -49,22 +53,40 @@ class SolveNotes:
     damp: float | None = None
     damp_raised: bool = False
     outlier_columns: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    bias_corrected: bool = False
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes for one matrix and what is to be said about them."""
+    """Codes for one matrix and what is to be said about them. bias: [out], in place of the linear's own, None to leave that."""
 
     weight: QuantizedWeight
     notes: SolveNotes
+    bias: Tensor | None = None
 
 
 class MatrixSolver(Protocol):
-    """Chooses codes for one matrix at a time. needs_hessian: ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
+    """Chooses codes for one matrix at a time."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs_hessian: ClassVar[bool] = False
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether ``prepare`` is to get the Hessian of the inputs, which takes calibration."""
+        return False
+
+    @property
+    def aim(self) -> Aim | None:
+        """How much of the original model's output to aim at, see ``target``; None for none of it."""
+        return None
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether biases take up the shift of the mean output, see ``bias``."""
+        return False
 
     @property
     def ranges(self) -> RangeSearch:
@@ -103,7 +125,9 @@ class MatrixSolver(Protocol):
 class LinearTask:
     """A linear that waits for its codes.
 
-    name: its path in the model. weight: float32 [out, in], not to be written into. ranges: as in ``MatrixSolver.solve``.
+    name: its path in the model. weight: float32 [out, in], not to be written into. ranges: as in ``MatrixSolver.solve``. bias: float32
+    [out], None if the linear has none. writes: by what its output is multiplied before it is added to the residual stream, None where it
+    is not or nobody asked.
     """
 
     name: str
@@ -111,6 +135,8 @@ class LinearTask:
     scheme: Scheme
     scale_dtype: torch.dtype
     ranges: RangeSearch | None = None
+    bias: Tensor | None = None
+    writes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +171,17 @@ class CalibrationBatches(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
 
+    @property
+    def windows(self) -> Sequence[Sequence[int]]:
+        """The numbers of the windows of each batch."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any windows can share a batch, because the model calls its blocks alike whatever the text is."""
+
+    def of(self, windows: Sequence[int]) -> Batch:
+        """The batch of these windows: one of ``windows``, or, where it mixes, any as large as the first."""
+
 
 class BlockWork(Protocol):
     """A window of blocks, loaded, as block solvers see it: after the transforms, every weight still unquantized.
@@ -165,8 +202,19 @@ class BlockWork(Protocol):
     def paths(self) -> Sequence[str]:
         """Path in the model of each block."""
 
+    @property
+    def final(self) -> int:
+        """How many of the blocks have to be placed; those behind them come again at the head of the next window."""
+
+    @property
+    def carried(self) -> MutableMapping[str, Any]:
+        """What the solver wants to find again in the next window."""
+
     def stages(self) -> Iterator[Stage]:
-        """The stages in the order in which they run; each is seen after all earlier ones have been placed."""
+        """The stages in the order in which they run; each is seen after all earlier ones have been placed.
+
+        A solver that works on batches, too, asks for them first.
+        """
 
     def batches(self) -> CalibrationBatches:
         """The hidden states before the window, to run through it."""
@@ -177,15 +225,16 @@ class BlockWork(Protocol):
     def replace(self, parameter: str, value: Tensor) -> None:
         """Give ``parameter`` (its path in the model), which is not quantized, another value, in the block and in the file."""
 
-    def progress(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of work on ``name`` are behind us."""
+    def progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` pieces of work on ``name`` are behind us; ``note`` says how it goes."""
 
 
 class BlockSolver(Protocol):
     """Works on a window of blocks.
 
     needs: what it wants to know of the inputs; ``original`` asks for the original model's hidden states beside the quantized model's.
-    window: blocks worked on together.
+    window: blocks worked on together. overlap: how many of them come again at the head of the next window. batch: the most calibration
+    windows in one pass, None for what suits the machine.
     """
 
     name: ClassVar[str]
@@ -197,9 +246,27 @@ class BlockSolver(Protocol):
     @property
     def window(self) -> int: ...
 
+    @property
+    def overlap(self) -> int:
+        """As it stands, none."""
+        return 0
+
+    @property
+    def batch(self) -> int | None:
+        """As it stands, None."""
+        return None
+
     @abstractmethod
     def solve(self, work: BlockWork) -> None:
         """Place every linear of the window."""
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why it has no codes in this scheme, None if it has."""
+        return None
+
+    def notes(self, windows: int) -> list[str]:
+        """What to say beforehand of a run on so many calibration windows; as it stands, nothing."""
+        return []
 
     @property
     def ranges(self) -> RangeSearch:
@@ -213,3 +280,10 @@ class BlockSolver(Protocol):
     @abstractmethod
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """As in ``MatrixSolver``."""
+
+    def window_bytes(self, weights: int, features: int, tokens: int) -> int:
+        """Memory held while a window is at work, beside its blocks; as it stands, none.
+
+        weights: of the window's linears together. features: of what its modules read and return for a token. tokens: of a batch.
+        """
+        return 0

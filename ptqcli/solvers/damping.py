@@ -17,6 +17,7 @@ from torch import Tensor
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.options import option
 
+DAMP = 0.01  # where nothing else is asked for
 SMALLEST_DAMP = 1e-4
 LARGEST_DAMP = 10.0
 
@@ -32,7 +33,7 @@ class Damped:
 
 def damp_option() -> Any:
     """The field of a solver that damps."""
-    return option(0.01, "damping, as a share of the Hessian's mean diagonal")
+    return option(DAMP, "damping, as a share of the Hessian's mean diagonal")
 
 
 def check_damp(damp: float) -> None:

@@ -13,11 +13,12 @@ from ptqcli.solvers.per_matrix import StageWork
 from ptqcli.solvers.rtn import RTN
 
 
-def relative_error(weight: Tensor, layer: FakeQuantLinear, statistics: InputStatistics | None) -> float:
+def relative_error(weight: Tensor, layer: FakeQuantLinear, statistics: InputStatistics | None, shift: Tensor | None = None) -> float:
     """``|W x - layer(x)|_F / |W x|_F`` over the tokens of ``statistics``, the bias left out on both sides; 0 if ``W x`` is 0.
 
-    weight: W, float32 [out, in]. A layer that rounds its inputs runs on the sampled tokens, in one call. One that does not is measured on
-    all tokens through their Hessian, or on the samples where there is none. Without statistics: ``|W - W'|_F / |W|_F``.
+    weight: W, float32 [out, in]. shift: what has been added to the bias, [out]. A layer that rounds its inputs runs on the sampled tokens,
+    in one call. One that does not is measured on all tokens through their Hessian, or on the samples where there is none. Without
+    statistics: ``|W - W'|_F / |W|_F``.
     """
     difference = weight - layer.matrix()
     if statistics is None:
@@ -26,10 +27,13 @@ def relative_error(weight: Tensor, layer: FakeQuantLinear, statistics: InputStat
         inputs = statistics.sampled()
         expected, found = inputs @ weight.t(), layer(inputs)
         found = found if layer.bias is None else found - layer.bias
+        found = found if shift is None else found + shift
         error, whole = (expected - found).square().sum(), expected.square().sum()
     elif statistics.hessian is not None:
         hessian = statistics.hessian.matrix
         error, whole = ((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum()
+        if shift is not None and statistics.sums is not None:
+            error = error - 2 * (shift * (difference @ statistics.sums)).sum() + statistics.hessian.tokens * shift.square().sum()
     else:
         inputs = statistics.sampled()
         error, whole = (inputs @ difference.t()).square().sum(), (inputs @ weight.t()).square().sum()

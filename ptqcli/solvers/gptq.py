@@ -42,8 +42,11 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
+from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
+from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
 # Columns rounded one after the other before their errors are sent on by a product. At 4096 rows on two cores 16, 32 and 64 took the same
 # time within noise; larger leaves move work from products into the loop.
@@ -55,21 +58,24 @@ class Factor:
     """The damped Hessian, factored in processing order.
 
     order: int64 [in], processing position -> column. feedback: N [in, in], unit upper triangular, ``N[k, j] = R_kj / R_jj``.
+    hessian: the damped one, columns in their original order; None where nothing is polished.
     """
 
     order: Tensor
     feedback: Tensor
+    hessian: Tensor | None
     damp: float
     damp_raised: bool
     never_activated: int
 
 
 @dataclass(frozen=True)
-class GPTQ(FitsGrids, MatrixSolver):
+class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     """GPTQ with its options.
 
     damp: added to the diagonal of H, as a share of its mean. act_order, static_groups: see the module. scale_search,
-    signed: see ``ptqcli.solvers.scale_search``.
+    signed: see ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``. target, alpha, beta: see
+    ``ptqcli.solvers.target``. correct_bias: see ``ptqcli.solvers.bias``.
     """
 
     name: ClassVar[str] = "gptq"
@@ -78,13 +84,21 @@ class GPTQ(FitsGrids, MatrixSolver):
     damp: float = damp_option()
     act_order: bool = option(True, "most active columns first")
     static_groups: bool = option(True, "with act-order, groups stay neighbours, so the file needs no index")
+    usual_rounds: ClassVar[int] = 3
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
+    target: str = target_option()
+    alpha: float | str = alpha_option()
+    beta: float | str = beta_option()
+    correct_bias: bool = bias_option()
+    polish: int | None = polish_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
+        self.check_polish()
         check_choices(self)
+        self.check_target()
         if not self.act_order and not self.static_groups:
             raise UsageError("static groups have no effect without act order, where groups are neighbours anyway; leave one of the two out")
 
@@ -99,11 +113,18 @@ class GPTQ(FitsGrids, MatrixSolver):
         importance = matrix.diagonal() if self.act_order else torch.zeros_like(matrix.diagonal())
         order = torch.argsort(importance, descending=True, stable=True)
         reverse = order.flip(0)
-        damped = factorise(matrix.index_select(0, reverse).index_select(1, reverse), self.damp, where)
+        reordered = matrix.index_select(0, reverse).index_select(1, reverse)
+        damped = factorise(reordered, self.damp, where)
         feedback = damped.lower.flip(0, 1)  # R
         feedback /= feedback.diagonal().clone()
+        back = torch.argsort(reverse)
         return Factor(
-            order=order, feedback=feedback, damp=damped.damp, damp_raised=damped.damp > self.damp, never_activated=damped.never_activated
+            order=order,
+            feedback=feedback,
+            hessian=reordered.index_select(0, back).index_select(1, back) if self.rounds else None,
+            damp=damped.damp,
+            damp_raised=damped.damp > self.damp,
+            never_activated=damped.never_activated,
         )
 
     def solve(
@@ -116,25 +137,37 @@ class GPTQ(FitsGrids, MatrixSolver):
         progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        groups = scheme.group_count(weight.shape[1])
-        # One group for the whole row needs no index, whatever the order: its grid is the same either way.
-        fixed = self.act_order and (self.static_groups or groups == 1)
-        work = _Columns(weight, prepared, scheme, scale_dtype, ranges or self.ranges)
-        if fixed:
-            work.fit_beforehand()
-        work.run(0, weight.shape[1])
-        quantized = work.result(moving_groups=self.act_order and not fixed)
+        quantized, zero_groups = self._fed_back(weight, prepared, scheme, scale_dtype, ranges or self.ranges)
+        if prepared.hessian is not None:
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
         notes = SolveNotes(
             never_activated=prepared.never_activated,
-            zero_groups=work.zero_groups(),
+            zero_groups=zero_groups,
             damp=prepared.damp,
             damp_raised=prepared.damp_raised,
         )
         return Solution(quantized, notes)
 
+    def _fed_back(
+        self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch
+    ) -> tuple[QuantizedWeight, int]:
+        """What error feedback alone gives, and the number of groups whose weights are all zero."""
+        groups = scheme.group_count(weight.shape[1])
+        # One group for the whole row needs no index, whatever the order: its grid is the same either way.
+        fixed = self.act_order and (self.static_groups or groups == 1)
+        work = _Columns(weight, factor, scheme, scale_dtype, ranges)
+        if fixed:
+            work.fit_beforehand()
+        work.run(0, weight.shape[1])
+        return work.result(moving_groups=self.act_order and not fixed), work.zero_groups()
+
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
-        """The factorisation holds four more matrices of the Hessian's size, the solve four of the weight's."""
-        return 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
+        """The factorisation holds four more matrices of the Hessian's size, the solve four of the weight's; polishing comes after it and
+        keeps two of the Hessian's.
+        """
+        solve = 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
+        polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)
+        return max(solve, polish) if self.rounds else solve
 
 
 class _Columns:

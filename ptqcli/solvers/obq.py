@@ -44,8 +44,11 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers.bias import CorrectsBias, bias_option
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
+from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
+from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
 # Steps between two rewrites of the inverses. At 4096 columns on one core a row took 2.3 s with 128 and 3.2 s with 64.
 BLOCK = 128
@@ -55,9 +58,12 @@ WORKSPACE = 1 << 30  # bytes for the rows that are worked on at once
 
 @dataclass(frozen=True, kw_only=True)
 class Inverse:
-    """The inverse of the damped Hessian, [in, in]. floor: the least that a diagonal entry can become."""
+    """The inverse of the damped Hessian, [in, in]. floor: the least that a diagonal entry can become. hessian: the damped one itself, None
+    where nothing is polished.
+    """
 
     matrix: Tensor
+    hessian: Tensor | None
     floor: float
     damp: float
     damp_raised: bool
@@ -65,22 +71,30 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class OBQ(FitsGrids, MatrixSolver):
+class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search, signed: see
-    ``ptqcli.solvers.scale_search``.
+    ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``.
     """
 
     name: ClassVar[str] = "obq"
     summary: ClassVar[str] = "OBQ: the least harmful weight first, row by row"
     needs_hessian: ClassVar[bool] = True
     damp: float = damp_option()
+    usual_rounds: ClassVar[int] = 3
     usual_search: ClassVar[str] = "minmax"
     scale_search: str = scale_search_option()
     signed: bool = signed_option()
+    target: str = target_option()
+    alpha: float | str = alpha_option()
+    beta: float | str = beta_option()
+    correct_bias: bool = bias_option()
+    polish: int | None = polish_option()
 
     def __post_init__(self) -> None:
         check_damp(self.damp)
+        self.check_polish()
         check_choices(self)
+        self.check_target()
 
     def prepare(self, hessian: Hessian | None, where: str) -> Inverse:
         """Damp and invert the Hessian. Raises PTQError if no damping makes it positive definite."""
@@ -90,6 +104,7 @@ class OBQ(FitsGrids, MatrixSolver):
         floor = 1 / float(matrix.diagonal().max())
         return Inverse(
             matrix=torch.cholesky_inverse(damped.lower),
+            hessian=matrix if self.rounds else None,
             floor=floor,
             damp=damped.damp,
             damp_raised=damped.damp > self.damp,
@@ -114,17 +129,10 @@ class OBQ(FitsGrids, MatrixSolver):
         grouped = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
         grid = (ranges or self.ranges).fit(grouped, scheme, scale_dtype)
         scale, zero = grid.scale.reshape(out_features, groups), grid.zero.reshape(out_features, groups)
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-
-        columns = scheme.columns_per_group(in_features)
-        batch = min(out_features, _rows_at_once(in_features, weight.element_size()))
-        inverses = weight.new_empty(batch, max(0, in_features - BLOCK) ** 2)
-        for start in range(0, out_features, batch):
-            rows = slice(start, start + batch)
-            work = _Rows(weight[rows], Grid(grid.element, scale[rows], zero[rows]), columns, prepared, inverses, codes[rows])
-            while work.left:
-                work.quantize_block(lambda done, start=start: progress(start * in_features + done, out_features * in_features))  # type: ignore[misc]
+        codes = self._greedy(weight, Grid(grid.element, scale, zero), prepared, progress)
         quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme)
+        if prepared.hessian is not None:
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=int((grouped == 0).all(dim=1).sum()),
@@ -133,12 +141,30 @@ class OBQ(FitsGrids, MatrixSolver):
         )
         return Solution(quantized, notes)
 
+    def _greedy(self, weight: Tensor, grid: Grid, prepared: Inverse, progress: OnProgress) -> Tensor:
+        """The codes, uint8 [out, in]; grid: its scale and zero are [out, groups]."""
+        out_features, in_features = weight.shape
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        columns = in_features // grid.scale.shape[1]
+        batch = min(out_features, _rows_at_once(in_features, weight.element_size()))
+        inverses = weight.new_empty(batch, max(0, in_features - BLOCK) ** 2)
+        for start in range(0, out_features, batch):
+            rows = slice(start, start + batch)
+            work = _Rows(weight[rows], Grid(grid.element, grid.scale[rows], grid.zero[rows]), columns, prepared, inverses, codes[rows])
+            while work.left:
+                work.quantize_block(lambda done, start=start: progress(start * in_features + done, out_features * in_features))  # type: ignore[misc]
+        return codes
+
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """For float32: the inverse Hessian, two more of its size while one row's is rewritten, and the rows that are worked on at once
-        (WORKSPACE, or what a single row needs); fitting the grids, before that, holds four matrices of the weight's size.
+        (WORKSPACE, or what a single row needs); fitting the grids, before that, holds four matrices of the weight's size, and polishing
+        comes after it.
         """
         rows = min(out_features, _rows_at_once(in_features, 4))
-        return 3 * in_features**2 * 4 + max(rows * _row_bytes(in_features, 4), 4 * out_features * in_features * 4)
+        solve = 2 * in_features**2 * 4 + max(rows * _row_bytes(in_features, 4), 4 * out_features * in_features * 4)
+        if not self.rounds:
+            return in_features**2 * 4 + solve
+        return 2 * in_features**2 * 4 + max(solve, polish_bytes(out_features, in_features))
 
 
 def _row_bytes(in_features: int, itemsize: int) -> int:

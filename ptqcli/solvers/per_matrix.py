@@ -1,7 +1,8 @@
 """The block solver that applies a matrix solver to each matrix, in the order in which the linears run.
 
-It also adds what a scheme has beside codes: the static scale of the inputs, and the columns with outliers, which a static split takes out
-of the matrix before the solver sees it.
+What the solver gets is the weight that answers to the target (``target.py``), under the Hessian about the mean where a bias can be
+corrected (``bias.py``). It also adds what a scheme has beside codes: the static scale of the inputs, and the columns with outliers, which a
+static split takes out of the matrix before the solver sees it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from ptqcli.numerics.grids import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
+from ptqcli.solvers.bias import centred, corrected_bias, corrected_towards
+from ptqcli.solvers.target import Moments, Targeted, aim_at
 
 
-class PerMatrix:
+class PerMatrix(BlockSolver):
     """Each matrix by itself. solver: what chooses its codes."""
 
     name: ClassVar[str] = "per-matrix"
@@ -29,7 +32,14 @@ class PerMatrix:
 
     def __init__(self, solver: MatrixSolver) -> None:
         self.solver = solver
-        self.needs = StatisticsRequest(hessian=solver.needs_hessian)
+
+    @property
+    def needs(self) -> StatisticsRequest:
+        """What the matrix solver asks for."""
+        solver = self.solver
+        aims = solver.aim is not None
+        sums = solver.corrects_bias and solver.needs_hessian
+        return StatisticsRequest(hessian=solver.needs_hessian or aims, pairs=aims, original=aims, sums=sums)
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
@@ -72,7 +82,7 @@ class StageWork:
     def __init__(self, solver: MatrixSolver, stage: Stage) -> None:
         self.solver, self.statistics = solver, stage.statistics
         self.where = ", ".join(task.name for task in stage.linears)
-        self._prepared: dict[float | None, Any] = {}  # threshold of a static split, None without
+        self._prepared: dict[tuple[float | None, bool], Any] = {}  # by the threshold of a static split, None without, and about the mean
 
     def solve(self, task: LinearTask, progress: OnProgress) -> Solution:
         """Codes, static input scale and outlier columns of ``task``."""
@@ -93,16 +103,61 @@ class StageWork:
     def _codes(self, task: LinearTask, weight: Tensor, threshold: float | None, progress: OnProgress) -> Solution:
         if weight.shape[1] == 0:
             return Solution(_no_codes(task), SolveNotes())
-        prepared = self._prepare(threshold)
-        return self.solver.solve(weight, prepared, task.scheme, task.scale_dtype, task.ranges, progress)
+        centred = self._corrects(task, threshold)
+        targeted = self._targeted(task, centred)
+        prepared = self._prepare(threshold, centred)
+        wanted = weight if targeted is None else targeted.weight
+        solution = self.solver.solve(wanted, prepared, task.scheme, task.scale_dtype, task.ranges, progress)
+        if targeted is not None:
+            solution = replace(solution, notes=replace(solution.notes, alpha=targeted.alpha, beta=targeted.beta))
+        return self._with_bias(solution, task, targeted) if centred else solution
 
-    def _prepare(self, threshold: float | None) -> Any:
-        if threshold not in self._prepared:
+    def _corrects(self, task: LinearTask, threshold: float | None) -> bool:
+        """Whether the bias of ``task`` is corrected; columns that a split takes out would have to be left out of the means."""
+        sums = None if self.statistics is None else self.statistics.sums
+        return self.solver.corrects_bias and task.bias is not None and sums is not None and threshold is None
+
+    def _targeted(self, task: LinearTask, centred: bool) -> Targeted | None:
+        aim = self.solver.aim
+        if aim is None:
+            return None
+        moments, held = self._moments(task), self._held_moments(task)
+        return aim_at(task.weight, moments, held, aim, task.name, centred)
+
+    def _moments(self, task: LinearTask) -> Moments:
+        seen = self.statistics
+        assert seen is not None
+        assert seen.hessian is not None
+        assert seen.pairs is not None
+        return Moments.of(seen.hessian, seen.sums, seen.pairs, task.writes)
+
+    def _held_moments(self, task: LinearTask) -> Moments | None:
+        held = None if self.statistics is None or self.statistics.pairs is None else self.statistics.pairs.held
+        return None if held is None else Moments.of(held.hessian, held.sums, held.pairs, task.writes)
+
+    def _with_bias(self, solution: Solution, task: LinearTask, targeted: Targeted | None) -> Solution:
+        assert self.statistics is not None
+        assert self.statistics.sums is not None
+        assert task.bias is not None
+        if targeted is None:
+            mean = self.statistics.sums / max(self.statistics.tokens, 1)
+            bias = corrected_bias(task.bias, task.weight, solution.weight, mean)
+        else:
+            bias = corrected_towards(task.bias, task.weight, solution.weight, self._moments(task), targeted)
+        return replace(solution, bias=bias, notes=replace(solution.notes, bias_corrected=True))
+
+    def _prepare(self, threshold: float | None, about_mean: bool) -> Any:
+        key = threshold, about_mean
+        if key not in self._prepared:
             hessian = None if self.statistics is None else self.statistics.hessian
             if hessian is not None and threshold is not None:
                 hessian = hessian.without(self._largest() > threshold)
-            self._prepared[threshold] = self.solver.prepare(hessian, self.where)
-        return self._prepared[threshold]
+            if hessian is not None and about_mean:
+                assert self.statistics is not None
+                assert self.statistics.sums is not None
+                hessian = centred(hessian, self.statistics.sums)
+            self._prepared[key] = self.solver.prepare(hessian, self.where)
+        return self._prepared[key]
 
     def _largest(self) -> Tensor:
         assert self.statistics is not None

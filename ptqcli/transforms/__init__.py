@@ -1,8 +1,9 @@
-"""Transforms: each rewrites a block without changing what it computes, so that it quantizes better. One file a method.
+"""Transforms: each rewrites a block, or the whole model, without changing what it computes, so that it quantizes better. One file a method.
 
-A transform is a frozen dataclass of its options that derives from ``BlockTransform`` and has at least ``apply``. It sees a block as
+A transform is a frozen dataclass of its options. One that derives from ``BlockTransform`` has at least ``apply``; it sees a block as
 ``FoldedBlock`` (``folded.py``): its folds, the statistics of the inputs, the weights, and how far the block's output moves when some
-linears are quantized. ``folds.py`` finds the folds.
+linears are quantized. ``folds.py`` finds the folds. One that derives from ``ModelTransform`` has at least ``prepare``, and works below
+all that: on the tensors of the model while they are read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from abc import abstractmethod
 from typing import ClassVar, Protocol
 
 from ptqcli.calibration.statistics import StatisticsRequest
+from ptqcli.model.rewritten import Rewrite
+from ptqcli.model.skeleton import Skeleton
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 
 
@@ -28,3 +31,18 @@ class BlockTransform(Protocol):
     def finish(self, block: FoldedBlock) -> None:
         """Choose what depends on the weights as all transforms have left them; as it stands, nothing."""
         return
+
+
+class ModelTransform(Protocol):
+    """Rewrites the whole model before anything else looks at it."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, skeleton: Skeleton) -> Rewrite:
+        """Which tensors change and how; none is read before it is needed. Raises UsageError for a model that it does not suit."""
+
+    def notes(self, solver: str) -> list[str]:
+        """What to know when the solver of this name comes behind it; as it stands, nothing."""
+        return []

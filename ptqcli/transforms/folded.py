@@ -25,7 +25,8 @@ from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.grids import MinMax, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
-from ptqcli.transforms.folds import Fold, FoldSearch, Run, divide
+from ptqcli.transforms.cut import Run
+from ptqcli.transforms.folds import Fold, FoldSearch, divide
 from ptqcli.transforms.replay import Replay
 
 # Largest relative difference of the outputs of a float32 block with and without a fold.

@@ -27,28 +27,15 @@ Left out: scales that enter squared (ReLU² between fc1 and fc2), and folds acro
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptqcli.model.linears import is_linear, linear_weight
-
-# Runs a twin of the block on the probe, a few tokens of hidden states and the recorded arguments, floating ones cast to the dtype.
-Run: TypeAlias = Callable[[nn.Module, torch.dtype], Tensor]
-
-# Of the search in float64; above the noise of attention code that computes its softmax in float32.
-TOLERANCE = 1e-5
-DRAWS = 4  # of the integers w: one would do, but for a chance of about TOLERANCE per channel
-LARGEST_WEIGHT = 4
-
-OTHER_PATH = "the block takes another path when its output is scaled"
+from ptqcli.transforms.cut import TOLERANCE, CutError, CutModule, Run, distinct_numbers, multiplied_by, without_weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,7 +84,7 @@ def find_folds(block: nn.Module, run: Run) -> FoldSearch:
     """
     try:
         cut = _CutBlock(block, run)
-    except (RuntimeError, _NoFoldError) as error:  # the former from code that the cuts or float64 do not suit
+    except (RuntimeError, CutError) as error:  # the former from code that the cuts or float64 do not suit
         return FoldSearch((), (("block", f"cannot be run in pieces, so no fold can be looked for: {str(error).splitlines()[0]}"),))
     idle = sorted(cut.linears.difference(cut.names))
     if idle:  # such as an expert that no token was sent to
@@ -108,7 +95,7 @@ def find_folds(block: nn.Module, run: Run) -> FoldSearch:
         try:
             new = cut.folds(index)
             _refuse_taken(new, folds)
-        except _NoFoldError as reason:
+        except CutError as reason:
             rejected.insert(0, (cut.names[index], str(reason)))
         else:
             folds[:0] = new
@@ -140,82 +127,21 @@ def _quotient(parameter: Tensor, offset: float, scale: Tensor) -> tuple[Tensor, 
     return old, (old / scale - offset).to(parameter.dtype).double() + offset
 
 
-class _NoFoldError(Exception):
-    """Why a module cannot be folded although some of its channels are factors of a linear's input, or why none of the block can."""
+class _NoFoldError(CutError):
+    """Why a module cannot be folded although some of its channels are factors of a linear's input."""
 
 
-class _CutBlock:
-    """A twin of the block in float64, cut at its modules with parameters.
-
-    names: the cut modules, one entry a call, in running order. leaves: what they return in place of their results. linears: names of
-    those that are linears. arguments: what each was called with. before: the floating tensors among these, and last the block's output.
-    """
+class _CutBlock(CutModule):
+    """A cut block, and the channels of its leaves that are factors of the inputs of linears."""
 
     def __init__(self, block: nn.Module, run: Run) -> None:
-        self.block, self.run = block, run
-        self.names: list[str] = []
-        self.leaves: list[Tensor] = []
-        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.generator = torch.Generator().manual_seed(0)
-        self.twin = _without_weights(block, self.generator)
-        self.linears = {name for name, module in self.twin.named_modules() if is_linear(module)}
-        for name, module in self.twin.named_modules():
-            if name in self.linears:
-                module.forward = partial(_empty_result, linear_weight(module).shape[0])
-            if name in self.linears or _is_leaf(module):
-                module.register_forward_hook(partial(self._cut, name), with_kwargs=True)
-        self.before = self._pass()
-        self.factors = self._factors()
-
-    def _cut(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Tensor | None:
-        if not (isinstance(result, Tensor) and result.is_floating_point()):
-            return None  # not one tensor of channels: the module stays part of the network, with random parameters
-        call = len(self.seen)
-        if self.scaled is None:  # the first pass
-            self.names.append(name)
-            self.arguments.append((args, kwargs))
-            self.leaves.append(_random(result.shape, self.generator, result.device).requires_grad_())
-        elif self.names[call : call + 1] != [name] or self.leaves[call].shape != result.shape:
-            raise _NoFoldError(OTHER_PATH)
-        # clones, here and in what is returned, because code may change its tensors in place
-        self.seen.append([value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()])
-        leaf = self.leaves[call]
-        return leaf.clone() if call != self.scaled else leaf * self.scale
-
-    def _pass(self, scaled: int | None = None, scale: Tensor | float = 1.0) -> list[list[Tensor]]:
-        """What the cut modules receive, and last what the block returns; after the first pass with leaf ``scaled`` times ``scale``."""
-        self.scaled, self.scale = scaled, scale
-        self.seen: list[list[Tensor]] = []
-        with torch.enable_grad():
-            output = self.run(self.twin, torch.float64)
-        if len(self.seen) != len(self.names):
-            raise _NoFoldError(OTHER_PATH)
-        passed = [*self.seen, [output]]
-        if any(value.isnan().any() for values in passed for value in values):
-            raise _NoFoldError("it uses the weight of a linear without calling the linear")
-        return passed
-
-    def _factors(self) -> list[Tensor]:
-        """Bool [channels] for each leaf: of which channels the inputs of linears are homogeneous of degree 1."""
-        inputs = [before[0] for name, before in zip(self.names, self.before, strict=False) if name in self.linears]
-        inputs = [x for x in inputs if x.requires_grad]
-        found = [torch.ones(leaf.shape[-1], dtype=torch.bool, device=leaf.device) for leaf in self.leaves]
-        for _ in range(DRAWS if inputs else 0):
-            cotangents = [self._cotangent(x.detach()) for x in inputs]
-            gradients = torch.autograd.grad(inputs, self.leaves, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for factors, leaf, gradient in zip(found, self.leaves, gradients, strict=True):
-                degree = _over_tokens(leaf.detach() * gradient)
-                whole = degree.round()
-                factors &= (whole >= 1) & ((degree - whole).abs() <= TOLERANCE * whole)
-        return found
-
-    def _cotangent(self, x: Tensor) -> Tensor:
-        weights = torch.randint(1, LARGEST_WEIGHT + 1, x.shape[-1:], generator=self.generator).to(x.device)
-        return weights * x / _over_tokens(x * x).clamp_min(torch.finfo(x.dtype).tiny)
+        super().__init__(block, run)
+        called = zip(self.names, self.before, strict=False)
+        self.channels = self.factors([before[0] for name, before in called if name in self.linears])
 
     def folds(self, index: int) -> list[Fold]:
         """Folds that start from cut module ``index``: one for all readers that lay its channels out alike. Raises _NoFoldError."""
-        factors, producer = self.factors[index], self.names[index]
+        factors, producer = self.channels[index], self.names[index]
         if not factors.any():
             return []
         if self.names.count(producer) > 1:
@@ -234,14 +160,11 @@ class _CutBlock:
 
     def _readers(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """(linear, int64 [in]: the channel of cut module ``index`` behind each of its inputs, or -1) for each linear that reads it."""
-        factors = self.factors[index]
-        # large, so that a clamp shows
-        numbers = torch.logspace(1, 3, int(factors.sum()), dtype=torch.float64, device=factors.device)
-        scale = torch.ones(len(factors), dtype=torch.float64, device=factors.device).masked_scatter(factors, numbers)
+        scale = distinct_numbers(self.channels[index])
         names = [*self.names, "what the block returns"]
-        for name, before, after in zip(names, self.before, self._pass(index, scale), strict=True):
+        for name, before, after in zip(names, self.before, self.passed({index: lambda leaf: leaf * scale}), strict=True):
             for old, new in zip(before, after, strict=True):
-                channel = _multiplied_by(old.detach(), new.detach(), scale)
+                channel = multiplied_by(old.detach(), new.detach(), scale)
                 if channel is None:
                     raise _NoFoldError(f"{name} depends on it in another way than by a factor")
                 if not (channel >= 0).any():
@@ -254,7 +177,7 @@ class _CutBlock:
         """The parameters of cut module ``index`` to divide, found by trying them on random ones. Raises _NoFoldError if none will do."""
         if self.names[index] in self.linears:
             return ()
-        module = _without_weights(self.block.get_submodule(self.names[index]), self.generator)
+        module = without_weights(self.module.get_submodule(self.names[index]), self.generator)
         args, kwargs = self.arguments[index]
         result = module(*args, **kwargs).detach()
         scale = 1 + torch.rand(result.shape[-1], generator=self.generator, dtype=torch.float64).to(result.device)
@@ -274,48 +197,3 @@ def _refuse_taken(new: list[Fold], folds: list[Fold]) -> None:
         for reader in fold.readers:
             if reader in takers:
                 raise _NoFoldError(f"{reader} has its inputs scaled by {takers[reader]}")
-
-
-def _without_weights(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy in float64 whose linears hold NaN, without memory, and whose other parameters are random."""
-    matrices = {id(parameter) for inner in module.modules() if is_linear(inner) for parameter in inner.parameters()}
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        device = torch.device("cpu") if parameter.is_meta else parameter.device
-        if id(parameter) in matrices:  # not on the meta device: a product with it on the CPU would be garbage instead of an error
-            value = torch.full((), torch.nan, dtype=torch.float64, device=device).expand(parameter.shape)
-        else:
-            value = _random(parameter.shape, generator, device)
-        memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
-    return copy.deepcopy(module, memo).double()
-
-
-def _random(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether all parameters below ``module`` are its own, and there are some."""
-    own = len(list(module.parameters(recurse=False)))
-    return own > 0 and own == len(list(module.parameters()))
-
-
-def _empty_result(out_features: int, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    (x,) = (*args, *kwargs.values())
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _over_tokens(x: Tensor) -> Tensor:
-    return x.flatten(0, -2).sum(0)
-
-
-def _multiplied_by(old: Tensor, new: Tensor, numbers: Tensor) -> Tensor | None:
-    """Which of ``numbers``, each 1 or one of a kind, the channels of ``old`` were multiplied by: int64, -1 for 1; None if by no number."""
-    values, index = torch.cat([numbers.new_ones(1), numbers[numbers != 1]]), (numbers != 1).nonzero().flatten()
-    energy = _over_tokens(old * old)
-    ratio = torch.where(energy > 0, _over_tokens(old * new) / energy, 1.0)
-    nearest = torch.bucketize(ratio, (values[1:] + values[:-1]) / 2)
-    difference = new - values[nearest] * old
-    if (_over_tokens(difference * difference) > TOLERANCE**2 * energy).any():
-        return None
-    return torch.cat([index.new_full((1,), -1), index])[nearest]

@@ -1,0 +1,193 @@
+"""Polishing: the scales and the codes that a solver found, improved in turn under the solver's own objective.
+
+With ``W'`` what codes and scales stand for, ``E = W - W'`` and the damped Hessian ``H``, the objective is ``tr(E H E^T)``, a sum over rows.
+A row ``w`` whose codes stand for ``c`` in units of the scales has ``w' = sum_g s_g c_g``, where ``c_g`` is ``c`` on the columns of group
+``g`` and zero elsewhere. A round is
+
+    refit      the scales for these codes, by least squares: a small system a row,
+                   A s = b,    A_gh = c_g^T H c_h,    b_g = c_g^T H w
+    descent    the codes for these scales, one column after the other while all others stand still: column ``j`` is served best by
+                   t_j = w'_j + (E H)_j / H_jj
+               rounded to the nearest code; columns by falling ``H_jj``
+
+Each half can only lower the objective, so rounds never undo what came before. GPTQ settles a column before it knows what becomes of the
+later ones; descent comes back to it. The refit is the step for the codebook of LNQ (Kim et al. 2025, "GuidedQuant", section 4), for a grid
+that has only its scale to choose; the descent is that of QuantEase (Behdin et al. 2023, section 3) and COMQ (Zhang et al. 2024).
+
+How it is computed: a block of columns gets its ``E H`` in one product from all errors as they stand, and within the block a change
+reaches the later columns as in GPTQ, so that a pass is one product of H and a matrix of W's size. A is symmetric and takes half of
+one; ``H W^T``, which b needs, is the same in all rounds.
+
+What is solved for is the step from the old scales, with RIDGE, as a share of A's mean diagonal, added to A: a group of zero codes, which
+has no say in the objective, keeps its scale. Scales are rounded to their stored dtype, and a row takes the new ones only if its
+objective falls with them. A scale may become negative, but neither zero nor too small for its dtype. Zero points stay. With one
+scale for the whole matrix the systems of all rows are summed.
+
+Left out: the best column at each step, or pairs of columns (CDQuant, Nair and Suggala 2024), which save a few per cent more for many
+times the work; new zero points, with which a row's system would be twice as wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ptqcli.errors import UsageError
+from ptqcli.numerics.grids import SMALLEST_SCALE, Grid
+from ptqcli.numerics.scheme import WHOLE_MATRIX
+from ptqcli.numerics.weight import QuantizedWeight
+from ptqcli.options import option
+
+# Columns of the descent whose share of H E^T comes of one product. At 4096 rows and columns 64 took a tenth longer, 256 as long.
+BLOCK = 128
+
+RIDGE = 1e-6
+
+# Rows refitted at once: few enough that the products of one group stay in the cache. At 4096 columns, all 4096 rows took 1.5 times as long.
+ROWS = 256
+
+# Bytes of a row's system, each of groups^2 numbers: A in float32, A in float64, with the ridge, and its factor.
+SYSTEM_BYTES = 4 + 3 * 8
+SMALLEST_GROUP = 32
+
+MOST_ROUNDS = 100
+
+
+def polish_option() -> Any:
+    """The field ``polish`` of a solver."""
+    return option(None, "rounds of refitting scales and codes to the Hessian afterwards; 0: none (rtn: 0, others: 3)")
+
+
+class Polishes:
+    """A solver with the option. usual_rounds: where it is None."""
+
+    usual_rounds: ClassVar[int]
+    polish: int | None
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of refit and descent."""
+        return self.usual_rounds if self.polish is None else self.polish
+
+    def check_polish(self) -> None:
+        """Raise UsageError for a number of rounds that makes no sense."""
+        if not 0 <= self.rounds <= MOST_ROUNDS:
+            raise UsageError(f"polish {self.polish} is out of range; give 0 to {MOST_ROUNDS} rounds")
+
+
+def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:
+    """``quantized`` with codes and scales that serve ``weight`` better.
+
+    weight: float32 or float64 [out, in]. hessian: the damped one [in, in], positive definite. rounds: of refit and descent.
+    """
+    if not rounds:
+        return quantized
+    work = Refinement(weight, hessian, quantized)
+    for _ in range(rounds):
+        work.refit()
+        work.descend()
+    return work.result()
+
+
+def polish_bytes(out_features: int, in_features: int) -> int:
+    """Peak memory of ``polished`` in float32, beyond its arguments: the Hessian with its columns sorted, seven matrices of the weight's
+    size, and the systems of the rows that are refitted at once, should groups be as small as SMALLEST_GROUP.
+    """
+    groups = -(-in_features // SMALLEST_GROUP)
+    systems = min(ROWS, out_features) * SYSTEM_BYTES * groups**2
+    return 4 * in_features**2 + 7 * 4 * out_features * in_features + systems
+
+
+class Refinement:
+    """One matrix while it is polished; [in, out], groups side by side, so that a column is contiguous and a group a slice."""
+
+    def __init__(self, weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> None:
+        self.quantized, self.element = quantized, quantized.scheme.element
+        self.place = None if quantized.g_idx is None else torch.argsort(quantized.g_idx, stable=True)
+        self.hessian = hessian.to(weight.dtype) if self.place is None else hessian[self.place][:, self.place].to(weight.dtype)
+        self.weight = self._sorted(weight.t())
+        self.codes = self._sorted(quantized.codes.t()).to(weight.dtype)
+        self.scale, self.zero = (each.t().to(weight.dtype).contiguous() for each in (quantized.scale, quantized.zero))  # [groups, out]
+        self.group = len(self.weight) // len(self.scale)
+        self.error = self.weight - self._values() * self._each_column(self.scale)
+        self.correlation = self.hessian @ self.weight  # H W^T
+        self.order = torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
+
+    def _sorted(self, columns: Tensor) -> Tensor:
+        return columns.contiguous() if self.place is None else columns.index_select(0, self.place)
+
+    def _each_column(self, of_groups: Tensor) -> Tensor:
+        return of_groups.repeat_interleave(self.group, dim=0)
+
+    def _values(self) -> Tensor:
+        """c, what the codes stand for in units of the scale."""
+        return self.element.decode(self.codes, self._each_column(self.zero))
+
+    def refit(self) -> None:
+        """New scales for the codes."""
+        values, out = self._values(), self.weight.shape[1]
+        rows = out if self.quantized.scheme.group_size == WHOLE_MATRIX else ROWS
+        pieces = zip(*(each.split(rows, dim=1) for each in (values, self.correlation, self.scale)), strict=True)
+        self.scale = torch.cat([self._solve(*self._system(c, correlation), scale) for c, correlation, scale in pieces], dim=1)
+        torch.addcmul(self.weight, values, self._each_column(self.scale), value=-1, out=self.error)
+
+    def _system(self, values: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
+        """A [rows, groups, groups] and b [rows, groups] of some rows, float64; their c and H w, [in, rows]."""
+        groups, rows = len(self.scale), values.shape[1]
+        values = values.contiguous()
+        b = (values * correlation).view(groups, self.group, rows).sum(dim=1)
+        A = values.new_empty(groups, groups, rows)
+        for g in range(groups):
+            first, behind = g * self.group, (g + 1) * self.group
+            product = self.hessian[first:, first:behind] @ values[first:behind]
+            A[g, g:] = product.mul_(values[first:]).view(groups - g, self.group, rows).sum(dim=1)
+            A[g + 1 :, g] = A[g, g + 1 :]
+        return A.permute(2, 0, 1).double(), b.t().double()
+
+    def _solve(self, A: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """The best scales that the stored dtype holds, [groups, rows]; of rows that would not gain, those of ``scale``."""
+        if self.quantized.scheme.group_size == WHOLE_MATRIX:
+            A, b = A.sum(dim=0, keepdim=True), b.sum(dim=0, keepdim=True)
+        dtype, old = self.quantized.scale.dtype, scale.t()[: len(b)].double()  # [rows, groups]
+        left = b - torch.einsum("rgh,rh->rg", A, old)
+        diagonal = A.diagonal(dim1=1, dim2=2)
+        ridge = RIDGE * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
+        factor, failed = torch.linalg.cholesky_ex(A + torch.diag_embed(ridge))
+        new = (old + torch.cholesky_solve(left.unsqueeze(2), factor).squeeze(2)).to(dtype).double()
+        d = new - old
+        rise = (d * (torch.einsum("rgh,rh->rg", A, d) - 2 * left)).sum(dim=1)
+        usable = torch.isfinite(new) & (new.abs() >= SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny))
+        gains = (rise < 0) & (failed == 0) & usable.all(dim=1)
+        return torch.where(gains.unsqueeze(1), new, old).t().to(scale.dtype).expand_as(scale)
+
+    def descend(self) -> None:
+        """Each column once takes the codes that are best for the others as they stand."""
+        for columns in self.order.split(BLOCK):
+            self._descend(columns)
+
+    def _descend(self, columns: Tensor) -> None:
+        groups, diagonal = columns // self.group, self.hessian.diagonal()[columns].unsqueeze(1)
+        H, scale, zero = self.hessian[columns], self.scale[groups], self.zero[groups]  # [block, in], [block, out]
+        now = self.weight[columns] - self.error[columns]  # w'
+        target = torch.addcdiv(now, H @ self.error, diagonal)
+        coupling = H[:, columns] / diagonal  # [block, block]
+        change, codes = torch.empty_like(now), torch.empty_like(now)
+        for j, t in enumerate(target):
+            if j:
+                t.addmv_(change[:j].t(), coupling[j, :j])
+            grid = Grid(self.element, scale[j], zero[j])
+            codes[j] = grid.nearest(t)
+            grid.subtract(codes[j], now[j], out=change[j])
+        self.error[columns] += change
+        self.codes[columns] = codes
+
+    def result(self) -> QuantizedWeight:
+        """Codes and scales, columns back in their original order."""
+        codes = self.codes.to(torch.uint8)
+        if self.place is not None:
+            codes = torch.empty_like(codes).index_copy_(0, self.place, codes)
+        scale = self.scale.t().to(self.quantized.scale.dtype)
+        return replace(self.quantized, codes=codes.t().contiguous(), scale=scale.contiguous())
