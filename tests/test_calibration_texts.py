@@ -336,6 +336,16 @@ def test_a_foreign_text_is_told_in_one_line(ptq: Ptq, tmp_path: Path) -> None:
     assert stored["loss"] - stored["expected_loss"] > 1
 
 
+def test_a_model_that_fails_is_told_where_it_writes_and_not_measured(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    made = maker(model, calib="self:2", seqlen=32)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: 1 / 0)
+    assert made._known(torch.zeros(4, 32, dtype=torch.long)) is None
+    with pytest.raises(PTQError, match=r"the model fails while it writes \(division by zero\); give a text with --calib"):
+        made._write(Share("self", 2), 32)
+
+
 def test_a_python_without_text_is_no_obstacle(model: Path, monkeypatch: pytest.MonkeyPatch, requests: list[str]) -> None:
     def none(part: str) -> list[str]:
         raise PTQError("this Python carries too little text")

@@ -216,7 +216,7 @@ FLAGS = {
             show_default="auto",
             help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
         ),
-        click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
+        click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows, and of what the model writes."),
         data_dir_option,
     ],
     MACHINE: [
