@@ -96,7 +96,7 @@ REFUSED = [
     ("quantize model --algo llm-int8 --abits 16", 2, "llm-int8 splits 8-bit activations; leave --abits out"),
     ("quantize model --algo smoothquant --override mlp:abits=4", 2, "override 'mlp': 4 bits per activation"),
     ("quantize model --algo smoothquant --override mlp:group=32", 2, "override 'mlp': 8-bit activations need"),
-    ("quantize model --scale-search best", 2, "use minmax or mse"),
+    ("quantize model --scale-search best", 2, "use auto, minmax or mse"),
     ("quantize model --group-size 32 --seqlen 4096", 2, "longer than the model's 128 positions"),
     ("quantize model --nsamples 0", 2, "nsamples 0"),
     ("quantize model --device tpu0", 2, "device 'tpu0' is unknown"),
@@ -440,7 +440,8 @@ def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
 
 def test_every_option_of_a_part_has_a_flag_that_names_its_parts(ptq: Ptq) -> None:
     shown = " ".join(ptq("quantize", "--help").out.split())
-    assert "Algorithm: options of gptq, obq: --damp X Damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
+    owners = "gptq, obq, autoround, flexround"
+    assert f"Algorithm: options of {owners}: --damp X Damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
     assert "Algorithm: options of gptq: --act-order / --no-act-order Most active columns first." in shown
     for declared in declarations():
         of_part = shown.partition(f"Algorithm: options of {', '.join(declared.parts)}:")[2].partition("Algorithm: ")[0]

@@ -25,7 +25,8 @@ from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorit
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.options import Option, check_choices, fits, from_text, kinds, option, options_of
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 
 ALGORITHMS = [*parts(), "awq+gptq", "awq+obq", "smoothquant+obq", "awq+smoothquant"]
 HAS = {algorithm: {part.name for part in find_algorithm(algorithm).parts} for algorithm in ALGORITHMS}
@@ -39,7 +40,9 @@ def case_name(case: object) -> str:
 
 def usual(declared: Option) -> object:
     """The default, or a value where the default is none."""
-    return other(declared) if declared.default is None else declared.default
+    if declared.default is not None:
+        return declared.default
+    return declared.choices[0] if declared.choices else other(declared)
 
 
 def other(declared: Option) -> object:

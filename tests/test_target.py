@@ -19,7 +19,7 @@ from ptqcli.errors import UsageError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline import texts
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.solvers import LinearTask, Stage, ignore_progress

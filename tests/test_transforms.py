@@ -30,7 +30,7 @@ from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.awq import AWQ, clip_limits
 from ptqcli.transforms.equalize import Equalize

@@ -80,14 +80,14 @@ def command(
     quiet: bool,
     **windows: Any,
 ) -> None:
-    """Tune the scales of CHECKPOINT to the original's logits, end to end.
+    """Tune CHECKPOINT's scales to the original's logits, end to end.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads; left out, it is the newest one here. Its codes stay as
     they are. Half of the calibration windows are held out, and on them the result is never worse than the checkpoint was.
     """
     from ptqcli.finishing.tune_scales import TuneScales
     from ptqcli.pipeline.tuning import tune_scales
-    from ptqcli.recipe import load_recipe
+    from ptqcli.recipe_loading import load_recipe
 
     words = Output(as_json=as_json, quiet=quiet)
     options, request = TuneScales(steps=steps, lr=lr, norms=norms), load_recipe(None, {"algo": "rtn", **given_flags(windows)})
