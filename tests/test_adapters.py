@@ -16,7 +16,7 @@ from tiny import make_model, token_ids, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptqcli.adapters.eora import low_rank_correction
+from ptqcli.adapters.eora import beside_bias, low_rank_correction
 from ptqcli.adapters.files import CONFIG_FILE, TENSOR_FILE, read_adapter
 from ptqcli.adapters.low_rank import LowRank
 from ptqcli.checkpoint.auxiliary import ADAPTER
@@ -25,7 +25,8 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.linears import linear_weight
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime import load_quantized
 
 RANK = 4
@@ -94,6 +95,20 @@ def test_no_difference_and_no_inputs_are_no_trouble() -> None:
     assert (D - unseen.matrix()).norm() <= D.norm()
 
 
+def test_beside_a_bias_that_takes_the_mean_it_is_the_best_for_the_rest() -> None:
+    """Reduced-rank regression: no ``B A x`` of its rank is closer to ``D (x - mu)``."""
+    D, X = problem(12, 20, 400)
+    X = X + 3 * X.std(dim=1, keepdim=True)
+    H, s, mean = X @ X.t(), X.sum(dim=1), X.mean(dim=1, keepdim=True)
+    wanted = D @ (X - mean)
+    found = low_rank_correction(beside_bias(D, H, s, X.shape[1], "x"), H, RANK)
+    best = wanted @ torch.linalg.pinv(X)  # without a limit of the rank
+    least = float((wanted - best @ X).square().sum() + torch.linalg.svdvals(best @ X)[RANK:].square().sum())
+    assert float((wanted - found.B @ found.A @ X).square().sum()) == pytest.approx(least, rel=1e-6)
+    without = low_rank_correction(D, H, RANK)
+    assert float((wanted - without.B @ without.A @ X).square().sum()) > 1.05 * least
+
+
 def test_neither_half_depends_on_the_number_of_tokens() -> None:
     D, X = problem(12, 20, 400)
     few, many = (low_rank_correction(D, factor * X @ X.t(), RANK) for factor in (1, 1e6))
@@ -128,11 +143,14 @@ def logits(model: Any) -> Tensor:
 
 
 def dequantized(original: Path, checkpoint: Path) -> Any:
-    """The original with the values of the codes in the place of its weights."""
+    """The original with the values of the codes in the place of its weights, and the checkpoint's biases."""
     model, packed = AutoModelForCausalLM.from_pretrained(original), open_checkpoint(checkpoint)
     for name in packed.schemes:
+        linear = model.get_submodule(name)
         with torch.no_grad():
-            linear_weight(model.get_submodule(name)).copy_(packed.weight(name).dequantize())
+            linear_weight(linear).copy_(packed.weight(name).dequantize())
+            if linear.bias is not None:
+                linear.bias.copy_(packed.tensors.read(packed.names.disk(f"{name}.bias") or ""))
     return model
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline import pipeline, prepare
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.solvers import learned

@@ -6,6 +6,8 @@ import copy
 import filecmp
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from commandline import Ptq, one_line
 from packed import by_transformers
-from tiny import make_model, token_ids, write_text
+from tiny import VOCABULARY, make_model, token_ids, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +34,8 @@ from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.tuning import LONGEST_WINDOW
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 
@@ -331,6 +334,39 @@ def test_the_demo_model_comes_closer_to_its_original(tmp_path: Path) -> None:
     quantize(demo, load_recipe(flags={"algo": "rtn", "scheme": "w2a16-g64"}), tmp_path / "out")
     result = ptqcli.tune_scales(tmp_path / "out", output=tmp_path / "tuned", nsamples=32, seqlen=128, steps=20, dtype=torch.float32)
     assert result.tuning.kl_after < 0.75 * result.tuning.kl_before
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from ptqcli.finishing.tune_scales import TuneScales
+from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.tuning import tune_scales
+from ptqcli.recipe import load_recipe
+from ptqcli.resources import Resources, process_bytes
+
+folder, told = Path(sys.argv[1]), []
+request = load_recipe(flags={"algo": "rtn", "calib": str(folder / "text.txt"), "nsamples": 16, "seqlen": 128})
+result = tune_scales(
+    folder / "out", folder / "tuned", TuneScales(steps=2), request, resources=Resources(), progress=NoProgress(),
+    on_plan=lambda plan: told.append((process_bytes(), plan.memory_bytes)),
+)
+print(json.dumps([*told[0], result.peak_memory_bytes]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is that of /proc")
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 32_000])
+def test_the_memory_that_is_told_is_the_peak_of_the_process(tmp_path: Path, vocabulary: int) -> None:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": vocabulary}
+    make_model(tmp_path / "model", dtype=torch.bfloat16, **sizes)
+    write_text(tmp_path / "text.txt", 3000)
+    quantize(tmp_path / "model", load_recipe(flags={"algo": "rtn"}), tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    before, told, peak = json.loads(done.stdout)
+    assert peak - before > 0.25 * peak, "otherwise libraries alone would do for the number"
+    assert 0.85 * peak < told < 1.5 * peak, (before, told, peak)
 
 
 def test_scales_keep_their_signs(made: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.adapters.low_rank import LowRank
+from ptqcli.solvers.damping import factorise
 
 
 def low_rank_correction(difference: Tensor, hessian: Tensor, rank: int) -> LowRank:
@@ -41,6 +42,16 @@ def low_rank_correction(difference: Tensor, hessian: Tensor, rank: int) -> LowRa
     A[: len(rows)] = rows / norms.where(norms > 0, torch.ones_like(norms)).unsqueeze(1)
     B[:, : len(rows)] = (P @ U) * norms
     return LowRank(A, B)
+
+
+def beside_bias(difference: Tensor, hessian: Tensor, sums: Tensor, tokens: int, where: str) -> Tensor:
+    """What takes the place of D where a bias makes up for its mean output: ``D - (D mu) s^T H^-1``, s the sum of the inputs, mu their mean.
+
+    What is left to correct is ``D (x - mu)``, of which this is the least-squares answer to x, so the best ``B A`` for it is the best there.
+    """
+    lower = factorise(hessian.double(), 0.0, where).lower
+    along = torch.cholesky_solve(sums.double().unsqueeze(1), lower)  # [in, 1]
+    return difference.double() - (difference.double() @ (sums.double() / tokens)).unsqueeze(1) @ along.t()
 
 
 def workspace_bytes(out_features: int, in_features: int) -> int:

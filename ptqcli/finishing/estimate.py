@@ -26,6 +26,7 @@ def tuning_bytes(specs: Sequence[LinearSpec], skeleton: Skeleton, windows: int, 
     decoded = sum(weights) // blocks * (4 + itemsize) + 4 * max(weights) * 4
     inside = tokens * sum(spec.out_features + 2 * spec.in_features for spec in specs) // blocks * itemsize
     vocabulary = skeleton.config.get_text_config().vocab_size
-    logits = tokens * vocabulary * 3 * itemsize + LOGITS_COPIES * seqlen * vocabulary * 4
+    # The output head is once there in float32, too: as such CPUs multiply 16-bit matrices for which they have no products of their own.
+    logits = (tokens * 3 * itemsize + LOGITS_COPIES * seqlen * 4 + features * 4) * vocabulary
     # Both models have what is not quantized, the original whatever is tied in the other's file.
     return sum(weights) + SCALE_COPIES * 4 * scales + 2 * rest * itemsize + hidden + max(decoded + inside, logits)

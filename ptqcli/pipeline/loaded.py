@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ptqcli.adapters.eora import low_rank_correction
+from ptqcli.adapters.eora import beside_bias, low_rank_correction
 from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.paired import PairedBlock
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
@@ -151,18 +151,24 @@ class LoadedBlock:
             shift = solution.bias - task.bias
         layer = FakeQuantLinear.of(solution.weight)
         error = relative_error(task.weight, layer, self.statistics.get(linear.site.local), shift)
-        corrected = self._correct(linear, task.weight, layer, shift)
+        corrected = self._correct(linear, task.weight if solution.aimed is None else solution.aimed, layer, shift)
         self._note(linear, solution, error, corrected, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.progress.layer_done(task.name, error)
 
     def _correct(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear, shift: Tensor | None) -> float | None:
-        """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it."""
+        """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it.
+
+        weight: what the codes were to answer to. shift: what has been added to the bias.
+        """
         rank, statistics = self.run.plan.recipe.adapter_rank, self.statistics.get(linear.site.local)
         if not rank:
             return None
         assert statistics is not None
         assert statistics.hessian is not None
-        adapter = low_rank_correction(weight - layer.matrix(), statistics.hessian.matrix, rank).to(weight.device, linear.scale_dtype)
+        difference, hessian = weight - layer.matrix(), statistics.hessian.matrix
+        if shift is not None and statistics.sums is not None:
+            difference = beside_bias(difference, hessian, statistics.sums, statistics.tokens, linear.name)
+        adapter = low_rank_correction(difference, hessian, rank).to(weight.device, linear.scale_dtype)
         self.run.adapters[linear.name] = adapter.to(torch.device("cpu"), linear.scale_dtype)
         return relative_error(weight, layer, statistics, shift, adapter.matrix())
 

@@ -60,11 +60,15 @@ class SolveNotes:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes for one matrix and what is to be said about them. bias: [out], in place of the linear's own, None to leave that."""
+    """Codes for one matrix and what is to be said about them. bias: [out], in place of the linear's own, None to leave that.
+
+    aimed: float32 [out, in], the weight that the codes were to answer to, None where it is the linear's own.
+    """
 
     weight: QuantizedWeight
     notes: SolveNotes
     bias: Tensor | None = None
+    aimed: Tensor | None = None
 
 
 class MatrixSolver(Protocol):
