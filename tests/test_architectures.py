@@ -137,7 +137,7 @@ def test_transformers_loads_the_checkpoint_or_says_why_not(architecture, tmp_pat
 
 @torch.no_grad()
 def decompressed(model, checkpoint):
-    """``model`` with every packed matrix replaced by what the compressed-tensors library reads from the file, and with its biases."""
+    """``model`` with every packed matrix replaced by what the compressed-tensors library itself reads, and with the biases of the file."""
     model.logits_before = model(input_ids=token_ids()).logits
     reader = SafetensorsFolder(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]

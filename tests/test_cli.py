@@ -96,7 +96,7 @@ REFUSED = [
     ("quantize model --algo llm-int8 --abits 16", 2, "llm-int8 splits 8-bit activations; leave --abits out"),
     ("quantize model --algo smoothquant --override mlp:abits=4", 2, "override 'mlp': 4 bits per activation"),
     ("quantize model --algo smoothquant --override mlp:group=32", 2, "override 'mlp': 8-bit activations need"),
-    ("quantize model --scale-search best", 2, "use minmax or mse"),
+    ("quantize model --scale-search best", 2, "use auto, minmax or mse"),
     ("quantize model --group-size 32 --seqlen 4096", 2, "longer than the model's 128 positions"),
     ("quantize model --nsamples 0", 2, "nsamples 0"),
     ("quantize model --device tpu0", 2, "device 'tpu0' is unknown"),

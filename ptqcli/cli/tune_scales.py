@@ -80,7 +80,7 @@ def command(
     quiet: bool,
     **windows: Any,
 ) -> None:
-    """Tune the scales of CHECKPOINT to the original's logits, end to end.
+    """Tune CHECKPOINT's scales to the original's logits, end to end.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads; left out, it is the newest one here. Its codes stay as
     they are. Half of the calibration windows are held out, and on them the result is never worse than the checkpoint was.
