@@ -86,12 +86,12 @@ def output_error(original: nn.Module, folder: Path) -> float:
     return float((expected - found).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("start, version", [("rtn", "1"), ("rtn", "2"), ("gptq", "1")])
-def test_learning_lowers_the_loss_that_was_never_learned_from(run, watched, start, version):
-    run(start=start, autoround_version=version, iters=30)
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_learning_lowers_the_loss_that_was_never_learned_from(run, watched, version):
+    run(autoround_version=version, iters=30)
     assert watched.windows == [("0",), ("1",)]
     for losses in watched.losses:
-        assert min(losses[1:]) < (0.9 if start == "rtn" else 1) * losses[0]
+        assert min(losses[1:]) < 0.9 * losses[0]
 
 
 def test_the_loss_that_is_kept_is_that_of_the_file(run, watched, monkeypatch):
@@ -174,7 +174,7 @@ def test_other_architectures(run, watched, architecture):
 def test_other_schemes(run, watched, changes, start):
     bits = {"wbits": 8, "group_size": -1} if "abits" in changes else {"wbits": 4}
     original, folder, _ = run(**bits, **changes, start=start)
-    assert output_error(original, folder) < 0.5
+    assert output_error(original, folder) < 0.7
 
 
 def test_hidden_states_in_bfloat16(run, watched):

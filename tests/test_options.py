@@ -20,7 +20,7 @@ import yaml
 from commandline import Ptq, one_line
 from tiny import make_model
 
-from ptqcli import recipe as recipes
+from ptqcli import recipe_loading as recipes
 from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorithm, parts
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
