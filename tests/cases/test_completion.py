@@ -53,7 +53,7 @@ def offered(line: str) -> list[str]:
         ("ptq quantize --algo awq+g", ["awq+gptq"]),
         ("ptq quantize --algo awq+", [f"awq+{name}" for name in parts() if name != "awq"]),
         ("ptq quantize --algo gptq+", []),
-        ("ptq quantize --damp 0.1 --algo smoothquant+o", ["smoothquant+obq"]),
+        ("ptq quantize --damp 0.1 --algo smoothquant+o", ["smoothquant+obq", "smoothquant+omniquant"]),
         ("ptq quantize --calib w", ["wikitext2"]),
         ("ptq quantize --calib ", ["auto", "self", *CORPORA, "builtin", "corpus.jsonl.gz", "notes.txt"]),
         ("ptq quantize --calib deep/", ["<file>"]),

@@ -17,6 +17,7 @@ from tiny import make_model
 from ptqcli.algorithms import declarations, find_algorithm
 from ptqcli.errors import UsageError
 from ptqcli.formats import format_names
+from ptqcli.options import Option, kinds
 from ptqcli.recipe_loading import load_recipe
 
 
@@ -30,7 +31,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--algo rtn --damp .5", "damp belongs to gptq and obq, not to rtn; leave it out"),
+        ("--algo rtn --damp .5", "damp belongs to gptq, obq, autoround and flexround, not to rtn; leave it out"),
         ("--algo obq --no-act-order", "act order belongs to gptq, not to obq; leave it out"),
         ("--algo obq --no-static-groups", "static groups belongs to gptq, not to obq; leave it out"),
         ("--algo rtn --set gptq.damp=.5", "gptq.damp belongs to gptq, not to rtn; leave it out"),
@@ -45,13 +46,23 @@ def test_an_option_of_another_part_is_refused_for_that_reason(ptq: Ptq, at_work:
     assert message in one_line(answer)
 
 
+def a_value(declared: Option) -> object:
+    """One that it takes, whatever else is asked for, and, if there is such a one, not its default."""
+    if declared.choices:
+        return declared.choices[-1]
+    if declared.hint is bool:
+        return not declared.default
+    found = kinds(declared.hint)
+    return "auto" if str in found else 0.25 if float in found else 5
+
+
 def test_no_option_of_any_part_is_ignored() -> None:
     """Every shared option with every part alone: accepted exactly where the part, or the solver that it implies, declares it."""
     for declared, algo in itertools.product(declarations(), ("rtn", "gptq", "obq", "awq", "smoothquant", "llm-int8")):
         if not declared.shared:
             continue
         owners = {part.name for part in find_algorithm(algo).parts} & set(declared.parts)
-        value = {bool: not declared.option.default, float: 0.25}.get(declared.option.hint, (declared.option.choices or ("auto",))[-1])
+        value = a_value(declared.option)
         flags = {"algo": algo, declared.option.key: value}
         if owners:
             stored = load_recipe(flags=flags).stored()["options"]
