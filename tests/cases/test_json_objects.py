@@ -19,6 +19,7 @@ LINES = {
     "quantize model --group-size 32 --dry-run": {"recipe", "linears", "memory_bytes"},
     "eval done --ppl text.txt --seqlen 64": {"checkpoint", "results"},
     "bench --shapes 128x32 --tokens 1 --seconds 0.0001": {"kernels", "machine"},
+    "tune-scales done --calib text.txt --nsamples 4 --seqlen 16 --steps 1 --output tuned": {"output", "tuning"},
     "inspect done": {"checkpoint", "layers"},
     "generate done hello --max-new-tokens 2": {"checkpoint", "answer"},
     "algorithms": {"parts"},
