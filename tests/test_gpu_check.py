@@ -292,13 +292,13 @@ def test_a_kernel_that_is_wrong_or_leaves_memory_unwritten_fails(scheme: Any, mo
 def test_a_flipped_code_is_seen_among_all_numbers_of_tokens() -> None:
     """Over the whole output it would be lost: one code of one row, and 300 tokens, most of which have a small input there."""
     here, scheme = GpuRun(rehearse=True), Scheme(4, 128, symmetric=False)
-    assert gpu_correctness.against_float64(here, scheme, [(131, 384)], torch.float16, TOKENS)["flipped"] > 5 * gpu_layers.TOLERANCE
-    layer = gpu_layers.make_layer(scheme, 131, 384, torch.float16, here.device)
+    assert gpu_correctness.against_float64(here, scheme, [(515, 384)], torch.float16, TOKENS)["flipped"] > 5 * gpu_layers.TOLERANCE
+    layer = gpu_layers.make_layer(scheme, 515, 384, torch.float16, here.device)
     x = gpu_layers.make_input(300, 384, torch.float16, here.device)
     changed = gpu_layers.ours(gpu_layers.flipped(layer, x), torch.float16)(x)
     assert gpu_layers.error(changed, gpu_layers.truth(layer, x)) < gpu_layers.TOLERANCE
     same = gpu_layers.ours(layer, torch.float16)(x)
-    assert (same != changed).any(dim=0).nonzero().flatten().tolist() == [131 // 2]
+    assert (same != changed).any(dim=0).nonzero().flatten().tolist() == [515 // 2]
 
 
 def tuned(monkeypatch: pytest.MonkeyPatch, *lines: dict[str, Any]) -> dict[str, Any]:

@@ -258,9 +258,11 @@ def stored(folder: Path, *names: str) -> list[Tensor]:
 
 
 def shrunk(weight: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Signed 4-bit codes [out, in] and scales [out, groups] of rounding to nearest in a range ``shrink`` as wide as the weights'."""
+    """Signed 4-bit codes [out, in] and scales [out, groups] of rounding to nearest in a range ``shrink`` as wide as the weights', whose
+    lowest code has the sign of the largest.
+    """
     groups = weight.reshape(len(weight), -1, GROUP)
-    scale = 2 * shrink * groups.abs().amax(2, keepdim=True) / 15
+    scale = -shrink * groups.gather(2, groups.abs().argmax(2, keepdim=True)) / 8
     return (groups / scale).round().clamp(-8, 7).reshape(weight.shape).to(torch.int8), scale.squeeze(2)
 
 
