@@ -25,7 +25,8 @@ from ptqcli.pipeline import pipeline, tuning
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import Report, read_source
 from ptqcli.pipeline.tuning import TunedCheckpoint
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources, open_device
 from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.shipped import find_recipe

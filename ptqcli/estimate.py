@@ -22,6 +22,7 @@ from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
 from ptqcli.solvers import BlockSolver
 from ptqcli.solvers.per_matrix import as_block_solver, statistics_for
+from ptqcli.solvers.target import pairs_bytes
 
 # Tokens on which transforms try their choices out, in whole windows.
 TRIED_TOKENS = 1024
@@ -91,6 +92,14 @@ def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: 
     return after + max(*sizes, skeleton.unit_bytes(skeleton.before), skeleton.unit_bytes(skeleton.after))
 
 
+def disk_bytes(
+    chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton, recipe: Recipe, seqlen: int, windows: int, resources: Resources
+) -> int:
+    """Room that the run needs on disk: for the checkpoint, an adapter, and activations that memory does not hold."""
+    room = checkpoint_room(chosen, linears, skeleton) + adapter_bytes(recipe, linears)
+    return room + mapped_bytes(recipe, linears, seqlen, windows, resources)
+
+
 def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, windows: int, resources: Resources) -> int:
     """Size of the files that hold the activations, 0 when they fit into memory."""
     if not needs_calibration(recipe, linears):
@@ -153,13 +162,16 @@ def _tensor_bytes(
     solving += window * SAMPLED_TOKENS * inputs * 4
     if solver.needs.hessian or recipe.adapter_rank:
         solving += max(linear.site.in_features for linear in linears) ** 2 * 4
+    if solver.needs.pairs:
+        solving += pairs_bytes(max(linear.site.in_features for linear in linears), features)
     if recipe.transforms():
         # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
         outputs = max(sum(site.out_features for site in skeleton.linears if site.block == index) for index in range(len(in_blocks)))
         solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
     tokens = windows * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
-    held = min(2 * _streams(recipe) * tokens * hidden, resources.activation_budget) + min(tokens * inside, resources.activation_budget)
+    asleep = tokens * (2 * inside + 4 * features if solver.needs.pairs else inside)  # batches of both models, and the drift
+    held = min(2 * _streams(recipe) * tokens * hidden, resources.activation_budget) + min(asleep, resources.activation_budget)
     batch = windows_per_batch(recipe, windows, seqlen, resources) * seqlen
     one_batch = batch * inside
     solving += _window_bytes(solver, window, linears, skeleton, features, batch)

@@ -16,7 +16,7 @@ import torch
 
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, checkpoint_room, mapped_bytes, memory_bytes, needs_calibration
+from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
@@ -115,7 +115,7 @@ def make_plan(
     assigned: schemes by path in the model, which take the place of the recipe's; what the recipe skips or ignores stays as it is.
     choose_texts: is asked for the texts where anything looks at them; None leaves them as they are asked for.
     """
-    _check_window(recipe)
+    _check_solver(recipe)
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
@@ -123,36 +123,30 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
-    _check_solver(recipe, linears)
     chosen = find_format(recipe.format)
     _check_format(chosen, linears, skeleton)
-    stages = _planned_stages(linears, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
-    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, model_length(skeleton.config) or DEFAULT_SEQLEN)
-    _check_length(seqlen, skeleton)
+    seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
     specs = [linear.spec for linear in linears]
     tried = chosen.trial([model for model, _ in skeleton.classes], specs)
     texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
-    memory = memory_bytes(recipe, linears, skeleton, seqlen, texts, resources)
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
         skipped=tuple(skipped),
         outside=tuple(outside),
         plain=skeleton.plain_names(linear.name for linear in linears),
-        stages=stages,
+        stages=_planned_stages(linears, skeleton),
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
         texts=texts,
         bytes_before=skeleton.total_bytes,
         bytes_after=bytes_after(chosen, linears, skeleton),
-        disk_bytes=checkpoint_room(chosen, linears, skeleton)
-        + adapter_bytes(recipe, linears)
-        + mapped_bytes(recipe, linears, seqlen, texts.windows, resources),
-        memory_bytes=memory,
+        disk_bytes=disk_bytes(chosen, linears, skeleton, recipe, seqlen, texts.windows, resources),
+        memory_bytes=memory_bytes(recipe, linears, skeleton, seqlen, texts, resources),
         notes=(
             *group_notes(linears, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
@@ -189,6 +183,9 @@ def _choose(
             skipped.append((site.name, reason))
             continue
         scheme = scheme.resolved(site.in_features)
+        refused = solver.refusal(scheme)
+        if refused is not None:
+            raise UsageError(f"{site.name}: {refused}")
         dtype = skeleton.dtype(f"{site.name}.weight")
         spec = LinearSpec(
             name=site.name,
@@ -259,18 +256,13 @@ def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> st
     return None
 
 
-def _check_window(recipe: Recipe) -> None:
-    window = as_block_solver(recipe.solver()).window
+def _check_solver(recipe: Recipe) -> None:
+    solver = as_block_solver(recipe.solver())
+    window = solver.window
+    if solver.needs.pairs and not recipe.sequential:
+        raise UsageError("target original pairs the inputs of both models stage by stage; leave --no-sequential out, or --target original")
     if not isinstance(window, int) or window < 1:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
-
-
-def _check_solver(recipe: Recipe, linears: Sequence[PlannedLinear]) -> None:
-    solver = as_block_solver(recipe.solver())
-    for linear in linears:
-        reason = solver.refusal(linear.scheme)
-        if reason is not None:
-            raise UsageError(f"{linear.name}: {reason}")
 
 
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
@@ -328,10 +320,13 @@ def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
     return [f"{listed} read the same input{count}; a server that runs them as one matrix needs one scheme for them"]
 
 
-def _check_length(seqlen: int, skeleton: Skeleton) -> None:
+def _window_length(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Tokens in a calibration window."""
     longest = model_length(skeleton.config)
+    seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
+    return seqlen
 
 
 def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows: int) -> list[str]:

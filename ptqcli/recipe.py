@@ -1,4 +1,4 @@
-"""The request: from a YAML file, from flags, or from both (flags win); they meet in ``load_recipe``.
+"""The request: from a YAML file, from flags, or from both (flags win); they meet in ``recipe_loading``.
 
 Importing this imports no torch; parts are imported when a request is made.
 """
@@ -6,12 +6,11 @@ Importing this imports no torch; parts are imported when a request is made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, joined_defaults, parts
+from ptqcli.algorithms import Algorithm, find_algorithm, joined_defaults, parts
 from ptqcli.calibration.bos import check_bos
 from ptqcli.calibration.sources import check_calib
 from ptqcli.errors import UsageError
@@ -19,7 +18,6 @@ from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.options import SchemeDefaults, fits, kind_text
 from ptqcli.patterns import check_pattern
-from ptqcli.recipe_file import read_recipe_file
 from ptqcli.suggest import did_you_mean
 from ptqcli.untrusted import shown
 
@@ -67,7 +65,7 @@ class Override:
     abits: int | None = None
 
     def __post_init__(self) -> None:
-        _check_types(Override, vars(self), "override")
+        check_types(Override, vars(self), "override")
         changes = any(value is not None for value in (self.bits, self.group_size, self.symmetric, self.abits))
         if self.skip == changes:
             raise UsageError(f"override '{self.pattern}' must either skip or change bits, abits, group_size or symmetric")
@@ -137,8 +135,8 @@ class Recipe:
     finish: str = "none"
 
     def __post_init__(self) -> None:
-        _check_types(Recipe, vars(self), "recipe")
-        _check_options(self.options, self.algorithm)
+        check_types(Recipe, vars(self), "recipe")
+        check_options(self.options, self.algorithm)
         self._check_order()
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:
@@ -281,7 +279,7 @@ def _group_number(given: int | str, activations: ActivationScheme | None) -> int
     return given
 
 
-def _check_options(options: PartOptions, algorithm: Algorithm, where: str = "") -> None:
+def check_options(options: PartOptions, algorithm: Algorithm, where: str = "") -> None:
     """Refuse what names no part of the algorithm, no option of its part, or has another type than the option."""
     mine = {part.name: part for part in algorithm.parts}
     for name, values in options.items():
@@ -298,103 +296,10 @@ def _check_options(options: PartOptions, algorithm: Algorithm, where: str = "") 
                 raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {shown(value)}")
 
 
-def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] | None = None) -> Recipe:
-    """A recipe from a YAML file or another recipe, from flags that were given explicitly, or from both: a flag wins over the file.
-
-    Either may have, beside the fields of ``Recipe``, a section for a part (``gptq: {damp: 0.1}``) and the key of an option (``damp: 0.1``),
-    which goes to every part of ``algo`` that has it.
-    Raises UsageError for a file that cannot be read, an unknown key, or a value of the wrong type.
-    """
-    written, given = _written(start), dict(flags or {})
-    if "scheme" in given:
-        written = {key: value for key, value in written.items() if key not in SCHEME_FIELDS}
-    where = str(start) if isinstance(start, Path) else "recipe"
-    values = {key: value for key, value in {**written, **given}.items() if key in _fields()}
-    values["overrides"] = tuple(_override(entry, where) for entry in _as_list(values.get("overrides", ()), "overrides", where))
-    values["ignore"] = tuple(_as_list(values.get("ignore", ()), "ignore", where))
-    values.pop("options", None)
-    if isinstance(values.get("bos"), bool):
-        values["bos"] = "yes" if values["bos"] else "no"  # as YAML reads these words
-    _check_types(Recipe, values, where)
-    algorithm = find_algorithm(str(values.get("algo", Recipe.algo)))
-    options = _options(written, algorithm, f"{where}: ")
-    for part, changes in _options(given, algorithm, "").items():
-        options[part] = {**options.get(part, {}), **changes}
-    return Recipe(options=options, **values)  # type: ignore[arg-type]
-
-
-def _written(start: Path | Recipe | None) -> dict[str, object]:
-    if isinstance(start, Recipe):
-        return {name: getattr(start, name) for name in _fields()}
-    return {} if start is None else read_recipe_file(start)
-
-
-def _fields() -> list[str]:
-    return [entry.name for entry in fields(Recipe)]
-
-
-def _options(values: Mapping[str, object], algorithm: Algorithm, where: str) -> dict[str, dict[str, object]]:
-    """The options among ``values``, by part: sections, and keys that go to all parts of the algorithm that have the option."""
-    found: dict[str, dict[str, object]] = {}
-    keys = {declared.option.key: declared for declared in declarations() if declared.shared}
-    sections = list(_section(values.get("options", {}), "options", where).items())
-    for key, value in values.items():
-        if key in _fields():
-            continue
-        if key in parts():
-            sections.append((key, value))
-        elif key in keys:
-            _spread(keys[key], value, algorithm, found, where)
-        else:
-            known = sorted([*_fields(), *keys, *parts()])
-            raise UsageError(f"{where}unknown key '{key}'; the keys are {', '.join(known)}{did_you_mean(key, known)}")
-    for part, section in sections:
-        for name, value in _section(section, part, where).items():
-            if name in found.get(part, {}):
-                raise UsageError(f"{where}{part}.{name} is given twice; give it once")
-            found.setdefault(part, {})[name] = value
-    _check_options(found, algorithm, where)
-    return found
-
-
-def _spread(declared: Declaration, value: object, algorithm: Algorithm, found: dict[str, dict[str, object]], where: str) -> None:
-    readers = [part.name for part in algorithm.parts if part.name in declared.parts]
-    if not readers:
-        owners = " and ".join(filter(None, [", ".join(declared.parts[:-1]), declared.parts[-1]]))
-        own = [part.name for part in algorithm.parts if any(option.key == declared.option.key for option in part.options)]
-        advice = f"{own[0]} has another of that name, {own[0]}.{declared.option.name}" if own else "leave it out"
-        raise UsageError(f"{where}{declared.option.words} belongs to {owners}, not to {algorithm.name}; {advice}")
-    for part in readers:
-        found.setdefault(part, {})[declared.option.name] = value
-
-
-def _section(value: object, key: str, where: str) -> dict[str, object]:
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise UsageError(f"{where}'{key}' must be a section of options such as {key}: {{option: value}}, not {shown(value)}")
-    return dict(value)
-
-
-def _as_list(value: object, key: str, where: str) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise UsageError(f"{where}: '{key}' must be a list")
-    return list(value)
-
-
-def _override(entry: object, where: str) -> Override:
-    if isinstance(entry, Override):
-        return entry
-    known = {item.name for item in fields(Override)}
-    if not isinstance(entry, dict) or "pattern" not in entry or not set(entry) <= known:
-        keys = ", ".join(sorted(known))
-        raise UsageError(f"{where}: an override has the keys {keys}, of which pattern is required; found {shown(entry)}")
-    _check_types(Override, entry, where)
-    return Override(**entry)
-
-
 _hints = cache(get_type_hints)  # of a recipe with thousands of overrides
 
 
-def _check_types(kind: type, values: Mapping[str, object], where: str) -> None:
+def check_types(kind: type, values: Mapping[str, object], where: str) -> None:
     for key, hint in _hints(kind).items():
         if key in values and not fits(values[key], hint):
             raise UsageError(f"{where}: '{key}' must be {kind_text(hint)}, not {shown(values[key])}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ptqcli.evaluation.perplexity import token_losses
 
-WINDOWS_PER_PASS = 4
+TOKENS_PER_PASS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def remember(model: Any, windows: Tensor, folder: Path, key: str) -> Text:
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         growing = file.with_suffix(".partial")
-        save_file({"hidden": torch.cat([_body(model, batch) for batch in windows.split(WINDOWS_PER_PASS)])}, growing)
+        save_file({"hidden": torch.cat([_body(model, batch) for batch in _batches(windows)])}, growing)
         growing.replace(file)
     hidden, head = load_file(file)["hidden"], model.get_output_embeddings()
     first = windows[:1]
@@ -82,7 +82,7 @@ def divergence(model: Any, text: Text) -> dict[str, Any]:
     """
     sums = []
     model.eval()
-    for batch, hidden in zip(text.windows.split(WINDOWS_PER_PASS), text.hidden.split(WINDOWS_PER_PASS), strict=True):
+    for batch, hidden in zip(_batches(text.windows), _batches(text.hidden), strict=True):
         logits = model(input_ids=batch, use_cache=False).logits
         for window, of_model, of_original in zip(batch, logits, text.head(hidden), strict=True):
             sums.append(_compare(window[1:], _log_probs(of_model), _log_probs(of_original)))
@@ -112,6 +112,11 @@ def ratio_error(above: list[float], below: list[float]) -> float | None:
     share = statistics.fmean(above) / statistics.fmean(below)
     error = standard_error([a - share * b for a, b in zip(above, below, strict=True)])
     return None if error is None else error / statistics.fmean(below)
+
+
+def _batches(windows: Tensor) -> tuple[Tensor, ...]:
+    """In parts of about TOKENS_PER_PASS tokens. windows: [windows, seqlen, ...]."""
+    return windows.split(max(1, TOKENS_PER_PASS // windows.shape[1]))
 
 
 def _body(model: Any, windows: Tensor) -> Tensor:

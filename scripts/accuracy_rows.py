@@ -62,8 +62,8 @@ SUBJECTS = {
         folder=FOLDER / "mgm",
         calib=str(FOLDER / "mgm" / "calibration.txt"),
         texts={"its own": str(FOLDER / "mgm" / "heldout.txt")},
-        nsamples=128,
-        seqlen=128,
+        nsamples=512,
+        seqlen=32,
         tokens=16_384,
         schemes=("w4a16-g128", "w3a16-g128", "w2a16-g64"),
     ),
@@ -81,22 +81,38 @@ SUBJECTS = {
 RTN, GPTQ = "rtn", "gptq"
 RTN_BEFORE, GPTQ_BEFORE = f"rtn, {BEFORE}", f"gptq, {BEFORE}"
 
+# gptq without what is added to the algorithm of the paper
+PLAIN = {"polish": 0, "correct_bias": False}
+
 # In the scheme of the table, weights alone.
 WEIGHTS = {
     RTN_BEFORE: Row(changes={"algo": "rtn"}, commit=BEFORE),
     GPTQ_BEFORE: Row(changes={"algo": "gptq"}, commit=BEFORE),
     RTN: Row(changes={"algo": "rtn"}),
     "rtn, min-max": Row(changes={"algo": "rtn", "scale_search": "minmax"}),
+    "rtn, polished": Row(changes={"algo": "rtn", "polish": 3}),
+    "awq": Row(changes={"algo": "awq"}),
+    # What gptq is made of, one after the other; the first is what it was at BEFORE.
+    "gptq, mse unsigned": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "mse", "signed": False}),
+    "gptq, mse": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "mse"}),
+    "gptq, min-max unsigned": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "minmax", "signed": False}),
+    "gptq, min-max": Row(changes={"algo": "gptq", **PLAIN, "scale_search": "minmax"}),
+    "gptq, better of both": Row(changes={"algo": "gptq", **PLAIN}),
+    "gptq, biases corrected": Row(changes={"algo": "gptq", "polish": 0}),
     GPTQ: Row(changes={"algo": "gptq"}),
-    "gptq, unsigned": Row(changes={"algo": "gptq", "signed": False}),
-    "gptq, mse": Row(changes={"algo": "gptq", "scale_search": "mse"}),
+    # One part more, or another.
     "gptq, plain order": Row(changes={"algo": "gptq", "act_order": False}),
-    "gptq, biases left": Row(changes={"algo": "gptq", "correct_bias": False}),
     "gptq, target original": Row(changes={"algo": "gptq", "target": "original"}),
     "obq": Row(changes={"algo": "obq"}),
-    "awq": Row(changes={"algo": "awq"}),
+    "equalize+gptq": Row(changes={"algo": "equalize+gptq"}),
+    "rotate+gptq": Row(changes={"algo": "rotate+gptq"}),
     "awq+gptq": Row(changes={"algo": "awq+gptq"}),
-    "awq+obq": Row(changes={"algo": "awq+obq"}),
+    "rotate+gptq, target original": Row(changes={"algo": "rotate+gptq", "target": "original"}),
+    "autoround": Row(changes={"algo": "autoround"}),
+    "autoround, V2": Row(changes={"algo": "autoround", "autoround": {"version": "2"}}),
+    "autoround from gptq": Row(changes={"algo": "autoround", "start": "gptq"}),
+    "flexround": Row(changes={"algo": "flexround"}),
+    "omniquant": Row(changes={"algo": "omniquant"}),
     "llm-compressor": Row(peer="llm_compressor"),
     "auto-round": Row(peer="auto_round", options={"iters": 200, "batch_size": 8}),
     "gptqmodel": Row(peer="gptqmodel"),

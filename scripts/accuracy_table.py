@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from transformers import AutoModelForCausalLM
 
 from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.text import evaluation_ids
+from ptqcli.errors import PTQError
 from ptqcli.runtime import load_quantized
 from ptqcli.runtime.models import load_tokenizer
 
@@ -120,7 +122,8 @@ class Bench:
     def settings(self) -> str:
         """What the numbers depend on beside scheme, row and seed."""
         subject = self.subject
-        return f"{Path(subject.calib).name} {subject.nsamples}x{subject.seqlen}, {subject.tokens} tokens"
+        calib = re.sub(r"[^,]*/", "", subject.calib)  # without folders
+        return f"{calib} {subject.nsamples}x{subject.seqlen}, {subject.tokens} tokens"
 
     def texts(self) -> dict[str, Any]:
         """Name -> held-out text with what the original says to it."""
@@ -329,7 +332,7 @@ def measure_cell(
     print(f"{bench.name}, {scheme}, {name}, seed {seed}", file=sys.stderr, flush=True)
     try:
         record = bench.run(scheme, rows_of(scheme)[name], seed, trees)
-    except RuntimeError as error:
+    except (RuntimeError, PTQError) as error:
         record = {"failed": str(error)}
         print(f"  failed: {error}", file=sys.stderr, flush=True)
     else:

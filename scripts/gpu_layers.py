@@ -116,7 +116,8 @@ def make_layer(scheme: Scheme, out_features: int, in_features: int, dtype: torch
     zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8, device=device)
     if not scheme.symmetric:
         zero = torch.randint(0, scheme.levels, (out_features, groups), generator=generator, device=device, dtype=torch.uint8)
-    scale = ((uniform(out_features, groups) + 0.5) * 0.32 / scheme.levels).to(dtype)
+    signs = torch.where(uniform(out_features, groups) < 0.5, -1, 1)
+    scale = ((uniform(out_features, groups) + 0.5) * signs * 0.32 / scheme.levels).to(dtype)
     if scheme.group_size == WHOLE_MATRIX:
         scale[:] = scale[0].clone()
     given = torch.tensor([0.03], device=device) if scheme.activations and not scheme.activations.dynamic else None

@@ -9,8 +9,8 @@ the extra [gguf].
     smollm2   SmolLM2-135M-Instruct: Llama, 30 layers, width 576, chat template. Its weights were stored in Q4_1, so they lie on 4-bit grids
               of 32, which flatters schemes that are close to those
     mgm       GPT-2, 8 layers, width 256, float32 weights that never were quantized: genera of microbes, no English. Beside it lie
-              calibration.txt and heldout.txt, which it wrote itself with fixed seeds, a line of 128 words each: half of what it writes
-              ends before that, and what it writes behind an end is nothing but ends, so the end is left out of what it draws from
+              calibration.txt and heldout.txt, which it wrote itself with fixed seeds, a line of 32 words each: the beginnings of
+              sequences that are longer. Half of what it writes ends within 50 words, and what it writes behind an end is nothing but ends
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 FOLDER = Path.home() / ".cache" / "ptqcli-lab"
-SEQUENCES = {"calibration": (0, 128), "heldout": (1, 128)}  # file -> seed, sequences
-WORDS = 128  # in a sequence of MGM's
+SEQUENCES = {"calibration": (0, 512), "heldout": (1, 512)}  # file -> seed, sequences
+WORDS = 32  # in a sequence of MGM's
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,19 @@ def _numbered_words(words: int):  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def _written(model: torch.nn.Module, count: int, seed: int) -> torch.Tensor:
-    """``count`` sequences [count, WORDS] at temperature 1, each after the word that begins a sequence, without the special words."""
+    """``count`` beginnings of sequences [count, WORDS] at temperature 1, each from the word that begins one, of those that go on."""
     torch.manual_seed(seed)
-    special = [model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id]
-    first = torch.full((count, 1), model.config.bos_token_id)
-    return model.generate(
+    config = model.config
+    first = torch.full((2 * count, 1), config.bos_token_id)
+    drawn = model.generate(
         first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, top_p=1.0, max_length=WORDS, min_length=WORDS,
-        eos_token_id=None, pad_token_id=model.config.pad_token_id, suppress_tokens=special,
+        eos_token_id=None, pad_token_id=config.pad_token_id,
     )  # fmt: skip
+    special = torch.tensor([config.bos_token_id, config.eos_token_id, config.pad_token_id])
+    going_on = drawn[~torch.isin(drawn[:, 1:], special).any(1)]
+    if len(going_on) < count:
+        raise SystemExit(f"mgm: only {len(going_on)} of {len(drawn)} sequences have {WORDS} words; draw more")
+    return going_on[:count]
 
 
 MODELS: dict[str, Callable[[Path], None]] = {"smollm2": make_smollm2, "mgm": make_mgm}

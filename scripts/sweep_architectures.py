@@ -48,7 +48,7 @@ import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -47,6 +47,7 @@ def layer(N: int, K: int, group_size: int, bits: int, symmetric: bool, flip: boo
     groups = 1 if group_size == -1 else K // group_size
     codes = torch.randint(0, 1 << bits, (N, K), generator=generator, dtype=torch.uint8)
     scale = (torch.rand(N, groups, generator=generator) * 0.02 + 0.001).half()
+    scale *= torch.where(torch.rand(N, groups, generator=generator) < 0.5, -1, 1)
     zero = torch.randint(0, 1 << bits, (N, groups), generator=generator, dtype=torch.uint8)
     if symmetric:
         zero.fill_(1 << (bits - 1))

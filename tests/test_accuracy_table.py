@@ -23,16 +23,15 @@ from torch import Tensor, nn
 from ptqcli.evaluation.divergence import compare
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
-SCHEMES = [*SUBJECTS["smollm2"].schemes, *SUBJECTS["mgm"].schemes[:1], "w8a8"]
 SEQLEN = 16
 
 # Rows
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["w2a16-g64", "w8a8"])
 def test_every_row_of_this_code_is_planned(scheme: str) -> None:
     for row in rows_of(scheme).values():
         if row.peer is None and row.commit is None:

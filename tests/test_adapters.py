@@ -25,7 +25,8 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.linears import linear_weight
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime import load_quantized
 
 RANK = 4

@@ -30,7 +30,8 @@ from ptqcli.numerics.scheme import AUTO_GROUP, ActivationScheme, OutlierSplit, S
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
-from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import kernels_in, load_quantized
 from ptqcli.solvers import LinearTask, Solution, Stage

@@ -33,7 +33,8 @@ from ptqcli.api import _recipe
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.model.config import build_on_meta, load_config
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.recipe import Override, load_recipe
+from ptqcli.recipe import Override
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime import models
 from ptqcli.shipped import shipped_recipes
 from ptqcli.solvers.gptq import GPTQ

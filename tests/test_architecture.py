@@ -31,6 +31,7 @@ ALLOWED = {
     "options": {"errors", "suggest"},
     "recipe_file": {"errors", "untrusted"},
     "shipped": {"errors", "suggest"},
+    "quality": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},
     "resources": {"errors"},
     "checkpoint": BASE,
@@ -43,7 +44,8 @@ ALLOWED = {
     # which modules are linears, and how they lie in memory; what a rewritten tensor is made of
     "transforms": BASE | {"options", "calibration.statistics", "model", "checkpoint.tensors"},
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources", "recipe_file"},
+    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources"},
+    "recipe_loading": BASE | {"algorithms", "quality", "recipe", "recipe_file"},
     "plan_texts": ROOMS,
     "estimate": ROOMS | {"adapters", "finishing", "plan_texts"},
     "plan_groups": ROOMS | {"estimate"},
@@ -52,8 +54,8 @@ ALLOWED = {
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN | {"finishing"},
-    "api": PLAN | {"runtime", "evaluation", "finishing", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline"},
+    "api": PLAN | {"recipe_loading", "runtime", "evaluation", "finishing", "pipeline", "shipped"},
+    "cli": PLAN | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
@@ -63,6 +65,7 @@ QUICK_MODULES = (
     "ptqcli.formats",
     "ptqcli.__version__",
     "ptqcli.suggest",
+    "ptqcli.quality",
     "ptqcli.model.locate",
     "ptqcli.pipeline.report",
 )

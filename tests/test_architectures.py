@@ -137,7 +137,7 @@ def test_transformers_loads_the_checkpoint_or_says_why_not(architecture, tmp_pat
 
 @torch.no_grad()
 def decompressed(model, checkpoint):
-    """``model`` with every packed matrix replaced by what the compressed-tensors library itself reads from the file."""
+    """``model`` with every packed matrix replaced by what the compressed-tensors library itself reads from the file, and with its biases."""
     model.logits_before = model(input_ids=token_ids()).logits
     reader = SafetensorsFolder(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
@@ -149,7 +149,10 @@ def decompressed(model, checkpoint):
         stored = skeleton.stored_name(f"{site.name}.weight").removesuffix(".weight")
         keys = ("weight_packed", "weight_scale", "weight_shape")
         weight = library.decompress({key: reader.read(f"{stored}.{key}") for key in keys}, scheme)["weight"]
-        linear_weight(model.get_submodule(site.name)).copy_(weight)
+        linear = model.get_submodule(site.name)
+        linear_weight(linear).copy_(weight)
+        if linear.bias is not None:
+            linear.bias.copy_(reader.read(f"{stored}.bias"))
     return model
 
 

@@ -15,7 +15,7 @@ from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.errors import PTQError
 from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.weight import round_to_nearest
-from ptqcli.pipeline import pipeline, prepare
+from ptqcli.pipeline import pipeline
 from ptqcli.recipe import Recipe
 from ptqcli.runtime import load_quantized
 from ptqcli.solvers import BlockSolver, Solution, SolveNotes
@@ -133,8 +133,8 @@ def hidden_states(model, windows):
 def windows_of(monkeypatch):
     """The calibration windows of the runs to come."""
     kept = []
-    draw = prepare.calibration_windows
-    monkeypatch.setattr(prepare, "calibration_windows", lambda *args: kept.append(draw(*args)) or kept[-1])
+    record = pipeline.record
+    monkeypatch.setattr(pipeline, "record", lambda skeleton, windows, *rest: kept.append(windows) or record(skeleton, windows, *rest))
     return kept
 
 

@@ -24,7 +24,8 @@ from ptqcli.pipeline import texts
 from ptqcli.pipeline.prepare import open_skeleton
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.texts import TextMaker
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
@@ -333,6 +334,16 @@ def test_a_foreign_text_is_told_in_one_line(ptq: Ptq, tmp_path: Path) -> None:
     assert [line for line in answer.err.splitlines() if FOREIGN in line], answer.err
     stored = json.loads((tmp_path / "out" / "ptq_report.json").read_text())["calibration"]["texts"][0]
     assert stored["loss"] - stored["expected_loss"] > 1
+
+
+def test_a_model_that_fails_is_told_where_it_writes_and_not_measured(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    made = maker(model, calib="self:2", seqlen=32)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: 1 / 0)
+    assert made._known(torch.zeros(4, 32, dtype=torch.long)) is None
+    with pytest.raises(PTQError, match=r"the model fails while it writes \(division by zero\); give a text with --calib"):
+        made._write(Share("self", 2), 32)
 
 
 def test_a_python_without_text_is_no_obstacle(model: Path, monkeypatch: pytest.MonkeyPatch, requests: list[str]) -> None:

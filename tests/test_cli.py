@@ -440,7 +440,8 @@ def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
 
 def test_every_option_of_a_part_has_a_flag_that_names_its_parts(ptq: Ptq) -> None:
     shown = " ".join(ptq("quantize", "--help").out.split())
-    assert "Algorithm: options of gptq, obq: --damp X Damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
+    owners = "gptq, obq, autoround, flexround"
+    assert f"Algorithm: options of {owners}: --damp X Damping, as a share of the Hessian's mean diagonal. [default: (0.01)]" in shown
     assert "Algorithm: options of gptq: --act-order / --no-act-order Most active columns first." in shown
     for declared in declarations():
         of_part = shown.partition(f"Algorithm: options of {', '.join(declared.parts)}:")[2].partition("Algorithm: ")[0]

@@ -10,7 +10,8 @@ import yaml
 
 from ptqcli.algorithms import Declaration, declarations
 from ptqcli.errors import UsageError
-from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.shipped import find_recipe, first_comment, shipped_recipes
 
 FOLDER = Path(__file__).parent.parent / "configs"

@@ -8,6 +8,7 @@ import torch
 import ptqcli
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.evaluation.divergence import compare
 from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe import Recipe
@@ -26,16 +27,40 @@ def held_out():
 
 
 @pytest.fixture(scope="module")
-def original(held_out):
+def demo():
     from transformers import AutoModelForCausalLM
 
-    return perplexity(AutoModelForCausalLM.from_pretrained(DEMO).eval(), held_out, WINDOW).perplexity
+    return AutoModelForCausalLM.from_pretrained(DEMO).eval()
+
+
+@pytest.fixture(scope="module")
+def original(demo, held_out):
+    return perplexity(demo, held_out, WINDOW).perplexity
+
+
+def quantized(folder, **changes):
+    quantize(DEMO, Recipe(nsamples=64, seqlen=WINDOW, **changes), folder)
+    return load_quantized(folder)
 
 
 def rise(held_out, original, folder, **changes):
-    recipe = Recipe(nsamples=64, seqlen=WINDOW, **changes)
-    quantize(DEMO, recipe, folder)
-    return perplexity(load_quantized(folder), held_out, WINDOW).perplexity - original
+    return perplexity(quantized(folder, **changes), held_out, WINDOW).perplexity - original
+
+
+# Plain min-max ranges, and what the defaults leave of their divergence, each with some room.
+PLAIN = {"gptq": {"scale_search": "minmax", "signed": False, "polish": 0}}
+
+
+@pytest.mark.parametrize("bits, group, share", [(4, 128, 0.9), (3, 128, 0.8), (2, 64, 0.65)])
+def test_the_defaults_stay_closer_to_the_original_than_plain_ranges(bits, group, share, demo, held_out, tmp_path):
+    """At every width: what is best at one of them may be what ruins another, as clipped ranges do at 2 bits."""
+
+    def divergence(name, options):
+        model = quantized(tmp_path / name, algo="gptq", wbits=bits, group_size=group, options=options)
+        return compare(model, demo, held_out, WINDOW).mean_kl
+
+    defaults, plain = divergence("defaults", {}), divergence("plain", PLAIN)
+    assert 0 < defaults < share * plain
 
 
 @pytest.mark.parametrize("bits, group", [(3, 128), (2, 64)])

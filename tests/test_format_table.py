@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from commandline import Answer, Ptq, one_line
 from packed import STATIC, change_tensor, llama, random_model, w8a8, write_checkpoint
 from torch import Tensor
 
@@ -159,6 +160,42 @@ def test_a_format_of_another_package_holds_a_model(monkeypatch: pytest.MonkeyPat
     ids = tiny.token_ids()
     with torch.no_grad():
         assert (load_quantized(tmp_path / "out")(ids).logits - original(ids).logits).abs().max() < 0.5
+
+
+class Unsigned(Plain):
+    """The same for a reader that takes positive scales only."""
+
+    name = "unsigned-bytes"
+
+    def refusal(self, spec: LinearSpec) -> str | None:
+        return "unsigned-bytes holds positive scales only; give --no-signed" if spec.signed_scales else super().refusal(spec)
+
+
+UNSIGNED = Unsigned()
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_format_without_negative_scales_refuses_signed_grids_by_name(
+    monkeypatch: pytest.MonkeyPatch, ptq: Ptq, tmp_path: Path, solver: str
+) -> None:
+    """And with the flag that it names it gets none, read back and counted."""
+    install(monkeypatch, unsigned_bytes=f"{__name__}:UNSIGNED", plain_bytes=f"{__name__}:PLAIN")
+    tiny.make_model(tmp_path / "model")
+
+    def quantized(format: str, *flags: str) -> Answer:
+        words = f"--algo {solver} --wbits 8 --group-size -1 --nsamples 2 --seqlen 16 --format {format} --output".split()
+        return ptq("quantize", tmp_path / "model", *words, tmp_path / format, *flags)
+
+    refused = quantized("unsigned-bytes")
+    assert refused.code == 2
+    assert one_line(refused).endswith("q_proj: unsigned-bytes holds positive scales only; give --no-signed")
+    assert quantized("unsigned-bytes", "--no-signed").code == quantized("plain-bytes").code == 0
+    positive, signed = (
+        torch.cat([packed.weight(name).scale.flatten() for name in packed.schemes]) > 0
+        for packed in (open_checkpoint(tmp_path / "unsigned-bytes"), open_checkpoint(tmp_path / "plain-bytes"))
+    )
+    assert positive.all()
+    assert 0.3 < signed.float().mean() < 0.7
 
 
 # Opening a folder.

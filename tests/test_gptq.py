@@ -86,7 +86,7 @@ def test_codes_of_a_codebook_equal_the_textbook(group, order, static, search):
 def test_scales_are_rounded_before_codes_are_chosen(scale_dtype):
     weight, hessian = layer()
     scheme = Scheme(4, 64)
-    ours = solve(GPTQ(), weight, hessian, scheme, scale_dtype).weight
+    ours = solve(GPTQ(scale_search="minmax"), weight, hessian, scheme, scale_dtype).weight
     truth = textbook_gptq(weight, hessian.matrix, scheme, scale_dtype, 0.01, True, True, "minmax")
     assert ours.scale.dtype == scale_dtype
     assert torch.equal(ours.codes, truth.codes)
@@ -96,7 +96,7 @@ def test_scales_are_rounded_before_codes_are_chosen(scale_dtype):
 def test_the_comparison_notices_one_flipped_code():
     weight, hessian = layer()
     scheme = Scheme(4, 64)
-    ours = solve(GPTQ(act_order=False), weight, hessian, scheme).weight
+    ours = solve(GPTQ(act_order=False, scale_search="minmax"), weight, hessian, scheme).weight
     assert excess_rounding(weight, hessian.matrix, ours, 0.01) < 1e-6
     ours.codes[3, 17] ^= 1
     assert excess_rounding(weight, hessian.matrix, ours, 0.01) > 1e-3
@@ -118,7 +118,7 @@ def test_a_column_never_activated_is_rounded_to_nearest_and_counted(order, damp)
     hessian.sums[:, 40] = 0
     hessian.sums[40, :] = 0
     scheme = Scheme(4, -1)
-    solution = solve(GPTQ(damp=damp, act_order=order), weight, hessian, scheme)
+    solution = solve(GPTQ(damp, order, scale_search="minmax"), weight, hessian, scheme)
     truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, damp, order, True, "minmax")
     assert torch.equal(solution.weight.codes, truth.codes)
     assert torch.equal(solution.weight.codes[:, 40], solve(RTN("minmax"), weight, None, scheme).weight.codes[:, 40])
@@ -130,7 +130,7 @@ def test_a_rank_deficient_hessian_is_damped_as_the_textbook_does():
     weight, hessian = layer(tokens=50)
     assert torch.linalg.matrix_rank(hessian.matrix) <= 50
     scheme = Scheme(3, 64)
-    solution = solve(GPTQ(act_order=False), weight, hessian, scheme)
+    solution = solve(GPTQ(act_order=False, scale_search="minmax"), weight, hessian, scheme)
     truth = textbook_gptq(weight, hessian.matrix, scheme, torch.float32, 0.01, search="minmax")
     assert torch.equal(solution.weight.codes, truth.codes)
     assert solution.notes.damp == 0.01

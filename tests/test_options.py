@@ -25,7 +25,8 @@ from ptqcli.algorithms import Declaration, all_parts, declarations, find_algorit
 from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.options import Option, check_choices, fits, from_text, kinds, option, options_of
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 
 ALGORITHMS = [*parts(), "awq+gptq", "awq+obq", "smoothquant+obq", "awq+smoothquant"]
 HAS = {algorithm: {part.name for part in find_algorithm(algorithm).parts} for algorithm in ALGORITHMS}
@@ -39,7 +40,9 @@ def case_name(case: object) -> str:
 
 def usual(declared: Option) -> object:
     """The default, or a value where the default is none."""
-    return declared.choices[0] if declared.default is None and declared.choices else declared.default
+    if declared.default is not None:
+        return declared.default
+    return declared.choices[0] if declared.choices else other(declared)
 
 
 def other(declared: Option) -> object:
@@ -304,7 +307,9 @@ def test_a_solver_of_another_package_is_listed_and_quantizes(ptq: Ptq, tmp_path:
     listed = {(part["name"], part["from"]): part for part in json.loads(ptq("algorithms", "--json").out)["parts"]}
     assert listed["stretched", "stretching"]["summary"] == "rounds the weights times a factor"
     flags = {entry["name"]: entry["flag"] for entry in listed["stretched", "stretching"]["options"]}
-    assert flags == {"scale_search": "--scale-search", "signed": "--signed/--no-signed", "factor": "--factor", "damp": None, "output": None}
+    of_rounding = {"scale_search": "--scale-search", "signed": "--signed/--no-signed", "polish": "--polish"}
+    of_rounding |= {"target": "--target", "alpha": "--alpha", "beta": "--beta"}
+    assert flags == {**of_rounding, "factor": "--factor", "damp": None, "output": None}
     assert "options of stretched: --factor X What the weights are multiplied by" in " ".join(ptq("quantize", "--help").out.split())
 
     make_model(tmp_path / "model", "llama", torch.bfloat16)

@@ -33,7 +33,8 @@ from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.texts import TextMaker
 from ptqcli.plan import make_plan
-from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 

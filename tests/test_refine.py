@@ -245,6 +245,39 @@ def test_a_scale_takes_the_sign_that_its_codes_ask_for():
     torch.testing.assert_close(work.result().scale, -straight.result().scale, rtol=1e-4, atol=0)
 
 
+def test_no_scale_of_an_unsigned_grid_becomes_negative():
+    """Whatever its codes ask for: of a row whose scales would change their sign, all stay."""
+    weight, hessian = layer()
+    start = rounded(weight, Scheme(4, 16, symmetric=False))
+    mirrored = changed(start, codes=15 - start.codes, zero=15 - start.zero)
+    work = Refinement(weight, hessian, mirrored, signed=False)
+    work.refit()
+    assert torch.equal(work.result().scale, mirrored.scale)
+    free, kept = Refinement(weight, hessian, start), Refinement(weight, hessian, start, signed=False)
+    free.refit()
+    kept.refit()
+    assert torch.equal(kept.result().scale, free.result().scale)
+
+
+@pytest.mark.parametrize(
+    ("solver", "symmetric", "seed"), [(GPTQ, True, 6), (GPTQ, False, 6), (OBQ, True, 6), (OBQ, False, 6), (RTN, True, 2), (RTN, False, 6)]
+)
+def test_solvers_keep_scales_positive_where_grids_are_unsigned(solver, symmetric, seed):
+    """On layers where polishing, left alone, would turn a few of them."""
+    weight, hessian = correlated_layer(48, 64, 300, torch.float64, seed, spread=2)
+    objective = damped(hessian.matrix, DAMP)
+    plain, full = (
+        made.solve(weight, made.prepare(hessian, "layer"), Scheme(2, 8, symmetric), torch.float32).weight
+        for made in (partial(solver, scale_search="minmax", signed=False)(polish=rounds) for rounds in (0, 3))
+    )
+    assert (polished(weight, objective, plain, 3).scale < 0).any()
+    assert (full.scale > 0).all()
+    assert total(weight, objective, full) < 0.98 * total(weight, objective, plain)
+    if not symmetric:  # a zero point has no use for a sign
+        made = solver(scale_search="minmax", polish=3)
+        assert torch.equal(made.solve(weight, made.prepare(hessian, "layer"), Scheme(2, 8, False), torch.float32).weight.scale, full.scale)
+
+
 def test_a_mirrored_solution_is_polished_in_the_same_way():
     weight, hessian = layer()
     start = rounded(weight, Scheme(4, 16, symmetric=False))

@@ -25,7 +25,8 @@ from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.report import read_report
 from ptqcli.pipeline.rewriting import logits, logits_moved
-from ptqcli.recipe import Recipe, load_recipe
+from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.cut import CutError
@@ -51,7 +52,7 @@ MORE = {
 }
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite", "smollm3", "glm", "odd")
 MEAN = "subtracts the mean of the channels"
-SANDWICH = "is added to the residual stream with a gain that no linear can take up"
+SANDWICH = "is added to the residual stream, and only what linears and embeddings give can be rotated"
 REFUSED = {
     "gpt2": f"transformer.h.0.ln_1 (LayerNorm) {MEAN}",
     "gpt_neox": f"gpt_neox.layers.0.input_layernorm (LayerNorm) {MEAN}",

@@ -17,8 +17,9 @@ from ptqcli.calibration.paired import is_held_out
 from ptqcli.calibration.statistics import InputStatistics, Pairs, StatisticsRequest
 from ptqcli.errors import UsageError
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.pipeline import texts
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
@@ -203,10 +204,8 @@ def test_pairs_are_what_two_whole_models_show(architecture: str, budget: int, tm
 
     monkeypatch.setattr(StageWork, "solve", noting)
 
-    from ptqcli.pipeline import prepare as preparing
-
-    make = preparing.calibration_windows
-    monkeypatch.setattr(preparing, "calibration_windows", lambda *args, **rest: windows.append(make(*args, **rest)) or windows[0])
+    make = texts.calibration_windows
+    monkeypatch.setattr(texts, "calibration_windows", lambda *args, **rest: windows.append(make(*args, **rest)) or windows[0])
     report = quantize(tmp_path / "model", recipe, tmp_path / "out", resources=Resources(batch_size=4, activation_budget=budget))
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     quantized = load_quantized(tmp_path / "out", kernel="reference")

@@ -30,7 +30,7 @@ from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.report import Report
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime import load_quantized
 from ptqcli.transforms.awq import AWQ, clip_limits
 from ptqcli.transforms.equalize import Equalize
@@ -445,7 +445,7 @@ def test_channels_without_weights_or_inputs_keep_the_scale_1(algo: str, tmp_path
     assert load_quantized(tmp_path / "out")(token_ids()).logits.isfinite().all()
 
 
-def brute_force_limits(weight: Tensor, samples: Tensor, scheme: Scheme) -> Tensor:
+def brute_force_limits(weight: Tensor, samples: Tensor, scheme: Scheme, signed: bool) -> Tensor:
     """The range of each group of each row that gives the least squared error of the group's share of the output."""
     columns = scheme.columns_per_group(weight.shape[1])
     limits = torch.zeros(len(weight), weight.shape[1] // columns, dtype=torch.float64)
@@ -461,6 +461,8 @@ def brute_force_limits(weight: Tensor, samples: Tensor, scheme: Scheme) -> Tenso
                     high = torch.maximum(high, -low)
                     low = -high
                 step = float((high - low) / (2**scheme.bits - 1)) or 1.0
+                if scheme.symmetric and signed:
+                    step = float(-limit * values[values.abs().argmax()].sign() / 2 ** (scheme.bits - 1)) or 1.0
                 zero = 2 ** (scheme.bits - 1) if scheme.symmetric else round(float(-low / step))
                 codes = torch.round(values / step + zero).clamp(0, 2**scheme.bits - 1)
                 errors[float(limit)] = float((inputs @ ((codes - zero) * step - values)).square().sum())
@@ -468,18 +470,19 @@ def brute_force_limits(weight: Tensor, samples: Tensor, scheme: Scheme) -> Tenso
     return limits
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 @pytest.mark.parametrize("scheme", [Scheme(2, 8), Scheme(3, 8), Scheme(3, 8, symmetric=False), Scheme(2, -1)], ids=str)
-def test_clip_limits_equal_a_brute_force_search(scheme: Scheme) -> None:
+def test_clip_limits_equal_a_brute_force_search(scheme: Scheme, signed: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, samples = torch.randn(12, 16, generator=generator) ** 3, torch.randn(40, 16, generator=generator)
     weight[2, :8] = 0
     samples[:, 3] = 0
-    limits = clip_limits(weight, samples, WeightSpec(scheme, torch.float32), signed=True)
-    expected = brute_force_limits(weight, samples, scheme)
+    limits = clip_limits(weight, samples, WeightSpec(scheme, torch.float32), signed)
+    expected = brute_force_limits(weight, samples, scheme, signed)
     torch.testing.assert_close(limits.double(), expected, rtol=1e-5, atol=0)
     largest = weight.unflatten(1, (-1, scheme.columns_per_group(16))).abs().amax(dim=2)
     assert (limits < largest).any()
-    assert (brute_force_limits(weight, samples.flip(1), scheme) - expected).abs().max() > 1e-3, "the inputs have to matter"
+    assert (brute_force_limits(weight, samples.flip(1), scheme, signed) - expected).abs().max() > 1e-3, "the inputs have to matter"
 
 
 @pytest.mark.parametrize("bits", [3, 4])

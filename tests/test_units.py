@@ -11,7 +11,7 @@ from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 
 ALGORITHMS = {
     "rtn": {"algo": "rtn"},

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layers import signs
 from ptq_kernels import tile_config
 from ptq_kernels.packing import TILE_K, pack_groups, pack_tiles, unpack_groups, unpack_tiles
 from ptq_kernels.tile_config import GPU, config_for, tables_for
@@ -80,7 +81,7 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 def arguments(bits: int = 4, group_size: int = 64, dtype: torch.dtype = torch.bfloat16, order: bool = False) -> dict[str, Any]:
     N, K = 70, 192
     groups = 1 if group_size == -1 else K // group_size
-    scale = torch.rand(N, groups).add(0.5)
+    scale = torch.rand(N, groups).add(0.5) * signs(N, groups)
     return {
         "x": torch.randn(3, K, dtype=dtype),
         "packed": pack_tiles(random_codes(N, K, bits), bits),

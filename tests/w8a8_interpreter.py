@@ -67,6 +67,7 @@ class Case:
         self.codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
         self.scale = torch.rand(N, generator=generator) / 100 + 1e-3
         self.bias = torch.randn(N, generator=generator).to(dtype)
+        self.scale[1::2] *= -1
         weight = self.codes.double() * self.scale.double()[:, None]
         self.outlier_weight = (weight[:, self.stored.long()] + 0.01 * torch.randn(N, 3, generator=generator)).to(dtype)
 

@@ -11,6 +11,9 @@ on with the message, and with the answer to it.
 Decoding reads all weights once for a token of every row, so hundreds of short pieces at once cost little more than one. Nothing stops at
 an end-of-text token: what follows it is another text, as in training. The numbers that decide a draw come of a generator on the CPU, so
 devices differ by the digits of their logits only.
+
+Measured on the demo model (gptq, 4 bits, groups of 64, 32 windows of 256, KL on four kinds of text): pieces of 32 or 128 tokens instead of
+64, temperature 1.3 instead of 1, or another seed move KL by 9, 4, 9 and 4 % at most. So none of these is chosen finely.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.chat import written_out
 from ptqcli.calibration.tokens import read_tokens
+from ptqcli.errors import PTQError
 from ptqcli.model.kinds import ModelKind
 
 if TYPE_CHECKING:
@@ -76,9 +80,11 @@ class Prompts:
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, vocabulary: int, bos: int | None) -> Prompts:
-    """What a model of ``vocabulary`` tokens begins its pieces with."""
+    """What a model of ``vocabulary`` tokens begins its pieces with. Raises PTQError for a tokenizer that has none of its words."""
     special = {*tokenizer.all_special_ids, *(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)}
     words = sorted(token for token in set(tokenizer.get_vocab().values()) - special if 0 <= token < vocabulary)
+    if not words:
+        raise PTQError(f"{tokenizer.name_or_path or 'the model in memory'}: the tokenizer has no words that the model knows; copy its own")
     return Prompts(
         first=torch.tensor(words, dtype=torch.long),
         chat=torch.tensor(_before_message(tokenizer), dtype=torch.long),

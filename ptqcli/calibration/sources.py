@@ -24,7 +24,7 @@ from ptqcli.untrusted import shown
 AUTO, SELF, BUILTIN = "auto", "self", "builtin"
 EXAMPLE = "c4:64,code.jsonl:64"
 DEFAULT_WINDOWS = 128  # of a text that is there, as in the papers of GPTQ and AWQ
-OWN_TOKENS = 16_384  # of text that the model writes: more cost time, and improved nothing that was measured
+OWN_TOKENS = 16_384  # of text that the model writes where nothing else is at hand: each costs time
 
 
 @dataclass(frozen=True)

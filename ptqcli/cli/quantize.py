@@ -60,7 +60,7 @@ def command(
     from ptqcli.pipeline.clock import Clock
     from ptqcli.pipeline.pipeline import quantize
     from ptqcli.pipeline.prepare import prepare
-    from ptqcli.recipe import load_recipe
+    from ptqcli.recipe_loading import load_recipe
     from ptqcli.shipped import find_recipe
 
     words = Output(as_json=as_json, quiet=quiet)

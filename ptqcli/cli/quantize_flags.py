@@ -16,6 +16,7 @@ import click
 from ptqcli.cli import completion
 from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
+from ptqcli.quality import QUALITIES
 
 if TYPE_CHECKING:
     from ptqcli.algorithms import Declaration
@@ -119,6 +120,14 @@ FLAGS = {
             help="Where to begin: a recipe of `ptq recipes`, or a YAML file. Flags win over it.",
         ),
         click.option(
+            "--quality",
+            metavar="|".join(QUALITIES),
+            shell_complete=completion.names(lambda: QUALITIES),
+            help="In place of --algo: "
+            + "; ".join(f"{name}: {each.summary}, {each.cost:g}x the time" for name, each in QUALITIES.items())
+            + ".",
+        ),
+        click.option(
             "--sequential/--no-sequential",
             default=None,
             show_default="sequential",
@@ -207,7 +216,7 @@ FLAGS = {
             show_default="auto",
             help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
         ),
-        click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows."),
+        click.option("--seed", type=int, metavar="N", show_default="0", help="Of the choice of windows, and of what the model writes."),
         data_dir_option,
     ],
     MACHINE: [

@@ -18,7 +18,7 @@ def command(as_json: bool) -> None:
 
     `ptq quantize --recipe NAME` takes one by its name; flags win over it.
     """
-    from ptqcli.recipe import load_recipe
+    from ptqcli.recipe_loading import load_recipe
     from ptqcli.shipped import first_comment, shipped_recipes
 
     words = Output(as_json=as_json)

@@ -96,7 +96,7 @@ def command(
     """
     from ptqcli.finishing.tune_scales import TuneScales
     from ptqcli.pipeline.tuning import tune_scales
-    from ptqcli.recipe import load_recipe
+    from ptqcli.recipe_loading import load_recipe
 
     words = Output(as_json=as_json, quiet=quiet)
     options, request = TuneScales(steps=steps, lr=lr, norms=norms), load_recipe(None, {"algo": "rtn", **given_flags(windows)})

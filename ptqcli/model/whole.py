@@ -21,7 +21,7 @@ def whole(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Itera
                 skeleton.load_block(index, device, dtype)
             yield model
         finally:
-            for unit in (skeleton.before, *skeleton.units, skeleton.after):
+            for unit in skeleton.units:
                 skeleton.release(unit)
 
 
@@ -39,8 +39,4 @@ def walked(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Iter
 
             hooks.callback(block.register_forward_pre_hook(load).remove)
             hooks.callback(block.register_forward_hook(release).remove)
-        try:
-            yield model
-        finally:
-            for unit in (skeleton.before, skeleton.after):
-                skeleton.release(unit)
+        yield model

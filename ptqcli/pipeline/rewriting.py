@@ -6,10 +6,6 @@ in float64, and as if the file stored float32, so that what a narrower dtype rou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,6 +13,7 @@ from ptqcli.errors import PTQError
 from ptqcli.model.rewritten import Rewrite, RewrittenSource, WidenedSource
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelSource
+from ptqcli.model.whole import walked
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import RewriteReport
 from ptqcli.plan import Plan
@@ -86,20 +83,6 @@ def logits_moved(source: ModelSource, blocks: str | None, device: torch.device) 
 
 def logits(skeleton: Skeleton, ids: Tensor, device: torch.device) -> Tensor:
     """What the model says to ``ids``, int64 [windows, tokens], with one block's weights in memory at a time; in the dtype of the proof."""
-    with skeleton.loaded_outside(device, PROOF_DTYPE) as model:
-        for index, block in enumerate(skeleton.blocks):
-            block.forward = partial(_run_loaded, skeleton, index, device, block.forward)
-        try:
-            found: Tensor = skeleton.kind.call(model, ids.to(device)).logits
-        finally:
-            for block in skeleton.blocks:
-                del block.forward
+    with walked(skeleton, device, PROOF_DTYPE) as model:
+        found: Tensor = skeleton.kind.call(model, ids.to(device)).logits
     return found
-
-
-def _run_loaded(skeleton: Skeleton, index: int, device: torch.device, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    skeleton.load_block(index, device, PROOF_DTYPE)
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        skeleton.release(skeleton.units[index])

@@ -36,6 +36,7 @@ from ptqcli.pipeline.progress import Progress
 from ptqcli.plan_texts import MOST_WORK, PlannedTexts, check_bytes, own_text_bytes, own_text_work, own_tokens, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, free_bytes
+from ptqcli.untrusted import foreign
 
 OWN_SHARE = 0.25  # of the windows of auto, beside a corpus: on other kinds of text a corpus alone is up to half worse
 BUILTIN_SHARE = 0.25  # of the windows of auto, where the model writes the others
@@ -192,7 +193,8 @@ class TextMaker:
         told = partial(self.progress.layer_progress, "writing")
         start = prompts(self._tokenizer, vocabulary, bos)
         device = self.resources.device
-        with whole(self.skeleton, device, self._dtype) as model:
+        failing = foreign(f"{self.skeleton.where}: the model fails while it writes", "; give a text with --calib")
+        with failing, whole(self.skeleton, device, self._dtype) as model:
             tokens = write_tokens(model, self.skeleton.kind, start, count, Sampling(), self.recipe.seed, device, told)
         _check_text(tokens)
         if key is not None and cache is not None:
@@ -200,10 +202,14 @@ class TextMaker:
         return _windows(tokens, room, bos)
 
     def _known(self, windows: Tensor) -> Familiarity | None:
+        """How well the model knows ``windows``; None, too, where its code fails: what is wrong, the run itself will say by name."""
         self.progress.phase("measuring whether the model knows the text")
         device = self.resources.device
-        with walked(self.skeleton, device, self._dtype) as model:
-            return familiarity(model, self.skeleton.kind, looked_at(windows, int(windows.numel() * CHECKED_SHARE)).to(device))
+        try:
+            with foreign(self.skeleton.where), walked(self.skeleton, device, self._dtype) as model:
+                return familiarity(model, self.skeleton.kind, looked_at(windows, int(windows.numel() * CHECKED_SHARE)).to(device))
+        except PTQError:
+            return None
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -56,7 +56,7 @@ def corrected_towards(bias: Tensor, weight: Tensor, quantized: QuantizedWeight, 
     assert moments.x is not None
     assert moments.f is not None
     x, f = moments.x / moments.n, moments.f / moments.n
-    wanted = weight.double() @ (x + targeted.alpha * (f - x))
+    wanted = weight @ (x + targeted.alpha * (f - x))
     if targeted.beta is not None and moments.d is not None:
         wanted = wanted + targeted.beta * moments.d / moments.n
-    return (bias.double() + wanted - quantized.dequantize(torch.float32).double() @ x).to(bias.dtype)
+    return bias + wanted - quantized.dequantize(torch.float32) @ x

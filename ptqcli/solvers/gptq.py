@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import Grid, RangeSearch
+from ptqcli.numerics.grids import Grid, RangeSearch, takes_sign
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
@@ -146,7 +146,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
         quantized, zero_groups = self._best(weight, prepared, scheme, scale_dtype, (ranges,) if ranges else self.searches)
         if prepared.hessian is not None:
-            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=zero_groups,
@@ -177,8 +177,9 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
 
     def _fed_back(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> _Columns:
         """The matrix with all of its columns rounded."""
+        groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
-        fixed = self.act_order and (self.static_groups or scheme.group_count(weight.shape[1]) == 1)
+        fixed = self.act_order and (self.static_groups or groups == 1)
         work = _Columns(weight, factor, scheme, scale_dtype, ranges)
         work.moving = self.act_order and not fixed
         if fixed:

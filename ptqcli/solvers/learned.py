@@ -164,6 +164,8 @@ class BlockLearner(BlockSolver):
         """Learn and place every linear of the window."""
         batches = work.batches()
         roundings = self._begin(work)
+        if not roundings:
+            return  # every linear of the window stays as it is
         student = Student(work, roundings)
         learning = _Learning(self, work, student, batches)
         with torch.enable_grad():

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import Grid, RangeSearch
+from ptqcli.numerics.grids import Grid, RangeSearch, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
@@ -132,7 +132,7 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         codes = self._greedy(weight, Grid(grid.element, scale, zero), prepared, progress)
         quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme)
         if prepared.hessian is not None:
-            quantized = polished(weight, prepared.hessian, quantized, self.rounds)
+            quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
         notes = SolveNotes(
             never_activated=prepared.never_activated,
             zero_groups=int((grouped == 0).all(dim=1).sum()),

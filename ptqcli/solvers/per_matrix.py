@@ -49,6 +49,12 @@ class PerMatrix(BlockSolver):
                 name = task.name
                 work.place(name, stage_work.solve(task, lambda done, total, name=name: work.progress(name, done, total)))  # type: ignore[misc]
 
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Columns that are taken out before the solver works have no place in the closed form of the target."""
+        if self.solver.aim is not None and scheme.outliers is not None and not scheme.outliers.dynamic:
+            return "target original does not go with a static outlier split; give --outliers dynamic or none, or leave the target out"
+        return None
+
     @property
     def ranges(self) -> RangeSearch:
         """Those of the matrix solver."""

@@ -20,8 +20,8 @@ one; ``H W^T``, which b needs, is the same in all rounds.
 
 What is solved for is the step from the old scales, with RIDGE, as a share of A's mean diagonal, added to A: a group of zero codes, which
 has no say in the objective, keeps its scale. Scales are rounded to their stored dtype, and a row takes the new ones only if its
-objective falls with them. A scale may become negative, but neither zero nor too small for its dtype. Zero points stay. With one
-scale for the whole matrix the systems of all rows are summed.
+objective falls with them. A scale may become negative, where the grid has signed ones, but neither zero nor too small for its dtype. Zero
+points stay. With one scale for the whole matrix the systems of all rows are summed.
 
 Left out: the best column at each step, or pairs of columns (CDQuant, arXiv 2406.17542), which save a few per cent more for many
 times the work; new zero points, with which a row's system would be twice as wide.
@@ -79,14 +79,15 @@ class Polishes:
             raise UsageError(f"polish {self.polish} is out of range; give 0 to {MOST_ROUNDS} rounds")
 
 
-def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int) -> QuantizedWeight:
+def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds: int, signed: bool = True) -> QuantizedWeight:
     """``quantized`` with codes and scales that serve ``weight`` better.
 
-    weight: float32 or float64 [out, in]. hessian: the damped one [in, in], positive definite. rounds: of refit and descent.
+    weight: float32 or float64 [out, in]. hessian: the damped one [in, in], positive definite. rounds: of refit and descent. signed:
+    whether a scale may become negative.
     """
     if not rounds:
         return quantized
-    work = Refinement(weight, hessian, quantized)
+    work = Refinement(weight, hessian, quantized, signed)
     for _ in range(rounds):
         work.refit()
         work.descend()
@@ -105,8 +106,8 @@ def polish_bytes(out_features: int, in_features: int) -> int:
 class Refinement:
     """One matrix while it is polished; [in, out], groups side by side, so that a column is contiguous and a group a slice."""
 
-    def __init__(self, weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> None:
-        self.quantized, self.element = quantized, quantized.scheme.element
+    def __init__(self, weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, signed: bool = True) -> None:
+        self.quantized, self.element, self.signed = quantized, quantized.scheme.element, signed
         self.place = None if quantized.g_idx is None else torch.argsort(quantized.g_idx, stable=True)
         self.hessian = hessian.to(weight.dtype) if self.place is None else hessian[self.place][:, self.place].to(weight.dtype)
         self.weight = self._sorted(weight.t())
@@ -160,7 +161,8 @@ class Refinement:
         new = (old + torch.cholesky_solve(left.unsqueeze(2), factor).squeeze(2)).to(dtype).double()
         d = new - old
         rise = (d * (torch.einsum("rgh,rh->rg", A, d) - 2 * left)).sum(dim=1)
-        usable = torch.isfinite(new) & (new.abs() >= SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny))
+        size = new.abs() if self.signed else new
+        usable = torch.isfinite(new) & (size >= SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny))
         gains = (rise < 0) & (failed == 0) & usable.all(dim=1)
         return torch.where(gains.unsqueeze(1), new, old).t().to(scale.dtype).expand_as(scale)
 

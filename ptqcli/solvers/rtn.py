@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import RangeSearch
+from ptqcli.numerics.grids import RangeSearch, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
@@ -85,7 +85,7 @@ class RTN(FitsGrids, Polishes, AimsAtTarget, MatrixSolver):
         if prepared is None:
             return Solution(quantized, notes)
         notes = replace(notes, never_activated=prepared.never_activated, damp=prepared.damp, damp_raised=prepared.damp > DAMP)
-        return Solution(polished(weight, prepared.matrix, quantized, self.rounds), notes)
+        return Solution(polished(weight, prepared.matrix, quantized, self.rounds, takes_sign(scheme, self.signed)), notes)
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """Fitting the grids; polishing comes after it, with the damped Hessian and, before that, its factor."""

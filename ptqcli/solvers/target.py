@@ -87,6 +87,13 @@ class AimsAtTarget:
                 raise UsageError(f"{name} has no effect without --target original; give that, or leave it out")
 
 
+def pairs_bytes(in_features: int, hidden: int) -> int:
+    """Peak memory that aiming at the original takes for one input: its ``Pairs``, the moments of the windows that are not held out, and the
+    factor in float64 with what it is made of.
+    """
+    return (3 * 4 + 2 * 4 + 2 * 8) * in_features**2 + 2 * 4 * hidden * in_features
+
+
 def _share(name: str, value: float | str) -> float | None:
     if value == AUTO:
         return None
@@ -97,7 +104,7 @@ def _share(name: str, value: float | str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Sums over n tokens, float64: H and C [in, in], D [hidden, in]; x, f [in] and d [hidden] of the vectors themselves.
+    """Sums over n tokens, float32: H and C [in, in], D [hidden, in]; x, f [in] and d [hidden] of the vectors themselves.
 
     D and d are None for a linear that does not write into the residual stream. Without a bias to correct x and f may be None.
     """
@@ -113,14 +120,14 @@ class Moments:
     @classmethod
     def of(cls, hessian: Hessian, sums: Tensor | None, pairs: Pairs, factor: float | None) -> Moments:
         """sums: of x. factor: by which the linear's output is multiplied before it is added to the stream, None if it is not."""
-        writes = factor is not None and pairs.drift is not None and pairs.drift_sums is not None
+        drift, drift_sums = pairs.drift, pairs.drift_sums
         return cls(
-            H=hessian.matrix.double(),
-            C=pairs.cross.double(),
-            D=pairs.drift.double() / factor if writes else None,  # type: ignore[union-attr, operator]
-            x=None if sums is None else sums.double(),
-            f=pairs.sums.double(),
-            d=pairs.drift_sums.double() / factor if writes else None,  # type: ignore[union-attr, operator]
+            H=hessian.matrix,
+            C=pairs.cross,
+            D=None if drift is None or factor is None else drift / factor,
+            x=sums,
+            f=pairs.sums,
+            d=None if drift_sums is None or factor is None else drift_sums / factor,
             n=hessian.tokens,
         )
 
@@ -164,7 +171,6 @@ def aim_at(weight: Tensor, moments: Moments, held: Moments | None, aim: Aim, whe
     held: the moments of held-out windows, None if there are none. centred: about the means, because a bias will be corrected.
     Raises UsageError if shares are to be chosen without held-out windows.
     """
-    W = weight.double()
     others = None if held is None else moments.without(held)
     if centred:
         moments, held, others = moments.centred(), held and held.centred(), others and others.centred()
@@ -172,19 +178,19 @@ def aim_at(weight: Tensor, moments: Moments, held: Moments | None, aim: Aim, whe
     if alpha is None or beta is None:
         if held is None or others is None:
             raise UsageError(f"{where}: alpha and beta are chosen on held-out windows, and there is one window; give more, or both by hand")
-        alpha, beta = _best_shares(_Quadratic.of(W, _corrections(W, others, aim.damp, where), held), alpha, beta)
-    A, B = _corrections(W, moments, aim.damp, where)
-    target = W + alpha * A if B is None else W + alpha * A + beta * B
+        alpha, beta = _best_shares(_Quadratic.of(weight, _corrections(weight, others, aim.damp, where), held), alpha, beta)
+    A, B = _corrections(weight, moments, aim.damp, where)
+    target = weight + alpha * A if B is None else weight + alpha * A + beta * B
     if not torch.isfinite(target).all():
         raise PTQError(f"{where}: the target is not finite; raise --damp or give more calibration text")
-    return Targeted(target.float(), alpha, beta if moments.D is not None else None)
+    return Targeted(target, alpha, beta if moments.D is not None else None)
 
 
 def _corrections(W: Tensor, moments: Moments, damp: float, where: str) -> tuple[Tensor, Tensor | None]:
-    """``W (C - H) (H + lambda I)^-1`` and ``D (H + lambda I)^-1``."""
-    lower = factorise(moments.H.clone(), damp, where).lower
+    """``W (C - H) (H + lambda I)^-1`` and ``D (H + lambda I)^-1``, solved in float64."""
+    lower = factorise(moments.H.double(), damp, where).lower
     right = [W @ (moments.C - moments.H), *([] if moments.D is None else [moments.D])]
-    solved = [torch.cholesky_solve(side.t(), lower).t() for side in right]
+    solved = [torch.cholesky_solve(side.t().double(), lower).t().to(W.dtype) for side in right]
     return solved[0], solved[1] if moments.D is not None else None
 
 
@@ -202,7 +208,7 @@ class _Quadratic:
         if held.D is not None:
             missing = missing + held.D
         G = torch.stack([torch.stack([((one @ held.H) * other).sum() for other in made_up]) for one in made_up])
-        return cls(G, torch.stack([(missing * part).sum() for part in made_up]))
+        return cls(G.double(), torch.stack([(missing * part).sum() for part in made_up]).double())
 
     def at(self, p: Tensor) -> float:
         return float(p @ self.G @ p - 2 * self.g @ p)

@@ -157,7 +157,8 @@ class ModelInPieces:
             raise CutError("no residual stream leads to its output head")
         for call in sorted(writers):
             if self._is_norm(call):
-                raise CutError(f"what {self._called(call)} gives is added to the residual stream with a gain that no linear can take up")
+                what = f"what {self._called(call)} gives is added to the residual stream"
+                raise CutError(f"{what}, and only what linears and embeddings give can be rotated")
         if len({self._cut.leaves[call].shape[-1] for call in writers}) > 1:
             raise CutError("its residual stream changes its width")
 

@@ -22,7 +22,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.plan import Plan
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
 

@@ -23,7 +23,7 @@ from ptqcli.errors import UsageError
 from ptqcli.evaluation.divergence import compare
 from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.evaluation.windows import Window, plan_windows
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 
 BOS = 256
 

@@ -27,7 +27,7 @@ from ptqcli.errors import PTQError
 from ptqcli.formats.compressed_tensors_config import quantization_config
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime.models import load_model
 

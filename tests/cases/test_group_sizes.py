@@ -23,7 +23,8 @@ import ptqcli
 from ptqcli.errors import UsageError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.shipped import shipped_recipes
 

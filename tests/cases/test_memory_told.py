@@ -21,7 +21,7 @@ from ptqcli.cli.console import Output
 from ptqcli.cli.quantize_report import show_plan
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import process_bytes
 
 class Told(NoProgress):

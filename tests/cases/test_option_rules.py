@@ -17,7 +17,7 @@ from tiny import make_model
 from ptqcli.algorithms import declarations, find_algorithm
 from ptqcli.errors import UsageError
 from ptqcli.formats import format_names
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 
 
 @pytest.fixture(scope="module")

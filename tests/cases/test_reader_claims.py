@@ -24,7 +24,7 @@ from ptqcli.formats import LinearSpec
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 
 EXPANDS_FIRST = Version(transformers.__version__) >= Version("5.23")  # with dequantize=True, before anything asks for weights

@@ -26,7 +26,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.config import read_config
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import check_pattern, found
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.untrusted import read_bytes, shown
 
 NAMES = [f"model.layers.{index}.{name}" for index in range(80) for name in ("self_attn.q_proj", "mlp.down_proj", "a" * 90)]

@@ -38,7 +38,8 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.patterns import found
 from ptqcli.pipeline.report import FoldReport, LayerReport, Report
-from ptqcli.recipe import Override, Recipe, load_recipe
+from ptqcli.recipe import Override, Recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime.load import load_quantized
 
 LINEARS = [f"model.layers.{index}.{name}" for index in range(24) for name in ("self_attn.q_proj", "mlp.down_proj", "a" * 60)]
