@@ -91,8 +91,9 @@ def command(
 ) -> None:
     """Tune the scales of CHECKPOINT to the original, end to end.
 
-    Their loss is the KL divergence from the original's logits. CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads; left out, it is the newest one here. Its codes stay as
-    they are. Half of the calibration windows are held out, and on them the result is never worse than the checkpoint was.
+    The loss is the KL divergence from the original's logits. CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads;
+    left out, it is the newest one here. Its codes stay as they are. Half of the calibration windows are held out, and on them the result is
+    never worse than the checkpoint was.
     """
     from ptqcli.finishing.tune_scales import TuneScales
     from ptqcli.pipeline.tuning import tune_scales
