@@ -34,7 +34,7 @@ COMMANDS = {
     "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
-    "tune-scales": ("tune_scales", "Tune CHECKPOINT's scales to the original's logits, end to end."),
+    "tune-scales": ("tune_scales", "Tune the scales of CHECKPOINT to the original, end to end."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
     "generate": ("generate", "Let CHECKPOINT answer or continue TEXT."),
     "algorithms": ("algorithms", "List the parts of --algo with options, and the formats."),

@@ -16,7 +16,7 @@ import click
 from ptqcli.cli import completion
 from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
-from ptqcli.quality import QUALITIES
+from ptqcli.quality import QUALITIES, described
 
 if TYPE_CHECKING:
     from ptqcli.algorithms import Declaration
@@ -110,8 +110,8 @@ FLAGS = {
             metavar="NAME[+NAME]",
             show_default="gptq",
             shell_complete=completion.algorithm,
-            help="rtn, gptq, obq, awq, smoothquant, equalize, rotate, llm-int8, or several joined: transforms, then a solver, such as "
-            "awq+gptq. `ptq algorithms` lists them.",
+            help="rtn, gptq, obq, autoround, awq, smoothquant, equalize, rotate, llm-int8, or several joined: transforms, then a solver, "
+            "such as awq+gptq. `ptq algorithms` lists them.",
         ),
         click.option(
             "--recipe",
@@ -123,9 +123,7 @@ FLAGS = {
             "--quality",
             metavar="|".join(QUALITIES),
             shell_complete=completion.names(lambda: QUALITIES),
-            help="In place of --algo: "
-            + "; ".join(f"{name}: {each.summary}, {each.cost:g}x the time" for name, each in QUALITIES.items())
-            + ".",
+            help=f"In place of --algo. {described()}.",
         ),
         click.option(
             "--sequential/--no-sequential",

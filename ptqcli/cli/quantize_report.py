@@ -66,7 +66,7 @@ class QuantizeProgress:
 
     def step(self, done: int, total: int, text: str) -> None:
         stop_if_interrupted()
-        self._tracker.step(done, total, text)
+        self._tracker.part("tuning scales", done, total)  # the steps of this command are blocks
 
 
 def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:

@@ -18,6 +18,7 @@ from ptqcli.cli.progress import track
 from ptqcli.cli.quantize import given_flags, resources_of
 from ptqcli.cli.quantize_flags import CALIBRATION, FLAGS, MACHINE, OVERWRITE_FLAG, SEQLEN_FLAG, with_flags
 from ptqcli.cli.quantize_report import QuantizeProgress, tuning_text
+from ptqcli.cli.signals import stop_if_interrupted
 from ptqcli.model.locate import find_model
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 STEPS, LR, LONGEST_WINDOW = 150, 3e-3, 512
 SUFFIX = "-tuned"
 SECONDS_BETWEEN_LINES = 15.0
+
+
+class TuningProgress(QuantizeProgress):
+    """That of a command whose steps are those of the tuning."""
+
+    def step(self, done: int, total: int, text: str) -> None:
+        stop_if_interrupted()
+        self._tracker.step(done, total, text)
 
 
 @click.command(
@@ -80,10 +89,11 @@ def command(
     quiet: bool,
     **windows: Any,
 ) -> None:
-    """Tune CHECKPOINT's scales to the original's logits, end to end.
+    """Tune the scales of CHECKPOINT to the original, end to end.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads; left out, it is the newest one here. Its codes stay as
-    they are. Half of the calibration windows are held out, and on them the result is never worse than the checkpoint was.
+    The loss is the KL divergence from the original's logits. CHECKPOINT is a folder that `ptq quantize` wrote, or any other that it reads;
+    left out, it is the newest one here. Its codes stay as they are. Half of the calibration windows are held out, and on them the result is
+    never worse than the checkpoint was.
     """
     from ptqcli.finishing.tune_scales import TuneScales
     from ptqcli.pipeline.tuning import tune_scales
@@ -104,7 +114,7 @@ def command(
             overwrite=overwrite,
             resources=resources,
             data_dir=data_dir,
-            progress=QuantizeProgress(folder, words, tracker),
+            progress=TuningProgress(folder, words, tracker),
             on_plan=lambda plan: words.facts(_plan_rows(plan)),
         )
     click.get_current_context().obj.result_kept = not as_json
