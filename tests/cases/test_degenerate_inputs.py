@@ -1,7 +1,8 @@
 """Kind: a degenerate input refused although the answer is plain.
 
 Where calibration gives no evidence (all inputs of a linear zero, single columns zero, or too small to be squared), every algorithm rounds
-to nearest, which is compared with the codes of ``rtn``, and the report counts it. Weights that are constant or zero are held.
+to nearest, which is compared with the codes of ``rtn`` on the same grids, and the report counts it. Polishing then fits the grids to the
+weights alone. Weights that are constant or zero are held.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ INPUTS = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
 SCHEMES = ("w4a16-g32", "w3a16-g64-asym", "w2a16-row", "w8a8", "w8a8-static", "w8a8-tensor", "llm-int8-static")
 
 
+# The grids of rounding, and nothing done to them afterwards.
+PLAIN = {"scale_search": "mse", "polish": 0}
+
+
 def same(one: ptqcli.QuantizedWeight, other: ptqcli.QuantizedWeight) -> bool:
     return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("codes", "scale", "zero"))
 
@@ -31,17 +36,31 @@ def same(one: ptqcli.QuantizedWeight, other: ptqcli.QuantizedWeight) -> bool:
 @pytest.mark.parametrize("options", [{}, {"damp": 0.0}, {"scale_search": "minmax"}], ids=str)
 @pytest.mark.parametrize("solver", ["gptq", "obq"])
 def test_inputs_that_are_all_zero_are_rounded_to_nearest(solver: str, options: dict, scheme: str) -> None:
-    search = {key: value for key, value in options.items() if key == "scale_search"}
-    nearest = ptqcli.solve(WEIGHT, scheme, "rtn", inputs=INPUTS * 0, options=search)
-    assert same(ptqcli.solve(WEIGHT, scheme, solver, inputs=INPUTS * 0, options=options), nearest)
-    assert not same(ptqcli.solve(WEIGHT, scheme, solver, inputs=INPUTS, options=options), nearest)
+    asked = {**PLAIN, **options}
+    nearest = ptqcli.solve(WEIGHT, scheme, "rtn", inputs=INPUTS * 0, options={"scale_search": asked["scale_search"]})
+    assert same(ptqcli.solve(WEIGHT, scheme, solver, inputs=INPUTS * 0, options=asked), nearest)
+    assert not same(ptqcli.solve(WEIGHT, scheme, solver, inputs=INPUTS, options=asked), nearest)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("solver", "search"), [("gptq", "mse"), ("obq", "minmax")])
+def test_without_evidence_grids_are_fitted_to_the_weights(solver: str, search: str, scheme: str) -> None:
+    """Codes are those nearest to the weights, and not farther from them than with the ranges at the start."""
+    found = ptqcli.solve(WEIGHT, scheme, solver, inputs=INPUTS * 0)
+    nearest = ptqcli.solve(WEIGHT, scheme, "rtn", inputs=INPUTS * 0, options={"scale_search": search})
+    scale, zero = (part.float().repeat_interleave(64 // part.shape[1], dim=1) for part in (found.scale, found.zero))
+    codes = ((WEIGHT / scale).round() + zero).clamp(0, found.scheme.levels - 1)
+    assert (found.codes == codes).float().mean() > 0.999  # but for ties
+    error, usual = (float((each.dequantize(torch.float32) - WEIGHT).norm()) for each in (found, nearest))
+    assert error <= usual
+    assert error < usual or found.scheme.bits == 8  # where the rounding of the scales leaves no room
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-18, 1e-10, 1e8, 1e17])
 @pytest.mark.parametrize("solver", ["gptq", "obq"])
 def test_tiny_and_large_inputs_give_the_codes_of_usual_ones_or_round_to_nearest(solver: str, size: float) -> None:
-    found = ptqcli.solve(WEIGHT, "w4a16-g32", solver, inputs=INPUTS.double() * size)
-    usual = ptqcli.solve(WEIGHT, "w4a16-g32", solver, inputs=INPUTS)
+    found = ptqcli.solve(WEIGHT, "w4a16-g32", solver, inputs=INPUTS.double() * size, options=PLAIN)
+    usual = ptqcli.solve(WEIGHT, "w4a16-g32", solver, inputs=INPUTS, options=PLAIN)
     nearest = ptqcli.solve(WEIGHT, "w4a16-g32", "rtn")
     squares_have_digits = size >= 1e-18
     assert (found.codes == (usual if squares_have_digits else nearest).codes).float().mean() > 0.99
@@ -54,7 +73,7 @@ def test_tiny_and_large_inputs_give_the_codes_of_usual_ones_or_round_to_nearest(
 def test_columns_without_input_are_rounded_to_nearest(solver: str, damp: float, dead: range) -> None:
     inputs = INPUTS.clone()
     inputs[:, list(dead)] = 0
-    found = ptqcli.solve(WEIGHT, "w4a16-row", solver, inputs=inputs, options={"damp": damp})
+    found = ptqcli.solve(WEIGHT, "w4a16-row", solver, inputs=inputs, options={**PLAIN, "damp": damp})
     nearest = ptqcli.solve(WEIGHT, "w4a16-row", "rtn")
     assert torch.equal(found.codes[:, list(dead)], nearest.codes[:, list(dead)])
 
@@ -111,7 +130,8 @@ ALGORITHMS = [
 @pytest.mark.parametrize("request_", ALGORITHMS, ids=lambda request: " ".join(map(str, request.values())))
 def test_a_block_that_no_input_reaches_has_the_codes_of_rtn(request_: dict, workshop: Path, tmp_path: Path) -> None:
     text = str(workshop / "text.txt")
-    report = ptqcli.quantize(workshop / "unreached", output=tmp_path / "out", calib=text, **SHORT, **request_)
+    plain = {} if request_["algo"] in ("awq", "smoothquant") else PLAIN
+    report = ptqcli.quantize(workshop / "unreached", output=tmp_path / "out", calib=text, **SHORT, **request_, **plain)
     wanted = {key: value for key, value in request_.items() if key in ("group_size", "wbits", "abits", "act_scales")}
     kept = {"wbits": 8, "abits": 8} if "group_size" not in request_ else {}
     ptqcli.quantize(workshop / "unreached", output=tmp_path / "rtn", calib=text, **SHORT, **{"algo": "rtn", **kept, **wanted})

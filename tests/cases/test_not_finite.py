@@ -84,11 +84,15 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("value", [*BAD, 0.0, -1.0, 1e-45])
-def test_scales_of_a_checkpoint_are_positive_numbers(checkpoint: Path, tmp_path: Path, value: float) -> None:
+def test_scales_of_a_checkpoint_are_numbers_that_scale(checkpoint: Path, tmp_path: Path, value: float) -> None:
+    """Those of weights may be negative, those of inputs not."""
     scales = [name for name in load_file(checkpoint / "model.safetensors") if name in (f"{DOWN}.weight_scale", f"{DOWN}.input_scale")]
     assert scales
     for name in scales:
         folder = changed(checkpoint, tmp_path / name, name, value)
+        if value == -1.0 and name.endswith("weight_scale"):
+            assert (open_checkpoint(folder).weight(DOWN).scale == -1.0).any()
+            continue
         with pytest.raises(PTQError, match=f"{name}:? holds"):
             open_checkpoint(folder).weight(DOWN)
 
@@ -180,14 +184,24 @@ def test_weight_only_layers(tmp_path: Path, value: float, bits: int, kernel: str
         assert torch.isfinite(found[1:]).all()
 
 
-@pytest.mark.parametrize(("bits", "value", "fits"), [(8, 60_000, True), (8, 65_504, False), (4, 60_000, True), (4, 65_000, False)])
-def test_a_result_that_is_written_can_be_read(tmp_path: Path, bits: int, value: float, fits: bool) -> None:
-    """Weights near the end of float16: the code farthest out stands for half a step more than the weight."""
+@pytest.mark.parametrize(
+    ("bits", "value", "signed", "fits"),
+    [
+        (8, 60_000, False, True),
+        (8, 65_504, False, False),
+        (4, 60_000, False, True),
+        (4, 65_000, False, False),
+        (8, 65_504, True, True),
+        (4, 65_504, True, True),
+    ],
+)
+def test_a_result_that_is_written_can_be_read(tmp_path: Path, bits: int, value: float, signed: bool, fits: bool) -> None:
+    """Weights near the end of float16: the code farthest out stands for half a step more than the weight, on a signed grid for itself."""
     make_model(tmp_path / "model", num_hidden_layers=1, dtype=torch.float16)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors[f"{DOWN}.weight"][0, 0] = -value
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    recipe = Recipe(algo="rtn", wbits=bits, group_size=32)
+    recipe = Recipe(algo="rtn", wbits=bits, group_size=32, options={"rtn": {"signed": signed}})
     if fits:
         quantize(tmp_path / "model", recipe, tmp_path / "out")
         assert open_checkpoint(tmp_path / "out").weight(DOWN).dequantize().to(torch.float16).isfinite().all()
