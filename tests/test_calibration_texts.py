@@ -140,20 +140,13 @@ def test_shares_are_counted(model: Path, tmp_path: Path) -> None:
     ]
     assert all(text.loss is not None for text in report.calibration.texts)
     made = maker(model, calib=calib, seqlen=32, group_size=32)
-    planned = made.choose(32)
-    found = made.make(plan_with(planned), rehearsal=False)
+    found = made.make(made.choose(32), 32, rehearsal=False)
     letters = [{chr(token) for token in window.tolist()} & {"a", "b"} for window in bytes_of(found.windows)]
     assert sorted("".join(letter) for letter in letters) == ["a"] * 5 + ["b"] * 3
     assert ["".join(letter) for letter in letters] != ["a"] * 5 + ["b"] * 3, "mixed, so that every excerpt has some of each"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 windows of 32 tokens from a.txt, 3 from b.txt" in card
     assert str(tmp_path) not in card
-
-
-def plan_with(planned: texts.PlannedTexts, seqlen: int = 32):
-    from types import SimpleNamespace
-
-    return SimpleNamespace(texts=planned, seqlen=seqlen)
 
 
 def bytes_of(windows: torch.Tensor) -> torch.Tensor:
