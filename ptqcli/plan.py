@@ -259,10 +259,10 @@ def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> st
 def _check_solver(recipe: Recipe) -> None:
     solver = as_block_solver(recipe.solver())
     window = solver.window
-    if solver.needs.pairs and not recipe.sequential:
-        raise UsageError("target original pairs the inputs of both models stage by stage; leave --no-sequential out, or --target original")
     if not isinstance(window, int) or window < 1:
         raise PTQError(f"the solver of {recipe.algo} works on {window!r} blocks at once; its window must be a whole number from 1 on")
+    if solver.needs.pairs and not recipe.sequential:
+        raise UsageError("target original pairs the inputs of both models stage by stage; leave --no-sequential out, or --target original")
 
 
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:

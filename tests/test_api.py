@@ -150,7 +150,7 @@ def test_changes_mean_what_they_mean_in_a_file(tmp_path: Path) -> None:
         ("w4a16-gtpq", {}, "recipe 'w4a16-gtpq' is neither a file nor one of those that come along; did you mean 'w4a16-gptq'?"),
         (Recipe(), {"dmp": 0.1}, "unknown key 'dmp'; the keys are abits"),
         (Recipe(), {"wbits": "four"}, "'wbits' must be int, not 'four'"),
-        (Recipe(algo="rtn"), {"damp": 0.1}, "damp belongs to gptq and obq, not to rtn; leave it out"),
+        (Recipe(algo="rtn"), {"damp": 0.1}, "damp belongs to gptq, obq, autoround and flexround, not to rtn; leave it out"),
         (Recipe(options={"gptq": {"damp": 0.1}}), {"algo": "rtn"}, "gptq.damp belongs to gptq, not to rtn; leave it out"),
         ({"wbits": 4}, {}, "a recipe is a Recipe, a name or a YAML file, not dict; give single keys by name"),
         (Recipe(), {"calib": ""}, "calib is empty"),
@@ -410,8 +410,8 @@ def test_solve_is_what_the_solver_gives(scheme: str) -> None:
 def test_solve_rounds_to_the_nearest_code() -> None:
     found = ptqcli.solve(WEIGHT, "w4a16-g32", "rtn", scale_dtype=torch.float32, options={"scale_search": "minmax"})
     groups = WEIGHT.reshape(24, 2, 32)
-    scale = 2 * groups.abs().amax(2, keepdim=True) / 15
-    assert torch.equal(found.scale, scale.squeeze(2))
+    scale = -groups.gather(2, groups.abs().argmax(2, keepdim=True)) / 8
+    torch.testing.assert_close(found.scale, scale.squeeze(2))
     assert torch.equal(found.codes, ((groups / scale).round() + 8).clamp(0, 15).reshape(24, 64).to(torch.uint8))
 
 

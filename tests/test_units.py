@@ -46,10 +46,12 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}], ids=["untied", "tied, bfloat16"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_each_stored_tensor_is_read_once(algorithm, changes, tmp_path, reads):
+    """And once more, before that, to see whether the model knows the calibration text."""
     make_model(tmp_path / "model", **changes)
-    quantize(tmp_path / "model", recipe_for(tmp_path, **ALGORITHMS[algorithm]), tmp_path / "out")
+    recipe = recipe_for(tmp_path, **ALGORITHMS[algorithm])
+    quantize(tmp_path / "model", recipe, tmp_path / "out")
     stored = SafetensorsFolder(tmp_path / "model").names
-    assert reads == Counter(dict.fromkeys(stored, 1))
+    assert reads == Counter(dict.fromkeys(stored, 1 if recipe.algo == "rtn" else 2))
 
 
 def test_a_second_read_would_be_counted(tmp_path, reads):

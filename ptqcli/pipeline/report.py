@@ -45,9 +45,9 @@ class LayerReport:
     damp_raised: bool
     outlier_columns: int | None
     outlier_share: float | None
-    alpha: float | None
-    beta: float | None
-    bias_corrected: bool
+    alpha: float | None = None
+    beta: float | None = None
+    bias_corrected: bool = False
     inputs_all_zero: bool = False
     adapter_error: float | None = None
 

@@ -170,7 +170,7 @@ def packed(folder: Path, random: mutate.Source) -> object:
     (folder / "model.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     read = SafetensorsFolder(folder)
     result = COMPRESSED_TENSORS.unpack("m", read.read, scheme)
-    assert bool((result.scale > 0).all())
+    assert bool((result.scale != 0).all())
     assert bool(torch.isfinite(result.dequantize()).all())
     return result
 
