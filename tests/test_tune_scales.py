@@ -342,7 +342,7 @@ from pathlib import Path
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.tuning import tune_scales
-from ptqcli.recipe import load_recipe
+from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources, process_bytes
 
 folder, told = Path(sys.argv[1]), []
