@@ -230,7 +230,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (types.UnionType, Union):
         return any(_fits(value, each) for each in inner)
     if is_dataclass(hint):
-        needed = {each.name for each in fields(hint) if each.default is MISSING}
+        needed = {each.name for each in fields(hint) if each.default is MISSING and each.default_factory is MISSING}
         return isinstance(value, dict) and value.keys() >= needed and _wrong(value, get_type_hints(hint)) is None
     if get_origin(hint) is list or inner[1:] == (...,):
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,9 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline.output import MARKER, Marker
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.report import REPORT_NAME
 from ptqcli.recipe import Recipe
+from ptqcli.recipe_loading import load_recipe
 
 PLAIN = Recipe(algo="rtn", group_size=32)
 WORK = "years of work"
@@ -345,3 +348,24 @@ def test_a_file_that_only_has_the_name_of_one_of_ours_stays(room: Path, name: st
     assert (room / "out" / name).read_text() == "mine"
     (room / "out" / name).unlink()
     quantize(room / "model", PLAIN, room / "out", overwrite=True)
+
+
+def test_a_checkpoint_whose_report_says_less_is_read_and_replaced(ptq: Ptq, room: Path) -> None:
+    """As earlier versions wrote it: without the texts, shares of the target, rewrites and tuning."""
+    (room / "text.txt").write_text("one two three four five six seven eight nine ten " * 400)
+    quantize(
+        room / "model", load_recipe(flags={"calib": str(room / "text.txt"), "nsamples": 2, "seqlen": 16, "group_size": 32}), room / "old"
+    )
+    file = room / "old" / REPORT_NAME
+    report = json.loads(file.read_text())
+    for name in ("rewritten", "tuning"):
+        report.pop(name)
+    for name in ("texts", "sampling"):
+        report["calibration"].pop(name)
+    for layer in report["layers"]:
+        for name in ("alpha", "beta", "bias_corrected", "adapter_error"):
+            layer.pop(name)
+    file.write_text(json.dumps(report))
+    assert ptq("inspect", room / "old").code == 0
+    quantize(room / "model", PLAIN, room / "old", overwrite=True)
+    assert json.loads(file.read_text())["recipe"]["algo"] == "rtn"
