@@ -11,7 +11,6 @@ derived here.) Towards the original's output (``target.py``) the mean of what is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +27,15 @@ def bias_option() -> Any:
     return option(True, "biases take up the shift of the mean output, where a linear has one", flag="correct-bias")
 
 
-@dataclass(frozen=True)
 class CorrectsBias:
     """A solver with the option."""
+
+    correct_bias: bool
 
     @property
     def corrects_bias(self) -> bool:
         """See the module."""
-        return bool(self.correct_bias)  # type: ignore[attr-defined]
+        return self.correct_bias
 
 
 def centred(hessian: Hessian, sums: Tensor) -> Hessian:

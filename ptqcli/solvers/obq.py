@@ -73,7 +73,8 @@ class Inverse:
 @dataclass(frozen=True)
 class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
     """OBQ with its options. damp: added to the diagonal of H, as a share of its mean. scale_search, signed: see
-    ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``.
+    ``ptqcli.solvers.scale_search``. polish: rounds, see ``ptqcli.solvers.refine``. target, alpha, beta: see
+    ``ptqcli.solvers.target``. correct_bias: see ``ptqcli.solvers.bias``.
     """
 
     name: ClassVar[str] = "obq"
