@@ -13,8 +13,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
+from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY, PLAIN_DTYPES, LegacyBlocks, decode, encode, plain_bytes, values_of
 from ptqcli.errors import PTQError
-from ptqcli.formats.gguf_blocks import BLOCK_TYPES, LEGACY, PLAIN_DTYPES, LegacyBlocks, decode, encode, plain_bytes, values_of
 from ptqcli.numerics.k_quants import K_TYPES, SuperBlocks
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -106,8 +106,8 @@ def command(
 ) -> None:
     """Measure how good CHECKPOINT is, beside the original.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
-    weights are used as they are.
+    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id; left out, it is the newest one here.
+    Its packed weights are used as they are.
     """
     from ptqcli.calibration.bos import window_bos
     from ptqcli.calibration.chat import chat_writer

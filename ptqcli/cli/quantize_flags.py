@@ -274,6 +274,9 @@ FLAGS = {
             help="Where to write.",
         ),
         OVERWRITE_FLAG,
+        click.option(
+            "--allow-requantize", is_flag=True, help="Take a GGUF file whose weights are quantized already; its error adds to the new one."
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,
         quiet_option,

@@ -15,7 +15,8 @@ from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, format_of
 from ptqcli.model.classes import build_classes
-from ptqcli.model.config import load_config
+from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.gguf import is_gguf
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.names import DiskNames
 from ptqcli.numerics.scheme import Scheme
@@ -122,7 +123,7 @@ def _as_plain(stored_as: Format, names: Sequence[str]) -> list[str]:
 
 
 def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> PackedCheckpoint:
-    """The quantized model in ``folder``; no weight is read yet.
+    """The quantized model in ``folder``, or that of a GGUF file; no weight is read yet.
 
     dtype: floating dtype of the model; None takes the one that config.json names, or that of the first floating tensor.
     Raises PTQError or UsageError, naming the file, key or tensor, when the folder is no quantized checkpoint of a format that is read, is
@@ -130,6 +131,8 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     """
     folder = as_path(folder, "a checkpoint")
     check_argument(dtype, "dtype", torch.dtype, optional=True)
+    if is_gguf(folder):
+        return _open_gguf(folder, dtype)
     config = load_config(folder)
     entry = getattr(config, "quantization_config", None)
     if not isinstance(entry, Mapping):
@@ -140,6 +143,17 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     model, _ = build_classes(config, _as_plain(stored_as, tensors.names), config.architectures).built[0]
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     return PackedCheckpoint(folder, config, model, stored_as, tensors, stored_as.schemes(entry, tensors, linears))
+
+
+def _open_gguf(path: Path, dtype: torch.dtype | None) -> PackedCheckpoint:
+    """The model of a GGUF file, which need not be quantized. What is no scheme of this package counts as a plain tensor."""
+    from ptqcli.formats.gguf import GGUF_BLOCKS, open_tensors
+
+    config, tensors = open_tensors(path)
+    config.dtype = dtype or config.dtype
+    model = build_on_meta(config, len(tensors.names))
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    return PackedCheckpoint(path, config, model, GGUF_BLOCKS, tensors, GGUF_BLOCKS.schemes({}, tensors, linears))
 
 
 def _stored_dtype(tensors: TensorSource) -> torch.dtype:

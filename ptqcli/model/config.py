@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ptqcli.checkpoint.auxiliary import refuse_adapter
+from ptqcli.checkpoint.gguf_file import SUFFIX
 from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
@@ -100,9 +101,14 @@ def _selects_code(key: str, config_class: type) -> bool:
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers configuration in ``folder``, of ``read_config``. Raises PTQError when it is missing, broken, or needs code from
-    the folder."""
+    """The transformers configuration in ``folder``, of ``read_config``, or of a GGUF file. Raises PTQError when it is missing, broken, or
+    needs code from the folder."""
     from transformers import CONFIG_MAPPING, AutoConfig
+
+    if folder.suffix == SUFFIX and folder.is_file():
+        from ptqcli.model import gguf  # which builds models of configurations
+
+        return gguf.load_config(folder)
 
     values = read_config(folder)
     file, model_type = folder / CONFIG_FILE, values.get("model_type")

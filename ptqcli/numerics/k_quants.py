@@ -6,8 +6,8 @@ has a whole number ``s`` that multiplies ``d``, and ``m`` that multiplies ``dmin
     Q2_K, Q4_K, Q5_K    w = (d s) q - (dmin m)        0 <= s, m < 16 (Q2_K) or 64
     Q3_K, Q6_K          w = (d s) (q - z)             -32 <= s < 32, z = 4 (Q3_K); -128 <= s < 128, z = 32 (Q6_K)
 
-computed in float32 in this order, as ``dequantize_row_q4_K`` and its like in ggml do. How it lies in bytes is ``formats.gguf_blocks``'s, how
-``d``, ``s``, ``dmin`` and ``m`` are found ``numerics.k_fit``'s.
+computed in float32 in this order, as ``dequantize_row_q4_K`` and its like in ggml do. How it lies in bytes is
+``checkpoint.gguf_blocks``'s, how ``d``, ``s``, ``dmin`` and ``m`` are found ``numerics.k_fit``'s.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ K_TYPES = {
 class SuperBlocks:
     """Super-blocks of a matrix [out, in], B = in / 256 a row.
 
-    codes: uint8 [out, B, 256]. scales, mins: int16 [out, B, sub-blocks]. d, dmin: float16 [out, B]. mins and dmin are None where the type has
-    no minima.
+    codes: uint8 [out, B, 256]. scales, mins: int16 [out, B, sub-blocks]. d, dmin: float16 [out, B]. mins and dmin are None where the
+    type has no minima.
     """
 
     kind: KType

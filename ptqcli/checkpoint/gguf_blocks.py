@@ -8,9 +8,9 @@ minimum ``m``,
 the K-quants super-blocks of 256, see ``numerics.k_quants``. F32, F16 and BF16 are plain numbers. Layouts are ggml's
 (``ggml-common.h``, ``block_q4_0`` and its like), little-endian.
 
-Codes lie in bit planes. Of ``n`` neighbouring bytes the lowest ``b`` bits hold the first ``n`` codes, the next ``b`` the following ``n``, and
-so on; that is ``planes`` here. Q4_K, say, has four runs of 32 bytes with two planes of four bits each. Types of 3, 5 and 6 bits keep the
-high bits of their codes apart, in planes of one or two bits. Of the types that ggml has beyond these (IQ*, TQ*, MXFP4, Q8_K) none is read.
+Codes lie in bit planes. In a run of ``n`` neighbouring bytes the lowest ``b`` bits hold the first ``n`` codes, the next ``b`` the following
+``n``, and so on. Q4_K, say, has four runs of 32 bytes with two planes of four bits each. Types of 3, 5 and 6 bits keep the high bits of
+their codes apart, in planes of one or two bits. Of the types that ggml has beyond these (IQ*, TQ*, MXFP4, Q8_K) none is read.
 """
 
 from __future__ import annotations
