@@ -83,9 +83,9 @@ def _scaling(file: Path) -> float:
         if given != value and (given or value):  # an empty list is as good as null
             raise PTQError(f"{file}: {key} is {shown(given)}; only plain LoRA adapters are read, where it is {shown(value)}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) <= LARGEST_ALPHA * rank:
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA * rank:
         raise PTQError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}; r has to be 1 or more, and lora_alpha a number in range")
-    return alpha / rank
+    return float(alpha / rank)
 
 
 def _linears(file: Path, names: Sequence[str]) -> list[str]:
