@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from commandline import Ptq
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from safetensors.torch import load_file
 
-from commandline import Ptq
 from ptqcli.checkpoint.gguf_file import GGUFFile, LongArray
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
@@ -120,16 +120,12 @@ def test_the_tokenizer_comes_back(tmp_path: Path) -> None:
 # Files that are written here
 
 
-def write(
-    path: Path, keys: dict[str, Any] | None = None, names: dict[str, tuple[int, ...]] | None = None, drop: tuple[str, ...] = ()
-) -> Path:
+def write(path: Path, keys: dict[str, Any] | None = None, names: dict[str, tuple[int, ...]] | None = None) -> Path:
     """A file of random numbers with two tensors, or those of ``names``; keys: what differs in the metadata."""
     writer = GGUFWriter(path, "llama")
     sizes = {"context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64, "attention.head_count": 2}
     values = {f"llama.{key}": value for key, value in sizes.items()} | {"llama.attention.layer_norm_rms_epsilon": 1e-5} | (keys or {})
     for key, value in values.items():
-        if key in drop:
-            continue
         if isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, float):
@@ -229,21 +225,28 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             GGUFFile(path)
 
 
+def reason(path: Path) -> str | None:
+    """Why a file is refused, None if it is read."""
+    try:
+        file = GGUFFile(path)
+        GGUFTensors(file, read_config(file))
+    except PTQError as error:
+        return str(error)
+    return None
+
+
 def test_changed_bytes_in_the_header_are_read_or_refused(tmp_path: Path) -> None:
     whole, choose = bytearray(FILES["q4_0"].read_bytes()), random.Random(0)
     path, refused = tmp_path / "changed.gguf", 0
-    for _ in range(400):
+    for _ in range(200):
         changed = bytearray(whole)
         place = choose.randrange(header_end())
         changed[place : place + 8] = bytes(choose.choice((0, 1, 127, 255, choose.randrange(256))) for _ in range(8))
         path.write_bytes(changed)
-        try:
-            file = GGUFFile(path)
-            GGUFTensors(file, read_config(file))
-        except PTQError as error:
-            refused += 1
-            assert str(path) in str(error), error
-    assert 100 < refused < 400
+        message = reason(path)
+        assert message is None or str(path) in message
+        refused += message is not None
+    assert 50 < refused < 200
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
