@@ -59,18 +59,24 @@ class LongArray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """A tensor of the file. shape: as torch has it, slowest first. start: of its bytes in the file."""
+class TensorInfo:
+    """What a header says of a tensor. shape: as torch has it, slowest first."""
 
     name: str
     kind: BlockType
     shape: tuple[int, ...]
-    start: int
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.kind.row_bytes(self.shape[-1]) * math.prod(self.shape[:-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor(TensorInfo):
+    """A tensor of a file. start: of its bytes."""
+
+    start: int
 
 
 class GGUFFile:
