@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +81,13 @@ class FoldedBlock:
         self.block, self.folds, self.specs = block, tuple(folds), specs
         self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not ``search``
         self.search, self.tell = search, tell
-        self._given, self._inputs, self._stored = inputs, dict(inputs), stored
-        self._changed: set[str] = set()  # parameters that a scale has changed
+        self._stored = stored
+        self._inputs = dict(inputs)
         self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
         self._rows: dict[str, Tensor] = {}  # linear -> [out], by which its rows are divided
         self._norms: dict[str, Tensor] = {}  # parameters of producers that are no linears, in the dtype of the file
+        self._changed: dict[str, None] = {}  # parameters that a scale has changed
+        self._given = self.state()
         self._replay: Replay | None = Replay(self._in_float32(), run)
 
     def _in_float32(self) -> nn.Module:
@@ -104,9 +107,17 @@ class FoldedBlock:
         """Statistics of a quantized linear's inputs, divided by the scales so far."""
         return self._inputs[local]
 
-    def outliers(self, local: str) -> Tensor | None:
-        """Bool [in], the columns in which calibration saw outliers; None if the linear's scheme splits none off."""
-        return self._outliers(local, torch.ones(()))
+    def outliers(self, local: str, columns: Tensor | None = None) -> Tensor | None:
+        """Bool [in], the columns in which calibration saw outliers; None if the linear's scheme splits none off.
+
+        columns: [in], by which the inputs are yet to be divided, None for 1.
+        """
+        split = self.specs[local].scheme.outliers
+        if split is None:
+            return None
+        largest = self._inputs[local].largest
+        assert largest is not None
+        return (largest if columns is None else largest / columns.to(largest.device)) > split.threshold
 
     def weight(self, local: str) -> Tensor:
         """A linear's matrix with the scales so far, float32 [out, in]; not to be changed."""
@@ -114,10 +125,28 @@ class FoldedBlock:
             return linear_weight(self._replay.block.get_submodule(local))
         return rows_first(self.block.get_submodule(local), self._scaled(f"{local}.weight"))
 
-    def output(self) -> Tensor:
-        """What the block returns on the excerpt in float32, with the scales so far."""
+    def bias(self, local: str) -> Tensor | None:
+        """A linear's bias with the scales so far, float32 [out]; None if it has none."""
         assert self._replay is not None
-        return self._replay.output()
+        bias = self._replay.block.get_submodule(local).bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def output(self, trials: Mapping[str, FakeQuantLinear] | None = None) -> Tensor:
+        """What the block returns on the excerpt in float32, with the scales so far and ``trials`` in the place of linears."""
+        assert self._replay is not None
+        return self._replay.output(trials)
+
+    def target(self) -> Tensor:
+        """What the unquantized block returns on the excerpt, which scales leave as it is but for the rounding of what is stored."""
+        assert self._replay is not None
+        return self._replay.expected()
+
+    def error(self) -> float:
+        """Mean squared change of the block's output when all that is to be quantized is rounded to nearest, with the scales so far."""
+        assert self._replay is not None
+        weights = {local: self.weight(local) for local in self.specs}
+        return self._replay.error({local: self._trial(local, each, torch.ones_like(each[0])) for local, each in weights.items()})
 
     def best_of(self, fold: Fold, plain: str, candidates: Iterable[tuple[str, Tensor]]) -> FoldNote:
         """Apply the (name, scales) with the least ``fold_error``, or none, which is called ``plain``, and say which it was."""
@@ -146,14 +175,12 @@ class FoldedBlock:
 
     def _trial(self, local: str, weight: Tensor, columns: Tensor) -> FakeQuantLinear:
         """A linear whose ``weight`` has been multiplied by ``columns`` [in], rounded to nearest, for inputs that are yet to be divided."""
-        assert self._replay is not None
-        spec, bias = self.specs[local], self._replay.block.get_submodule(local).bias
-        assert bias is None or isinstance(bias, Tensor)
+        spec, bias = self.specs[local], self.bias(local)
         activations = spec.scheme.activations
         rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, self.search).dequantize(torch.float32)
         if activations is None:
             return FakeQuantLinear(rounded / columns, bias)
-        outliers = self._outliers(local, columns)
+        outliers = self.outliers(local, columns)
         return FakeQuantLinear(
             rounded if outliers is None else torch.where(outliers, weight, rounded),
             bias,
@@ -167,14 +194,6 @@ class FoldedBlock:
         largest = self._inputs[local].largest
         assert largest is not None
         return static_scale(largest / columns, self.specs[local].scale_dtype).float()
-
-    def _outliers(self, local: str, columns: Tensor) -> Tensor | None:
-        split = self.specs[local].scheme.outliers
-        if split is None:
-            return None
-        largest = self._inputs[local].largest
-        assert largest is not None
-        return largest / columns.to(largest.device) > split.threshold
 
     # What a transform does
 
@@ -201,14 +220,16 @@ class FoldedBlock:
         self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
         self._refresh([*(f"{local}.weight" for local in fold.readers), *self._divided_parameters(fold)])
 
-    def undo(self) -> None:
-        """Take all scales back: weights and inputs are what they were, to the last bit."""
+    def state(self) -> tuple[dict[str, Any], ...]:
+        """The scales so far, for ``undo``."""
+        return tuple(dict(kept) for kept in (self._inputs, self._columns, self._rows, self._norms, self._changed))
+
+    def undo(self, to: tuple[dict[str, Any], ...] | None = None) -> None:
+        """Take all scales back, or those since ``state`` gave ``to``: weights and inputs are what they were, to the last bit."""
         changed = list(self._changed)
-        for kept in (self._columns, self._rows, self._norms):
-            kept.clear()
-        self._inputs = dict(self._given)
+        self._inputs, self._columns, self._rows, self._norms, kept = (dict(each) for each in to or self._given)
         self._refresh(changed)
-        self._changed.clear()
+        self._changed = kept
 
     def _divided_parameters(self, fold: Fold) -> list[str]:
         producer = self.block.get_submodule(fold.producer)
@@ -218,7 +239,7 @@ class FoldedBlock:
     def _refresh(self, names: Sequence[str]) -> None:
         """Give the replayed block the values that hold now of some parameters."""
         assert self._replay is not None
-        self._changed.update(names)
+        self._changed.update(dict.fromkeys(names))
         for name in names:
             self._replay.block.get_parameter(name).copy_(self._scaled(name))
         self._replay.forget()
@@ -233,7 +254,7 @@ class FoldedBlock:
             module, value = self.block.get_submodule(path), self._replay.block.get_parameter(name)
             module._parameters[leaf] = nn.Parameter(value.to(module.get_parameter(leaf).dtype), requires_grad=False)
         self._replay = None
-        self._given = self._inputs = {}
+        self._given, self._inputs = (), {}
 
     def rewritten(self) -> dict[str, Tensor]:
         """Every parameter that was changed and is not quantized, by its local name, as it has to be stored.
