@@ -5,14 +5,16 @@ scales are kept apart from the stored weights: ``weight`` is always the stored m
 rounded once, when its codes are chosen. What is not quantized (norms, biases, linears that are left alone) is rounded to the dtype in
 which it is stored; for a norm the scales that this leaves are taken over by its readers, so the fold stays exact (see ``folds.divide``).
 
-``verified`` proves folds with the very ``FoldedBlock.scale`` that transforms then use.
+A fold that can be shifted moves its producer's bias, and its readers' biases take up what they miss.
+
+``verified`` proves folds with the very ``FoldedBlock.scale`` and ``shift`` that transforms then use.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +88,7 @@ class FoldedBlock:
         self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
         self._rows: dict[str, Tensor] = {}  # linear -> [out], by which its rows are divided
         self._norms: dict[str, Tensor] = {}  # parameters of producers that are no linears, in the dtype of the file
+        self._moved: dict[str, Tensor] = {}  # linear -> [out], what shifts have added to its bias
         self._changed: dict[str, None] = {}  # parameters that a scale has changed
         self._given = self.state()
         self._replay: Replay | None = Replay(self._in_float32(), run)
@@ -142,11 +145,14 @@ class FoldedBlock:
         assert self._replay is not None
         return self._replay.expected()
 
-    def error(self) -> float:
-        """Mean squared change of the block's output when all that is to be quantized is rounded to nearest, with the scales so far."""
+    def error(self, search: RangeSearch) -> float:
+        """Mean squared change of the block's output when all that is to be quantized is rounded, with the scales so far.
+
+        search: fits the grids.
+        """
         assert self._replay is not None
         weights = {local: self.weight(local) for local in self.specs}
-        return self._replay.error({local: self._trial(local, each, torch.ones_like(each[0])) for local, each in weights.items()})
+        return self._replay.error({local: self._trial(local, each, torch.ones_like(each[0]), search) for local, each in weights.items()})
 
     def best_of(self, fold: Fold, plain: str, candidates: Iterable[tuple[str, Tensor]]) -> FoldNote:
         """Apply the (name, scales) with the least ``fold_error``, or none, which is called ``plain``, and say which it was."""
@@ -170,14 +176,14 @@ class FoldedBlock:
         for local in self.readers(fold):
             weight = self.weight(local)
             columns = torch.ones_like(weight[0]) if scales is None else fold.spread(scales)
-            trials[local] = self._trial(local, weight * columns, columns)
+            trials[local] = self._trial(local, weight * columns, columns, self.search)
         return self._replay.error(trials)
 
-    def _trial(self, local: str, weight: Tensor, columns: Tensor) -> FakeQuantLinear:
+    def _trial(self, local: str, weight: Tensor, columns: Tensor, search: RangeSearch) -> FakeQuantLinear:
         """A linear whose ``weight`` has been multiplied by ``columns`` [in], rounded to nearest, for inputs that are yet to be divided."""
         spec, bias = self.specs[local], self.bias(local)
         activations = spec.scheme.activations
-        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, self.search).dequantize(torch.float32)
+        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, search).dequantize(torch.float32)
         if activations is None:
             return FakeQuantLinear(rounded / columns, bias)
         outliers = self.outliers(local, columns)
@@ -206,6 +212,8 @@ class FoldedBlock:
         scales = torch.where(fold.folded().to(scales.device), scales, torch.ones_like(scales))
         if is_linear(self.block.get_submodule(fold.producer)):
             self._rows[fold.producer] = self._rows.get(fold.producer, torch.ones_like(scales)) * scales
+            if fold.producer in self._moved:
+                self._moved[fold.producer] = self._moved[fold.producer] / scales
         else:
             keys = {name: f"{fold.producer}.{name}" for name, _ in fold.offsets}
             current = {name: self._norms[key] if key in self._norms else self._stored(key) for name, key in keys.items()}
@@ -214,20 +222,45 @@ class FoldedBlock:
         columns = fold.spread(scales.float())  # [in]
         for local in fold.readers:
             self._columns[local] = self._columns.get(local, torch.ones_like(columns)) * columns
-        # readers of one tensor share one object, and go on sharing one
-        seen = {id(self._inputs[local]): self._inputs[local] for local in self.readers(fold)}
-        behind = {key: statistics.divided(columns) for key, statistics in seen.items()}
-        self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
+        self._follow(fold, lambda statistics: statistics.divided(columns))
         self._refresh([*(f"{local}.weight" for local in fold.readers), *self._divided_parameters(fold)])
 
+    def shift(self, fold: Fold, by: Tensor) -> None:
+        """Take ``by`` [fold.width], float32, off what the producer of ``fold`` gives, and let the biases of its readers take it up.
+
+        The producer's bias is rounded to the dtype in which it is stored at once, so that its readers take up what it has moved by. Only
+        for a fold that has a ``shift``; channels that no reader sees are left alone.
+        """
+        assert fold.shift is not None
+        assert not self.ranges
+        key = f"{fold.producer}.{fold.shift}"
+        before = self._scaled(key).double()
+        after = (before - by.to(before.device)).to(self._stored(key).dtype)
+        by = torch.where(fold.folded().to(before.device), before - after.double(), 0.0)
+        if is_linear(self.block.get_submodule(fold.producer)):
+            self._moved[fold.producer] = self._moved.get(fold.producer, torch.zeros_like(by).float()) - by.float()
+        else:
+            self._norms[key] = (before - by).to(after.dtype)
+        columns = fold.spread(by.float(), 0.0)  # [in]
+        for local in fold.readers:
+            self._moved[local] = self._moved.get(local, 0.0) + self.weight(local) @ columns
+        self._follow(fold, lambda statistics: statistics.shifted(columns))
+        self._refresh([key, *(f"{local}.bias" for local in fold.readers)])
+
+    def _follow(self, fold: Fold, change: Callable[[InputStatistics], InputStatistics]) -> None:
+        """What is known of the readers' inputs changes with them; readers of one tensor share one object, and go on sharing one."""
+        seen = {id(self._inputs[local]): self._inputs[local] for local in self.readers(fold)}
+        behind = {key: change(statistics) for key, statistics in seen.items()}
+        self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
+
     def state(self) -> tuple[dict[str, Any], ...]:
-        """The scales so far, for ``undo``."""
-        return tuple(dict(kept) for kept in (self._inputs, self._columns, self._rows, self._norms, self._changed))
+        """The scales and shifts so far, for ``undo``."""
+        return tuple(dict(kept) for kept in (self._inputs, self._columns, self._rows, self._norms, self._moved, self._changed))
 
     def undo(self, to: tuple[dict[str, Any], ...] | None = None) -> None:
-        """Take all scales back, or those since ``state`` gave ``to``: weights and inputs are what they were, to the last bit."""
+        """Take all scales and shifts back, or those since ``state`` gave ``to``: weights and inputs are what they were, to the last bit."""
         changed = list(self._changed)
-        self._inputs, self._columns, self._rows, self._norms, kept = (dict(each) for each in to or self._given)
+        self._inputs, self._columns, self._rows, self._norms, self._moved, kept = (dict(each) for each in to or self._given)
         self._refresh(changed)
         self._changed = kept
 
@@ -281,6 +314,8 @@ class FoldedBlock:
             value = value * self._columns[local]
         if local in self._rows:
             value = value / (self._rows[local].unsqueeze(1) if leaf == "weight" else self._rows[local])
+        if leaf == "bias" and local in self._moved:
+            value = value + self._moved[local]
         return rows_first(module, value)
 
 
@@ -309,11 +344,21 @@ def verified(block: nn.Module, search: FoldSearch, run: Run, seed: int = 0) -> F
         change = float((folded.output() - expected).norm())
         folded.undo()
         if change <= BOUND * whole:
-            kept.append(fold)
+            kept.append(fold if _shifts(folded, fold, expected, generator) else replace(fold, shift=None))
         else:
             share = change / whole if whole else torch.inf
             rejected.append((fold.producer, f"folding it into {', '.join(fold.readers)} changes the block's output by {share:.1e}"))
     return FoldSearch(tuple(kept), tuple(rejected))
+
+
+def _shifts(folded: FoldedBlock, fold: Fold, expected: Tensor, generator: torch.Generator) -> bool:
+    """Whether a random shift of ``fold`` leaves the ``expected`` output as it is."""
+    if fold.shift is None:
+        return False
+    folded.shift(fold, torch.randn(fold.width, generator=generator).to(expected.device))
+    change = float((folded.output() - expected).norm())
+    folded.undo()
+    return change <= BOUND * float(expected.norm())
 
 
 def _random_scales(count: int, generator: torch.Generator) -> Tensor:

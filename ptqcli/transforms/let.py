@@ -1,19 +1,19 @@
 """OmniQuant's learnable equivalent transformation (Shao et al. 2024, arXiv 2308.13137, section 3.3).
 
-As SmoothQuant does, the channels of what a linear reads are divided by s, and the columns of its weight multiplied by it (equation 3), so
-that the two share what is difficult to quantize. But s comes from no formula: it is learned, with X the inputs of the block F on the
-excerpt, by descent on
+What a linear with bias b reads, X, is shifted by delta and divided by s, channel by channel, and the linear takes both up (equation 3):
 
-    |F(X; W) - F(Q(X / s); Q(W diag(s)))|^2
+    X W^T + b  =  [(X - delta) / s] [W diag(s)]^T  +  [b + W delta]
 
-over all folds and all matrices of the block at once. Weights and, where the scheme has them, activations are rounded in the middle of it,
-with gradients as if round() were the identity; they do go through the step of each grid, which follows the largest magnitude, since it is
-by the step that a scale helps. The ranges of the weights are learned beside it, as OmniQuant's clipping (``solvers.omniquant``), so that
-s suits ranges that are clipped; that clipping is then forgotten, and a solver that learns it does so again, on all of the text.
+so that inputs and weights share what is difficult to quantize. SmoothQuant has a formula for s; here s and delta are learned, by descent on
+the squared change of the output of the whole block on the excerpt when the first two brackets are rounded, over all folds at once. round()
+has the gradient of the identity; but gradients go through the step of every grid, which follows the largest magnitude, since it is by the
+step that a scale helps. The ranges of the weights are learned beside it, as OmniQuant's clipping (``solvers.omniquant``), so that s suits
+ranges that are clipped; that clipping is then forgotten, and a solver that learns it does so again, on all of the text.
 
-Learned is log s, from
+Inputs are shifted where the scheme rounds them, with scales that follow them, and where there are biases to take it up, as in models with
+LayerNorm: delta starts in the middle between the least and the largest of each channel. Learned is log s, from
 
-    s_c = max|X_c|^(1/2) / max|W_c|^(1/2)        or        s_c = 1
+    s_c = max|X_c - delta_c|^(1/2) / max|W_c|^(1/2)        or        s_c = 1
 
 whichever has the lesser loss: the first is the paper's, which suits rounded activations. AdamW without weight decay, rate 5e-3, of the
 clipping 1e-2. Every step sees the whole excerpt, so losses compare: the scales of the best step are taken, and left out again if the block
@@ -25,6 +25,7 @@ weights are all zero, keeps the scale 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,6 +37,7 @@ from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.errors import UsageError
 from ptqcli.numerics.activations import activation_scale, static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
+from ptqcli.numerics.grids import SquaredError
 from ptqcli.numerics.scheme import ActivationScheme
 from ptqcli.options import option
 from ptqcli.solvers.omniquant import RATE as CLIPPING_RATE
@@ -56,7 +58,7 @@ class LET(BlockTransform):
 
     name: ClassVar[str] = "let"
     summary: ClassVar[str] = "OmniQuant's equivalent transformation: scales of channels learned from the output of blocks"
-    needs: ClassVar[StatisticsRequest] = StatisticsRequest(magnitudes=True)
+    needs: ClassVar[StatisticsRequest] = StatisticsRequest(magnitudes=True, samples=True, sums=True)
     iters: int = option(100, "steps in which the scales of a block are learned", flag="let-iters")
 
     def __post_init__(self) -> None:
@@ -68,35 +70,59 @@ class LET(BlockTransform):
         return 3 * weights * 4 + 8 * largest * 4 + 6 * features * tokens * 4
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
-        """Learn the scales of all folds that have a linear to quantize, together."""
+        """Learn the scales and shifts of all folds that have a linear to quantize, together."""
         folds = [fold for fold in block.folds if block.readers(fold)]
         if not folds:
             return []
-        scales = _learned(block, folds, self.iters)
-        before, without = block.state(), block.error()
-        for fold, each in zip(folds, scales, strict=True):
-            block.scale(fold, each)
-        error = block.error()
-        choice = "learned"
+        ranges = SquaredError(block.search.signed)
+        before, without, shifted = block.state(), block.error(ranges), [_shifts(block, fold) for fold in folds]
+        for fold in itertools.compress(folds, shifted):
+            block.shift(fold, _centre(block, fold))
+        for (fold, shifts), (s, delta) in zip(zip(folds, shifted, strict=True), _learned(block, folds, shifted, self.iters), strict=True):
+            block.scale(fold, s)
+            if shifts:
+                block.shift(fold, delta / s)
+        error = block.error(ranges)
         if not error < without:
             block.undo(before)
-            choice, error = "no scaling, which is no worse for the block", without
-        share = error / without if without > 0 else 1.0
-        return [FoldNote(producer=fold.producer, readers=fold.readers, choice=choice, error=share) for fold in folds]
+            return [_note(fold, "nothing, which is no worse for the block", 1.0) for fold in folds]
+        return [_note(fold, "scales and shifts" if each else "scales", error / without) for fold, each in zip(folds, shifted, strict=True)]
 
 
-def _learned(block: FoldedBlock, folds: Sequence[Fold], iters: int) -> list[Tensor]:
-    """The scales of each fold, float32 [width], of the step with the least loss."""
+def _note(fold: Fold, choice: str, error: float) -> FoldNote:
+    return FoldNote(producer=fold.producer, readers=fold.readers, choice=choice, error=error)
+
+
+def _shifts(block: FoldedBlock, fold: Fold) -> bool:
+    """Whether shifts are of use to ``fold``, and exact: its readers round inputs by what they are, not by what calibration has seen."""
+    if fold.shift is None:
+        return False
+    schemes = [block.specs[local].scheme for local in block.readers(fold)]
+    return all(each.activations is not None and each.activations.dynamic and each.outliers is None for each in schemes)
+
+
+def _centre(block: FoldedBlock, fold: Fold) -> Tensor:
+    """The middle between the least and the largest input of each channel of the fold's producer, [fold.width]; 0 where none is read."""
+    samples = block.inputs(block.readers(fold)[0]).sampled()
+    channel = fold.channel.to(samples.device)
+    read, low, high = channel >= 0, samples.new_full((fold.width,), torch.inf), samples.new_full((fold.width,), -torch.inf)
+    low = low.scatter_reduce(0, channel[read], samples.amin(dim=0)[read], "amin")
+    high = high.scatter_reduce(0, channel[read], samples.amax(dim=0)[read], "amax")
+    return torch.where(fold.folded().to(samples.device), (low + high) / 2, 0.0)
+
+
+def _learned(block: FoldedBlock, folds: Sequence[Fold], shifted: Sequence[bool], iters: int) -> list[tuple[Tensor, Tensor]]:
+    """s and delta of each fold, float32 [width], of the step with the least loss."""
     with torch.enable_grad():
-        student, target = _Student(block, folds), block.target()
+        student, target = _Student(block, folds, shifted), block.target()
         student.begin(target)
         optimizer = torch.optim.AdamW(student.groups(), weight_decay=0.0)
-        best, kept = float("inf"), student.scales()
+        best, kept = float("inf"), student.now()
         for step in range(iters):
             block.tell(f"let learns scales, step {step + 1} of {iters}")
             loss = student.loss(target)
             if loss.item() < best:
-                best, kept = loss.item(), student.scales()
+                best, kept = loss.item(), student.now()
             student.descend(loss, optimizer)
     return kept
 
@@ -104,34 +130,34 @@ def _learned(block: FoldedBlock, folds: Sequence[Fold], iters: int) -> list[Tens
 class _Student:
     """The block on the excerpt as its linears compute with what is learned."""
 
-    def __init__(self, block: FoldedBlock, folds: Sequence[Fold]) -> None:
+    def __init__(self, block: FoldedBlock, folds: Sequence[Fold], shifted: Sequence[bool]) -> None:
         self.block = block
-        self.channels = [_Channels(block, fold) for fold in folds]
+        self.channels = [_Channels(block, fold, shifts) for fold, shifts in zip(folds, shifted, strict=True)]
         behind = {local: each for each in self.channels for local in each.fold.readers}
         self.readers = {
             local: _Reader(block, local, behind.get(local), [each for each in self.channels if each.fold.producer == local])
             for local in block.specs
         }
 
+    @torch.no_grad()
     def begin(self, target: Tensor) -> None:
         """Take the better start."""
-        with torch.no_grad():
-            smoothed = float(self.loss(target))
-            started = [each.log_s.detach().clone() for each in self.channels]
-            for each in self.channels:
-                each.log_s.zero_()
-            if smoothed < float(self.loss(target)):
-                for each, start in zip(self.channels, started, strict=True):
-                    each.log_s.copy_(start)
+        smoothed, started = self.loss(target), [each.log_s.clone() for each in self.channels]
+        for each in self.channels:
+            each.log_s.zero_()
+        if smoothed < self.loss(target):
+            for each, start in zip(self.channels, started, strict=True):
+                each.log_s.copy_(start)
 
     def groups(self) -> list[dict[str, object]]:
         """What is learned, for an optimizer."""
         clipping = [parameter for reader in self.readers.values() for parameter in reader.clipping.parameters()]
-        return [{"params": [each.log_s for each in self.channels], "lr": RATE}, {"params": clipping, "lr": CLIPPING_RATE}]
+        channels = [parameter for each in self.channels for parameter in (each.log_s, each.delta)]
+        return [{"params": channels, "lr": RATE}, {"params": clipping, "lr": CLIPPING_RATE}]
 
-    def scales(self) -> list[Tensor]:
-        """s of each fold as it is now."""
-        return [each.scales().detach() for each in self.channels]
+    def now(self) -> list[tuple[Tensor, Tensor]]:
+        """s and delta of each fold as they are."""
+        return [each.now() for each in self.channels]
 
     def loss(self, target: Tensor) -> Tensor:
         """Squared change of the output, summed over features so that gradients keep clear of Adam's epsilon."""
@@ -149,17 +175,22 @@ class _Student:
 
 
 class _Channels:
-    """The scales of one fold."""
+    """The scales, and where there are any the shifts, of the channels of one fold."""
 
-    def __init__(self, block: FoldedBlock, fold: Fold) -> None:
-        self.fold = fold
+    def __init__(self, block: FoldedBlock, fold: Fold, shifts: bool) -> None:
+        self.fold, self.shifts = fold, shifts
         start = smoothing_scales(block, fold, ALPHA).log()
         self.learned = fold.folded().to(start.device) & (start != 0)  # a channel that is not usable starts, and stays, at 1
         self.log_s = nn.Parameter(torch.where(self.learned, start, 0.0))
+        self.delta = nn.Parameter(torch.zeros_like(start), requires_grad=shifts)
 
-    def scales(self) -> Tensor:
-        """s, [width]."""
+    def s(self) -> Tensor:
+        """The scales, [width]."""
         return torch.where(self.learned, self.log_s, 0.0).exp()
+
+    def now(self) -> tuple[Tensor, Tensor]:
+        """s and delta as they are, [width] each."""
+        return self.s().detach(), self.delta.detach().clone()
 
 
 class _Reader(FakeQuantLinear):
@@ -169,39 +200,41 @@ class _Reader(FakeQuantLinear):
     """
 
     def __init__(self, block: FoldedBlock, local: str, behind: _Channels | None, ahead: Sequence[_Channels]) -> None:
-        spec, given = block.specs[local], block.weight(local).detach()
-        super().__init__(given, block.bias(local), activations=spec.scheme.activations)
-        self.spec, self.given = spec, given
+        spec, given, bias = block.specs[local], block.weight(local).detach(), block.bias(local)
+        super().__init__(given, bias, activations=spec.scheme.activations)
+        self.spec, self.given, self.given_bias = spec, given, bias
         self.block, self.local, self.behind, self.ahead = block, local, behind, ahead
+        self.delta: Tensor | None = None
         self.clipping = Clipping.of(given, spec.scheme, spec.scale_dtype, block.search.signed)
 
     def refresh(self) -> None:
-        """Take the values that hold now."""
+        """Take the values that hold now; of all of them but the weight gradients flow to what is learned."""
+        self.divisor = self._columns()
+        if self.behind is not None and self.behind.shifts and self.given_bias is not None:
+            self.delta = self.behind.fold.spread(self.behind.delta, 0.0)
+            self.bias = self.given_bias + self.given @ self.delta
         with torch.no_grad():
-            columns = self._columns()
-            self.outliers = self.block.outliers(self.local, columns)
-            weight = self._rounded_weight(columns)
-        self.weight, self.divisor = weight.requires_grad_(), columns.requires_grad_()
+            self.outliers = self.block.outliers(self.local, self.divisor)
+            self.weight = self._rounded_weight(self.divisor).requires_grad_()
 
     def backward(self) -> None:
-        """Hand the gradients on to what is learned."""
-        if self.weight.grad is None:
-            return  # nothing reads its output
-        columns = self._columns()
-        made, grads = [self._rounded_weight(columns)], [self.weight.grad]
-        if columns.requires_grad and self.divisor is not None and self.divisor.grad is not None:
-            made, grads = [*made, columns], [*grads, self.divisor.grad]
-        torch.autograd.backward(made, grads)
+        """Hand the gradient of the weight on to what is learned."""
+        if self.weight.grad is not None:  # else nothing reads its output
+            self._rounded_weight(self._columns()).backward(self.weight.grad)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As the base class, with inputs that are yet to be shifted and divided."""
+        return super().forward(inputs if self.delta is None else inputs - self.delta)
 
     def _columns(self) -> Tensor:
         """By what its columns are multiplied, [in]."""
-        return torch.ones_like(self.given[0]) if self.behind is None else self.behind.fold.spread(self.behind.scales())
+        return torch.ones_like(self.given[0]) if self.behind is None else self.behind.fold.spread(self.behind.s())
 
     def _rounded_weight(self, columns: Tensor) -> Tensor:
         """The scaled weight, rounded, its rows multiplied back: the linears that read them are not to know of it."""
         scaled, rows = self.given * columns, torch.ones_like(self.given[:, :1])
         for each in self.ahead:
-            rows = rows * each.scales().unsqueeze(1)
+            rows = rows * each.s().unsqueeze(1)
         self.clipping.hold(scaled / rows)
         rounded = self.clipping() * rows
         return rounded if self.outliers is None else torch.where(self.outliers, scaled, rounded)
