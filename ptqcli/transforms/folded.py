@@ -274,7 +274,10 @@ class FoldedBlock:
         assert self._replay is not None
         self._changed.update(dict.fromkeys(names))
         for name in names:
-            self._replay.block.get_parameter(name).copy_(self._scaled(name))
+            value = self._scaled(name)
+            if name.endswith(".bias"):  # of a weight it is for its codes to say what is stored
+                value = value.to(self._stored(name).dtype)
+            self._replay.block.get_parameter(name).copy_(value)
         self._replay.forget()
 
     # What the pipeline takes over

@@ -67,7 +67,7 @@ class LET(BlockTransform):
 
     def learning_bytes(self, weights: int, largest: int, features: int, tokens: int) -> int:
         """See ``BlockTransform``: a rounded copy of each weight and its gradient, the graph of one, what a pass keeps for the gradients."""
-        return 3 * weights * 4 + 8 * largest * 4 + 6 * features * tokens * 4
+        return 3 * weights * 4 + 8 * largest * 4 + 4 * features * tokens * 4
 
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Learn the scales and shifts of all folds that have a linear to quantize, together."""

@@ -48,7 +48,14 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is that of /proc")
 @pytest.mark.parametrize(
-    "flags", [{"algo": "rtn"}, pytest.param({"algo": "gptq"}, marks=SLOW), pytest.param({"algo": "smoothquant"}, marks=SLOW)], ids=str
+    "flags",
+    [
+        {"algo": "rtn"},
+        pytest.param({"algo": "gptq"}, marks=SLOW),
+        pytest.param({"algo": "smoothquant"}, marks=SLOW),
+        pytest.param({"algo": "let", "let_iters": 3, "wbits": 8, "abits": 8}, marks=SLOW),
+    ],
+    ids=str,
 )
 def test_the_memory_that_is_told_is_the_peak_of_the_process(flags: dict[str, object], workshop: Path, tmp_path: Path) -> None:
     text = {} if flags["algo"] == "rtn" else {"calib": str(workshop / "text.txt"), "nsamples": 16, "seqlen": 128}
