@@ -54,8 +54,8 @@ def own_tokens(shares: tuple[Share, ...], seqlen: int) -> int:
     return sum((share.windows or 0) * seqlen for share in shares if share.source == SELF)
 
 
-def own_text_work(skeleton: Skeleton, tokens: int) -> float:
-    """Floating operations that writing ``tokens`` takes, where earlier tokens' keys and values are kept: two a weight."""
+def pass_work(skeleton: Skeleton, tokens: int) -> float:
+    """Floating operations of one pass over ``tokens``, and of writing them where earlier tokens' keys and values are kept: two a weight."""
     return 2.0 * tokens * sum(parameter.numel() for parameter in skeleton.model.parameters())
 
 

@@ -39,11 +39,11 @@ QUALITIES = {
         algo="gptq", options={"gptq": {"target": "original"}}, cost=2, summary="the same towards the original model's outputs"
     ),
     "best": Quality(
-        algo="gptq",
-        options={"gptq": {"target": "original"}},
+        algo="rotate+gptq",
+        options={"rotate": {"unsuited": "skip"}, "gptq": {"target": "original"}},
         finish="kl",
         cost=10,
-        summary="the same, then scales and norms tuned to the original's logits",
+        summary="the same on a rotated model, where that can be, then scales and norms tuned to the original's logits",
     ),
 }
 

@@ -102,18 +102,21 @@ WEIGHTS = {
     GPTQ: Row(changes={"algo": "gptq"}),
     # One part more, or another.
     "gptq, plain order": Row(changes={"algo": "gptq", "act_order": False}),
+    "gptq, adapter of rank 32": Row(changes={"algo": "gptq", "adapter_rank": 32}),
     "gptq, scales tuned": Row(changes={"algo": "gptq", "finish": "kl"}),
     "balanced": Row(changes={"quality": "balanced"}),
     "best": Row(changes={"quality": "best"}),
     "obq": Row(changes={"algo": "obq"}),
     "equalize+gptq": Row(changes={"algo": "equalize+gptq"}),
     "rotate+gptq": Row(changes={"algo": "rotate+gptq"}),
+    "rotate heads+gptq, target original": Row(changes={"algo": "rotate+gptq", "rotate_stream": False, "target": "original"}),
     "awq+gptq": Row(changes={"algo": "awq+gptq"}),
     "rotate+gptq, target original": Row(changes={"algo": "rotate+gptq", "target": "original"}),
     "rotate+gptq, target original, scales tuned": Row(changes={"algo": "rotate+gptq", "target": "original", "finish": "kl"}),
     "equalize+gptq, target original": Row(changes={"algo": "equalize+gptq", "target": "original"}),
     "autoround": Row(changes={"algo": "autoround"}),
     "autoround, V2": Row(changes={"algo": "autoround", "autoround": {"version": "2"}}),
+    "autoround, 2 blocks": Row(changes={"algo": "autoround", "learn_window": 2}),
     "autoround from gptq": Row(changes={"algo": "autoround", "start": "gptq"}),
     "flexround": Row(changes={"algo": "flexround"}),
     "omniquant": Row(changes={"algo": "omniquant"}),
@@ -148,12 +151,14 @@ def rows_of(scheme: str) -> Mapping[str, Row]:
     return ACTIVATIONS if scheme == EIGHT_BITS else WEIGHTS
 
 
-def recipe_of(row: Row, scheme: str) -> dict[str, Any]:
+def recipe_of(row: Row, scheme: str, seed: int) -> dict[str, Any]:
     """The recipe of ``row`` in the table ``scheme``: of weights alone with bits and group, which every commit knows."""
+    rotates = "rotate" in row.changes.get("algo", "") or row.changes.get("quality") == "best"
+    seeded = {**row.changes, "rotate_seed": seed} if rotates else dict(row.changes)
     if scheme == EIGHT_BITS:
-        return dict(row.changes)
+        return seeded
     bits, group = bits_and_group(scheme)
-    return {"wbits": bits, "group_size": group, **row.changes}
+    return {"wbits": bits, "group_size": group, **seeded}
 
 
 def bits_and_group(scheme: str) -> tuple[int, int]:

@@ -13,7 +13,8 @@ data, in accuracy_rows.py. Models are fetched by lab_models.py. SOURCE is what `
     top-1              tokens for which both find the same one most likely
     cost               processor time of the process that quantizes, without imports, in units of the row gptq
 
-With several seeds (of the choice of calibration windows) numbers are means, and "spread" is how far the KL goes, largest less smallest.
+With several seeds (of the choice of calibration windows, and of the rotation) numbers are means, and "spread" is how far the KL goes,
+largest less smallest.
 
 Rows of another commit run its own code in this environment. Peers run in environments of their own, made in --work when they are first
 needed, get the same calibration windows as token ids, and hand back dequantized weights.
@@ -45,8 +46,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from ptqcli.adapters.files import read_adapter
 from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.text import evaluation_ids
+from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.errors import PTQError
 from ptqcli.runtime import load_quantized
 from ptqcli.runtime.models import load_tokenizer
@@ -165,7 +168,7 @@ def here() -> str:
 def quantize(row: Row, scheme: str, seed: int, subject: Subject, tree: Path, folder: Path) -> dict[str, Any]:
     """Quantize into ``folder / "output"`` with the code in ``tree``: cpu_seconds, bits_per_weight."""
     recipe, cost, output = folder / "recipe.yaml", folder / "cost", folder / "output"
-    asked = {"calib": subject.calib, "nsamples": subject.nsamples, "seqlen": subject.seqlen, "seed": seed, **recipe_of(row, scheme)}
+    asked = {"calib": subject.calib, "nsamples": subject.nsamples, "seqlen": subject.seqlen, "seed": seed, **recipe_of(row, scheme, seed)}
     recipe.write_text(json.dumps(asked))  # which is YAML
     last = folder / "quantized" if row.then else output
     lines = [["quantize", str(subject.folder), "--recipe", str(recipe), "--output", str(last)]]
@@ -176,13 +179,23 @@ def quantize(row: Row, scheme: str, seed: int, subject: Subject, tree: Path, fol
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     run_process([sys.executable, "-c", RUN, str(cost)], environment, folder, json.dumps(lines))
     report = json.loads((output / "ptq_report.json").read_text())
-    return {"cpu_seconds": round(float(cost.read_text()), 2), "bits_per_weight": report["bits_per_weight"]}
+    bits = report["bits_per_weight"] + adapter_bits(output / ADAPTER)
+    return {"cpu_seconds": round(float(cost.read_text()), 2), "bits_per_weight": bits}
+
+
+def adapter_bits(folder: Path) -> float:
+    """Bits that the adapter in ``folder`` adds to each weight, 0 where there is none."""
+    if not folder.is_dir():
+        return 0.0
+    factors = read_adapter(folder).values()
+    weights = sum(factor.A.shape[1] * factor.B.shape[0] for factor in factors)
+    return 8 * sum(each.numel() * each.element_size() for factor in factors for each in (factor.A, factor.B)) / weights
 
 
 def loaded(output: Path, original: Path, scheme: str) -> Any:
     """The quantized model: a checkpoint, or the original with the weights that a peer handed back."""
     if (output / "config.json").exists():
-        return load_quantized(output)
+        return load_quantized(output, adapter=(output / ADAPTER).is_dir())
     return with_weights(original, output, scheme)
 
 

@@ -35,7 +35,7 @@ SEQLEN = 16
 def test_every_row_of_this_code_is_planned(scheme: str) -> None:
     for row in rows_of(scheme).values():
         if row.peer is None and row.commit is None:
-            recipe = load_recipe(flags={"nsamples": 4, "seqlen": 64, **recipe_of(row, scheme)})
+            recipe = load_recipe(flags={"nsamples": 4, "seqlen": 64, **recipe_of(row, scheme, 0)})
             _, plan = plan_run(SUBJECTS["demo"].folder, recipe, Resources())
             assert len(plan.linears) == 28, row
 
@@ -44,7 +44,7 @@ def test_rows_of_the_older_code_name_keys_that_it_had() -> None:
     """Nothing that came later may be asked of it."""
     for row in [*WEIGHTS.values(), *ACTIVATIONS.values()]:
         if row.commit == BEFORE:
-            assert set(recipe_of(row, "w4a16-g64")) <= {"algo", "wbits", "group_size", "scale_search", "act_order"}
+            assert set(recipe_of(row, "w4a16-g64", 0)) <= {"algo", "wbits", "group_size", "scale_search", "act_order"}
 
 
 def test_every_peer_has_its_script_and_packages() -> None:

@@ -187,6 +187,8 @@ def test_refusals_are_one_clear_line(ptq: Ptq, at_work: Path, line: str, code: i
         ("--group-size 32", "model-gptq-w4a16-g32"),
         ("--algo awq+gptq --wbits 3 --group-size -1", "model-awq+gptq-w3a16-row"),
         ("--algo smoothquant", "model-smoothquant-w8a8"),
+        ("--quality balanced", "model-gptq-w4a16-g64-target-original"),
+        ("--algo gptq --finish kl", "model-gptq-w4a16-g64-finish-kl"),
         ("--algo smoothquant --act-scales static", "model-smoothquant-w8a8-static"),
         ("--algo smoothquant --smooth-level O2", "model-smoothquant-w8a8-tensor-act-tensor"),
         ("--algo rtn --wbits 8 --abits 8 --group-size 0", "model-rtn-w8a8-tensor"),

@@ -50,7 +50,11 @@ def test_a_file_may_name_one_and_a_flag_wins(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("quality: best\nwbits: 3\ngptq: {damp: 0.2}\n")
     recipe = load_recipe(file)
-    assert (recipe.wbits, recipe.finish, recipe.options) == (3, "kl", {"gptq": {"target": "original", "damp": 0.2}})
+    assert (recipe.wbits, recipe.finish, recipe.options) == (
+        3,
+        "kl",
+        {"rotate": {"unsuited": "skip"}, "gptq": {"target": "original", "damp": 0.2}},
+    )
     assert load_recipe(file, {"quality": "fast"}) == Recipe(wbits=3)
 
 

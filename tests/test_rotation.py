@@ -143,6 +143,28 @@ def test_what_cannot_be_rotated_is_refused_by_name(architecture: str, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_model_that_cannot_be_rotated_goes_without_where_that_is_asked_for(architecture: str, tmp_path: Path) -> None:
+    make(tmp_path, architecture)
+    recipe = load_recipe(flags={"algo": "rotate+gptq", "rotate_unsuited": "skip", "group_size": 32})
+    skeleton, plan = plan_run(tmp_path, recipe, Resources())
+    assert isinstance(skeleton.source, ModelFolder), "the file's own tensors"
+    assert plan.rewrites == ()
+    assert plan.notes[0].startswith("rotate is left out, as it does not suit this model: ")
+    assert REFUSED[architecture] in plan.notes[0]
+
+
+def test_codes_without_the_rotation_are_those_of_the_solver_alone(tmp_path: Path) -> None:
+    make(tmp_path / "model", "gpt2")
+    found = []
+    for algo, options in (("gptq", {}), ("rotate+gptq", {"rotate_unsuited": "skip"})):
+        flags = {"algo": algo, "group_size": 32, "calib": str(write_text(tmp_path / "text.txt")), "nsamples": 2, "seqlen": 16, **options}
+        quantize(tmp_path / "model", load_recipe(flags=flags), tmp_path / algo)
+        found.append(SafetensorsFolder(tmp_path / algo))
+    assert found[0].names == found[1].names
+    assert all(torch.equal(found[0].read(name), found[1].read(name)) for name in found[0].names)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "bloom", "falcon"])
 def test_heads_alone_are_rotated_where_the_stream_cannot_be(architecture: str, tmp_path: Path) -> None:
     make(tmp_path, architecture)
@@ -458,6 +480,7 @@ def test_the_plan_tells_what_a_tied_pair_costs_and_what_harms(tmp_path: Path) ->
         ({"algo": "awq+rotate+gptq"}, "rotate rewrites the whole model and comes first; write rotate+awq+gptq"),
         ({"algo": "smoothquant+awq+rotate"}, "write rotate+smoothquant+awq+rtn"),
         ({"algo": "rotate+gptq", "rotate_stream": False, "rotate_heads": False}, "rotate has nothing to rotate"),
+        ({"algo": "rotate+gptq", "rotate_unsuited": "leave"}, "rotate unsuited 'leave' is unknown; use refuse or skip"),
         ({"algo": "rotate+gptq", "rotate_seed": 2**63}, "rotate seed 9223372036854775808 is too large"),
     ],
 )

@@ -23,9 +23,10 @@ from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
+from ptqcli.solvers.damping import Damped, factorise
 from ptqcli.solvers.gptq import GPTQ
 from ptqcli.solvers.per_matrix import StageWork
-from ptqcli.solvers.target import Aim, Moments, aim_at
+from ptqcli.solvers.target import Aim, Factors, Moments, aim_at
 
 OUT, IN, TOKENS, WINDOWS = 12, 16, 20, 16
 
@@ -112,6 +113,25 @@ def test_the_shares_are_the_best_of_all_on_the_held_out_tokens(writes: bool, see
     assert error(found.alpha, found.beta or 0) <= best * (1 + 1e-5)
     assert (found.beta is None) == (not writes)
     assert best < 0.99 * error(0, 0), "there has to be something to gain"
+
+
+@pytest.mark.parametrize(("keep", "factored"), [(True, 4), (False, 8)])
+def test_linears_of_one_stage_share_the_factors(keep: bool, factored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, calls = Seen(offset=2.0), []
+    moments, held = seen.moments()
+    weights = [seen.weight.float(), 3 * seen.weight.float()]
+    aim = Aim(None, None, 0.01)
+    alone = [aim_at(weight, moments, held, aim, "here", centred) for centred in (True, False) for weight in weights]
+
+    def counted(hessian: Tensor, damp: float, where: str) -> Damped:
+        calls.append(where)
+        return factorise(hessian, damp, where)
+
+    monkeypatch.setattr("ptqcli.solvers.target.factorise", counted)
+    factors = Factors(keep)
+    found = [aim_at(weight, moments, held, aim, "here", centred, factors) for centred in (True, False) for weight in weights]
+    assert len(calls) == factored
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(found, alone, strict=True))
 
 
 def test_noise_is_not_made_up_for() -> None:

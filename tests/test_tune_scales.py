@@ -18,12 +18,14 @@ from commandline import Ptq, one_line
 from packed import by_transformers
 from tiny import VOCABULARY, make_model, token_ids, write_text
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.cli import tune_scales as command
 from ptqcli.errors import UsageError
+from ptqcli.finishing.estimate import tuning_work
 from ptqcli.finishing.student import Student
 from ptqcli.finishing.teacher import Teacher
 from ptqcli.finishing.tune_scales import TuneScales, Tuning
@@ -173,6 +175,15 @@ def test_windows_run_one_by_one_or_together(made: Path) -> None:
 
 
 # What comes out
+
+
+def test_the_work_that_the_plan_tells_is_that_of_the_products(made: Path) -> None:
+    tuning = tuning_of(made, steps=12)
+    with FlopCounterMode(display=False) as counted:
+        tuning.run(lambda step, steps, loss: None)
+    windows, seqlen = tuning.teacher.windows.shape
+    told = tuning_work(TuneScales(steps=12), Skeleton(ModelFolder(made / "model")), windows, seqlen)
+    assert 0.7 * told < counted.get_total_flops() < 1.3 * told
 
 
 def test_codes_stay_and_scales_gains_and_biases_change(made: Path) -> None:

@@ -1,4 +1,5 @@
-"""The folder that ``ptq quantize`` writes when none is named: MODEL-ALGO-SCHEME, then the algorithm's options that are not the usual ones.
+"""The folder that ``ptq quantize`` writes when none is named: MODEL-ALGO-SCHEME, the algorithm's options that are not the usual ones, the
+finish.
 
 A scheme is the one of all linears, group size included; where they differ, it is the one that was asked for, with ``mixed`` behind it
 if overrides are the reason. What stands in no name (the calibration text, say) is told when such a folder is there already.
@@ -36,6 +37,7 @@ def default_output(model: str | None, folder: Path, plan: Plan, *, overwrite: bo
         str(schemes[0] if len(schemes) == 1 else plan.recipe.default_scheme),
         *(["mixed"] if plan.recipe.overrides or plan.recipe.ignore else []),
         *_unusual_options(plan.recipe),
+        *([] if plan.recipe.finish == "none" else [f"finish-{plan.recipe.finish}"]),
     ]
     here, home = Path.cwd().resolve(), folder.resolve()
     target = (home.parent if here.is_relative_to(home) else Path()) / re.sub(r"[^\w.+-]", "_", "-".join(words))

@@ -1,12 +1,13 @@
-"""The memory that tuning takes."""
+"""The memory and the work that tuning takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptqcli.finishing.tune_scales import windows_at_once
+from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, TuneScales, windows_at_once
 from ptqcli.formats import LinearSpec
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.plan_texts import pass_work
 from ptqcli.resources import Resources
 
 SCALE_COPIES = 7  # in float32: as stored, its change, the best one, what the model computes with, its gradient, and two of Adam
@@ -30,3 +31,14 @@ def tuning_bytes(specs: Sequence[LinearSpec], skeleton: Skeleton, windows: int, 
     logits = (tokens * 3 * itemsize + LOGITS_COPIES * seqlen * 4 + features * 4) * vocabulary
     # Both models have what is not quantized, the original whatever is tied in the other's file.
     return sum(weights) + SCALE_COPIES * 4 * scales + 2 * rest * itemsize + hidden + max(decoded + inside, logits)
+
+
+def tuning_work(options: TuneScales, skeleton: Skeleton, windows: int, seqlen: int) -> float:
+    """Floating operations that tuning takes.
+
+    A step runs the quantized model forward twice, as its blocks are run again for the gradients, and backward, which is twice the work. The
+    loss on the windows held out takes a pass, and the original runs once over all of them.
+    """
+    steps = options.steps * min(WINDOWS, windows // 2) * 4
+    evaluations = (1 + min(EVALUATIONS, options.steps)) * (windows - windows // 2)
+    return (steps + evaluations + windows) * pass_work(skeleton, seqlen)

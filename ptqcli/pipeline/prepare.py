@@ -47,9 +47,10 @@ def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) ->
 
 def _planned(original: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
     """The model as transforms of the whole model rewrite it, and its plan."""
-    skeleton, rewrites = rewritten(original, recipe)
-    plan = make_plan(recipe, skeleton, resources, choose_texts=choose_texts)
-    return skeleton, plan if not rewrites else _with_rewrites(plan, original, skeleton, rewrites, resources)
+    found = rewritten(original, recipe)
+    plan = make_plan(recipe, found.skeleton, resources, choose_texts=choose_texts)
+    plan = replace(plan, notes=(*found.left_out, *plan.notes))
+    return found.skeleton, _with_rewrites(plan, original, found.skeleton, found.rewrites, resources) if found.rewrites else plan
 
 
 def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:

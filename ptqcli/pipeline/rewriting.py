@@ -6,10 +6,12 @@ in float64, and as if the file stored float32, so that what a narrower dtype rou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ptqcli.errors import PTQError
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.rewritten import Rewrite, RewrittenSource, WidenedSource
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelSource
@@ -18,6 +20,7 @@ from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import RewriteReport
 from ptqcli.plan import Plan
 from ptqcli.recipe import Recipe
+from ptqcli.transforms import UnsuitedError
 
 PROOF_WINDOWS, PROOF_TOKENS = 2, 12
 PROOF_DTYPE = torch.float64
@@ -25,21 +28,38 @@ PROOF_DTYPE = torch.float64
 BOUND = 1e-4
 
 
-def rewritten(original: Skeleton, recipe: Recipe) -> tuple[Skeleton, tuple[Rewrite, ...]]:
-    """The model behind all model transforms of the recipe, and what they do. Raises UsageError for a model that one does not suit."""
-    skeleton, rewrites = original, []
+@dataclass(frozen=True)
+class Rewritten:
+    """A model behind its model transforms. rewrites: what they do. left_out: those that did not suit it, a line each."""
+
+    skeleton: Skeleton
+    rewrites: tuple[Rewrite, ...]
+    left_out: tuple[str, ...]
+
+
+def rewritten(original: Skeleton, recipe: Recipe) -> Rewritten:
+    """The model behind all model transforms of the recipe. Raises UsageError where one does not suit that is not optional."""
+    skeleton, rewrites, left_out = original, [], []
     for transform in recipe.model_transforms():
-        rewrites.append(transform.prepare(skeleton))
-        skeleton = Skeleton(RewrittenSource(skeleton.source, rewrites[-1]), recipe.blocks)
-        _check_untied(skeleton, rewrites[-1])
-    return skeleton, tuple(rewrites)
+        try:
+            rewrite = transform.prepare(skeleton)
+            behind = Skeleton(RewrittenSource(skeleton.source, rewrite), recipe.blocks)
+            _check_untied(behind, rewrite)
+        except UnsuitedError as reason:
+            if not transform.optional:
+                raise UsageError(f"{original.where}: {transform.name} does not suit this model: {reason}; {transform.advice}") from reason
+            left_out.append(f"{transform.name} is left out, as it does not suit this model: {reason}")
+        else:
+            skeleton = behind
+            rewrites.append(rewrite)
+    return Rewritten(skeleton, tuple(rewrites), tuple(left_out))
 
 
 def _check_untied(skeleton: Skeleton, rewrite: Rewrite) -> None:
     """A class may tie its head to its embedding whatever its configuration says."""
     tied = getattr(skeleton.model, "all_tied_weights_keys", {})
     if "tie_word_embeddings" in rewrite.config and tied:
-        raise PTQError(f"{skeleton.where}: {next(iter(tied))} is tied in every model of its class, so it cannot get values of its own")
+        raise UnsuitedError(f"{next(iter(tied))} is tied in every model of its class, so it cannot get values of its own")
 
 
 def proof_bytes(skeleton: Skeleton) -> int:

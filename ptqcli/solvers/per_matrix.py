@@ -20,7 +20,7 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
 from ptqcli.solvers.bias import centred, corrected_bias, corrected_towards
-from ptqcli.solvers.target import Moments, Targeted, aim_at
+from ptqcli.solvers.target import Factors, Moments, Targeted, aim_at
 
 
 class PerMatrix(BlockSolver):
@@ -89,6 +89,7 @@ class StageWork:
         self.solver, self.statistics = solver, stage.statistics
         self.where = ", ".join(task.name for task in stage.linears)
         self._prepared: dict[tuple[float | None, bool], Any] = {}  # by the threshold of a static split, None without, and about the mean
+        self._factors = Factors(keep=len(stage.linears) > 1)
 
     def solve(self, task: LinearTask, progress: OnProgress) -> Solution:
         """Codes, static input scale and outlier columns of ``task``."""
@@ -129,7 +130,7 @@ class StageWork:
         if aim is None:
             return None
         moments, held = self._moments(task), self._held_moments(task)
-        return aim_at(task.weight, moments, held, aim, task.name, centred)
+        return aim_at(task.weight, moments, held, aim, task.name, centred, self._factors)
 
     def _moments(self, task: LinearTask) -> Moments:
         seen = self.statistics

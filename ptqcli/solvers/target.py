@@ -88,10 +88,10 @@ class AimsAtTarget:
 
 
 def pairs_bytes(in_features: int, hidden: int) -> int:
-    """Peak memory that aiming at the original takes for one input: its ``Pairs``, the moments of the windows that are not held out, and the
-    factor in float64 with what it is made of.
+    """Peak memory that aiming at the original takes for one input: its ``Pairs``, the moments of the windows that are not held out, and
+    ``Factors`` with what one is made of.
     """
-    return (3 * 4 + 2 * 4 + 2 * 8) * in_features**2 + 2 * 4 * hidden * in_features
+    return (3 * 4 + 2 * 4 + 3 * 8) * in_features**2 + 2 * 4 * hidden * in_features
 
 
 def _share(name: str, value: float | str) -> float | None:
@@ -165,12 +165,34 @@ class Targeted:
     beta: float | None
 
 
-def aim_at(weight: Tensor, moments: Moments, held: Moments | None, aim: Aim, where: str, centred: bool) -> Targeted:
+class Factors:
+    """The factors of one stage's damped Hessians, float64 [in, in]. keep: whether several linears will ask for them."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self._kept: dict[tuple[bool, bool], Tensor] = {}
+
+    def lower(self, moments: Moments, held_out: bool, centred: bool, damp: float, where: str) -> Tensor:
+        """The lower factor of H of ``moments``: of all windows, or of those that are not ``held_out``; about the mean if ``centred``."""
+        key = held_out, centred
+        if key in self._kept:
+            return self._kept[key]
+        lower = factorise(moments.H.double(), damp, where).lower
+        if self.keep:
+            self._kept[key] = lower
+        return lower
+
+
+def aim_at(
+    weight: Tensor, moments: Moments, held: Moments | None, aim: Aim, where: str, centred: bool, factors: Factors | None = None
+) -> Targeted:
     """W* of ``weight``, float32 [out, in], in float32.
 
-    held: the moments of held-out windows, None if there are none. centred: about the means, because a bias will be corrected.
+    held: the moments of held-out windows, None if there are none. centred: about the means, because a bias will be corrected. factors:
+    those of the stage, which the weights before this one may have made.
     Raises UsageError if shares are to be chosen without held-out windows.
     """
+    factors = factors or Factors(keep=False)
     others = None if held is None else moments.without(held)
     if centred:
         moments, held, others = moments.centred(), held and held.centred(), others and others.centred()
@@ -178,17 +200,17 @@ def aim_at(weight: Tensor, moments: Moments, held: Moments | None, aim: Aim, whe
     if alpha is None or beta is None:
         if held is None or others is None:
             raise UsageError(f"{where}: alpha and beta are chosen on held-out windows, and there is one window; give more, or both by hand")
-        alpha, beta = _best_shares(_Quadratic.of(weight, _corrections(weight, others, aim.damp, where), held), alpha, beta)
-    A, B = _corrections(weight, moments, aim.damp, where)
+        lower = factors.lower(others, True, centred, aim.damp, where)
+        alpha, beta = _best_shares(_Quadratic.of(weight, _corrections(weight, others, lower), held), alpha, beta)
+    A, B = _corrections(weight, moments, factors.lower(moments, False, centred, aim.damp, where))
     target = weight + alpha * A if B is None else weight + alpha * A + beta * B
     if not torch.isfinite(target).all():
         raise PTQError(f"{where}: the target is not finite; raise --damp or give more calibration text")
     return Targeted(target, alpha, beta if moments.D is not None else None)
 
 
-def _corrections(W: Tensor, moments: Moments, damp: float, where: str) -> tuple[Tensor, Tensor | None]:
-    """``W (C - H) (H + lambda I)^-1`` and ``D (H + lambda I)^-1``, solved in float64."""
-    lower = factorise(moments.H.double(), damp, where).lower
+def _corrections(W: Tensor, moments: Moments, lower: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``W (C - H) (H + lambda I)^-1`` and ``D (H + lambda I)^-1``, solved in float64. lower: the factor of what is inverted."""
     right = [W @ (moments.C - moments.H), *([] if moments.D is None else [moments.D])]
     solved = [torch.cholesky_solve(side.t().double(), lower).t().to(W.dtype) for side in right]
     return solved[0], solved[1] if moments.D is not None else None

@@ -17,6 +17,10 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 
 
+class UnsuitedError(Exception):
+    """Why a transform of the whole model does not suit a model, in a clause."""
+
+
 class BlockTransform(Protocol):
     """Rewrites one block."""
 
@@ -42,14 +46,27 @@ class BlockTransform(Protocol):
 
 
 class ModelTransform(Protocol):
-    """Rewrites the whole model before anything else looks at it."""
+    """Rewrites the whole model before anything else looks at it.
+
+    optional: whether the run goes on without it where it does not suit the model.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
 
+    @property
+    def optional(self) -> bool:
+        """As it stands, no."""
+        return False
+
+    @property
+    def advice(self) -> str:
+        """What to do where it does not suit; as it stands, to leave it out."""
+        return f"leave {self.name} out"
+
     @abstractmethod
     def prepare(self, skeleton: Skeleton) -> Rewrite:
-        """Which tensors change and how; none is read before it is needed. Raises UsageError for a model that it does not suit."""
+        """Which tensors change and how; none is read before it is needed. Raises UnsuitedError."""
 
     def notes(self, solver: str) -> list[str]:
         """What to know when the solver of this name comes behind it; as it stands, nothing."""

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.checkpoint.tensors import NewTensor
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import UsageError
 from ptqcli.model.linears import rows_first
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.options import option
-from ptqcli.transforms import ModelTransform
+from ptqcli.options import check_choices, option
+from ptqcli.transforms import ModelTransform, UnsuitedError
 from ptqcli.transforms.cut import CutError
 from ptqcli.transforms.hadamard import Rotation, random_rotation
 from ptqcli.transforms.residual_stream import Gain, ModelInPieces, ResidualStream, ValueHeads
@@ -43,20 +43,30 @@ Turn: TypeAlias = Callable[[Tensor], Tensor]  # of rows [..., n]
 PROBE_TOKENS = 4  # the networks between all modules of the model are in memory at once
 PIECE = 1 << 22  # numbers of a matrix that are turned at once
 
+UNSUITED = ("refuse", "skip")
+
 HARM = "rotate makes rounding to nearest worse as a rule; take a solver with error feedback, such as rotate+gptq"
 
 
 @dataclass(frozen=True)
 class Rotate(ModelTransform):
-    """Rotations with their options. stream: R1. heads: R2. seed: of the random signs, and of the matrix where no Hadamard matrix fits."""
+    """Rotations with their options.
+
+    stream: R1. heads: R2. seed: of the random signs, and of the matrix where no Hadamard matrix fits. unsuited: what becomes of a run on a
+    model that cannot be rotated.
+    """
 
     name: ClassVar[str] = "rotate"
     summary: ClassVar[str] = "rotations: outlier channels spread over all, folded into the weights"
     stream: bool = option(True, "rotate the residual stream (R1)", flag="rotate-stream")
     heads: bool = option(True, "rotate the values in each head (R2)", flag="rotate-heads")
     seed: int = option(0, "which of the random rotations", flag="rotate-seed")
+    unsuited: str = option(
+        "refuse", "a model that cannot be rotated is refused, or quantized as it is", flag="rotate-unsuited", choices=UNSUITED
+    )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if abs(self.seed) >= 2**63:
             raise UsageError(f"rotate seed {self.seed} is too large; give one of at most 18 digits")
         if not (self.stream or self.heads):
@@ -66,8 +76,18 @@ class Rotate(ModelTransform):
         """That rounding to nearest is harmed."""
         return [HARM] if solver == "rtn" else []
 
+    @property
+    def optional(self) -> bool:
+        """See ``unsuited``."""
+        return self.unsuited == "skip"
+
+    @property
+    def advice(self) -> str:
+        """What else there is."""
+        return "use equalize in its place" + (", or --no-rotate-stream for the heads alone" if self.stream and self.heads else "")
+
     def prepare(self, skeleton: Skeleton) -> Rewrite:
-        """Find what can be rotated. Raises UsageError, with the reason, if that is not all that is asked for."""
+        """Find what can be rotated. Raises UnsuitedError if that is not all that is asked for."""
         generator = torch.Generator().manual_seed(self.seed)
         weights = _TurnedWeights(skeleton)
         done = []
@@ -85,16 +105,13 @@ class Rotate(ModelTransform):
                 sizes = ", ".join(str(size) for size in sorted({heads.size for heads in found}))
                 done.append(f"the values of {len(found)} attentions in heads of {sizes}" if found else "no values: no heads were found")
         except CutError as reason:
-            raise UsageError(f"{skeleton.where}: rotate does not suit this model: {reason}; {self._advice()}") from reason
+            raise UnsuitedError(str(reason)) from reason
         return Rewrite(
             tensors=weights.tensors(),
             config={"tie_word_embeddings": False} if self.stream else {},
             notes=weights.notes(),
             done=f"rotated {' and '.join(done)} (seed {self.seed})",
         )
-
-    def _advice(self) -> str:
-        return "use equalize in its place" + (", or --no-rotate-stream for the heads alone" if self.stream and self.heads else "")
 
 
 def _probe(skeleton: Skeleton) -> Callable[[nn.Module, torch.dtype], Tensor]:
@@ -166,14 +183,14 @@ class _TurnedWeights:
         return (f"rotate gives embedding and output head, which share one matrix, one each: {size:.1f} MiB more",)
 
     def tensors(self) -> dict[str, NewTensor]:
-        """Every tensor that changes, by its stored name. Raises PTQError for one that is used in two places."""
+        """Every tensor that changes, by its stored name. Raises UnsuitedError for one that is used in two places."""
         new: dict[str, NewTensor] = {}
         owners: dict[str, str] = {}
         for module, turns in self._turns.items():
             for leaf, made in self._made(module, turns).items():
                 stored = f"{self.head}.weight" if module == self.head and self.unties else self._stored(module, leaf)
                 if stored in new:
-                    raise PTQError(f"{module} and {owners[stored]} share their weight, which rotate cannot turn for both; leave rotate out")
+                    raise UnsuitedError(f"{module} and {owners[stored]} share their weight, which cannot be turned for both")
                 new[stored], owners[stored] = made, module
         for gain in self._gains:
             stored = self._skeleton.stored_name(gain.parameter)
