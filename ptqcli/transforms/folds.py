@@ -25,7 +25,7 @@ Found without a name of an architecture, on a twin of the block that needs no we
 
    if on a third pass, with numbers added to the leaf, the readers' inputs grow by just those and all else stays: behind a norm, and behind
    the values of an attention, whose weights sum to 1; not behind a gate or an activation.
-6. *Proof.* ``folded.verified`` applies each fold with random scales to the real block in float32 and compares the outputs.
+6. *Proof.* ``folded.verified`` applies each fold with random scales, and shifts, to the real block in float32 and compares the outputs.
 
 The idea of folding: SmoothQuant (Xiao et al. 2022, section 4) and AWQ (Lin et al. 2023, section 3.2), with tables per architecture; of
 shifts: Outlier Suppression+ (Wei et al. 2023).
