@@ -89,7 +89,7 @@ class CompressedTensors(Format):
             raise PTQError(f"{name}: {reason}")
         if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
             raise PTQError(f"{name}: a symmetric weight has zero points other than {scheme.middle}")
-        if not float(weight.scale.max()) * _reach(scheme) <= torch.finfo(weight.scale.dtype).max:
+        if not float(weight.scale.abs().max()) * _reach(scheme) <= torch.finfo(weight.scale.dtype).max:
             raise PTQError(
                 f"{name}: its weights come so close to the end of {weight.scale.dtype} that rounded ones can pass it; "
                 "leave it as it is (--ignore), or convert the model to bfloat16"
