@@ -12,7 +12,8 @@ from ptqcli.calibration.hidden import beyond_budget
 from ptqcli.calibration.sources import BUILTIN, SELF
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.checkpoint.writer import JOIN_BELOW
-from ptqcli.finishing.estimate import tuning_bytes
+from ptqcli.finishing.estimate import tuning_bytes, tuning_work
+from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -140,6 +141,11 @@ def memory_bytes(
         largest = max(linear.site.in_features * linear.site.out_features for linear in linears) * 4
         beside = KEPT_COPIES * min(largest, LARGEST_KEPT)
     return process_bytes() + LIBRARY_BYTES + beside + needed
+
+
+def finish_work(skeleton: Skeleton, windows: int, seqlen: int) -> float:
+    """Floating operations that tuning the scales at the end takes."""
+    return tuning_work(TuneScales(), skeleton, windows, seqlen)
 
 
 def _tensor_bytes(
