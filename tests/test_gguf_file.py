@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ptqcli.checkpoint.gguf_file import GGUFFile, LongArray
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.formats.gguf import decoded_note
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.gguf import GGUFModel, GGUFTensors, load_tokenizer
 from ptqcli.model.gguf_config import llama3_divisors, read_config
@@ -109,6 +110,17 @@ def test_the_commands_take_a_file_or_the_folder_of_one(tmp_path: Path, ptq: Ptq)
     assert "Q8_0" in shown.out
     (tmp_path / "config.json").write_text("{}")
     assert find_model(str(tmp_path)) == tmp_path
+
+
+def test_types_that_do_not_run_packed_are_told(tmp_path: Path) -> None:
+    assert decoded_note(FILES["q4_0"]) is None
+    writer = GGUFWriter(tmp_path / "k.gguf", "llama")
+    writer.add_tensor("token_embd.weight", torch.zeros(4, 24, dtype=torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.Q5_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "Q5_1 are decoded" in str(decoded_note(tmp_path / "k.gguf"))
 
 
 def test_the_tokenizer_comes_back(tmp_path: Path) -> None:

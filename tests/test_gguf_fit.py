@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY, decode, encode, values_of
-from ptqcli.formats.gguf_encode import encode_weight
+from ptqcli.formats.gguf_encode import encode_weight, fit_blocks
 from ptqcli.numerics.block_fit import Sums, fit_legacy
+from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.k_fit import fit_k
 from ptqcli.numerics.k_quants import K_TYPES
 
@@ -77,6 +78,26 @@ def test_codes_are_the_nearest_of_their_grid(name: str) -> None:
     codes = blocks.codes.flatten(1).clone()
     codes[0, 3] ^= 1
     assert ((blocks.with_codes(codes).values().double() - WEIGHT[:4].double()).abs() > nearest + 1e-6 * WEIGHT.abs().max()).any()
+
+
+@pytest.mark.parametrize("name", [*LEGACY, *K_TYPES])
+def test_a_solver_can_choose_the_codes_of_a_fitted_grid(name: str) -> None:
+    """Columns are rounded one after the other on the grid that was fitted before, each error going to the next column."""
+    blocks = fit_blocks(BLOCK_TYPES[name], WEIGHT)
+    grid, columns, left = blocks.grid(), blocks.kind.columns, WEIGHT.clone()
+    codes = torch.empty_like(WEIGHT)
+    for column in range(WEIGHT.shape[1]):
+        group = column // columns
+        here = Grid(grid.element, grid.scale[:, group], grid.zero[:, group])
+        codes[:, column] = here.nearest(left[:, column])
+        if column + 1 < WEIGHT.shape[1]:
+            left[:, column + 1] += 0.5 * (left[:, column] - here.decode(codes[:, column]))
+    values = values_of(BLOCK_TYPES[name], encode(blocks.with_codes(codes)))
+    wide = Grid(grid.element, *(part.repeat_interleave(columns, dim=1) for part in (grid.scale, grid.zero)))
+    assert torch.allclose(values, wide.decode(codes), rtol=1e-3, atol=1e-5)
+    near = wide.nearest(WEIGHT)
+    assert (near.to(torch.uint8) == blocks.codes.flatten(1)).double().mean() > 0.999
+    assert not torch.equal(near, codes)
 
 
 @pytest.mark.parametrize("name", K_TYPES)

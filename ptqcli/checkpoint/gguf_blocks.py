@@ -16,12 +16,14 @@ their codes apart, in planes of one or two bits. Of the types that ggml has beyo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ptqcli.errors import PTQError
+from ptqcli.numerics.elements import Int
+from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.k_quants import K_TYPES, SUPER_BLOCK, SuperBlocks
 
 LEGACY_BLOCK = 32
@@ -96,6 +98,18 @@ class LegacyBlocks:
         if self.m is None:
             return (d * (self.codes.float() - self.middle)).flatten(1)
         return (d * self.codes.float() + self.m.float()[..., None]).flatten(1)
+
+    def grid(self) -> Grid:
+        """The same numbers as (q - zero) * scale, for a solver that chooses the codes: scale and zero are float32 [out, in / 32], and
+        zero is no whole number where there is a minimum. A scale of 0 counts as 1."""
+        d = self.d.float()
+        usable = torch.where(d == 0, 1, d)
+        assert self.kind.bits is not None
+        return Grid(Int(self.kind.bits), usable, torch.full_like(d, self.middle) if self.m is None else -self.m.float() / usable)
+
+    def with_codes(self, codes: Tensor) -> LegacyBlocks:
+        """The same grid with other codes, whole numbers [out, in]."""
+        return replace(self, codes=codes.to(torch.uint8).reshape(self.codes.shape))
 
 
 Blocks = LegacyBlocks | SuperBlocks

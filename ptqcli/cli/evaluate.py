@@ -11,7 +11,7 @@ import click
 
 from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text
-from ptqcli.cli.load import silence_transformers
+from ptqcli.cli.load import silence_transformers, tell_decoded
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
@@ -133,6 +133,7 @@ def command(
             output.say(f"{text}: {table.skipped:,} rows without text are left out")
     if reference and _reads_otherwise(reference, tokenizer, rows.values()):
         output.say(f"{reference}: its tokenizer is another one; both models are measured on the tokens of the checkpoint's")
+    tell_decoded(folder, output)
     model = load_model(folder, place, kernel, adapter or False)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:

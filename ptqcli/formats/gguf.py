@@ -96,6 +96,15 @@ def _type_of(scheme: Scheme) -> str:
     raise PTQError(f"no block type of GGUF files holds {scheme} as a quantized weight")
 
 
+def decoded_note(path: Path) -> str | None:
+    """What a user should know of how the matrices of a file run, None if all of its codes do so packed."""
+    kinds = {tensor.kind.name for tensor in GGUFFile(path).stored.values() if tensor.kind.quantized and len(tensor.shape) == 2}
+    decoded = sorted(kinds - PACKED_SCHEMES.keys())
+    if not decoded:
+        return None
+    return f"{path}: {', '.join(decoded)} are decoded when the model is loaded; only {' and '.join(PACKED_SCHEMES)} run packed"
+
+
 def open_tensors(path: Path) -> tuple[Any, GGUFTensors]:
     """Configuration and tensors of a file, those of PACKED_SCHEMES as blocks."""
     file = GGUFFile(path)

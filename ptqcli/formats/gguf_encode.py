@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY_BLOCK, BlockType, LegacyBlocks, encode, plain_bytes
+from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY_BLOCK, Blocks, BlockType, LegacyBlocks, encode, plain_bytes
 from ptqcli.numerics.block_fit import fit_legacy, to_fp16
 from ptqcli.numerics.k_fit import fit_k
 from ptqcli.numerics.k_quants import K_TYPES
@@ -30,13 +30,20 @@ def encode_weight(kind: BlockType, weight: Tensor, importance: Tensor | None = N
 
     importance: of each column, positive, float32 [in]; None: all are alike. Raises PTQError where a plain type cannot hold a value.
     """
-    if not kind.quantized:
-        return plain_bytes(kind, weight)
+    return encode(fit_blocks(kind, weight, importance)) if kind.quantized else plain_bytes(kind, weight)
+
+
+def fit_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+    """The grids of a quantized type for ``weight``, floating [out, in], with the nearest codes; see ``encode_weight``.
+
+    A solver that chooses codes of its own takes ``grid()``, whose groups are ``kind.columns`` neighbouring columns, and hands its codes to
+    ``with_codes``; ``encode`` makes the bytes.
+    """
     if kind.name in K_TYPES:
-        return encode(fit_k(weight.float(), K_TYPES[kind.name], importance))
+        return fit_k(weight.float(), K_TYPES[kind.name], importance)
     assert kind.bits is not None
     codes, d, *m = fit_legacy(weight, kind.bits, kind.columns, kind.name.endswith("_1"), importance)
-    return encode(LegacyBlocks(kind=kind, codes=codes, d=d, m=m[0] if m else None))
+    return LegacyBlocks(kind=kind, codes=codes, d=d, m=m[0] if m else None)
 
 
 def holding_type(scheme: Scheme, in_features: int) -> str | None:
