@@ -108,6 +108,9 @@ def test_the_commands_take_a_file_or_the_folder_of_one(tmp_path: Path, ptq: Ptq)
     shown = ptq("inspect", str(tmp_path))
     assert shown.code == 0
     assert "Q8_0" in shown.out
+    shutil.copy(FILES["q4_0"], tmp_path)
+    with pytest.raises(UsageError, match=r"holds 2 GGUF files; name one, such as .*tiny-q4_0\.gguf"):
+        find_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert find_model(str(tmp_path)) == tmp_path
 
@@ -165,6 +168,7 @@ def write(path: Path, keys: dict[str, Any] | None = None, names: dict[str, tuple
         ({"llama.attention.value_length": 8}, "value_length"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "not a positive number"),
         ({"tokenizer.ggml.bos_token_id": "x"}, "not a token"),
+        ({"split.count": 3}, "one of several parts"),
     ],
 )
 def test_wrong_metadata_is_refused_by_its_key(keys: dict[str, Any], wrong: str, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def read_config(file: GGUFFile) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise PTQError(f"{file.path}: is one of several parts of a model; join them with llama.cpp's llama-gguf-split --merge")
     architecture = architecture_named(file.text("general.architecture"), str(file.path))
     values = _values(file, architecture)
     with foreign(f"{file.path}: transformers cannot make a configuration of its keys"):

@@ -40,10 +40,13 @@ def find_model(name: str | None) -> Path:
 
 
 def _only_file(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds one and no other model; None for any other folder."""
-    files = sorted(folder.glob(f"*{GGUF}"))
-    others = any(folder.glob("*.safetensors")) or (folder / "config.json").exists()
-    return files[0] if len(files) == 1 and files[0].is_file() and not others else None
+    """The GGUF file of a folder that holds one and no other model; None for any other folder. Raises UsageError if it holds several."""
+    files = sorted(path for path in folder.glob(f"*{GGUF}") if path.is_file())
+    if not files or any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
+        return None
+    if len(files) > 1:
+        raise UsageError(f"{folder}: holds {len(files)} GGUF files; name one, such as {files[0]}")
+    return files[0]
 
 
 def demo_model() -> Path:
