@@ -61,7 +61,7 @@ class PackedCheckpoint:
         """
         if name not in self.schemes:
             raise PTQError(f"{self.folder}: {name} is no quantized linear; they are named like {next(iter(self.schemes), 'none')}")
-        weight = self.format.unpack(self._stored_linear(name), self.tensors.read, self.schemes[name])
+        weight = self.format.unpack(self.stored_linear(name), self.tensors.read, self.schemes[name])
         spec = self._specs[name]
         if tuple(weight.codes.shape) != (spec.out_features, spec.in_features):
             wanted = [spec.out_features, spec.in_features]
@@ -71,6 +71,20 @@ class PackedCheckpoint:
     def plain(self) -> dict[str, str]:
         """Names in memory -> stored names of everything that is not part of a quantized linear, whose biases are not here either."""
         return {name: stored for name, stored in self.names.items() if name.rpartition(".")[0] not in self.schemes}
+
+    @property
+    def plain_tensors(self) -> list[str]:
+        """Stored names of all tensors that are no part of a quantized weight."""
+        return [name for name in self.tensors.names if not _belongs(name, self._quantized)]
+
+    def stored_linear(self, name: str) -> str:
+        """The stored name of the quantized linear ``name``."""
+        linear = (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
+        if linear not in self._quantized:
+            wanted = self.format.tensor_names(linear, self.schemes[name])
+            missing = next((tensor for tensor in wanted if tensor not in self.tensors.names), linear)
+            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but {missing} is not stored")
+        return linear
 
     def _spec(self, name: str, scheme: Scheme) -> LinearSpec:
         module = self.model.get_submodule(name)
@@ -87,16 +101,7 @@ class PackedCheckpoint:
         )
 
     def _tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
-        return self.format.tensor_names(self._stored_linear(name), scheme)
-
-    def _stored_linear(self, name: str) -> str:
-        """The stored name of the quantized linear ``name``."""
-        linear = (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
-        if linear not in self._quantized:
-            wanted = self.format.tensor_names(linear, self.schemes[name])
-            missing = next((tensor for tensor in wanted if tensor not in self.tensors.names), linear)
-            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but {missing} is not stored")
-        return linear
+        return self.format.tensor_names(self.stored_linear(name), scheme)
 
     def _refuse_unexpected(self) -> None:
         for name, stored in self.plain().items():

@@ -7,7 +7,7 @@ local model only the folder's name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline
 CARD_BYTES = 1 << 16  # of the model's own card that are looked at
 
 
-MADE_BY = "quantized by ptqcli with"  # in every card that is written here
+MADE_BY, CONVERTED_BY = "quantized by ptqcli with", "converted by ptqcli"  # one of them in every card that is written here
 
 
 def is_card(text: str) -> bool:
     """Whether ``text`` was a card of ours, whatever was added to it; a README that somebody else wrote is not."""
-    return MADE_BY in text
+    return MADE_BY in text or CONVERTED_BY in text
 
 
 def model_card(plan: Plan, report: Report, source: Path | None) -> str:
@@ -87,6 +87,31 @@ def tuned_card(text: str, tuning: TuningReport) -> str:
     lines = text.splitlines()
     place = next(number for number, line in enumerate(lines) if MADE_BY in line) + 1
     return "\n".join([*lines[:place], "", tuning_text(tuning), *lines[place:]]) + "\n"
+
+
+def converted_card(
+    text: str, checkpoint: Path, formats: tuple[str, str], schemes: Sequence[str], errors: Mapping[str, float], readers: tuple[Reader, ...]
+) -> str:
+    """The card of a checkpoint in another format. text: its card so far, of ours or of others. formats: the old one and the new one.
+
+    errors: relative, of the linears that were rounded anew.
+    """
+    old, new = formats
+    done = f"It was {CONVERTED_BY} from {old} to {new}" + (
+        f"; {len(errors)} linears were rounded anew, with a mean relative error of {sum(errors.values()) / len(errors):.4f}."
+        if errors
+        else ", every code, scale and zero point as it was."
+    )
+    loading = ["## Loading it", "", *_loading(readers)]
+    if not is_card(text):
+        front = ["---", "library_name: transformers", *(f"{key}: {value}" for key, value in _carried(checkpoint).items())]
+        tags = ["tags:", *(f"- {tag}" for tag in ("ptqcli", "quantized", new, *schemes)), "---", ""]
+        return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes)}", "", done, "", *loading]) + "\n"
+    lines = [f"- {new}" if line == f"- {old}" else line for line in text.splitlines() if CONVERTED_BY not in line]
+    place = next((number for number, line in enumerate(lines) if MADE_BY in line), lines.index("## Loading it") - 2) + 1
+    begin = lines.index("## Loading it")
+    end = next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
+    return "\n".join([*lines[:place], "", done, *lines[place:begin], *loading, *lines[end:]]) + "\n"
 
 
 def _hub_id(source: Path | None) -> str | None:
