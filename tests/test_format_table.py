@@ -37,6 +37,7 @@ class Plain:
 
     name = "plain-bytes"
     packages: Mapping[str, str] = {}
+    optional: tuple[str, ...] = ()
 
     def refusal(self, spec: LinearSpec) -> str | None:
         return None if spec.scheme == W8 else "plain-bytes holds 8 bits with a scale a row"
