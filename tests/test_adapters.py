@@ -244,8 +244,9 @@ def keyed(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def stored(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+def stored(change: Callable[[dict[str, Tensor]], Any], **keys: Any) -> Callable[[Path], None]:
     def rewrite(folder: Path) -> None:
+        keyed(**keys)(folder)
         tensors = load_file(folder / TENSOR_FILE)
         change(tensors)
         save_file(tensors, folder / TENSOR_FILE)
@@ -261,11 +262,16 @@ BROKEN = {
     "no rank": (keyed(r=0), "r is 0 and lora_alpha 16"),
     "a rank of text": (keyed(r="4"), "r is '4'"),
     "a scaling that is not finite": (keyed(lora_alpha=float("inf")), "lora_alpha inf"),
+    "a scaling that no float holds": (keyed(lora_alpha=10**400), "lora_alpha 1000000"),
     "one half": (stored(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")), "one half of the adapter of 'model.layers.0.self_attn.q_proj'"),
     "an odd tensor": (stored(lambda tensors: tensors.update({"x": torch.ones(2)})), "'x' is no tensor of a plain LoRA adapter"),
     "no matrix": (stored(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4)})), "not a floating matrix"),
     "two ranks": (stored(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(3, 64)})), "do not fit together"),
     "another width": (stored(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(WIDER, 63)})), r"is for a matrix \[64, 63\]"),
+    "a product out of range": (
+        stored(lambda tensors: tensors.update({f"{Q}.lora_B.weight": torch.full((64, WIDER), 3e38)}), lora_alpha=2 * WIDER),
+        "times lora_alpha / r leaves the range",
+    ),
     "NaN": (stored(lambda tensors: tensors[f"{Q}.lora_A.weight"].fill_(torch.nan)), "NaN or infinity"),
     "nothing": (stored(dict.clear), "holds nothing"),
     "no model's": (

@@ -15,11 +15,11 @@ the name of the original peft would load that and correct errors that it does no
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ptqcli.adapters.low_rank import LowRank
@@ -38,6 +38,8 @@ PLAIN = {
     "alpha_pattern": {}, "target_parameters": None, "layer_replication": None, "megatron_config": None,
     "trainable_token_indices": None,
 }  # fmt: skip
+LARGEST_ALPHA = 1e6  # for a rank of 1
+
 # Written for peft, which warns where a value differs from what it finds.
 ALSO_WRITTEN = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "lora_dropout": 0.0}
 
@@ -81,9 +83,9 @@ def _scaling(file: Path) -> float:
         if given != value and (given or value):  # an empty list is as good as null
             raise PTQError(f"{file}: {key} is {shown(given)}; only plain LoRA adapters are read, where it is {shown(value)}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise PTQError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}; both must be numbers, and r 1 or more")
-    return float(alpha) / rank
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA * rank:
+        raise PTQError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}; r has to be 1 or more, and lora_alpha a number in range")
+    return float(alpha / rank)
 
 
 def _linears(file: Path, names: Sequence[str]) -> list[str]:
@@ -103,7 +105,10 @@ def _read_one(tensors: SafetensorsFolder, name: str, scaling: float) -> LowRank:
     A, B = (_matrix(tensors, f"{PREFIX}{name}{leaf}") for leaf in LEAVES.values())
     if A.shape[0] != B.shape[1]:
         raise PTQError(f"{tensors.folder / TENSOR_FILE}: {shown(name)} has {list(A.shape)} and {list(B.shape)}, which do not fit together")
-    return LowRank(A, B if scaling == 1 else B * scaling)
+    scaled = B if scaling == 1 else B * scaling
+    if not torch.isfinite(scaled).all():
+        raise PTQError(f"{tensors.folder / TENSOR_FILE}: {shown(name)} times lora_alpha / r leaves the range of {B.dtype}")
+    return LowRank(A, scaled)
 
 
 def _matrix(tensors: SafetensorsFolder, name: str) -> Tensor:

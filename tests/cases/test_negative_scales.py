@@ -33,6 +33,7 @@ from ptq_kernels import LLMInt8Linear, ReferenceWeightOnly, TorchInt4WeightOnly,
 from torch import Tensor, nn
 
 from ptqcli.errors import PTQError
+from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
@@ -163,3 +164,17 @@ def test_another_dtype(tmp_path: Path) -> None:
     change_tensor(tmp_path, lambda tensors: tensors[f"{DOWN}.weight_scale"][3, 1].fill_(-6e4))
     with pytest.raises(PTQError, match="leave the range"):
         load_quantized(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(8, -1)], ids=str)
+def test_a_scale_whose_values_pass_the_end_of_its_dtype_is_not_written(sign: int, scheme: Scheme) -> None:
+    codes = torch.zeros(4, 64, dtype=torch.uint8)
+    for share, fits in ((0.99, True), (1.01, False)):
+        scale = torch.full((4, scheme.group_count(64)), sign * share * 65504 / scheme.middle, dtype=torch.float16)
+        weight = QuantizedWeight(codes=codes, scale=scale, zero=torch.full_like(scale, scheme.middle, dtype=torch.uint8), scheme=scheme)
+        if fits:
+            COMPRESSED_TENSORS.pack("m", weight)
+            continue
+        with pytest.raises(PTQError, match=r"m: its weights come so close to the end of torch.float16"):
+            COMPRESSED_TENSORS.pack("m", weight)

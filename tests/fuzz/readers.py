@@ -21,9 +21,11 @@ import pyarrow
 import torch
 from packed import everything, llama, random_model, write_checkpoint
 from pyarrow import parquet
-from safetensors.torch import save
+from safetensors.torch import load, save
 from tiny import byte_tokenizer
 
+from ptqcli.adapters.files import adapter_files, read_adapter
+from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.files import read_path
 from ptqcli.calibration.rows import Rows
 from ptqcli.checkpoint.auxiliary import load_tokenizer
@@ -202,6 +204,29 @@ def checkpoint(folder: Path, random: mutate.Source) -> object:
     return logits
 
 
+def adapter(folder: Path, random: mutate.Source) -> object:
+    corrections = {f"model.layers.{index}.mlp.up_proj": LowRank(torch.ones(2, 8), torch.ones(6, 2)) for index in range(2)}
+    for name, pieces in adapter_files(corrections, transposed=False):
+        (folder / name).write_bytes(b"".join(bytes(piece) for piece in pieces))
+    deed = random.randrange(3)
+    if deed == 0:
+        file = folder / "adapter_config.json"
+        file.write_bytes(mutate.json_bytes(json.loads(file.read_bytes()), random))
+    elif deed == 1:
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(mutate.raw_bytes(file.read_bytes(), random))
+    elif random.changes:
+        tensors = load((folder / "adapter_model.safetensors").read_bytes())
+        name = random.choice(sorted(tensors))
+        tensors[name] = wrong_tensor(tensors[name].clone(), random)
+        (folder / "adapter_model.safetensors").write_bytes(save({key: value.contiguous() for key, value in tensors.items()}))
+    found = read_adapter(folder)
+    for low_rank in found.values():
+        assert low_rank.A.shape[0] == low_rank.B.shape[1]
+        assert bool(torch.isfinite(low_rank.A).all() and torch.isfinite(low_rank.B).all())
+    return found
+
+
 # JSON beside them
 
 
@@ -353,6 +378,7 @@ READERS = [
     Reader("safetensors header", 12, ("model.safetensors", "/"), header),
     Reader("packed tensors", 10, ("m.", "m:", "safetensors"), packed),
     Reader("whole checkpoint", 1, ("/", "quantization_config"), checkpoint),
+    Reader("adapter", 4, ("adapter_config.json", "adapter_model.safetensors", "/"), adapter),
     Reader("config.json", 6, ("config.json", "/"), config),
     Reader("quantization_config", 12, ("quantization_config", "config.json"), quantization),
     Reader("tokenizer", 2, ("tokenizer", "config.json"), tokenizer),
