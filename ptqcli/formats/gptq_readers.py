@@ -32,7 +32,7 @@ def readers(specs: Sequence[LinearSpec], auto_class: str) -> list[Reader]:
     alone, through, server = _not_in_gptqmodel(specs), _not_in_transformers(specs), _not_in_vllm(specs)
     code = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({{folder}})"
     by_itself = "from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load({folder})"
-    slow = "" if server is None else " --dtype half"
+    slow = "" if all(_served(spec.scheme) for spec in specs) else " --dtype half"
     return [
         Reader(name="transformers", needs=("transformers", "optimum", "gptqmodel"), code=code, refusal=alone or through),
         Reader(name="GPTQModel", needs=("gptqmodel",), code=by_itself, refusal=alone),
