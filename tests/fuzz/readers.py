@@ -29,7 +29,7 @@ from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.files import read_path
 from ptqcli.calibration.rows import Rows
 from ptqcli.checkpoint.auxiliary import load_tokenizer
-from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder
 from ptqcli.cli import run
 from ptqcli.errors import PTQError
 from ptqcli.formats import format_of
@@ -244,7 +244,7 @@ def quantization(folder: Path, random: mutate.Source) -> object:
     from ptqcli.untrusted import read_json
 
     entry = read_json(folder / "config.json")
-    schemes = format_of(entry).schemes(entry, None, LINEARS)  # type: ignore[arg-type]
+    schemes = format_of(entry).schemes(entry, MemoryTensors({}), {name: name for name in LINEARS})
     assert set(schemes) <= set(LINEARS)
     return schemes
 
