@@ -14,7 +14,8 @@ configuration is true for both, since vLLM has its fast kernels for that only.
 GEMV files (``awq_gemv``) have ``qweight`` [out, in / 8], ``qzeros`` [out, words] and ``scales`` [out, 8 * words] in the plain order of
 ``bitstream``, with so many words that all groups have room and more, as their kernel wants it. Few programs read them; none is written.
 
-One group size holds for the whole file; what stays as it is, stands in ``modules_to_not_convert``, which servers take for parts of names.
+One group size holds for the whole file; what stays as it is, stands in ``modules_to_not_convert``, which servers take for parts of names,
+and in the blocks also under ``dynamic`` (``gptq_config``).
 
 Left out: other widths, which AutoAWQ does not have; files repacked for Marlin and the layout ``gemv_fast``; refused by name.
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import Format, LinearSpec, Reader, awq_readers, bitstream, joined
+from ptqcli.formats import Format, LinearSpec, Reader, awq_readers, bitstream, gptq_config, joined
 from ptqcli.formats.stored import DAMAGED, describe, expect_scales, expect_words, expect_writable, reach
 from ptqcli.numerics.scheme import WHOLE_ROW, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
@@ -120,7 +121,7 @@ class Awq(Format):
         """The entry of config.json, and quantize_config.json, which says the same. Raises UsageError if nothing is quantized."""
         if not specs:
             raise UsageError("no linear layer is quantized, so there is nothing to describe")
-        entry = {
+        entry: dict[str, Any] = {
             "quant_method": METHOD,
             "bits": BITS,
             "group_size": specs[0].scheme.group_size,
@@ -128,6 +129,9 @@ class Awq(Format):
             "version": GEMM,
             "modules_to_not_convert": list(untouched) or None,
         }
+        skipped = gptq_config.skipped_inside(specs, untouched)
+        if skipped:
+            entry["dynamic"] = gptq_config.left_alone(skipped)  # GPTQModel looks nowhere else, and would leave random numbers there
         return {"config.json": {"quantization_config": entry}, "quantize_config.json": entry}
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
