@@ -31,7 +31,7 @@ from torch import Tensor
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import Format, LinearSpec, Reader, awq_readers, bitstream, gptq_config, joined
-from ptqcli.formats.stored import DAMAGED, describe, expect_scales, expect_words, expect_writable, reach
+from ptqcli.formats.stored import DAMAGED, describe, expect_floats, expect_scales, expect_words, expect_writable, reach
 from ptqcli.numerics.scheme import WHOLE_ROW, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.untrusted import shown
@@ -187,12 +187,11 @@ class AwqGemv(Awq):
         out_features, in_features = words.shape[0], words.shape[1] * IN_WORD
         groups = _groups(name, scheme, out_features, in_features)
         scale, zeros = read(f"{name}.scales"), _expect_matrix(f"{name}.qzeros", read(f"{name}.qzeros"))
-        room = max(zeros.shape[1] * IN_WORD, groups)
-        if tuple(scale.shape) != (out_features, room):
-            raise PTQError(f"{name}.scales: expected floating {[out_features, room]}, found {describe(scale)}; {DAMAGED}")
+        width = max(zeros.shape[1], bitstream.word_count(groups, BITS))
+        expect_words(f"{name}.qzeros", zeros, (out_features, width))
+        expect_floats(f"{name}.scales", scale, (out_features, width * IN_WORD))
         scale = scale[:, :groups].contiguous()
         expect_scales(f"{name}.scales", scale, (out_features, groups), reach(scheme))
-        expect_words(f"{name}.qzeros", zeros, (out_features, room // IN_WORD))
         zero = bitstream.unpack(zeros, BITS, groups)
         return _weight(name, bitstream.unpack(words, BITS, in_features), scale, zero, scheme)
 
