@@ -123,9 +123,10 @@ def schemes_of(config: Mapping[str, Any], version: str, quantized: Mapping[str, 
 
 
 def _schemes(config: Mapping[str, Any], version: str, quantized: Mapping[str, str]) -> dict[str, Scheme]:
-    if layout(config) != version or config.get("is_marlin_format") or config.get("pack_dtype", "int32") != "int32":
-        what = next(key for key in ("is_marlin_format", "pack_dtype", "checkpoint_format", "format") if config.get(key))
-        raise PTQError(f"quantization_config: {what} {shown(config[what])} is not read; what is read: {V1} and {V2} in int32")
+    told = {"checkpoint_format": layout(config), "is_marlin_format": config.get("is_marlin_format"), "pack_dtype": config.get("pack_dtype")}
+    for key, read in (("checkpoint_format", (version,)), ("is_marlin_format", (None, False)), ("pack_dtype", (None, "int32"))):
+        if told[key] not in read:
+            raise PTQError(f"quantization_config: {key} {shown(told[key])} is not read; what is read: {V1} and {V2} in int32")
     usual = _scheme(config, Scheme(4, WHOLE_ROW), ("bits", "group_size"))
     overrides = _overrides(config.get("dynamic"), usual)
     places = list(dict.fromkeys([*quantized, *quantized.values()]))
