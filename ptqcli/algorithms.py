@@ -27,6 +27,7 @@ BUILT_IN = {
     TRANSFORMS: {
         "awq": "ptqcli.transforms.awq:AWQ",
         "smoothquant": "ptqcli.transforms.smoothquant:SmoothQuant",
+        "let": "ptqcli.transforms.let:LET",
         "equalize": "ptqcli.transforms.equalize:Equalize",
         "rotate": "ptqcli.transforms.rotation:Rotate",
     },

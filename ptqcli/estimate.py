@@ -12,7 +12,8 @@ from ptqcli.calibration.hidden import beyond_budget
 from ptqcli.calibration.sources import BUILTIN, SELF
 from ptqcli.calibration.statistics import SAMPLED_TOKENS
 from ptqcli.checkpoint.writer import JOIN_BELOW
-from ptqcli.finishing.estimate import tuning_bytes
+from ptqcli.finishing.estimate import tuning_bytes, tuning_work
+from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -143,6 +144,11 @@ def memory_bytes(
     return process_bytes() + LIBRARY_BYTES + beside + needed
 
 
+def finish_work(skeleton: Skeleton, windows: int, seqlen: int) -> float:
+    """Floating operations that tuning the scales at the end takes."""
+    return tuning_work(TuneScales(), skeleton, windows, seqlen)
+
+
 def _tensor_bytes(
     recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, windows: int, resources: Resources
 ) -> int:
@@ -169,6 +175,9 @@ def _tensor_bytes(
         # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
         outputs = max(sum(site.out_features for site in skeleton.linears if site.block == index) for index in range(len(in_blocks)))
         solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
+        most = _largest_block(linears, skeleton, features)
+        matrix = largest.in_features * largest.out_features
+        solving += max(each.learning_bytes(most[0], matrix, most[1], max(TRIED_TOKENS, seqlen)) for each in recipe.transforms())
     tokens = windows * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
     asleep = tokens * (2 * inside + 4 * features if solver.needs.pairs else inside)  # batches of both models, and the drift
@@ -182,7 +191,13 @@ def _tensor_bytes(
 
 def _window_bytes(solver: BlockSolver, window: int, linears: Sequence[PlannedLinear], skeleton: Skeleton, hidden: int, tokens: int) -> int:
     """What the solver says of the largest window: all blocks like the largest."""
+    weights, features = _largest_block(linears, skeleton, hidden)
+    return solver.window_bytes(window * weights, window * features, tokens)
+
+
+def _largest_block(linears: Sequence[PlannedLinear], skeleton: Skeleton, hidden: int) -> tuple[int, int]:
+    """Weights that are quantized in a block, and features that its modules take and give for a token; the most of each."""
     blocks = range(len(skeleton.blocks))
     weights = max(sum(each.site.in_features * each.site.out_features for each in linears if each.site.block == index) for index in blocks)
     features = max(sum(site.in_features + site.out_features for site in skeleton.linears if site.block == index) for index in blocks)
-    return solver.window_bytes(window * weights, window * (features + 4 * hidden), tokens)
+    return weights, features + 4 * hidden

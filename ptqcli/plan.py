@@ -16,9 +16,7 @@ import torch
 
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, memory_bytes, needs_calibration
-from ptqcli.finishing.estimate import tuning_work
-from ptqcli.finishing.tune_scales import TuneScales
+from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
@@ -27,7 +25,7 @@ from ptqcli.numerics.grids import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
-from ptqcli.plan_texts import ChooseTexts, PlannedTexts, pass_work, texts_as_asked
+from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.solvers.per_matrix import as_block_solver
@@ -351,7 +349,7 @@ def _finish_notes(recipe: Recipe, skeleton: Skeleton, windows: int, seqlen: int)
     """What tuning takes, beside one pass over the calibration text."""
     if recipe.finish == "none":
         return []
-    work, once = tuning_work(TuneScales(), skeleton, windows, seqlen), pass_work(skeleton, windows * seqlen)
+    work, once = finish_work(skeleton, windows, seqlen), skeleton.pass_work(windows * seqlen)
     return [f"finish {recipe.finish} takes about {work / 1e12:,.2g} TFLOP, {work / once:.0f} times one pass over the calibration text"]
 
 

@@ -54,11 +54,6 @@ def own_tokens(shares: tuple[Share, ...], seqlen: int) -> int:
     return sum((share.windows or 0) * seqlen for share in shares if share.source == SELF)
 
 
-def pass_work(skeleton: Skeleton, tokens: int) -> float:
-    """Floating operations of one pass over ``tokens``, and of writing them where earlier tokens' keys and values are kept: two a weight."""
-    return 2.0 * tokens * sum(parameter.numel() for parameter in skeleton.model.parameters())
-
-
 def own_text_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
     """Memory that writing ``tokens`` takes: the whole model, keys and values of one batch of pieces, and its probabilities."""
     how, config = Sampling(), skeleton.config.get_text_config()

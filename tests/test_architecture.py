@@ -43,7 +43,8 @@ ALLOWED = {
     "finishing": BASE | {"options", "calibration", "checkpoint", "formats", "model", "resources", "runtime"},
     "solvers": BASE | {"options", "calibration.statistics"},
     # which modules are linears, and how they lie in memory; what a rewritten tensor is made of
-    "transforms": BASE | {"options", "calibration.statistics", "model", "checkpoint.tensors"},
+    # let learns OmniQuant's clipping beside its scales
+    "transforms": BASE | {"options", "calibration.statistics", "model", "checkpoint.tensors", "solvers.omniquant", "solvers.rounding"},
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
     "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources"},
     "recipe_loading": BASE | {"algorithms", "quality", "recipe", "recipe_file"},

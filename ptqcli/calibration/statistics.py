@@ -61,6 +61,12 @@ class Hessian:
         scales = scales.to(self.sums)
         return Hessian(self.matrix / scales.unsqueeze(1) / scales, self.tokens)
 
+    def shifted(self, by: Tensor, sums: Tensor) -> Hessian:
+        """The Hessian of the inputs less ``by`` [in]; sums: of the inputs, [in]."""
+        by, sums = by.to(self.sums), sums.to(self.sums)
+        crossed = torch.outer(by, sums - self.tokens / 2 * by)
+        return Hessian(self.matrix - crossed - crossed.t(), self.tokens)
+
     def without(self, columns: Tensor) -> Hessian:
         """The Hessian of the inputs without the ``columns`` that are True in a bool [in]."""
         kept = torch.nonzero(~columns).squeeze(1)
@@ -235,6 +241,23 @@ class InputStatistics:
             sums=None if self.sums is None else self.sums / scales,
             stride=self.stride,
             samples=[piece / scales for piece in self.samples],
+            tokens=self.tokens,
+        )
+
+    def shifted(self, by: Tensor) -> InputStatistics:
+        """The statistics of the inputs less ``by`` [in]; magnitudes are those of the sampled tokens, and a Hessian asks for the sums."""
+        samples, hessian = [piece - by for piece in self.samples], self.hessian
+        magnitudes = torch.cat(samples).abs()
+        if hessian is not None:
+            assert self.sums is not None
+            hessian = hessian.shifted(by, self.sums)
+        return InputStatistics(
+            largest=magnitudes.amax(dim=0),
+            summed=magnitudes.mean(dim=0) * self.tokens,
+            hessian=hessian,
+            sums=None if self.sums is None else self.sums - self.tokens * by,
+            stride=self.stride,
+            samples=samples,
             tokens=self.tokens,
         )
 

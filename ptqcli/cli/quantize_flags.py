@@ -110,8 +110,8 @@ FLAGS = {
             metavar="NAME[+NAME]",
             show_default="gptq",
             shell_complete=completion.algorithm,
-            help="rtn, gptq, obq, autoround, awq, smoothquant, equalize, rotate, llm-int8, or several joined: transforms, then a solver, "
-            "such as awq+gptq. `ptq algorithms` lists them.",
+            help="rtn, gptq, obq, autoround, awq, smoothquant, let, equalize, rotate, llm-int8, or several joined: transforms, then a "
+            "solver, such as awq+gptq. `ptq algorithms` lists them.",
         ),
         click.option(
             "--recipe",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, TuneScales, windows_at_once
 from ptqcli.formats import LinearSpec
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.plan_texts import pass_work
 from ptqcli.resources import Resources
 
 SCALE_COPIES = 7  # in float32: as stored, its change, the best one, what the model computes with, its gradient, and two of Adam
@@ -41,4 +40,4 @@ def tuning_work(options: TuneScales, skeleton: Skeleton, windows: int, seqlen: i
     """
     steps = options.steps * min(WINDOWS, windows // 2) * 4
     evaluations = (1 + min(EVALUATIONS, options.steps)) * (windows - windows // 2)
-    return (steps + evaluations + windows) * pass_work(skeleton, seqlen)
+    return (steps + evaluations + windows) * skeleton.pass_work(seqlen)

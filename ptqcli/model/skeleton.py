@@ -239,6 +239,10 @@ class Skeleton:
         """Path of block ``index`` in the model, such as ``model.layers.3``."""
         return f"{self.blocks_name}.{index}"
 
+    def pass_work(self, tokens: int) -> float:
+        """Floating operations of one pass over ``tokens``, and of writing them where earlier tokens' keys are kept: two a weight."""
+        return 2.0 * tokens * sum(parameter.numel() for parameter in self.model.parameters())
+
     @property
     def fused_groups(self) -> tuple[tuple[str, ...], ...]:
         """Linears that servers run as one matrix (q, k and v; gate and up): paths in the model, in running order."""

@@ -33,7 +33,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.whole import walked, whole
 from ptqcli.pipeline.progress import Progress
-from ptqcli.plan_texts import MOST_WORK, PlannedTexts, check_bytes, own_text_bytes, own_tokens, pass_work, texts_as_asked
+from ptqcli.plan_texts import MOST_WORK, PlannedTexts, check_bytes, own_text_bytes, own_tokens, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, free_bytes
 from ptqcli.untrusted import foreign
@@ -84,7 +84,7 @@ class TextMaker:
         if obstacle is not None:
             raise UsageError(f"calib self: {obstacle}; give a text with --calib")
         needed = own_text_bytes(self.skeleton, tokens, self._dtype)
-        work = pass_work(self.skeleton, tokens) / 1e12
+        work = self.skeleton.pass_work(tokens) / 1e12
         note = f"the model writes {tokens:,} tokens itself beforehand: about {work:,.2g} TFLOP, with the whole model in memory"
         return replace(chosen, notes=(*chosen.notes, note), memory_bytes=max(memory, needed))
 
@@ -137,7 +137,7 @@ class TextMaker:
         needed, free = own_text_bytes(self.skeleton, tokens, self._dtype), free_bytes(self.resources.device)
         if needed > free:
             return f"for the model to write it takes about {needed / 2**30:.1f} GiB of memory, of which {free / 2**30:.1f} are free"
-        work = pass_work(self.skeleton, tokens)
+        work = self.skeleton.pass_work(tokens)
         if unasked and self.resources.device.type == "cpu" and work > MOST_WORK:
             return f"for the model to write it takes about {work / 1e12:,.0f} TFLOP, hours on a CPU (--calib self does it nevertheless)"
         return None

@@ -8,8 +8,9 @@ Codes are rounded to nearest; what is learned is how far each group's range reac
     symmetric:   s = -m / 2^(b-1),  m the one of low and high with the larger magnitude,  z = 2^(b-1)
 
 The paper's symmetric grid, max |w| / (2^(b-1) - 1), leaves one code unused, which ours does not. AdamW without weight decay, rate 1e-2, 20
-epochs (40 at 2 bits) of steps of one calibration window. Left out: at 2 bits, the loss against the original block on quantized inputs that
-the published code adds; and the learnable equivalent transformation, for which there are the transforms awq and smoothquant.
+epochs (40 at 2 bits) of steps of one calibration window. The paper's other half, the learnable equivalent transformation, is the transform
+let: ``let+omniquant`` is OmniQuant whole, one half after the other. Left out: at 2 bits, the loss against the original block on quantized
+inputs that the published code adds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ptqcli.numerics.scheme import Scheme
+from ptqcli.solvers import LinearTask, SolveNotes
 from ptqcli.solvers.learned import BlockLearner
 from ptqcli.solvers.rounding import Rounding, Start, range_grid, range_of
 
@@ -57,8 +60,19 @@ class Clipping(Rounding):
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        self.low, self.high = range_of(self.weight, self.scheme)
+        self.hold(start.weight)
         self.l, self.u = nn.Parameter(start.per_group(BEGIN)), nn.Parameter(start.per_group(BEGIN))
+
+    @classmethod
+    def of(cls, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, signed: bool) -> Clipping:
+        """The clipping of a float32 ``weight`` [out, in] that belongs to no task."""
+        task = LinearTask(name="", weight=weight, scheme=scheme, scale_dtype=scale_dtype)
+        return cls(Start(task=task, weight=weight, importance=torch.ones_like(weight[0]), notes=SolveNotes(), signed=signed))
+
+    def hold(self, weight: Tensor) -> None:
+        """Clip ``weight`` [out, in] from now on, which may have a graph."""
+        self.weight = weight.reshape(len(weight), self.scheme.group_count(weight.shape[1]), -1)
+        self.low, self.high = range_of(self.weight, self.scheme)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """See ``Rounding``."""

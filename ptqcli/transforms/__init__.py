@@ -36,6 +36,14 @@ class BlockTransform(Protocol):
         """Choose what depends on the weights as all transforms have left them; as it stands, nothing."""
         return
 
+    def learning_bytes(self, weights: int, largest: int, features: int, tokens: int) -> int:
+        """Memory to learn from a block, beside the block in float32 and what its modules return; as it stands, none.
+
+        weights: of the block's linears. largest: of its largest matrix. features: of the inputs and outputs of all its modules, for each
+        of the excerpt's ``tokens``.
+        """
+        return 0
+
 
 class ModelTransform(Protocol):
     """Rewrites the whole model before anything else looks at it.

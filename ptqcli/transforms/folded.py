@@ -5,14 +5,17 @@ scales are kept apart from the stored weights: ``weight`` is always the stored m
 rounded once, when its codes are chosen. What is not quantized (norms, biases, linears that are left alone) is rounded to the dtype in
 which it is stored; for a norm the scales that this leaves are taken over by its readers, so the fold stays exact (see ``folds.divide``).
 
-``verified`` proves folds with the very ``FoldedBlock.scale`` that transforms then use.
+A fold that can be shifted moves its producer's bias, and its readers' biases take up what they miss.
+
+``verified`` proves folds with the very ``FoldedBlock.scale`` and ``shift`` that transforms then use.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +83,14 @@ class FoldedBlock:
         self.block, self.folds, self.specs = block, tuple(folds), specs
         self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not ``search``
         self.search, self.tell = search, tell
-        self._given, self._inputs, self._stored = inputs, dict(inputs), stored
-        self._changed: set[str] = set()  # parameters that a scale has changed
+        self._stored = stored
+        self._inputs = dict(inputs)
         self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
         self._rows: dict[str, Tensor] = {}  # linear -> [out], by which its rows are divided
         self._norms: dict[str, Tensor] = {}  # parameters of producers that are no linears, in the dtype of the file
+        self._moved: dict[str, Tensor] = {}  # linear -> [out], what shifts have added to its bias
+        self._changed: dict[str, None] = {}  # parameters that a scale has changed
+        self._given = self.state()
         self._replay: Replay | None = Replay(self._in_float32(), run)
 
     def _in_float32(self) -> nn.Module:
@@ -104,9 +110,17 @@ class FoldedBlock:
         """Statistics of a quantized linear's inputs, divided by the scales so far."""
         return self._inputs[local]
 
-    def outliers(self, local: str) -> Tensor | None:
-        """Bool [in], the columns in which calibration saw outliers; None if the linear's scheme splits none off."""
-        return self._outliers(local, torch.ones(()))
+    def outliers(self, local: str, columns: Tensor | None = None) -> Tensor | None:
+        """Bool [in], the columns in which calibration saw outliers; None if the linear's scheme splits none off.
+
+        columns: [in], by which the inputs are yet to be divided, None for 1.
+        """
+        split = self.specs[local].scheme.outliers
+        if split is None:
+            return None
+        largest = self._inputs[local].largest
+        assert largest is not None
+        return (largest if columns is None else largest / columns.to(largest.device)) > split.threshold
 
     def weight(self, local: str) -> Tensor:
         """A linear's matrix with the scales so far, float32 [out, in]; not to be changed."""
@@ -114,10 +128,31 @@ class FoldedBlock:
             return linear_weight(self._replay.block.get_submodule(local))
         return rows_first(self.block.get_submodule(local), self._scaled(f"{local}.weight"))
 
-    def output(self) -> Tensor:
-        """What the block returns on the excerpt in float32, with the scales so far."""
+    def bias(self, local: str) -> Tensor | None:
+        """A linear's bias with the scales so far, float32 [out]; None if it has none."""
         assert self._replay is not None
-        return self._replay.output()
+        bias = self._replay.block.get_submodule(local).bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def output(self, trials: Mapping[str, FakeQuantLinear] | None = None) -> Tensor:
+        """What the block returns on the excerpt in float32, with the scales so far and ``trials`` in the place of linears."""
+        assert self._replay is not None
+        return self._replay.output(trials)
+
+    def target(self) -> Tensor:
+        """What the unquantized block returns on the excerpt, which scales leave as it is but for the rounding of what is stored."""
+        assert self._replay is not None
+        return self._replay.expected()
+
+    def error(self, search: RangeSearch) -> float:
+        """Mean squared change of the block's output when all that is to be quantized is rounded, with the scales so far.
+
+        search: fits the grids.
+        """
+        assert self._replay is not None
+        weights = {local: self.weight(local) for local in self.specs}
+        return self._replay.error({local: self._trial(local, each, torch.ones_like(each[0]), search) for local, each in weights.items()})
 
     def best_of(self, fold: Fold, plain: str, candidates: Iterable[tuple[str, Tensor]]) -> FoldNote:
         """Apply the (name, scales) with the least ``fold_error``, or none, which is called ``plain``, and say which it was."""
@@ -141,19 +176,17 @@ class FoldedBlock:
         for local in self.readers(fold):
             weight = self.weight(local)
             columns = torch.ones_like(weight[0]) if scales is None else fold.spread(scales)
-            trials[local] = self._trial(local, weight * columns, columns)
+            trials[local] = self._trial(local, weight * columns, columns, self.search)
         return self._replay.error(trials)
 
-    def _trial(self, local: str, weight: Tensor, columns: Tensor) -> FakeQuantLinear:
+    def _trial(self, local: str, weight: Tensor, columns: Tensor, search: RangeSearch) -> FakeQuantLinear:
         """A linear whose ``weight`` has been multiplied by ``columns`` [in], rounded to nearest, for inputs that are yet to be divided."""
-        assert self._replay is not None
-        spec, bias = self.specs[local], self._replay.block.get_submodule(local).bias
-        assert bias is None or isinstance(bias, Tensor)
+        spec, bias = self.specs[local], self.bias(local)
         activations = spec.scheme.activations
-        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, self.search).dequantize(torch.float32)
+        rounded = round_to_nearest(weight, spec.scheme, spec.scale_dtype, search).dequantize(torch.float32)
         if activations is None:
             return FakeQuantLinear(rounded / columns, bias)
-        outliers = self._outliers(local, columns)
+        outliers = self.outliers(local, columns)
         return FakeQuantLinear(
             rounded if outliers is None else torch.where(outliers, weight, rounded),
             bias,
@@ -168,14 +201,6 @@ class FoldedBlock:
         assert largest is not None
         return static_scale(largest / columns, self.specs[local].scale_dtype).float()
 
-    def _outliers(self, local: str, columns: Tensor) -> Tensor | None:
-        split = self.specs[local].scheme.outliers
-        if split is None:
-            return None
-        largest = self._inputs[local].largest
-        assert largest is not None
-        return largest / columns.to(largest.device) > split.threshold
-
     # What a transform does
 
     def scale(self, fold: Fold, scales: Tensor) -> None:
@@ -187,6 +212,8 @@ class FoldedBlock:
         scales = torch.where(fold.folded().to(scales.device), scales, torch.ones_like(scales))
         if is_linear(self.block.get_submodule(fold.producer)):
             self._rows[fold.producer] = self._rows.get(fold.producer, torch.ones_like(scales)) * scales
+            if fold.producer in self._moved:
+                self._moved[fold.producer] = self._moved[fold.producer] / scales
         else:
             keys = {name: f"{fold.producer}.{name}" for name, _ in fold.offsets}
             current = {name: self._norms[key] if key in self._norms else self._stored(key) for name, key in keys.items()}
@@ -195,20 +222,47 @@ class FoldedBlock:
         columns = fold.spread(scales.float())  # [in]
         for local in fold.readers:
             self._columns[local] = self._columns.get(local, torch.ones_like(columns)) * columns
-        # readers of one tensor share one object, and go on sharing one
-        seen = {id(self._inputs[local]): self._inputs[local] for local in self.readers(fold)}
-        behind = {key: statistics.divided(columns) for key, statistics in seen.items()}
-        self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
+        self._follow(fold, lambda statistics: statistics.divided(columns))
         self._refresh([*(f"{local}.weight" for local in fold.readers), *self._divided_parameters(fold)])
 
-    def undo(self) -> None:
-        """Take all scales back: weights and inputs are what they were, to the last bit."""
+    def shift(self, fold: Fold, by: Tensor) -> None:
+        """Take ``by`` [fold.width], float32, off what the producer of ``fold`` gives, and let the biases of its readers take it up.
+
+        The producer's bias is rounded to the dtype in which it is stored at once, so that its readers take up what it has moved by. Only
+        for a fold that has a ``shift``; channels that no reader sees are left alone.
+        """
+        assert fold.shift is not None
+        assert not self.ranges
+        key = f"{fold.producer}.{fold.shift}"
+        before = self._scaled(key).double()
+        after = (before - by.to(before.device)).to(self._stored(key).dtype)
+        by = torch.where(fold.folded().to(before.device), before - after.double(), 0.0)
+        if is_linear(self.block.get_submodule(fold.producer)):
+            self._moved[fold.producer] = self._moved.get(fold.producer, torch.zeros_like(by).float()) - by.float()
+        else:
+            self._norms[key] = (before - by).to(after.dtype)
+        columns = fold.spread(by.float(), 0.0)  # [in]
+        for local in fold.readers:
+            self._moved[local] = self._moved.get(local, 0.0) + self.weight(local) @ columns
+        self._follow(fold, lambda statistics: statistics.shifted(columns))
+        self._refresh([key, *(f"{local}.bias" for local in fold.readers)])
+
+    def _follow(self, fold: Fold, change: Callable[[InputStatistics], InputStatistics]) -> None:
+        """What is known of the readers' inputs changes with them; readers of one tensor share one object, and go on sharing one."""
+        seen = {id(self._inputs[local]): self._inputs[local] for local in self.readers(fold)}
+        behind = {key: change(statistics) for key, statistics in seen.items()}
+        self._inputs.update({local: behind[id(self._inputs[local])] for local in self.readers(fold)})
+
+    def state(self) -> tuple[dict[str, Any], ...]:
+        """The scales and shifts so far, for ``undo``."""
+        return tuple(dict(kept) for kept in (self._inputs, self._columns, self._rows, self._norms, self._moved, self._changed))
+
+    def undo(self, to: tuple[dict[str, Any], ...] | None = None) -> None:
+        """Take all scales and shifts back, or those since ``state`` gave ``to``: weights and inputs are what they were, to the last bit."""
         changed = list(self._changed)
-        for kept in (self._columns, self._rows, self._norms):
-            kept.clear()
-        self._inputs = dict(self._given)
+        self._inputs, self._columns, self._rows, self._norms, self._moved, kept = (dict(each) for each in to or self._given)
         self._refresh(changed)
-        self._changed.clear()
+        self._changed = kept
 
     def _divided_parameters(self, fold: Fold) -> list[str]:
         producer = self.block.get_submodule(fold.producer)
@@ -218,9 +272,12 @@ class FoldedBlock:
     def _refresh(self, names: Sequence[str]) -> None:
         """Give the replayed block the values that hold now of some parameters."""
         assert self._replay is not None
-        self._changed.update(names)
+        self._changed.update(dict.fromkeys(names))
         for name in names:
-            self._replay.block.get_parameter(name).copy_(self._scaled(name))
+            value = self._scaled(name)
+            if name.endswith(".bias"):  # of a weight it is for its codes to say what is stored
+                value = value.to(self._stored(name).dtype)
+            self._replay.block.get_parameter(name).copy_(value)
         self._replay.forget()
 
     # What the pipeline takes over
@@ -233,7 +290,7 @@ class FoldedBlock:
             module, value = self.block.get_submodule(path), self._replay.block.get_parameter(name)
             module._parameters[leaf] = nn.Parameter(value.to(module.get_parameter(leaf).dtype), requires_grad=False)
         self._replay = None
-        self._given = self._inputs = {}
+        self._given, self._inputs = (), {}
 
     def rewritten(self) -> dict[str, Tensor]:
         """Every parameter that was changed and is not quantized, by its local name, as it has to be stored.
@@ -260,6 +317,8 @@ class FoldedBlock:
             value = value * self._columns[local]
         if local in self._rows:
             value = value / (self._rows[local].unsqueeze(1) if leaf == "weight" else self._rows[local])
+        if leaf == "bias" and local in self._moved:
+            value = value + self._moved[local]
         return rows_first(module, value)
 
 
@@ -288,11 +347,21 @@ def verified(block: nn.Module, search: FoldSearch, run: Run, seed: int = 0) -> F
         change = float((folded.output() - expected).norm())
         folded.undo()
         if change <= BOUND * whole:
-            kept.append(fold)
+            kept.append(fold if _shifts(folded, fold, expected, generator) else replace(fold, shift=None))
         else:
             share = change / whole if whole else torch.inf
             rejected.append((fold.producer, f"folding it into {', '.join(fold.readers)} changes the block's output by {share:.1e}"))
     return FoldSearch(tuple(kept), tuple(rejected))
+
+
+def _shifts(folded: FoldedBlock, fold: Fold, expected: Tensor, generator: torch.Generator) -> bool:
+    """Whether a random shift of ``fold`` leaves the ``expected`` output as it is."""
+    if fold.shift is None:
+        return False
+    folded.shift(fold, torch.randn(fold.width, generator=generator).to(expected.device))
+    change = float((folded.output() - expected).norm())
+    folded.undo()
+    return change <= BOUND * float(expected.norm())
 
 
 def _random_scales(count: int, generator: torch.Generator) -> Tensor:

@@ -19,9 +19,16 @@ Found without a name of an architecture, on a twin of the block that needs no we
    residual stream that also reads P forbids the fold. Input channels that are zero throughout (ReLU) stay out of it.
 4. *Parameters.* How P takes the scale: a linear by its rows and bias; anything else by trying which of its parameters, as they are
    or with 1 added (Gemma's norms multiply by 1 + weight), have to be divided.
-5. *Proof.* ``folded.verified`` applies each fold with random scales to the real block in float32 and compares the outputs.
+5. *Shift.* Where P has a parameter that is added to its output and every reader has a bias, a number for each channel may move, too,
 
-The idea of folding: SmoothQuant (Xiao et al. 2022, section 4) and AWQ (Lin et al. 2023, section 3.2), with tables per architecture.
+       p' = p - δ,    b' = b + R δ
+
+   if on a third pass, with numbers added to the leaf, the readers' inputs grow by just those and all else stays: behind a norm, and behind
+   the values of an attention, whose weights sum to 1; not behind a gate or an activation.
+6. *Proof.* ``folded.verified`` applies each fold with random scales, and shifts, to the real block in float32 and compares the outputs.
+
+The idea of folding: SmoothQuant (Xiao et al. 2022, section 4) and AWQ (Lin et al. 2023, section 3.2), with tables per architecture; of
+shifts: Outlier Suppression+ (Wei et al. 2023).
 Left out: scales that enter squared (ReLU² between fc1 and fc2), and folds across blocks.
 """
 
@@ -29,13 +36,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptqcli.transforms.cut import TOLERANCE, CutError, CutModule, Run, distinct_numbers, multiplied_by, without_weights
+from ptqcli.transforms.cut import TOLERANCE, CutError, CutModule, Run, distinct_numbers, multiplied_by, random_numbers, without_weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,7 +51,8 @@ class Fold:
 
     channel: int64 [in], the producer's output channel behind each input channel of the readers, -1 where there is none.
     width: number of output channels of the producer. offsets: its parameters [width] that take the scale, as
-    (p + offset) / s - offset; empty for a linear, which takes it by its rows and its bias.
+    (p + offset) / s - offset; empty for a linear, which takes it by its rows and its bias. shift: its parameter [width] that takes a shift,
+    None where none can be.
     """
 
     producer: str
@@ -52,11 +60,15 @@ class Fold:
     channel: Tensor
     width: int
     offsets: tuple[tuple[str, float], ...] = ()
+    shift: str | None = None
 
-    def spread(self, scale: Tensor) -> Tensor:
-        """What multiplies the readers' columns, [in], when the producer's channels are divided by ``scale`` [width]: 1 where none."""
-        channel = self.channel.to(scale.device)
-        return torch.where(channel >= 0, scale[channel.clamp_min(0)], torch.ones_like(scale[:1]))
+    def spread(self, values: Tensor, elsewhere: float = 1.0) -> Tensor:
+        """``values`` [width] of the producer's channels for the input channels of the readers, [in]; ``elsewhere`` where there is none.
+
+        Of the scales by which the producer is divided it is what multiplies the readers' columns.
+        """
+        channel = self.channel.to(values.device)
+        return torch.where(channel >= 0, values[channel.clamp_min(0)], torch.full_like(values[:1], elsewhere))
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of non-negative ``values`` [in] over the input channels behind each producer channel, [width]; 0 where none."""
@@ -156,7 +168,8 @@ class _CutBlock(CutModule):
         ]
         if torch.stack([fold.folded() for fold in folds]).sum(0).max() > 1:
             raise _NoFoldError(f"{', '.join(fold.readers[0] for fold in folds)} read the same channels in different orders")
-        return folds
+        shift = self._shift(index, {reader: fold for fold in folds for reader in fold.readers})
+        return [replace(fold, shift=shift) for fold in folds]
 
     def _readers(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """(linear, int64 [in]: the channel of cut module ``index`` behind each of its inputs, or -1) for each linear that reads it."""
@@ -173,15 +186,51 @@ class _CutBlock(CutModule):
                     raise _NoFoldError(f"{name} depends on it and is not a linear that runs once")
                 yield name, channel.cpu()
 
+    def _shift(self, index: int, readers: Mapping[str, Fold]) -> str | None:
+        """The parameter of cut module ``index`` that moves its output, if the inputs of its ``readers`` move along, and nothing else."""
+        parameter = self._added(index)
+        if parameter is None or any(self.module.get_submodule(reader).bias is None for reader in readers):
+            return None
+        folded = torch.stack([fold.folded() for fold in readers.values()]).any(dim=0)
+        by = folded.to(self.leaves[index].device) * random_numbers(folded.shape, self.generator, self.leaves[index].device)
+        try:
+            passed = self.passed({index: lambda leaf: leaf + by})
+        except CutError:
+            return None
+        for name, before, after in zip([*self.names, ""], self.before, passed, strict=True):
+            moved = readers[name].spread(by, 0.0) if name in readers else 0.0
+            for old, new in zip(before, after, strict=True):
+                if (new - old.detach() - moved).norm() > TOLERANCE * old.detach().norm():
+                    return None
+        return parameter
+
+    def _added(self, index: int) -> str | None:
+        """The parameter of cut module ``index`` that is added to its output."""
+        if self.names[index] in self.linears:
+            return None if self.module.get_submodule(self.names[index]).bias is None else "bias"
+        module, result, names = self._tried(index)
+        args, kwargs = self.arguments[index]
+        by = random_numbers(result.shape[-1:], self.generator, result.device)
+        for name in names:
+            moved = functional_call(module, {name: module.get_parameter(name) + by}, args, kwargs).detach() - by
+            if (moved - result).norm() <= TOLERANCE * result.norm():
+                return name
+        return None
+
+    def _tried(self, index: int) -> tuple[nn.Module, Tensor, list[str]]:
+        """Cut module ``index`` with random parameters, what it then returns, and those of them that have a number for each channel."""
+        module = without_weights(self.module.get_submodule(self.names[index]), self.generator)
+        args, kwargs = self.arguments[index]
+        result = module(*args, **kwargs).detach()
+        return module, result, [name for name, parameter in module.named_parameters() if parameter.shape == result.shape[-1:]]
+
     def _offsets(self, index: int) -> tuple[tuple[str, float], ...]:
         """The parameters of cut module ``index`` to divide, found by trying them on random ones. Raises _NoFoldError if none will do."""
         if self.names[index] in self.linears:
             return ()
-        module = without_weights(self.module.get_submodule(self.names[index]), self.generator)
+        module, result, names = self._tried(index)
         args, kwargs = self.arguments[index]
-        result = module(*args, **kwargs).detach()
         scale = 1 + torch.rand(result.shape[-1], generator=self.generator, dtype=torch.float64).to(result.device)
-        names = [name for name, parameter in module.named_parameters() if parameter.shape == scale.shape]
         for choice in itertools.product((0.0, 1.0, None), repeat=len(names)):
             offsets = tuple((name, offset) for name, offset in zip(names, choice, strict=True) if offset is not None)
             divided = {name: (module.get_parameter(name) + offset) / scale - offset for name, offset in offsets}

@@ -35,20 +35,26 @@ class Replay:
         self._finished: dict[str, int] = {}  # linear -> how many modules had finished when it started
         self._often: set[str] = set()  # modules that run more than once
 
-    def output(self) -> Tensor:
-        """What the block returns on the excerpt."""
-        return self._run(self.block)
+    def output(self, trials: Mapping[str, FakeQuantLinear] | None = None) -> Tensor:
+        """What the block returns on the excerpt, with the linears in ``trials`` replaced; gradients flow to what asks for them."""
+        with self._replaced(trials or {}, ()):
+            return self._run(self.block)
+
+    def expected(self) -> Tensor:
+        """What it returned when it was first asked."""
+        if self._expected is None:
+            self._expected = self._run(self.block)
+        return self._expected
 
     def error(self, trials: Mapping[str, FakeQuantLinear]) -> float:
         """Mean squared difference of the block's output, with the linears in ``trials`` replaced, to its own."""
-        if self._expected is None:
-            self._expected = self._run(self.block)
+        expected = self.expected()
         if not self._outputs:
             self._remember_outputs()
         known = min(self._finished[local] for local in trials)
         with self._replaced(trials, [name for name in list(self._outputs)[:known] if name not in self._often]):
             output = self._run(self.block)
-        return float((output - self._expected).square().mean())
+        return float((output - expected).square().mean())
 
     def _remember_outputs(self) -> None:
         runs: Counter[str] = Counter()

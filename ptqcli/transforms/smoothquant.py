@@ -76,13 +76,13 @@ class SmoothQuant(BlockTransform):
     def _smooth(self, block: FoldedBlock, fold: Fold) -> FoldNote:
         if isinstance(self.alpha, str):
             block.tell(f"smoothquant searches alpha for {fold.producer}")
-            return block.best_of(fold, "no smoothing", ((f"alpha {alpha:g}", _scales(block, fold, alpha)) for alpha in ALPHAS))
-        block.scale(fold, _scales(block, fold, self.alpha))
+            return block.best_of(fold, "no smoothing", ((f"alpha {alpha:g}", smoothing_scales(block, fold, alpha)) for alpha in ALPHAS))
+        block.scale(fold, smoothing_scales(block, fold, self.alpha))
         return FoldNote(producer=fold.producer, readers=fold.readers, choice=f"alpha {self.alpha:g}")
 
 
-def _scales(block: FoldedBlock, fold: Fold, alpha: float) -> Tensor:
-    """Equation 4 for the channels of the fold's producer."""
+def smoothing_scales(block: FoldedBlock, fold: Fold, alpha: float) -> Tensor:
+    """Equation 4 for the channels of the fold's producer, [fold.width]."""
     readers = block.readers(fold)
     largest = block.inputs(readers[0]).largest
     assert largest is not None
