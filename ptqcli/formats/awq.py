@@ -14,7 +14,8 @@ configuration is true for both, since vLLM has its fast kernels for that only.
 GEMV files (``awq_gemv``) have ``qweight`` [out, in / 8], ``qzeros`` [out, words] and ``scales`` [out, 8 * words] in the plain order of
 ``bitstream``, with so many words that all groups have room and more, as their kernel wants it. Few programs read them; none is written.
 
-One group size holds for the whole file; what stays as it is, stands in ``modules_to_not_convert``, which servers take for parts of names.
+One group size holds for the whole file; what stays as it is, stands in ``modules_to_not_convert``, which servers take for parts of names,
+and in the blocks also under ``dynamic`` (``gptq_config``).
 
 Left out: other widths, which AutoAWQ does not have; files repacked for Marlin and the layout ``gemv_fast``; refused by name.
 """
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import Format, LinearSpec, Reader, awq_readers, bitstream, joined
-from ptqcli.formats.stored import DAMAGED, describe, expect_scales, expect_words, expect_writable, reach
+from ptqcli.formats import Format, LinearSpec, Reader, awq_readers, bitstream, gptq_config, joined
+from ptqcli.formats.stored import DAMAGED, describe, expect_floats, expect_scales, expect_words, expect_writable, reach
 from ptqcli.numerics.scheme import WHOLE_ROW, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.untrusted import shown
@@ -120,7 +121,7 @@ class Awq(Format):
         """The entry of config.json, and quantize_config.json, which says the same. Raises UsageError if nothing is quantized."""
         if not specs:
             raise UsageError("no linear layer is quantized, so there is nothing to describe")
-        entry = {
+        entry: dict[str, Any] = {
             "quant_method": METHOD,
             "bits": BITS,
             "group_size": specs[0].scheme.group_size,
@@ -128,6 +129,9 @@ class Awq(Format):
             "version": GEMM,
             "modules_to_not_convert": list(untouched) or None,
         }
+        skipped = gptq_config.skipped_inside(specs, untouched)
+        if skipped:
+            entry["dynamic"] = gptq_config.left_alone(skipped)  # GPTQModel looks nowhere else, and would leave random numbers there
         return {"config.json": {"quantization_config": entry}, "quantize_config.json": entry}
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -183,12 +187,11 @@ class AwqGemv(Awq):
         out_features, in_features = words.shape[0], words.shape[1] * IN_WORD
         groups = _groups(name, scheme, out_features, in_features)
         scale, zeros = read(f"{name}.scales"), _expect_matrix(f"{name}.qzeros", read(f"{name}.qzeros"))
-        room = max(zeros.shape[1] * IN_WORD, groups)
-        if tuple(scale.shape) != (out_features, room):
-            raise PTQError(f"{name}.scales: expected floating {[out_features, room]}, found {describe(scale)}; {DAMAGED}")
+        width = max(zeros.shape[1], bitstream.word_count(groups, BITS))
+        expect_words(f"{name}.qzeros", zeros, (out_features, width))
+        expect_floats(f"{name}.scales", scale, (out_features, width * IN_WORD))
         scale = scale[:, :groups].contiguous()
         expect_scales(f"{name}.scales", scale, (out_features, groups), reach(scheme))
-        expect_words(f"{name}.qzeros", zeros, (out_features, room // IN_WORD))
         zero = bitstream.unpack(zeros, BITS, groups)
         return _weight(name, bitstream.unpack(words, BITS, in_features), scale, zero, scheme)
 

@@ -58,19 +58,39 @@ def quantization_config(specs: Sequence[LinearSpec], untouched: Sequence[str], v
         "lm_head": False,
         "pack_dtype": "int32",
     }
-    blocks = sorted({parts[1] for spec in specs if (parts := _BLOCK.fullmatch(spec.name))})
+    blocks = _blocks(specs)
     if len(blocks) == 1 and blocks[0] not in KNOWN_BLOCKS:
         entry["block_name_to_quantize"] = blocks[0]
-    skipped = [name for name in untouched if any(name.startswith(f"{block}.") for block in blocks)]
+    skipped = skipped_inside(specs, untouched)
     others = [spec for spec in specs if spec.scheme != usual]
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in _and_wholes(skipped)} | {
-        f"+:^{re.escape(name)}$": _numbers(spec.scheme) for spec in others for name in _and_wholes([spec.name, *spec.aliases])
+    dynamic = left_alone(skipped) | {
+        f"+:^{re.escape(name)}$": _numbers(spec.scheme) for spec in others for name in _and_wholes(_every_name([spec]))
     }
     if dynamic:
         entry["dynamic"] = dynamic
     if skipped:
-        entry["modules_in_block_to_quantize"] = [_named_by_ends([spec.name for spec in specs], skipped)]
+        entry["modules_in_block_to_quantize"] = [_named_by_ends(_every_name(specs), skipped)]
     return entry
+
+
+def skipped_inside(specs: Sequence[LinearSpec], untouched: Sequence[str]) -> list[str]:
+    """Those of ``untouched`` that stand in the blocks, which readers would take for quantized."""
+    blocks = _blocks(specs)
+    return [name for name in untouched if any(name.startswith(f"{block}.") for block in blocks)]
+
+
+def left_alone(skipped: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What ``dynamic`` says of linears that are not quantized."""
+    return {f"-:^{re.escape(name)}$": {} for name in _and_wholes(skipped)}
+
+
+def _every_name(specs: Sequence[LinearSpec]) -> list[str]:
+    return [name for spec in specs for name in (spec.name, *spec.aliases)]
+
+
+def _blocks(specs: Sequence[LinearSpec]) -> list[str]:
+    """The paths of the lists of blocks, by any name that readers may know."""
+    return sorted({parts[1] for name in _every_name(specs) if (parts := _BLOCK.fullmatch(name))})
 
 
 def _numbers(scheme: Scheme) -> dict[str, Any]:
@@ -103,9 +123,10 @@ def schemes_of(config: Mapping[str, Any], version: str, quantized: Mapping[str, 
 
 
 def _schemes(config: Mapping[str, Any], version: str, quantized: Mapping[str, str]) -> dict[str, Scheme]:
-    if layout(config) != version or config.get("is_marlin_format") or config.get("pack_dtype", "int32") != "int32":
-        what = next(key for key in ("is_marlin_format", "pack_dtype", "checkpoint_format", "format") if config.get(key))
-        raise PTQError(f"quantization_config: {what} {shown(config[what])} is not read; what is read: {V1} and {V2} in int32")
+    told = {"checkpoint_format": layout(config), "is_marlin_format": config.get("is_marlin_format"), "pack_dtype": config.get("pack_dtype")}
+    for key, read in (("checkpoint_format", (version,)), ("is_marlin_format", (None, False)), ("pack_dtype", (None, "int32"))):
+        if told[key] not in read:
+            raise PTQError(f"quantization_config: {key} {shown(told[key])} is not read; what is read: {V1} and {V2} in int32")
     usual = _scheme(config, Scheme(4, WHOLE_ROW), ("bits", "group_size"))
     overrides = _overrides(config.get("dynamic"), usual)
     places = list(dict.fromkeys([*quantized, *quantized.values()]))
