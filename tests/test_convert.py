@@ -27,7 +27,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of one model, in schemes that some formats hold and others do not."""
     folder = tmp_path_factory.mktemp("shop")
-    make_model(folder / "model", attention_bias=True)
+    make_model(folder / "model", attention_bias=True, dtype=torch.bfloat16)
     write_text(folder / "text.txt")
     for name, options in {
         "w4": {"wbits": 4, "group_size": 32},
@@ -81,7 +81,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(shop: P
     assert "awq does not hold model.layers.0.self_attn.q_proj as it is" in str(caught.value)
     assert "--requantize SCHEME rounds such linears anew" in str(caught.value)
     assert [*tmp_path.iterdir()] == []
-    with pytest.raises(UsageError, match="awq does not hold .* in w8a16-g32 either: .*; name another scheme"):
+    with pytest.raises(UsageError, match=r"awq does not hold .* in w8a16-g32 either: .*; name another scheme"):
         ptqcli.convert(shop / "w3", "awq", output=tmp_path / "there", requantize="w8a16-g32")
     with pytest.raises(UsageError, match="is compressed-tensors already; name another format with --to"):
         ptqcli.convert(shop / "w3", "compressed-tensors", output=tmp_path / "there")
@@ -91,7 +91,9 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(shop: P
 
 
 def test_only_what_has_to_be_is_rounded_anew_and_its_loss_is_told(shop: Path, tmp_path: Path) -> None:
-    done = ptqcli.convert(shop / "mixed", "awq", output=tmp_path / "there", requantize="w4a16-g64")
+    with pytest.raises(UsageError, match="awq has one group size for all linears"):
+        ptqcli.convert(shop / "mixed", "awq", output=tmp_path / "there", requantize="w4a16-g64")
+    done = ptqcli.convert(shop / "mixed", "awq", output=tmp_path / "there", requantize="w4a16-g32")
     before, after = numbers(shop / "mixed"), numbers(tmp_path / "there")
     anew = {name for name in before if name.endswith("down_proj")}
     assert set(done.errors) == anew
@@ -99,14 +101,14 @@ def test_only_what_has_to_be_is_rounded_anew_and_its_loss_is_told(shop: Path, tm
         if name not in anew:
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(tensors, before[name][1:], strict=True))
             continue
-        assert str(scheme) == "w4a16-g64"
+        assert str(scheme) == "w4a16-g32"
         values = [open_checkpoint(folder).weight(name).dequantize(torch.float64) for folder in (shop / "mixed", tmp_path / "there")]
         assert done.errors[name] == pytest.approx(float((values[1] - values[0]).norm() / values[0].norm()), rel=1e-4)
     assert 0.01 < done.error < 0.2
     report = read_report(tmp_path / "there")
     assert report is not None
     assert report["converted"]["relative_errors"] == done.errors
-    assert {layer["scheme"] for layer in report["layers"]} == {"w4a16-g32", "w4a16-g64"}
+    assert {layer["scheme"] for layer in report["layers"]} == {"w4a16-g32"}
     stored = sum(SafetensorsFolder(tmp_path / "there").nbytes(name) for name in SafetensorsFolder(tmp_path / "there").names)
     assert done.bytes_after == report["bytes_after"] == stored
 
@@ -172,3 +174,13 @@ def test_the_command(ptq: Ptq, shop: Path, tmp_path: Path) -> None:
     assert "already exists" in one_line(again)
     assert "model.layers.0.mlp.down_proj" in one_line(ptq("convert", shop / "mixed", "--to", "awq", "--output", tmp_path / "no"))
     assert "is not quantized" in one_line(ptq("convert", shop / "model", "--to", "awq", "--output", tmp_path / "no"))
+
+
+def test_scales_that_the_format_stores_shorter_are_not_cut_without_a_word(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")  # float32
+    ptqcli.quantize(tmp_path / "model", output=tmp_path / "w4", algo="rtn", wbits=4, group_size=32)
+    with pytest.raises(UsageError, match="its scales are float32, and gptq stores float16, which does not hold them"):
+        ptqcli.convert(tmp_path / "w4", "gptq", output=tmp_path / "there")
+    done = ptqcli.convert(tmp_path / "w4", "gptq", output=tmp_path / "there", requantize="w4a16-g32")
+    assert len(done.errors) == done.linears
+    assert 0 < done.error < 0.01

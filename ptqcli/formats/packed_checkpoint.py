@@ -162,6 +162,16 @@ def _single_file(folder: Path, entry: Mapping[str, Any]) -> str:
     return SINGLE_FILE
 
 
+def check_schemes(packed: PackedCheckpoint, wanted: Mapping[str, Scheme]) -> None:
+    """Raise PTQError, by name, if a checkpoint is not read with the schemes that its linears were written in."""
+    for name in {**wanted, **packed.schemes}:
+        found, meant = packed.schemes.get(name), wanted.get(name)
+        if found != meant:
+            raise PTQError(
+                f"{packed.folder}: {name} was written as {meant or 'it is'}, and is read as {found or 'not quantized'}; please report it"
+            )
+
+
 def _stored_dtype(tensors: TensorSource) -> torch.dtype:
     """The first floating dtype in the file, which is what transformers takes when config.json names none."""
     return next((tensors.dtype(name) for name in tensors.names if tensors.dtype(name).is_floating_point), torch.float32)

@@ -23,7 +23,7 @@ from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.formats.dequantized import DequantizedModel
-from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.grids import SquaredError
 from ptqcli.numerics.scheme import Scheme
@@ -117,7 +117,7 @@ def convert(
         progress.phase("comparing the checkpoint on the disk with what was written")
         _write_about(plan, work, folder)
         folder.check()
-        open_checkpoint(folder.path)
+        check_schemes(open_checkpoint(folder.path), {name: spec.scheme for name, spec in plan.specs.items()})
         source.check_unchanged()
     return Converted(
         output=str(output),
@@ -135,12 +135,17 @@ def convert(
 def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: Scheme | None, output: Path) -> ConversionPlan:
     specs, anew = {}, {}
     for name in packed.schemes:
-        spec = replace(packed.spec(name), aliases=skeleton.aliases(name))
-        reason = target.refusal(spec)
+        stored = packed.spec(name)
+        spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=target.scale_dtype(stored.scale_dtype))
+        reason = target.refusal(spec) or _inexact(packed, stored, spec, target)
         if reason is not None:
             spec = _rounded_anew(spec, target, scheme, reason, packed.folder)
             anew[name] = reason
         specs[name] = spec
+    untouched = skeleton.plain_names(specs)
+    reason = target.joint_refusal(list(specs.values()), untouched)
+    if reason is not None:
+        raise UsageError(f"{packed.folder}: {reason}")
     for group in skeleton.fused_groups:
         reason = target.fused_refusal({name: specs[name].scheme if name in specs else None for name in group})
         if reason is not None:
@@ -157,10 +162,21 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         anew=anew,
         notes=(*target.notes(chosen), *tried),
         readers=tuple(target.readers(chosen, skeleton.loaded_as, tried)),
-        untouched=skeleton.plain_names(specs),
+        untouched=untouched,
         bytes_before=packed.tensors.total_bytes,
         bytes_after=plain + sum(map(target.stored_bytes, chosen)),
     )
+
+
+def _inexact(packed: PackedCheckpoint, stored: LinearSpec, spec: LinearSpec, target: Format) -> str | None:
+    """Why the scales of a linear are others in the dtype in which the format stores them, None if they are not."""
+    if stored.scale_dtype == spec.scale_dtype:
+        return None
+    scale = packed.weight(spec.name).scale
+    if torch.equal(scale.to(spec.scale_dtype).to(scale.dtype), scale):
+        return None
+    have, takes = (str(dtype).removeprefix("torch.") for dtype in (stored.scale_dtype, spec.scale_dtype))
+    return f"its scales are {have}, and {target.name} stores {takes}, which does not hold them"
 
 
 def _rounded_anew(spec: LinearSpec, target: Format, scheme: Scheme | None, reason: str, where: Path) -> LinearSpec:
@@ -206,10 +222,10 @@ class _Conversion:
             self._progress.step(done, len(self._plan.specs), name)
 
     def _converted(self, name: str) -> QuantizedWeight:
-        weight = self._packed.weight(name)
+        weight, spec = self._packed.weight(name), self._plan.specs[name]
         if name not in self._plan.anew:
-            return weight
-        spec, exact = self._plan.specs[name], weight.dequantize(torch.float32)
+            return replace(weight, scale=weight.scale.to(spec.scale_dtype))
+        exact = weight.dequantize(torch.float32)
         new = round_to_nearest(exact, spec.scheme, spec.scale_dtype, SquaredError())
         if not bool(exact.any()):
             raise PTQError(f"{name}: is zero throughout; nothing can be rounded anew")
