@@ -183,4 +183,4 @@ def test_scales_that_the_format_stores_shorter_are_not_cut_without_a_word(tmp_pa
         ptqcli.convert(tmp_path / "w4", "gptq", output=tmp_path / "there")
     done = ptqcli.convert(tmp_path / "w4", "gptq", output=tmp_path / "there", requantize="w4a16-g32")
     assert len(done.errors) == done.linears
-    assert 0 < done.error < 0.01
+    assert 0 < done.error < 2**-11, "the codes stay"

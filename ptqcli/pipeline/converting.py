@@ -20,7 +20,7 @@ from ptqcli.adapters.files import CONFIG_FILE, TENSOR_FILE, read_adapter
 from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint, copy_auxiliary_files
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import UsageError
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
@@ -223,13 +223,14 @@ class _Conversion:
 
     def _converted(self, name: str) -> QuantizedWeight:
         weight, spec = self._packed.weight(name), self._plan.specs[name]
+        new = replace(weight, scale=weight.scale.to(spec.scale_dtype))  # the same codes, if that is all
         if name not in self._plan.anew:
-            return replace(weight, scale=weight.scale.to(spec.scale_dtype))
+            return new
         exact = weight.dequantize(torch.float32)
-        new = round_to_nearest(exact, spec.scheme, spec.scale_dtype, SquaredError())
-        if not bool(exact.any()):
-            raise PTQError(f"{name}: is zero throughout; nothing can be rounded anew")
-        self.errors[name] = float((new.dequantize(torch.float32) - exact).norm() / exact.norm())
+        if spec.scheme != weight.scheme:
+            new = round_to_nearest(exact, spec.scheme, spec.scale_dtype, SquaredError())
+        difference, size = (float(each.norm()) for each in (new.dequantize(torch.float32) - exact, exact))
+        self.errors[name] = difference / size if size else 0.0
         return new
 
 
