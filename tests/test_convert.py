@@ -184,3 +184,33 @@ def test_scales_that_the_format_stores_shorter_are_not_cut_without_a_word(tmp_pa
     done = ptqcli.convert(tmp_path / "w4", "gptq", output=tmp_path / "there", requantize="w4a16-g32")
     assert len(done.errors) == done.linears
     assert 0 < done.error < 2**-11, "the codes stay"
+
+
+# What is measured, in the card
+
+
+def test_numbers_go_into_the_card_once(ptq: Ptq, shop: Path, tmp_path: Path) -> None:
+    ptqcli.convert(shop / "w4", "gptq", output=tmp_path / "there")
+    before = (tmp_path / "there" / "README.md").read_text()
+    for _ in range(2):
+        answer = ptq("eval", tmp_path / "there", "--ppl", shop / "text.txt", "--seqlen", 32, "--write-card", "--json")
+        assert answer.code == 0, answer.err
+        card = (tmp_path / "there" / "README.md").read_text()
+    [result] = json.loads(answer.out)["results"]
+    row = (
+        f"| text.txt | {result['tokens']:,} | {result['perplexity']:.4f} | {result['baseline_perplexity']:.4f} | {result['mean_kl']:.5f} |"
+    )
+    assert card.count("## Measured") == card.count(row) == 1
+    assert str(tmp_path) not in card
+    begin = card.index("## Measured")
+    assert card[:begin] + card[card.index("## Worst layers") :] == before
+    assert not (tmp_path / "there" / "README.md.tmp").exists()
+
+
+def test_a_card_of_somebody_else_is_left_alone(ptq: Ptq, shop: Path, tmp_path: Path) -> None:
+    ptqcli.convert(shop / "w4", "gptq", output=tmp_path / "there")
+    (tmp_path / "there" / "README.md").write_text("# Mine\n")
+    answer = ptq("eval", tmp_path / "there", "--ppl", shop / "text.txt", "--write-card")
+    assert answer.code == 2
+    assert "is no model card of ptqcli; leave --write-card out" in one_line(answer)
+    assert (tmp_path / "there" / "README.md").read_text() == "# Mine\n"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torch along; a test compares the two
 SECONDS_BETWEEN_LINES = 15.0
+CARD_NAME = "README.md"  # of ptqcli.pipeline.card, likewise
 COMPARED_TOKENS = 1_000  # of each text, to learn whether two tokenizers are one
 
 
@@ -83,6 +84,7 @@ class AdapterPath(NamedPath):
     shell_complete=completion.model,
     help="Compare with this model.",
 )
+@click.option("--write-card", is_flag=True, help="Put the numbers into the model card of CHECKPOINT.")
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
 @kernel_option
@@ -97,6 +99,7 @@ def command(
     bos: str,
     adapter: Path | bool | None,
     baseline: str | None,
+    write_card: bool,
     no_baseline: bool,
     data_dir: Path | None,
     kernel: str,
@@ -114,6 +117,7 @@ def command(
     from ptqcli.calibration.rows import Rows
     from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluation.measure import measure
+    from ptqcli.pipeline.card import check_card, write_measured
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -122,6 +126,8 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
+    if write_card:
+        check_card(folder)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     begin = window_bos(tokenizer, bos)
@@ -141,6 +147,9 @@ def command(
     output.say(f"checkpoint  {path_text(folder)}{'' if adapter is None else ' with an adapter'}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
+    if write_card:
+        write_measured(folder, results, adapter is not None)
+        output.say(f"written     {path_text(folder / CARD_NAME)}")
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
     )
