@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from ptqcli.cli import completion, examples
@@ -34,6 +36,8 @@ def command(
     What belongs to the checkpoint goes there in one commit: weights, configuration, tokenizer, model card, licence, report. The report does
     not tell where on this machine the original lies. You have to be logged in (`hf auth login`).
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     from ptqcli.pipeline.publishing import plan_publication, publish
 
     words = Output(as_json=as_json, quiet=quiet)
@@ -50,6 +54,8 @@ def command(
     )
     address = None
     if not dry_run:
+        if quiet or not sys.stderr.isatty():
+            disable_progress_bars()  # of the files on their way
         with track("file", quiet) as tracker:
             address = publish(plan, private=private, overwrite=overwrite, message=message, on_phase=tracker.say)
         words.say()
