@@ -36,7 +36,7 @@ def command(
     What belongs to the checkpoint goes there in one commit: weights, configuration, tokenizer, model card, licence, report. The report does
     not tell where on this machine the original lies. You have to be logged in (`hf auth login`).
     """
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from ptqcli.pipeline.publishing import plan_publication, publish
 
