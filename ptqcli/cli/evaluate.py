@@ -113,9 +113,6 @@ def command(
     weights are used as they are.
     """
     from ptqcli.calibration.bos import window_bos
-    from ptqcli.calibration.chat import chat_writer
-    from ptqcli.calibration.rows import Rows
-    from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluation.measure import measure
     from ptqcli.pipeline.card import check_card, write_measured
     from ptqcli.runtime.models import load_model, load_tokenizer
@@ -131,12 +128,7 @@ def command(
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     begin = window_bos(tokenizer, bos)
-    tables = {text: Rows(write_chat=chat_writer(tokenizer)) for text in texts}
-    # a text that is not there is told before models are loaded
-    rows = {text: evaluation_ids(text, tokenizer, data_dir, tables[text]) for text in texts}
-    for text, table in tables.items():
-        if table.skipped:
-            output.say(f"{text}: {table.skipped:,} rows without text are left out")
+    rows = _read(texts, tokenizer, data_dir, output)  # a text that is not there is told before models are loaded
     if reference and _reads_otherwise(reference, tokenizer, rows.values()):
         output.say(f"{reference}: its tokenizer is another one; both models are measured on the tokens of the checkpoint's")
     model = load_model(folder, place, kernel, adapter or False)
@@ -153,6 +145,20 @@ def command(
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
     )
+
+
+def _read(texts: Iterable[str], tokenizer: Any, data_dir: Path | None, output: Output) -> dict[str, Tensor]:
+    """The token ids of each text, int64 [tokens]."""
+    from ptqcli.calibration.chat import chat_writer
+    from ptqcli.calibration.rows import Rows
+    from ptqcli.calibration.text import evaluation_ids
+
+    tables = {text: Rows(write_chat=chat_writer(tokenizer)) for text in texts}
+    rows = {text: evaluation_ids(text, tokenizer, data_dir, table) for text, table in tables.items()}
+    for text, table in tables.items():
+        if table.skipped:
+            output.say(f"{text}: {table.skipped:,} rows without text are left out")
+    return rows
 
 
 def _reads_otherwise(folder: Path, tokenizer: Any, texts: Iterable[Tensor]) -> bool:
