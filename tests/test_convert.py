@@ -150,6 +150,20 @@ def test_an_adapter_goes_along_with_codes_that_stay(shop: Path, tmp_path: Path) 
     assert not (tmp_path / "anew" / "adapter").exists()
 
 
+def test_groups_that_move_stay_where_a_format_has_an_index(shop: Path, tmp_path: Path) -> None:
+    options = {"calib": str(shop / "text.txt"), "nsamples": 4, "seqlen": 32, "gptq": {"static_groups": False}}
+    ptqcli.quantize(shop / "model", output=tmp_path / "moving", algo="gptq", wbits=4, group_size=32, format="gptq", **options)
+    assert any(open_checkpoint(tmp_path / "moving").weight(name).g_idx is not None for name in numbers(tmp_path / "moving"))
+    with pytest.raises(UsageError, match=r"compressed-tensors does not hold model.layers.0.self_attn.q_proj as it is: .*groups"):
+        ptqcli.convert(tmp_path / "moving", "compressed-tensors", output=tmp_path / "there")
+    ptqcli.convert(tmp_path / "moving", "gptq_v2", output=tmp_path / "there")
+    ptqcli.convert(tmp_path / "there", "gptq", output=tmp_path / "back")
+    assert bytes_of(tmp_path / "back") == bytes_of(tmp_path / "moving")
+    done = ptqcli.convert(tmp_path / "moving", "compressed-tensors", output=tmp_path / "anew", requantize="w4a16-g32")
+    assert done.error < 0.2
+    assert set(done.errors) == {name for name, (scheme, *_) in numbers(tmp_path / "anew").items() if str(scheme) == "w4a16-g32"}
+
+
 def test_an_interruption_leaves_nothing(shop: Path, tmp_path: Path) -> None:
     class Interrupts(ptqcli.pipeline.progress.NoProgress):  # type: ignore[misc, name-defined]
         def step(self, done: int, total: int, text: str) -> None:

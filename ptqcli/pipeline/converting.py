@@ -136,7 +136,8 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
     specs, anew = {}, {}
     for name in packed.schemes:
         stored = packed.spec(name)
-        spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=target.scale_dtype(stored.scale_dtype))
+        dtype = target.scale_dtype(stored.scale_dtype)
+        spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=dtype, moving_groups=_moves_groups(packed, name))
         reason = target.refusal(spec) or _inexact(packed, stored, spec, target)
         if reason is not None:
             spec = _rounded_anew(spec, target, scheme, reason, packed.folder)
@@ -168,6 +169,11 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
     )
 
 
+def _moves_groups(packed: PackedCheckpoint, name: str) -> bool:
+    """Whether the groups of a linear are not neighbouring columns; only an index of them says so."""
+    return f"{packed.stored_linear(name)}.g_idx" in packed.tensors.names and packed.weight(name).g_idx is not None
+
+
 def _inexact(packed: PackedCheckpoint, stored: LinearSpec, spec: LinearSpec, target: Format) -> str | None:
     """Why the scales of a linear are others in the dtype in which the format stores them, None if they are not."""
     if stored.scale_dtype == spec.scale_dtype:
@@ -184,7 +190,7 @@ def _rounded_anew(spec: LinearSpec, target: Format, scheme: Scheme | None, reaso
         raise UsageError(
             f"{where}: {target.name} does not hold {spec.name} as it is: {reason}; --requantize SCHEME rounds such linears anew, at a loss"
         )
-    new = replace(spec, scheme=scheme.resolved(spec.in_features))
+    new = replace(spec, scheme=scheme.resolved(spec.in_features), moving_groups=False)
     new.scheme.group_count(spec.in_features)
     still = target.refusal(new)
     if still is not None:
@@ -227,7 +233,7 @@ class _Conversion:
         if name not in self._plan.anew:
             return new
         exact = weight.dequantize(torch.float32)
-        if spec.scheme != weight.scheme:
+        if spec.scheme != weight.scheme or weight.g_idx is not None:
             new = round_to_nearest(exact, spec.scheme, spec.scale_dtype, SquaredError())
         difference, size = (float(each.norm()) for each in (new.dequantize(torch.float32) - exact, exact))
         self.errors[name] = difference / size if size else 0.0
