@@ -21,7 +21,8 @@ from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelInMemory, ModelSource, open_source
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.pipeline import pipeline, tuning
+from ptqcli.pipeline import converting, pipeline, tuning
+from ptqcli.pipeline.converting import Converted
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import Report, read_source
 from ptqcli.pipeline.tuning import TunedCheckpoint
@@ -123,6 +124,33 @@ def tune_scales(
         overwrite=overwrite,
         resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
         data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
+        progress=progress or NoProgress(),
+    )
+
+
+def convert(
+    checkpoint: str | Path,
+    to: str,
+    *,
+    output: str | Path,
+    requantize: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write the quantized model in ``checkpoint`` into the new folder ``output`` in the format ``to``, as `ptq convert` does.
+
+    requantize: a scheme such as ``w4a16-g128`` for the linears that the format cannot hold as they are; None refuses them.
+    Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
+    """
+    for name, text in (("to", to), ("requantize", requantize)):
+        check_argument(text, name, str, optional=name == "requantize")
+    check_argument(overwrite, "overwrite", bool)
+    return converting.convert(
+        find_model(str(checkpoint)),
+        to,
+        as_path(output, "output"),
+        requantize=requantize,
+        overwrite=overwrite,
         progress=progress or NoProgress(),
     )
 

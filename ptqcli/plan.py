@@ -25,6 +25,7 @@ from ptqcli.numerics.grids import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
@@ -99,6 +100,8 @@ class Plan:
                 ("adapter", f"of rank {recipe.adapter_rank} for each linear, {self.adapter_bytes / 1e6:,.1f} MB beside the checkpoint")
             )
         rows.append(("format", recipe.format))
+        if recipe.for_tensor_parallel > 1:
+            rows.append(("tensor parallel", f"every matrix can be cut into {recipe.for_tensor_parallel} parts of whole groups"))
         rows += [("note", note) for note in self.notes]
         return rows
 
@@ -118,13 +121,15 @@ def make_plan(
     _check_solver(recipe)
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
-    linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
+    chosen = find_format(recipe.format)
+    linears, skipped = _choose(recipe, skeleton, chosen, assigned or {}, hits)
     _check_patterns_match(recipe, skeleton, outside, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
-    chosen = find_format(recipe.format)
-    _check_format(chosen, linears, skeleton)
+    check_parallel(linears, skeleton, recipe.for_tensor_parallel)
+    plain = skeleton.plain_names(linear.name for linear in linears)
+    _check_format(chosen, linears, plain, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
     seqlen = _window_length(recipe, skeleton)
@@ -138,7 +143,7 @@ def make_plan(
         linears=tuple(linears),
         skipped=tuple(skipped),
         outside=tuple(outside),
-        plain=skeleton.plain_names(linear.name for linear in linears),
+        plain=plain,
         stages=_planned_stages(linears, skeleton),
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
@@ -169,7 +174,7 @@ def model_length(config: Any) -> int | None:
 
 
 def _choose(
-    recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme], hits: Hits
+    recipe: Recipe, skeleton: Skeleton, chosen: Format, assigned: Mapping[str, Scheme], hits: Hits
 ) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
     unknown = sorted(assigned.keys() - {site.name for site in skeleton.linears})
     if unknown:
@@ -183,7 +188,7 @@ def _choose(
         if reason is not None:
             skipped.append((site.name, reason))
             continue
-        scheme = scheme.resolved(site.in_features)
+        scheme = resolved_for_parts(scheme, site, skeleton, recipe.for_tensor_parallel)
         refused = solver.refusal(scheme)
         if refused is not None:
             raise UsageError(f"{site.name}: {refused}")
@@ -193,13 +198,13 @@ def _choose(
             scheme=scheme,
             out_features=site.out_features,
             in_features=site.in_features,
-            scale_dtype=dtype,
+            scale_dtype=chosen.scale_dtype(dtype),
             kind=site.kind,
             moving_groups=solver.moves_groups(scheme),
             signed_scales=takes_sign(scheme, solver.ranges.signed),
             aliases=skeleton.aliases(site.name),
         )
-        linears.append(PlannedLinear(site, spec))
+        linears.append(PlannedLinear(site, spec, dtype))
     return linears, skipped
 
 
@@ -266,7 +271,7 @@ def _check_solver(recipe: Recipe) -> None:
         raise UsageError("target original pairs the inputs of both models stage by stage; leave --no-sequential out, or --target original")
 
 
-def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
+def _check_format(chosen: Format, linears: Sequence[PlannedLinear], plain: Sequence[str], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
         reason = chosen.refusal(linear.spec)
@@ -276,6 +281,9 @@ def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Sk
         written = set(chosen.tensor_names(weight.removesuffix(".weight"), linear.spec.scheme)) - {weight}
         for taken in sorted(written & stored):
             raise PTQError(f"{skeleton.where}: holds a tensor {taken}, the name of a part of {linear.name} when it is quantized; remove it")
+    reason = chosen.joint_refusal([linear.spec for linear in linears], plain)
+    if reason is not None:
+        raise UsageError(reason)
 
 
 def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tuple[tuple[tuple[str, ...], ...], ...]:

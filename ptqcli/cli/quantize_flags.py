@@ -251,6 +251,13 @@ FLAGS = {
             help="How the checkpoint is stored.",
         ),
         click.option(
+            "--for-tensor-parallel",
+            type=int,
+            metavar="N",
+            show_default="1",
+            help="Groups that a server which cuts matrices over N GPUs can take.",
+        ),
+        click.option(
             "--finish",
             metavar="none|kl",
             show_default="none",

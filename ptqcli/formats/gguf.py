@@ -74,10 +74,11 @@ class GGUFBlocks(Format):
         """See ``Format``: the file says it of each tensor."""
         return {}
 
-    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
+    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Mapping[str, str]) -> dict[str, Scheme]:
         """See ``Format``."""
         stored = set(tensors.names)
-        return {name: scheme for name in linears for scheme in PACKED_SCHEMES.values() if self.tensor_names(name, scheme)[0] in stored}
+        found = ((name, on_disk, scheme) for name, on_disk in linears.items() for scheme in PACKED_SCHEMES.values())
+        return {name: scheme for name, on_disk, scheme in found if self.tensor_names(on_disk, scheme)[0] in stored}
 
     def stored_linears(self, names: Iterable[str]) -> list[str]:
         """See ``Format``."""

@@ -20,12 +20,15 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ptqcli.checkpoint.auxiliary import refuse_adapter
 from ptqcli.checkpoint.gguf_file import SUFFIX
-from ptqcli.checkpoint.tensors import FLOATING
+from ptqcli.checkpoint.tensors import FLOATING, INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
 from ptqcli.untrusted import foreign, read_json, shown
 
 CONFIG_FILE = "config.json"
+# In which AutoGPTQ and AutoAWQ told of the quantization before it stood in config.json.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+CODES = ".qweight"  # the end of what both called codes
 
 # Keys with which a file tells transformers what code to run or to fetch, beside those that ``_selects_code`` tells by their form.
 CODE_KEYS = {
@@ -66,8 +69,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
+    beside = next((folder / name for name in QUANTIZATION_FILES if (folder / name).is_file()), None)
+    if beside is not None and "quantization_config" not in values and _holds_codes(folder):
+        values["quantization_config"] = read_json(beside)
     _check_numbers(values, folder / CONFIG_FILE)
     return values
+
+
+def _holds_codes(folder: Path) -> bool:
+    """Whether the weights in ``folder`` are such as a file in QUANTIZATION_FILES tells of; one may be left there beside any others.
+
+    Weights under no usual name are: that file says what they are called.
+    """
+    if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return any(folder.glob("*.safetensors"))
+    return any(name.endswith(CODES) for name in SafetensorsFolder(folder).names)
 
 
 def _check_numbers(values: dict[str, Any], file: Path) -> None:
