@@ -7,7 +7,7 @@
 
 Version 2 is the same, version 1 (2023) is not read. Nothing is believed before it is checked: every length against what the file still
 holds, every type against those that are known, every tensor against the end of the file and the other tensors. Long arrays, which are
-vocabularies, are checked and left where they are: transformers makes the tokenizer.
+vocabularies, are checked and left where they are until they are asked for.
 
 Tensors are read, not mapped into memory, for the reason that ``checkpoint.tensors`` gives.
 """
@@ -20,7 +20,7 @@ import stat
 import struct
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,9 +53,10 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: 
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array that is left in the file. count: of its entries."""
+    """An array that is left in the file. count: of its entries. start: of the array in the file, its type first."""
 
     count: int
+    start: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,19 @@ class GGUFFile:
             raise PTQError(f"{self.path}: tensor {name} cannot be read any more; has the file changed?")
         return torch.frombuffer(data, dtype=torch.uint8).reshape(-1, tensor.kind.row_bytes(tensor.shape[-1]))
 
+    def array(self, key: str, kind: type[str] | type[int] | type[float]) -> list[Any]:
+        """The array under ``key``, however long; empty where there is none. Raises PTQError for anything else."""
+        value = self.metadata.get(key, [])
+        if isinstance(value, LongArray):
+            with open(self._descriptor, "rb", closefd=False) as file:
+                file.seek(value.start)
+                header = _Header(file, self.path, self.size)
+                header.longest = value.count
+                value = header.array(0)
+        if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
+            raise PTQError(f"{self.path}: {key} is {shown(value)}, not an array of the right kind; the file is damaged")
+        return value
+
     def text(self, key: str) -> str:
         """The text under ``key``. Raises PTQError for anything else."""
         value = self.metadata.get(key)
@@ -139,6 +153,7 @@ class _Header:
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size = file, path, size
         self.end = min(size, MOST_HEADER_BYTES)
+        self.longest = LONGEST_KEPT
 
     def read(self) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         """Metadata and tensors."""
@@ -176,15 +191,16 @@ class _Header:
         """A list, or a LongArray."""
         if depth == DEEPEST_ARRAY:
             raise PTQError(f"{self.path}: an array in its metadata nests deeper than any real one")
+        start = self.file.tell()
         kind, count = self.numbers("I", 1)[0], self.numbers("Q", 1)[0]
-        if kind == STRING and count > LONGEST_KEPT:
+        if kind == STRING and count > self.longest:
             for _ in range(self.fitting(count, 8)):
                 self.bytes(self.numbers("Q", 1)[0])
-            return LongArray(count)
+            return LongArray(count, start)
         if kind in (STRING, ARRAY):
             return [self.value(kind, depth + 1) for _ in range(self.fitting(count, 8))]
         values = self.items(kind, count)
-        return values if count <= LONGEST_KEPT else LongArray(count)
+        return values if count <= self.longest else LongArray(count, start)
 
     def items(self, kind: int, count: int) -> list[Any]:
         """``count`` numbers or truth values."""

@@ -16,10 +16,9 @@ from typing import Any
 
 from ptqcli.errors import PTQError
 from ptqcli.model.gguf_pre_tokenizers import IGNORING_MERGES, MERGING, name_of
+from ptqcli.model.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from ptqcli.untrusted import shown
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ``tokenizer.ggml.token_type``
-SPACE = "\u2581"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPECIAL = {
     "bos_token_id": "bos_token_id",

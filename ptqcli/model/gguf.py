@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Collection
 from functools import cached_property
@@ -22,10 +21,8 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.config import build_on_meta
 from ptqcli.model.gguf_architectures import architecture_of, names_in_file
 from ptqcli.model.gguf_config import ROPE_FREQS, read_config
-from ptqcli.model.gguf_pre_tokenizers import pre_tokenizer
-from ptqcli.untrusted import foreign, shown
-
-BYTE_LEVEL = "gpt2"  # ``tokenizer.ggml.model`` of byte-level BPE
+from ptqcli.model.gguf_tokenizer import build_tokenizer
+from ptqcli.untrusted import shown
 
 
 def is_gguf(path: Path) -> bool:
@@ -172,28 +169,7 @@ def has_tokenizer(file: GGUFFile) -> bool:
 
 
 def load_tokenizer(file: GGUFFile) -> Any:
-    """The tokenizer in a file, as transformers makes it of the metadata, cutting as ``tokenizer.ggml.pre`` says.
-
-    Raises PTQError when there is none, it is broken, or how it cuts is not known.
-    """
-    from transformers import AutoTokenizer
-
+    """The tokenizer in a file, see ``gguf_tokenizer``. Raises PTQError when there is none, or it is damaged."""
     if not has_tokenizer(file):
         raise PTQError(f"{file.path}: holds no tokenizer; give the original model's folder where one is needed")
-    with foreign(f"{file.path}: transformers cannot make a tokenizer of its metadata"), tempfile.TemporaryDirectory() as alone:
-        link = Path(alone) / f"model{SUFFIX}"  # nothing that lies beside the file is looked at
-        os.symlink(file.path.resolve(), link)
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=link.name, local_files_only=True, trust_remote_code=False)
-    tokenizer.name_or_path = str(file.path)
-    if file.metadata["tokenizer.ggml.model"] == BYTE_LEVEL:
-        _cut_as_named(tokenizer, file)
-    return tokenizer
-
-
-def _cut_as_named(tokenizer: Any, file: GGUFFile) -> None:
-    """transformers knows some names of pre-tokenizers, and cuts like GPT-2 for every other."""
-    name = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    cuts = pre_tokenizer(name) if isinstance(name, str) else None
-    if cuts is None:
-        raise PTQError(f"{file.path}: tokenizer.ggml.pre is {shown(name)}, which is not known here; use the original model")
-    tokenizer.backend_tokenizer.pre_tokenizer = cuts
+    return build_tokenizer(file)
