@@ -139,7 +139,9 @@ def convert(
 ) -> Converted:
     """Write the quantized model in ``checkpoint`` into the new folder ``output`` in the format ``to``, as `ptq convert` does.
 
+    checkpoint: a folder of `ptq quantize`, or any other that it reads. to: one of `ptq algorithms`' formats.
     requantize: a scheme such as ``w4a16-g128`` for the linears that the format cannot hold as they are; None refuses them.
+    overwrite, progress: as in ``quantize``.
     Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     for name, text in (("to", to), ("requantize", requantize)):
