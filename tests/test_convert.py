@@ -13,6 +13,7 @@ from packed import TOKENS
 from tiny import make_model, write_text
 
 import ptqcli
+from ptqcli.checkpoint.gguf_file import GGUFFile
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
@@ -20,7 +21,7 @@ from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.report import REPORT_NAME, read_report
 from ptqcli.runtime import load_quantized
 
-DOWN = "model.layers.0.mlp.down_proj"
+DEMO = Path(ptqcli.__file__).parent / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +229,64 @@ def test_a_card_of_somebody_else_is_left_alone(ptq: Ptq, shop: Path, tmp_path: P
     assert answer.code == 2
     assert "is no model card of ptqcli; leave --write-card out" in one_line(answer)
     assert (tmp_path / "there" / "README.md").read_text() == "# Mine\n"
+
+
+# To GGUF and back
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the demo model, whose tokenizer is one that llama.cpp reads."""
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("demo")
+    for name, symmetric in (("w4", True), ("w4-asym", False)):
+        ptqcli.quantize(DEMO, output=folder / name, algo="rtn", wbits=4, group_size=32, symmetric=symmetric)
+    return folder
+
+
+def test_codes_go_to_gguf_and_back(ptq: Ptq, demo: Path, tmp_path: Path) -> None:
+    for number, words in enumerate(
+        [
+            ("convert", demo / "w4", "--to", "gguf", "--output", tmp_path / "there.gguf"),
+            ("convert", tmp_path / "there.gguf", "--to", "compressed-tensors", "--output", tmp_path / "back"),
+            ("convert", tmp_path / "back", "--to", "gguf", "--output", tmp_path / "again.gguf"),
+        ]
+    ):
+        answer = ptq(*words)
+        assert answer.code == 0, answer.err
+        if number != 1:
+            assert "Q4_0 x 28" in answer.out
+    first, second = (GGUFFile(tmp_path / f"{name}.gguf") for name in ("there", "again"))
+    assert set(first.stored) == set(second.stored)
+    assert all(torch.equal(first.read(name), second.read(name)) for name in first.stored)
+    before, after = numbers(demo / "w4"), numbers(tmp_path / "back")
+    for name, (scheme, codes, scale, zero) in before.items():
+        assert (scheme, scale.float().tolist()) == (after[name][0], after[name][2].float().tolist())
+        assert torch.equal(codes, after[name][1])
+        assert torch.equal(zero, after[name][3])
+
+
+def test_a_plain_model_goes_to_gguf_in_a_mix(ptq: Ptq, demo: Path, tmp_path: Path) -> None:
+    answer = ptq("convert", DEMO, "--to", "gguf", "--gguf-type", "q8_0", "--output", tmp_path / "model.gguf", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["types"] == {"F32": 9, "Q8_0": 29}
+    assert "GGUF type 'q9' is unknown" in one_line(ptq("convert", DEMO, "--to", "gguf", "--gguf-type", "q9"))
+
+
+def test_what_cannot_be_a_gguf_file_or_come_from_one_is_told(ptq: Ptq, demo: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.gguf"
+    taken.write_bytes(b"not ours")
+    refused = ptq("convert", demo / "w4", "--to", "gguf", "--output", taken, "--overwrite")
+    assert "was not written by ptqcli and will not be replaced" in one_line(refused)
+    assert taken.read_bytes() == b"not ours"
+    ours = tmp_path / "ours.gguf"
+    assert ptq("convert", demo / "w4-asym", "--to", "gguf", "--output", ours).code == 0
+    assert "already exists" in one_line(ptq("convert", demo / "w4", "--to", "gguf", "--output", ours))
+    decoded = one_line(ptq("convert", ours, "--to", "gptq", "--output", tmp_path / "no"))
+    assert "is in blocks that no scheme of ours holds" in decoded  # Q4_1
+    assert "--allow-requantize" in decoded
+    assert ptq("convert", demo / "w4", "--to", "gguf", "--output", ours, "--overwrite").code == 0
+    assert "is a GGUF file already" in one_line(ptq("convert", ours, "--to", "gguf"))
+    assert "--gguf-type goes with --to gguf" in one_line(ptq("convert", demo / "w4", "--to", "gptq", "--gguf-type", "q8_0"))
+    assert "--requantize does not go with --to gguf" in one_line(ptq("convert", demo / "w4", "--to", "gguf", "--requantize", "w4a16-g32"))
+    assert "something.gguf" in one_line(ptq("convert", demo / "w4", "--to", "gguf", "--output", tmp_path / "folder"))

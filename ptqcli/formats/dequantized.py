@@ -12,7 +12,7 @@ from torch import Tensor
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint
-from ptqcli.model.source import ModelFolder
+from ptqcli.model.source import open_source
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -54,7 +54,7 @@ class DequantizedModel:
     """The model in a quantized checkpoint, a ``ModelSource``."""
 
     def __init__(self, packed: PackedCheckpoint) -> None:
-        self._files = ModelFolder(packed.folder)
+        self._files = open_source(packed.folder, allow_requantize=True)
         self.folder: Path | None = packed.folder
         self.where, self.config = self._files.where, copy.deepcopy(self._files.config)
         self.config.quantization_config = None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ptqcli
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES
 from ptqcli.checkpoint.gguf_file import GGUFFile, TensorInfo
@@ -26,7 +27,7 @@ from ptqcli.errors import PTQError
 from ptqcli.formats.gguf_encode import encode_codes, encode_weight, holding_type, is_in_blocks
 from ptqcli.formats.gguf_mix import find_mix, fitting_type, tensor_types
 from ptqcli.formats.gguf_tokenizer import tokenizer_keys
-from ptqcli.formats.gguf_writer import GGUFWriting, check_target
+from ptqcli.formats.gguf_writer import WRITER, WRITER_KEY, GGUFWriting, check_target
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint
 from ptqcli.model.classes import build_classes
 from ptqcli.model.gguf import GGUFTensors
@@ -237,6 +238,7 @@ class _Draft:
             "general.name": Path(self.config.name_or_path or "model").name or "model",
             "general.file_type": int(file_type),
             "general.quantization_version": QUANTIZATION_VERSION,
+            WRITER_KEY: f"{WRITER} {ptqcli.__version__}",
             **self.metadata,
             **{key: value for key, value in made.values.items() if value != []},
         }

@@ -20,6 +20,8 @@ from ptqcli.checkpoint.gguf_file import ALIGNMENT, SUFFIX, GGUFFile, StoredTenso
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.gguf_architectures import gguf_package
 
+WRITER_KEY, WRITER = "general.quantized_by", "ptqcli"  # by which a file is known to be ours
+
 INTEGERS = ("tokenizer.ggml.token_type",)  # arrays of signed numbers; all others are unsigned
 
 
@@ -110,8 +112,21 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path}: a GGUF file is called something{SUFFIX}; choose such a name")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
-    if os.path.lexists(path) and (not overwrite or not path.is_file()):
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise UsageError(f"{path}: already exists; choose another name, or replace it with --overwrite")
+    if not _is_ours(path):
+        raise UsageError(f"{path}: was not written by ptqcli and will not be replaced; choose another name")
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        return str(GGUFFile(path).metadata.get(WRITER_KEY, "")).startswith(WRITER)
+    except PTQError:
+        return False
 
 
 def _umask() -> int:

@@ -24,6 +24,7 @@ from ptqcli.errors import UsageError
 from ptqcli.formats import Format, LinearSpec, Reader, find_format
 from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
+from ptqcli.model.gguf import is_gguf
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.grids import SquaredError
 from ptqcli.numerics.scheme import Scheme
@@ -133,6 +134,7 @@ def convert(
 
 
 def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: Scheme | None, output: Path) -> ConversionPlan:
+    _refuse_decoded(packed, skeleton)
     specs, anew = {}, {}
     for name in packed.schemes:
         stored = packed.spec(name)
@@ -167,6 +169,16 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         bytes_before=packed.tensors.total_bytes,
         bytes_after=plain + sum(map(target.stored_bytes, chosen)),
     )
+
+
+def _refuse_decoded(packed: PackedCheckpoint, skeleton: Skeleton) -> None:
+    """Of a GGUF file, blocks that are no codes of a scheme would become plain numbers."""
+    decoded = [site.name for site in skeleton.linears if site.name not in packed.schemes]
+    if is_gguf(packed.folder) and decoded:
+        raise UsageError(
+            f"{packed.folder}: {decoded[0]} is in blocks that no scheme of ours holds, so nothing is converted; "
+            f"ptq quantize {packed.folder} --allow-requantize rounds the model anew"
+        )
 
 
 def _moves_groups(packed: PackedCheckpoint, name: str) -> bool:
