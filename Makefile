@@ -28,10 +28,10 @@ demo: $(READY)
 	$(BIN)/ptq generate $(DEMO) "The built-in function" --max-new-tokens 40
 
 test: check
-	$(BIN)/pytest -m "not triton and not slow"
+	$(BIN)/pytest -m "not triton and not slow and not loaders"
 
 test-slow: $(READY)
-	$(BIN)/pytest -m "slow and not triton"
+	$(BIN)/pytest -m "slow and not triton and not loaders"
 
 test-kernels: $(READY)
 	$(BIN)/pytest -m triton
@@ -42,7 +42,7 @@ test-oldest: $(READY)
 	@grep -viE '^(transformers|tokenizers|huggingface)' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
 	  --editable '.[test]' 'transformers==5.17.*'
-	$(OLDEST)/bin/pytest -m "not triton"
+	$(OLDEST)/bin/pytest -m "not triton and not loaders"
 
 FUZZ_INPUTS := 20000
 fuzz: $(READY)

@@ -39,10 +39,11 @@ KEPT_COPIES = 10
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """A linear that will be quantized: where it stands, and what it will be."""
+    """A linear that will be quantized: where it stands, what it will be, and the dtype in which its weight is stored now."""
 
     site: LinearSite
     spec: LinearSpec
+    dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class PlannedLinear:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """The dtype in which its weight is stored now, and its scales will be."""
+        """The dtype in which its scales will be stored."""
         return self.spec.scale_dtype
 
 
@@ -79,7 +80,7 @@ def _growth(chosen: Format, linear: PlannedLinear, skeleton: Skeleton) -> int:
 
 def adapter_bytes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> int:
     """Bytes of the adapter beside the checkpoint."""
-    return sum(recipe.adapter_rank * (each.site.in_features + each.site.out_features) * each.scale_dtype.itemsize for each in linears)
+    return sum(recipe.adapter_rank * (each.site.in_features + each.site.out_features) * each.dtype.itemsize for each in linears)
 
 
 def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
@@ -106,7 +107,7 @@ def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, 
     if not needs_calibration(recipe, linears):
         return 0
     features = min(linear.site.in_features for linear in linears)
-    buffer = windows * seqlen * features * resources.calibration_dtype(linears[0].scale_dtype).itemsize
+    buffer = windows * seqlen * features * resources.calibration_dtype(linears[0].dtype).itemsize
     return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
 
 
@@ -151,7 +152,7 @@ def finish_work(skeleton: Skeleton, windows: int, seqlen: int) -> float:
 def _tensor_bytes(
     recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, seqlen: int, windows: int, resources: Resources
 ) -> int:
-    solver, itemsize = as_block_solver(recipe.solver()), resources.calibration_dtype(linears[0].scale_dtype).itemsize
+    solver, itemsize = as_block_solver(recipe.solver()), resources.calibration_dtype(linears[0].dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
     workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)

@@ -118,13 +118,14 @@ def make_plan(
     _check_solver(recipe)
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
-    linears, skipped = _choose(recipe, skeleton, assigned or {}, hits)
+    chosen = find_format(recipe.format)
+    linears, skipped = _choose(recipe, skeleton, chosen, assigned or {}, hits)
     _check_patterns_match(recipe, skeleton, outside, hits)
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
-    chosen = find_format(recipe.format)
-    _check_format(chosen, linears, skeleton)
+    plain = skeleton.plain_names(linear.name for linear in linears)
+    _check_format(chosen, linears, plain, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
     seqlen = _window_length(recipe, skeleton)
@@ -138,7 +139,7 @@ def make_plan(
         linears=tuple(linears),
         skipped=tuple(skipped),
         outside=tuple(outside),
-        plain=skeleton.plain_names(linear.name for linear in linears),
+        plain=plain,
         stages=_planned_stages(linears, skeleton),
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
@@ -169,7 +170,7 @@ def model_length(config: Any) -> int | None:
 
 
 def _choose(
-    recipe: Recipe, skeleton: Skeleton, assigned: Mapping[str, Scheme], hits: Hits
+    recipe: Recipe, skeleton: Skeleton, chosen: Format, assigned: Mapping[str, Scheme], hits: Hits
 ) -> tuple[list[PlannedLinear], list[tuple[str, str]]]:
     unknown = sorted(assigned.keys() - {site.name for site in skeleton.linears})
     if unknown:
@@ -193,13 +194,13 @@ def _choose(
             scheme=scheme,
             out_features=site.out_features,
             in_features=site.in_features,
-            scale_dtype=dtype,
+            scale_dtype=chosen.scale_dtype(dtype),
             kind=site.kind,
             moving_groups=solver.moves_groups(scheme),
             signed_scales=takes_sign(scheme, solver.ranges.signed),
             aliases=skeleton.aliases(site.name),
         )
-        linears.append(PlannedLinear(site, spec))
+        linears.append(PlannedLinear(site, spec, dtype))
     return linears, skipped
 
 
@@ -266,7 +267,7 @@ def _check_solver(recipe: Recipe) -> None:
         raise UsageError("target original pairs the inputs of both models stage by stage; leave --no-sequential out, or --target original")
 
 
-def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
+def _check_format(chosen: Format, linears: Sequence[PlannedLinear], plain: Sequence[str], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
         reason = chosen.refusal(linear.spec)
@@ -276,6 +277,9 @@ def _check_format(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Sk
         written = set(chosen.tensor_names(weight.removesuffix(".weight"), linear.spec.scheme)) - {weight}
         for taken in sorted(written & stored):
             raise PTQError(f"{skeleton.where}: holds a tensor {taken}, the name of a part of {linear.name} when it is quantized; remove it")
+    reason = chosen.joint_refusal([linear.spec for linear in linears], plain)
+    if reason is not None:
+        raise UsageError(reason)
 
 
 def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tuple[tuple[tuple[str, ...], ...], ...]:

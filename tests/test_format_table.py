@@ -37,11 +37,18 @@ class Plain:
 
     name = "plain-bytes"
     packages: Mapping[str, str] = {}
+    optional: tuple[str, ...] = ()
 
     def refusal(self, spec: LinearSpec) -> str | None:
         return None if spec.scheme == W8 else "plain-bytes holds 8 bits with a scale a row"
 
+    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
+        return weights
+
     def fused_refusal(self, group: Mapping[str, Scheme | None]) -> str | None:
+        return None
+
+    def joint_refusal(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> str | None:
         return None
 
     def stored_bytes(self, spec: LinearSpec) -> int:
@@ -75,7 +82,7 @@ class Plain:
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == self.name
 
-    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
+    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Mapping[str, str]) -> dict[str, Scheme]:
         stored = self.stored_linears(tensors.names)
         return {name: W8 for name in linears if name in stored}
 
@@ -108,10 +115,10 @@ def test_a_format_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_unknown_format_is_refused_with_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
-    with pytest.raises(UsageError, match=r"^format 'zip' is unknown; use compressed-tensors, plain-bytes$"):
+    with pytest.raises(UsageError, match=r"^format 'zip' is unknown; use compressed-tensors, .*, plain-bytes$"):
         find_format("zip")
     for config, method in (({"quant_method": "zip"}, "'zip'"), ({}, "None")):
-        with pytest.raises(PTQError, match=f"quant_method {method} is not read; what is read: compressed-tensors, plain-bytes$"):
+        with pytest.raises(PTQError, match=f"quant_method {method} is not read; what is read: compressed-tensors, .*, plain-bytes$"):
             format_of(config)
 
 
@@ -254,8 +261,8 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json has no quantization_config, so the model is not quantized",
     ),
     "another method": (
-        lambda folder: change_config(folder, lambda config: config["quantization_config"].update(quant_method="gptq")),
-        "quant_method 'gptq' is not read; what is read: compressed-tensors",
+        lambda folder: change_config(folder, lambda config: config["quantization_config"].update(quant_method="hqq")),
+        "quant_method 'hqq' is not read; what is read: compressed-tensors",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "no codes": (

@@ -51,6 +51,10 @@ DTYPES = {
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class NoTensorError(PTQError, LookupError):
+    """There is no tensor of that name."""
+
+
 class TensorSource(Protocol):
     """Named tensors of a model, wherever they are stored."""
 
@@ -104,7 +108,7 @@ class MemoryTensors(TensorSource):
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise PTQError(f"the model in memory holds no tensor {name}")
+            raise NoTensorError(f"the model in memory holds no tensor {name}")
         return self._tensors[name]
 
 
@@ -223,7 +227,7 @@ class SafetensorsFolder(TensorSource):
 
     def _file(self, name: str) -> _File:
         if name not in self._files:
-            raise PTQError(f"{self.folder} holds no tensor {name}")
+            raise NoTensorError(f"{self.folder} holds no tensor {name}")
         return self._files[name]
 
 

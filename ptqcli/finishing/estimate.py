@@ -15,7 +15,7 @@ LOGITS_COPIES = 6  # in float32, of one window: both models' logarithms of proba
 
 def tuning_bytes(specs: Sequence[LinearSpec], skeleton: Skeleton, windows: int, seqlen: int, resources: Resources) -> int:
     """Peak of all tensors, without what libraries hold. specs: the quantized linears of the original ``skeleton``."""
-    itemsize = resources.calibration_dtype(specs[0].scale_dtype).itemsize
+    itemsize = resources.calibration_dtype(skeleton.dtype(f"{specs[0].name}.weight")).itemsize
     weights = [spec.out_features * spec.in_features for spec in specs]
     scales = sum(spec.out_features * spec.scheme.group_count(spec.in_features) for spec in specs)
     blocks = len(skeleton.blocks)

@@ -39,6 +39,10 @@ ENTRY_POINTS = "ptqcli.formats"
 # Name -> "module:attribute" of the built-in formats, imported when they are used.
 FORMATS = {
     "compressed-tensors": "ptqcli.formats.compressed_tensors:COMPRESSED_TENSORS",
+    "gptq": "ptqcli.formats.gptq:GPTQ",
+    "gptq_v2": "ptqcli.formats.gptq:GPTQ_V2",
+    "awq": "ptqcli.formats.awq:AWQ",
+    "awq_gemv": "ptqcli.formats.awq:AWQ_GEMV",
 }
 
 
@@ -92,11 +96,17 @@ class Format(Protocol):
     """How schemes are stored and told to readers.
 
     name: as in a recipe and in FORMATS. packages: Python packages outside the core that a reader needs, each with what it is for.
+    optional: last parts of names of tensors that files of other programs may lack.
     A class that derives from this one takes over what has a body here: a format that nothing else reads, under its own name.
     """
 
     name: str
     packages: Mapping[str, str] = MappingProxyType({})
+    optional: tuple[str, ...] = ()
+
+    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
+        """The dtype in which scales are stored beside ``weights`` of that one. Codes are chosen for scales so rounded."""
+        return weights
 
     @abstractmethod
     def refusal(self, spec: LinearSpec) -> str | None:
@@ -107,6 +117,10 @@ class Format(Protocol):
 
         group: the scheme of each by its path in the model, None for one that stays as it is.
         """
+        return None
+
+    def joint_refusal(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> str | None:
+        """Why linears, each of which this format can hold, cannot stand in one file, or None if they can. untouched: as in ``describe``."""
         return None
 
     @abstractmethod
@@ -141,7 +155,10 @@ class Format(Protocol):
 
     @abstractmethod
     def unpack(self, name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
-        """Inverse of ``pack``, from stored tensors, which ``read`` returns by name. Raises PTQError for damaged ones."""
+        """Inverse of ``pack``, from stored tensors, which ``read`` returns by name. Raises PTQError for damaged ones.
+
+        ``read`` raises a LookupError for a tensor that is not there.
+        """
 
     @abstractmethod
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -152,8 +169,11 @@ class Format(Protocol):
         return config.get("quant_method") == self.name
 
     @abstractmethod
-    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
-        """The scheme of each quantized linear among ``linears``. Raises PTQError, naming the key, for everything that is not read."""
+    def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Mapping[str, str]) -> dict[str, Scheme]:
+        """The scheme of each quantized linear among ``linears``: paths in the model, each with the name under which it is stored.
+
+        Raises PTQError, naming the key, for everything that is not read.
+        """
 
     @abstractmethod
     def stored_linears(self, names: Iterable[str]) -> list[str]:

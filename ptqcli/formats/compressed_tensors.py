@@ -35,15 +35,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.tensors import FLOATING, TensorSource
+from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError
-from ptqcli.formats import Format, LinearSpec, Reader, bitstream, compressed_tensors_config, compressed_tensors_readers
+from ptqcli.formats import Format, LinearSpec, Reader, bitstream, compressed_tensors_config, compressed_tensors_readers, joined
 from ptqcli.formats.compressed_tensors_config import NAME
+from ptqcli.formats.stored import DAMAGED, describe, expect_floats, expect_scales, expect_words, expect_writable, middle, reach
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
 # Products of two 8-bit codes reach 2^14; this many of them no longer fit the 32-bit sums of every integer kernel.
 TOO_MANY_PRODUCTS = 1 << 17
+
+OTHERWISE_PACKED = f"{DAMAGED} or was packed by compressed-tensors before 0.18"
 
 
 class CompressedTensors(Format):
@@ -58,7 +61,7 @@ class CompressedTensors(Format):
 
     def fused_refusal(self, group: Mapping[str, Scheme | None]) -> str | None:
         """Why linears that read one tensor inside one module cannot differ as they do, or None if all is well."""
-        return compressed_tensors_readers.fused_refusal(group)
+        return joined.fused_refusal(group)
 
     def notes(self, specs: Sequence[LinearSpec]) -> list[str]:
         """What a user should know of the readers of such linears, one sentence each."""
@@ -87,13 +90,7 @@ class CompressedTensors(Format):
         reason = _refusal(scheme, out_features, in_features, weight.g_idx is not None)
         if reason is not None:
             raise PTQError(f"{name}: {reason}")
-        if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
-            raise PTQError(f"{name}: a symmetric weight has zero points other than {scheme.middle}")
-        if not float(weight.scale.abs().max()) * _reach(scheme) <= torch.finfo(weight.scale.dtype).max:
-            raise PTQError(
-                f"{name}: its weights come so close to the end of {weight.scale.dtype} that rounded ones can pass it; "
-                "leave it as it is (--ignore), or convert the model to bfloat16"
-            )
+        expect_writable(name, weight)
         tensors = _packed_tensors(weight) if scheme.activations is None else _integer_tensors(name, weight)
         return dict(zip(self.tensor_names(name, scheme), tensors, strict=True))
 
@@ -174,17 +171,17 @@ def _packed_tensors(weight: QuantizedWeight) -> list[Tensor]:
 def _read_packed(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
     packed, scale, shape = (read(f"{name}.{leaf}") for leaf in _leaves(scheme)[:3])
     if shape.shape != (2,) or shape.dtype not in (torch.int32, torch.int64):
-        raise PTQError(f"{name}.weight_shape: expected two integers, found {_describe(shape)}")
+        raise PTQError(f"{name}.weight_shape: expected two integers, found {describe(shape)}")
     out_features, in_features = shape.tolist()
     _expect_readable(name, scheme, out_features, in_features)
     groups = scheme.group_count(in_features)
-    _expect_words(f"{name}.weight_packed", packed, (out_features, bitstream.word_count(in_features, scheme.bits)))
-    _expect_scales(f"{name}.weight_scale", scale, (out_features, groups), _reach(scheme))
+    expect_words(f"{name}.weight_packed", packed, (out_features, bitstream.word_count(in_features, scheme.bits)), OTHERWISE_PACKED)
+    expect_scales(f"{name}.weight_scale", scale, (out_features, groups), reach(scheme))
     codes = bitstream.unpack(packed, scheme.bits, in_features)
     if scheme.symmetric:
-        return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme)
+        return QuantizedWeight(codes=codes, scale=scale, zero=middle(scale, scheme), scheme=scheme)
     words = read(f"{name}.weight_zero_point")
-    _expect_words(f"{name}.weight_zero_point", words, (bitstream.word_count(out_features, scheme.bits), groups))
+    expect_words(f"{name}.weight_zero_point", words, (bitstream.word_count(out_features, scheme.bits), groups), OTHERWISE_PACKED)
     zero = bitstream.unpack(words.t(), scheme.bits, out_features).t().contiguous()
     return QuantizedWeight(codes=codes, scale=scale, zero=zero, scheme=scheme)
 
@@ -207,7 +204,7 @@ def _integer_tensors(name: str, weight: QuantizedWeight) -> list[Tensor]:
 def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
     signed = read(f"{name}.weight")
     if signed.dim() != 2 or signed.dtype != torch.int8:
-        raise PTQError(f"{name}.weight: expected int8 codes [out, in], found {_describe(signed)}")
+        raise PTQError(f"{name}.weight: expected int8 codes [out, in], found {describe(signed)}")
     out_features, in_features = signed.shape
     _expect_readable(name, scheme, out_features, in_features)
     codes = signed.view(torch.uint8) + scheme.middle
@@ -216,67 +213,29 @@ def _read_integers(name: str, read: Callable[[str], Tensor], scheme: Scheme) -> 
     scale = read(f"{name}.weight_scale")
     if scheme.group_size == WHOLE_MATRIX and scale.numel() == 1:  # [1] or [1, 1]
         scale = scale.reshape(1, 1).expand(out_features, 1).clone()
-    _expect_scales(f"{name}.weight_scale", scale, (out_features, 1), _reach(scheme))
+    expect_scales(f"{name}.weight_scale", scale, (out_features, 1), reach(scheme))
     input_scale = None
     if "input_scale" in _leaves(scheme):
         input_scale = read(f"{name}.input_scale")
-        _expect_scales(f"{name}.input_scale", input_scale, (1,), _reach(scheme))
+        expect_scales(f"{name}.input_scale", input_scale, (1,), reach(scheme))
         if input_scale.item() < 0:
             raise PTQError(f"{name}.input_scale: holds {input_scale.item():g}, and a scale of inputs is positive; the file is damaged")
     outliers = None if scheme.outliers is None else _read_outliers(name, read, out_features, in_features)
-    return QuantizedWeight(codes=codes, scale=scale, zero=_middle(scale, scheme), scheme=scheme, input_scale=input_scale, outliers=outliers)
+    return QuantizedWeight(codes=codes, scale=scale, zero=middle(scale, scheme), scheme=scheme, input_scale=input_scale, outliers=outliers)
 
 
 def _read_outliers(name: str, read: Callable[[str], Tensor], out_features: int, in_features: int) -> OutlierColumns:
     index, weight = read(f"{name}.outlier_index"), read(f"{name}.outlier_weight")
     if index.dim() != 1 or index.dtype != torch.int32:
-        raise PTQError(f"{name}.outlier_index: expected int32 [columns], found {_describe(index)}")
+        raise PTQError(f"{name}.outlier_index: expected int32 [columns], found {describe(index)}")
     columns = index.tolist()
     if columns != sorted(set(columns)) or not all(0 <= column < in_features for column in columns):
         raise PTQError(f"{name}.outlier_index: expected rising columns below {in_features}, found others; the file is damaged")
-    _expect_floats(f"{name}.outlier_weight", weight, (out_features, len(columns)))
+    expect_floats(f"{name}.outlier_weight", weight, (out_features, len(columns)))
     return OutlierColumns(index, weight)
-
-
-def _middle(scale: Tensor, scheme: Scheme) -> Tensor:
-    return torch.full(scale.shape, scheme.middle, dtype=torch.uint8)
 
 
 def _expect_readable(name: str, scheme: Scheme, out_features: int, in_features: int) -> None:
     reason = _refusal(scheme, out_features, in_features)
     if reason is not None:
         raise PTQError(f"{name}: {reason}")
-
-
-def _expect_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in FLOATING:
-        raise PTQError(f"{name}: expected floating {list(shape)}, found {_describe(tensor)}")
-
-
-def _reach(scheme: Scheme) -> int:
-    """Steps from the zero point to the code farthest from it."""
-    return scheme.middle if scheme.symmetric else scheme.levels - 1
-
-
-def _expect_scales(name: str, scale: Tensor, shape: tuple[int, ...], reach: int) -> None:
-    """Normal as float32, in which kernels divide by scales (the subnormal ones of float16 are), and not so large that what the codes
-    stand for is infinite. A scale of weights may be negative, see ``numerics.grids``.
-    """
-    _expect_floats(name, scale, shape)
-    smallest, largest = map(float, scale.abs().aminmax())
-    if not smallest >= torch.finfo(torch.float32).tiny:
-        raise PTQError(f"{name}: holds {smallest:g}, which is no scale; the file is damaged")
-    if not largest * reach <= torch.finfo(scale.dtype).max:
-        raise PTQError(f"{name}: holds {largest:g}, with which weights leave the range of {scale.dtype}; the file is damaged")
-
-
-def _expect_words(name: str, words: Tensor, shape: tuple[int, int]) -> None:
-    if tuple(words.shape) != shape or words.dtype != torch.int32:
-        raise PTQError(
-            f"{name}: expected int32 {list(shape)}, found {_describe(words)}; "
-            "the file is damaged or was packed by compressed-tensors before 0.18"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

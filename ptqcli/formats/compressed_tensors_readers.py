@@ -12,7 +12,7 @@ What a reader would get silently wrong, and what is done about it here:
 - The outlier split is an extension of this program: transformers and vLLM would leave the 16-bit columns out of the product. A key
   of the same kind, which also holds the threshold, stops them.
 - vLLM runs some linears that read one tensor as one matrix, and takes the first one's scheme for all. Those that it is known to join are
-  listed in JOINED by the names that it looks for; others that read one tensor may differ.
+  listed in ``joined`` by the names that it looks for; others that read one tensor may differ.
 
 What a reader refuses by itself, and is written all the same: transformers needs ``dequantize=True`` for asymmetric packed weights since
 0.18 of the library; vLLM has no dynamic activations per tensor, and of the narrower weights with 8-bit activations only 4 bits per
@@ -23,7 +23,7 @@ groups since its Humming kernels took them (vllm-project/vllm#46389), and zero p
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 from torch import nn
@@ -42,32 +42,6 @@ MARLIN_TILE, CUTLASS_TILE = (64, 128), (16, 16)
 OUTLIERS = "outlier columns: only ptqcli reads them, transformers refuses the file"
 CONV1D = "Conv1D layers: ptqcli and vLLM read them from this format, transformers does not"
 EXPANDED_AS_ONE = "transformers does not read it, since it would expand all schemes as one; ptqcli and vLLM read it"
-
-# Of vLLM's packed_modules_mapping: attention, gated MLPs, latent attention, gated delta rules.
-JOINED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-)
-
-
-def fused_refusal(group: Mapping[str, Scheme | None]) -> str | None:
-    """Why vLLM would misread linears of one module that read one tensor, or None if those that it joins have one scheme.
-
-    group: the scheme of each by its path in the model, None for one that stays as it is.
-    """
-    for joined in JOINED:
-        members = [name for name in group if name.rpartition(".")[2] in joined]
-        for name in members[1:]:
-            if group[name] != group[members[0]]:
-                one, other = ("left as it is" if group[each] is None else str(group[each]) for each in (members[0], name))
-                return (
-                    f"{members[0]} ({one}) and {name} ({other}) read the same input and are run as one matrix by vLLM; "
-                    "give them the same scheme, or leave all of them as they are"
-                )
-    return None
 
 
 def notes(specs: Sequence[LinearSpec]) -> list[str]:

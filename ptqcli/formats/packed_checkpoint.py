@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ptqcli.arguments import as_path, check_argument
-from ptqcli.checkpoint.tensors import SafetensorsFolder, TensorSource
+from ptqcli.checkpoint.tensors import SINGLE_FILE, SafetensorsFolder, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, format_of
 from ptqcli.model.classes import build_classes
@@ -33,16 +34,17 @@ class PackedCheckpoint:
     schemes: the scheme of each quantized linear by its path in the model, in the order of the model.
     names: names in memory -> stored names; a quantized linear counts as if its ``weight`` were stored.
 
-    Raises PTQError, naming the tensor, if what is stored is not what the configuration says.
+    entry: what the configuration says of the format. Raises PTQError, naming the tensor, if what is stored is not what it says.
     """
 
     def __init__(
-        self, folder: Path, config: Any, model: nn.Module, stored_as: Format, tensors: TensorSource, schemes: Mapping[str, Scheme]
+        self, folder: Path, config: Any, model: nn.Module, stored_as: Format, tensors: TensorSource, entry: Mapping[str, Any]
     ) -> None:
         self.folder, self.config, self.model, self.format, self.tensors = folder, config, model, stored_as, tensors
-        self.schemes = dict(schemes)
-        self._quantized = set(stored_as.stored_linears(tensors.names))
+        self._stored, self._quantized = frozenset(tensors.names), set(stored_as.stored_linears(tensors.names))
         self.names = DiskNames(model, _as_plain(stored_as, tensors.names))
+        linears = {name: self._name_on_disk(name) for name, module in model.named_modules() if is_linear(module)}
+        self.schemes = stored_as.schemes(entry, tensors, linears)
         self._specs = {name: self._spec(name, scheme) for name, scheme in self.schemes.items()}
         self._refuse_unexpected()
 
@@ -87,11 +89,16 @@ class PackedCheckpoint:
         )
 
     def _tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
-        return self.format.tensor_names(self._stored_linear(name), scheme)
+        """Those of the linear ``name`` that are stored, or should be."""
+        names = self.format.tensor_names(self._stored_linear(name), scheme)
+        return tuple(each for each in names if each in self._stored or each.rpartition(".")[2] not in self.format.optional)
+
+    def _name_on_disk(self, name: str) -> str:
+        return (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
 
     def _stored_linear(self, name: str) -> str:
         """The stored name of the quantized linear ``name``."""
-        linear = (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
+        linear = self._name_on_disk(name)
         if linear not in self._quantized:
             wanted = self.format.tensor_names(linear, self.schemes[name])
             missing = next((tensor for tensor in wanted if tensor not in self.tensors.names), linear)
@@ -135,11 +142,19 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     if not isinstance(entry, Mapping):
         raise PTQError(f"{folder}: config.json has no quantization_config, so the model is not quantized; run ptq quantize on it first")
     stored_as = format_of(entry)
-    tensors = SafetensorsFolder(folder)
+    tensors = SafetensorsFolder(folder, _single_file(folder, entry))
     config.dtype = dtype or config.dtype or _stored_dtype(tensors)
     model, _ = build_classes(config, _as_plain(stored_as, tensors.names), config.architectures).built[0]
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
-    return PackedCheckpoint(folder, config, model, stored_as, tensors, stored_as.schemes(entry, tensors, linears))
+    return PackedCheckpoint(folder, config, model, stored_as, tensors, entry)
+
+
+def _single_file(folder: Path, entry: Mapping[str, Any]) -> str:
+    """The name of the one file with all tensors, where there is one: old files of AutoGPTQ say what it is called."""
+    base = entry.get("model_file_base_name")
+    named = f"{base}.safetensors"
+    if isinstance(base, str) and Path(named).name == named and not os.path.isfile(folder / SINGLE_FILE) and os.path.isfile(folder / named):
+        return named
+    return SINGLE_FILE
 
 
 def _stored_dtype(tensors: TensorSource) -> torch.dtype:

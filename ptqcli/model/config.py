@@ -25,6 +25,8 @@ from ptqcli.model.kinds import kind_of
 from ptqcli.untrusted import foreign, read_json, shown
 
 CONFIG_FILE = "config.json"
+# In which AutoGPTQ and AutoAWQ told of the quantization before it stood in config.json.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
 
 # Keys with which a file tells transformers what code to run or to fetch, beside those that ``_selects_code`` tells by their form.
 CODE_KEYS = {
@@ -65,6 +67,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
+    beside = next((folder / name for name in QUANTIZATION_FILES if (folder / name).is_file()), None)
+    if beside is not None:
+        values.setdefault("quantization_config", read_json(beside))
     _check_numbers(values, folder / CONFIG_FILE)
     return values
 

@@ -39,7 +39,7 @@ class Run:
     """What all blocks of a run share.
 
     streams: None when nothing looks at calibration text. layers, folds: for the report. adapters: of the linears that are placed, if the
-    recipe asks for any, on the CPU and in the dtype of their scales.
+    recipe asks for any, on the CPU and in the dtype of their weights.
     """
 
     skeleton: Skeleton
@@ -140,7 +140,7 @@ class LoadedBlock:
         if self.block is not None:
             module = self.block.get_submodule(linear.site.local)
             weight = torch.empty_like(module.get_parameter("weight"))
-            rows_first(module, weight).copy_(solution.weight.dequantize(linear.scale_dtype))
+            rows_first(module, weight).copy_(solution.weight.dequantize(linear.dtype))
             module.weight = nn.Parameter(weight, requires_grad=False)
         packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
         self._finished.update(packed)
@@ -168,8 +168,8 @@ class LoadedBlock:
         difference, hessian = weight - layer.matrix(), statistics.hessian.matrix
         if shift is not None and statistics.sums is not None:
             difference = beside_bias(difference, hessian, statistics.sums, statistics.tokens, linear.name)
-        adapter = low_rank_correction(difference, hessian, rank).to(weight.device, linear.scale_dtype)
-        self.run.adapters[linear.name] = adapter.to(torch.device("cpu"), linear.scale_dtype)
+        adapter = low_rank_correction(difference, hessian, rank).to(weight.device, linear.dtype)
+        self.run.adapters[linear.name] = adapter.to(torch.device("cpu"), linear.dtype)
         return relative_error(weight, layer, statistics, shift, adapter.matrix())
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, corrected: float | None, bits: int) -> None:

@@ -101,7 +101,7 @@ class _Quantization:
             progress=progress,
         )
         self.written = WrittenUnits(self.state, folder)
-        self.dtype = resources.calibration_dtype(plan.linears[0].scale_dtype)
+        self.dtype = resources.calibration_dtype(plan.linears[0].dtype)
         self.batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
         self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
         self.carried: dict[str, Any] = {}

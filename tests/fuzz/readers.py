@@ -29,10 +29,10 @@ from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.files import read_path
 from ptqcli.calibration.rows import Rows
 from ptqcli.checkpoint.auxiliary import load_tokenizer
-from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder
 from ptqcli.cli import run
 from ptqcli.errors import PTQError
-from ptqcli.formats import format_of
+from ptqcli.formats import find_format, format_of
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.model.config import build_on_meta, load_config, read_generation_config
 from ptqcli.numerics.grids import MinMax
@@ -177,6 +177,23 @@ def packed(folder: Path, random: mutate.Source) -> object:
     return result
 
 
+OTHER_FORMATS = {"gptq": "w4a16-g32", "gptq_v2": "w3a16-g32-asym", "awq": "w4a16-g32-asym"}
+
+
+def other_formats(folder: Path, random: mutate.Source) -> object:
+    format_, scheme = random.choice([(find_format(name), Scheme.parse(scheme)) for name, scheme in OTHER_FORMATS.items()])
+    weight = round_to_nearest(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), scheme, torch.float16, MinMax())
+    tensors = format_.pack("m", weight)
+    for _ in range(random.choice((1, 1, 2)) if random.changes else 0):
+        name = random.choice(sorted(tensors))
+        tensors[name] = wrong_tensor(tensors[name].clone(), random)
+    (folder / "model.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    result = format_.unpack("m", SafetensorsFolder(folder).read, scheme)
+    assert bool((result.scale != 0).all())
+    assert bool(torch.isfinite(result.dequantize()).all())
+    return result
+
+
 def wrong_tensor(tensor: torch.Tensor, random: mutate.Source) -> torch.Tensor:
     deed = random.randrange(6)
     if deed == 0:
@@ -238,13 +255,24 @@ def config(folder: Path, random: mutate.Source) -> object:
     return build_on_meta(read, 20)
 
 
+OTHER_ENTRIES: list[dict[str, Any]] = [
+    {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq_v2",
+        "dynamic": {"+:.*q_proj$": {"bits": 8, "sym": False}, r"-:^model\.layers\.7": {}},
+    },
+    {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]},
+    {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"},
+]  # fmt: skip
+
+
 def quantization(folder: Path, random: mutate.Source) -> object:
-    entry = originals(folder.parent / "originals").config["quantization_config"]
+    entry = random.choice([originals(folder.parent / "originals").config["quantization_config"], *OTHER_ENTRIES])
     (folder / "config.json").write_bytes(mutate.json_bytes(entry, random))
     from ptqcli.untrusted import read_json
 
     entry = read_json(folder / "config.json")
-    schemes = format_of(entry).schemes(entry, None, LINEARS)  # type: ignore[arg-type]
+    stored = MemoryTensors({f"{name}.qweight": torch.zeros(1) for name in LINEARS[:2]})
+    schemes = format_of(entry).schemes(entry, stored, {name: name for name in LINEARS})
     assert set(schemes) <= set(LINEARS)
     return schemes
 
@@ -377,6 +405,7 @@ READERS = [
     Reader("safetensors index", 8, ("index.json", "safetensors"), index),
     Reader("safetensors header", 12, ("model.safetensors", "/"), header),
     Reader("packed tensors", 10, ("m.", "m:", "safetensors"), packed),
+    Reader("packed tensors of other formats", 6, ("m.", "m:", "safetensors"), other_formats),
     Reader("whole checkpoint", 1, ("/", "quantization_config"), checkpoint),
     Reader("adapter", 4, ("adapter_config.json", "adapter_model.safetensors", "/"), adapter),
     Reader("config.json", 6, ("config.json", "/"), config),
