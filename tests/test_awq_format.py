@@ -288,10 +288,15 @@ def test_what_is_written() -> None:
 
 
 def test_readers() -> None:
-    for size, refusing in ((128, set()), (16, set()), (8, {"transformers", "GPTQModel"})):
+    for size, refusing, noted in (
+        (128, set(), ""),
+        (16, set(), ""),
+        (-1, set(), "whole"),
+        (8, {"transformers", "GPTQModel"}, "groups of 8"),
+    ):
         specs = [spec_of(Scheme(4, size))]
         assert {reader.name for reader in AWQ.readers(specs, "AutoModelForCausalLM", []) if reader.refusal} == refusing
-        assert bool(AWQ.notes(specs)) == bool(refusing)
+        assert [note[: len(noted)] for note in AWQ.notes(specs)] == ([noted] if noted else [])
     assert "a.q_proj" in str(AWQ.fused_refusal({"a.q_proj": Scheme(4, 32), "a.k_proj": None}))
 
 

@@ -378,6 +378,8 @@ def test_readers() -> None:
     assert refused(replace(usual, moving_groups=True)) == {"vLLM"}
     assert refused(usual, spec_of(Scheme(8, 32))) == {"transformers"}
     assert refused(spec_of(Scheme(4, 8))) == {"transformers", "GPTQModel", "vLLM", "SGLang"}
+    assert [note[:10] for note in GPTQ.notes([spec_of(Scheme(4, -1))])] == ["whole rows"]
+    assert GPTQ.notes([spec_of(Scheme(8, -1))]) == []
     assert "a.q_proj" in str(GPTQ.fused_refusal({"a.q_proj": Scheme(4, 32), "a.k_proj": None}))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptqcli.formats import LinearSpec, Reader
+from ptqcli.formats.gptq_readers import ROWS_ON_CPU
 from ptqcli.numerics.scheme import WHOLE_ROW
 
 FAST_GROUPS = (WHOLE_ROW, 32, 64, 128)
@@ -19,7 +20,10 @@ GROUPS_OF_GPTQMODEL = (WHOLE_ROW, 16, 32, 64, 128)
 def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
     reason = _not_in_gptqmodel(specs)
-    return [] if reason is None else [f"{reason}; ptqcli reads it"]
+    if reason is not None:
+        return [f"{reason}; ptqcli reads it"]
+    rows = any(spec.scheme.group_size == WHOLE_ROW for spec in specs)
+    return [ROWS_ON_CPU] if rows else []
 
 
 def readers(specs: Sequence[LinearSpec], auto_class: str) -> list[Reader]:

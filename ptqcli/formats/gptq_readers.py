@@ -18,11 +18,16 @@ from ptqcli.numerics.scheme import WHOLE_ROW, Scheme
 SERVED_BITS = (4, 8)
 SERVED_GROUPS = (WHOLE_ROW, 32, 64, 128)
 GROUPS_OF_GPTQMODEL = (WHOLE_ROW, 16, 32, 64, 128, 256, 512, 1024)
+FAST_ON_CPU = 4  # bits
+
+ROWS_ON_CPU = "whole rows: transformers takes a kernel for them that fails on the CPU; GPTQModel by itself does not"
 
 
 def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
     found = [f"{reason}; ptqcli reads it" for reason in (_not_in_gptqmodel(specs), _not_in_transformers(specs)) if reason]
+    if not found and any(spec.scheme.bits == FAST_ON_CPU and spec.scheme.group_size == WHOLE_ROW for spec in specs):
+        found.append(ROWS_ON_CPU)
     reason = _not_in_vllm(specs)
     return found if reason is None else [*found, f"{reason}; GPTQModel reads it"]
 
