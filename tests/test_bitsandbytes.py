@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import correlated_layer, random_codes
+from packed import change_tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -155,6 +156,18 @@ def test_a_checkpoint_in_nf4_has_its_logits() -> None:
     assert relative(logits(model), expected_logits("bnb_nf4_dq")) < 1e-5
     model.get_submodule("model.layers.1.mlp.down_proj").packed[0, 0] ^= 8
     assert relative(logits(model), expected_logits("bnb_nf4_dq")) > 1e-5
+
+
+def test_a_scale_below_the_range_of_the_model_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    """It stays in float32, and what it stands for becomes zero."""
+    tiny.make_model(tmp_path / "model")
+    ptqcli.quantize(tmp_path / "model", output=tmp_path / "out", algo="rtn", format="bitsandbytes", scheme="nf4-g64")
+    absmax = "model.layers.1.mlp.down_proj.weight.absmax"
+    change_tensor(tmp_path / "out", lambda tensors: tensors[absmax][0].fill_(1e-20))
+    load_quantized(tmp_path / "out", dtype=torch.float16)
+    change_tensor(tmp_path / "out", lambda tensors: tensors[absmax][0].fill_(1e20))
+    with pytest.raises(PTQError, match=r"down_proj: its scales leave the range of torch\.float16"):
+        load_quantized(tmp_path / "out", dtype=torch.float16)
 
 
 class TheirLinear(nn.Module):
