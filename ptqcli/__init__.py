@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqcli.api import evaluate, quantize, solve, tune_scales
+    from ptqcli.api import convert, evaluate, quantize, solve, tune_scales
     from ptqcli.errors import PTQError, UsageError
     from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.numerics.scheme import Scheme
@@ -31,6 +31,7 @@ __all__ = [
     "Report",
     "Scheme",
     "UsageError",
+    "convert",
     "evaluate",
     "load_quantized",
     "open_checkpoint",
@@ -46,6 +47,7 @@ _HOMES = {
     "Report": "ptqcli.pipeline.report",
     "Scheme": "ptqcli.numerics.scheme",
     "UsageError": "ptqcli.errors",
+    "convert": "ptqcli.api",
     "evaluate": "ptqcli.api",
     "load_quantized": "ptqcli.runtime",
     "open_checkpoint": "ptqcli.formats.packed_checkpoint",

@@ -18,10 +18,11 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.model.locate import find_model
-from ptqcli.model.source import ModelFolder, ModelInMemory, ModelSource
+from ptqcli.model.source import ModelInMemory, ModelSource, open_source
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.pipeline import pipeline, tuning
+from ptqcli.pipeline import converting, pipeline, tuning
+from ptqcli.pipeline.converting import Converted
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import Report, read_source
 from ptqcli.pipeline.tuning import TunedCheckpoint
@@ -43,6 +44,7 @@ def quantize(
     *,
     output: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_requantize: bool = False,
     overwrite: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -54,7 +56,8 @@ def quantize(
 ) -> Report:
     """Quantize ``model`` into the new checkpoint folder ``output``, as `ptq quantize` does.
 
-    model: a local folder, a hub id, or a transformers model in memory, which stays as it is; its tokenizer is then given by ``tokenizer``.
+    model: a local folder, a GGUF file, a hub id, or a transformers model in memory, which stays as it is; its tokenizer is then given by
+    ``tokenizer``. allow_requantize: a GGUF file whose weights are quantized already is taken, too.
     output: where the checkpoint goes; what is there is kept, but for an earlier checkpoint if ``overwrite``.
     recipe: a ``Recipe``, the name of a shipped one (`ptq recipes`), or a YAML file; None for the defaults.
     changes: keys as in a YAML file, which win over the recipe: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``,
@@ -66,9 +69,10 @@ def quantize(
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     target = as_path(output, "output")
-    check_argument(overwrite, "overwrite", bool)
+    for name, switch in (("overwrite", overwrite), ("allow_requantize", allow_requantize)):
+        check_argument(switch, name, bool)
     return pipeline.quantize(
-        _source(model, tokenizer),
+        _source(model, tokenizer, allow_requantize),
         _recipe(recipe, changes),
         target,
         overwrite=overwrite,
@@ -124,6 +128,35 @@ def tune_scales(
     )
 
 
+def convert(
+    checkpoint: str | Path,
+    to: str,
+    *,
+    output: str | Path,
+    requantize: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write the quantized model in ``checkpoint`` into the new folder ``output`` in the format ``to``, as `ptq convert` does.
+
+    checkpoint: a folder of `ptq quantize`, or any other that it reads. to: one of `ptq algorithms`' formats.
+    requantize: a scheme such as ``w4a16-g128`` for the linears that the format cannot hold as they are; None refuses them.
+    overwrite, progress: as in ``quantize``.
+    Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
+    """
+    for name, text in (("to", to), ("requantize", requantize)):
+        check_argument(text, name, str, optional=name == "requantize")
+    check_argument(overwrite, "overwrite", bool)
+    return converting.convert(
+        find_model(str(checkpoint)),
+        to,
+        as_path(output, "output"),
+        requantize=requantize,
+        overwrite=overwrite,
+        progress=progress or NoProgress(),
+    )
+
+
 def evaluate(
     model: str | Path | PreTrainedModel,
     texts: str | Path | Sequence[str | Path] = "builtin",
@@ -165,7 +198,7 @@ def evaluate(
             _check_model(given)
     if baseline is None and folder is not None:
         origin = read_source(folder)
-        baseline = origin if origin is not None and origin.is_dir() else None
+        baseline = origin if origin is not None and origin.exists() else None
     if folder is not None:
         _refuse(tokenizer)
         tokenizer = load_tokenizer(folder)
@@ -236,10 +269,10 @@ def solve(
     return StageWork(chosen.solver, Stage((task,), statistics)).solve(task, ignore_progress).weight
 
 
-def _source(model: Any, tokenizer: Any) -> ModelSource:
+def _source(model: Any, tokenizer: Any, allow_requantize: bool) -> ModelSource:
     if isinstance(model, (str, Path)):
         _refuse(tokenizer)
-        return ModelFolder(find_model(str(model)))
+        return open_source(find_model(str(model)), allow_requantize)
     _check_model(model)
     return ModelInMemory(model, tokenizer)
 

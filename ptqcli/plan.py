@@ -25,6 +25,7 @@ from ptqcli.numerics.grids import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
@@ -99,6 +100,8 @@ class Plan:
                 ("adapter", f"of rank {recipe.adapter_rank} for each linear, {self.adapter_bytes / 1e6:,.1f} MB beside the checkpoint")
             )
         rows.append(("format", recipe.format))
+        if recipe.for_tensor_parallel > 1:
+            rows.append(("tensor parallel", f"every matrix can be cut into {recipe.for_tensor_parallel} parts of whole groups"))
         rows += [("note", note) for note in self.notes]
         return rows
 
@@ -124,6 +127,7 @@ def make_plan(
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
+    check_parallel(linears, skeleton, recipe.for_tensor_parallel)
     plain = skeleton.plain_names(linear.name for linear in linears)
     _check_format(chosen, linears, plain, skeleton)
     fused = _fused_schemes(linears, skeleton)
@@ -184,7 +188,7 @@ def _choose(
         if reason is not None:
             skipped.append((site.name, reason))
             continue
-        scheme = scheme.resolved(site.in_features)
+        scheme = resolved_for_parts(scheme, site, skeleton, recipe.for_tensor_parallel)
         refused = _refused(recipe, scheme) or solver.refusal(scheme)
         if refused is not None:
             raise UsageError(f"{site.name}: {refused}")

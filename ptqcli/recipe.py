@@ -107,7 +107,8 @@ class Recipe:
     allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
     is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
-    checkpoint is stored, one of ``ptqcli.formats.format_names``. blocks: name of the list of blocks, where it is not evident.
+    checkpoint is stored, one of ``ptqcli.formats.format_names``. for_tensor_parallel: GPUs that a server will cut
+    every matrix over. blocks: name of the list of blocks, where it is not evident.
     finish: kl tunes the scales end to end (``finishing.tune_scales``) when all codes stand, none leaves them.
     adapter_rank: of the low-rank correction (``adapters.eora``) that is written beside the checkpoint, 0 for none.
     Raises UsageError for what cannot work, and PTQError for a part of another package that cannot be imported.
@@ -132,6 +133,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
+    for_tensor_parallel: int = 1
     blocks: str | None = None
     adapter_rank: int = 0
     finish: str = "none"
@@ -152,6 +154,8 @@ class Recipe:
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
         check_bos(self.bos)
+        if self.for_tensor_parallel < 1:
+            raise UsageError(f"for tensor parallel {self.for_tensor_parallel} is not valid; give the number of GPUs, 1 or more")
         self._check_afterwards()
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")

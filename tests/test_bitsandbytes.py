@@ -27,6 +27,7 @@ from ptqcli.finishing.student import Student
 from ptqcli.formats import LinearSpec, find_format, no_codebooks
 from ptqcli.formats.bitsandbytes import BITSANDBYTES
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
+from ptqcli.formats.gguf_encode import holding_type
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.numerics.double_quant import DoubleScales, dynamic_map
 from ptqcli.numerics.elements import CODEBOOKS, FP4, NF4
@@ -694,3 +695,26 @@ def test_readers_are_told() -> None:
     assert "bitsandbytes" in readers["peft"].needs
     assert "0.33" in str(readers["vLLM"].refusal)
     assert len(BITSANDBYTES.notes([spec_of("w8a8-outliers6")])) == len(BITSANDBYTES.notes([spec_of("w8a8")])) + 1
+
+
+def test_other_formats_take_it_only_rounded_anew(tmp_path: Path) -> None:
+    """Converted, too, codes of a codebook are no integers."""
+    tiny.make_model(tmp_path / "model")
+    ptqcli.quantize(tmp_path / "model", output=tmp_path / "out", algo="rtn", format="bitsandbytes", scheme="nf4-g64")
+    with pytest.raises(UsageError, match="compressed-tensors holds integers, not codes of nf4"):
+        ptqcli.convert(tmp_path / "out", "compressed-tensors", output=tmp_path / "converted")
+    assert holding_type(Scheme.parse("nf4-g64"), 128) is None
+    assert holding_type(Scheme.parse("w4a16-g64"), 128) == "Q4_0"
+
+
+def test_what_other_formats_hold_in_8_bits_is_converted_as_it_is(tmp_path: Path) -> None:
+    tiny.make_model(tmp_path / "model", dtype=torch.bfloat16)
+    ptqcli.quantize(tmp_path / "model", output=tmp_path / "out", algo="rtn", scheme="w8a8")
+    ptqcli.convert(tmp_path / "out", "bitsandbytes", output=tmp_path / "there")
+    ptqcli.convert(tmp_path / "there", "compressed-tensors", output=tmp_path / "back")
+    first, there, back = (open_checkpoint(tmp_path / name) for name in ("out", "there", "back"))
+    assert {str(scheme) for scheme in there.schemes.values()} == {"w8a8"}
+    for name in first.schemes:
+        for other in (there, back):
+            assert torch.equal(first.weight(name).codes, other.weight(name).codes)
+            assert torch.equal(first.weight(name).scale.float(), other.weight(name).scale.float())

@@ -486,6 +486,14 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_a_file_that_was_left_beside_other_weights_says_nothing(tmp_path: Path) -> None:
+    tiny.make_model(tmp_path / "model")
+    (tmp_path / "model" / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False, "sym": True}))
+    with pytest.raises(PTQError, match="has no quantization_config"):
+        open_checkpoint(tmp_path / "model")
+    assert len(open_checkpoint(quantized(tmp_path, "out", format="gptq")).schemes) == 14
+
+
 # The whole way
 
 

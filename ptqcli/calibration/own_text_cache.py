@@ -25,10 +25,11 @@ VERSION = 1  # of how text is written; another gives other text
 
 
 def fingerprint(folder: Path, settings: Mapping[str, Any]) -> str:
-    """A hash of ``settings`` and of all files in the model's ``folder``, each by name, size and time of its last change."""
+    """A hash of ``settings`` and of all files in the model's ``folder``, or the file that it is, each by name, size and time of its last
+    change."""
     import transformers
 
-    found = sorted(path for path in folder.iterdir() if path.is_file())
+    found = sorted(path for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file())
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
     versions = [VERSION, torch.__version__, transformers.__version__]
     return hashlib.sha256(json.dumps([versions, stamps, settings], sort_keys=True).encode()).hexdigest()

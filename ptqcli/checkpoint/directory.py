@@ -142,9 +142,11 @@ class Directory:
         if digest != self.made[name]:
             raise PTQError(f"{self.path / name}: does not hold what was written; the disk is failing or another program writes there")
 
-    def rename(self, old: str, new: str) -> None:
-        """Rename what is called ``old``. Raises FileExistsError if there is anything that is called ``new``."""
-        if self.identity_of(new) is not None:
+    def rename(self, old: str, new: str, replaced: tuple[int, int] | None = None) -> None:
+        """Rename what is called ``old``. Raises FileExistsError if there is anything that is called ``new``, but for what has the identity
+        ``replaced``, which goes in the same step.
+        """
+        if self.identity_of(new) not in (None, replaced):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path / new))
         if old in self.made:
             self.made[new] = self.made[old]

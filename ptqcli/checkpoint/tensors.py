@@ -103,7 +103,7 @@ class MemoryTensors(TensorSource):
     def read(self, name: str) -> Tensor:
         """A copy of ``name``, contiguous and on the CPU. Raises PTQError if it holds NaN or infinity."""
         tensor = self._tensor(name).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        _refuse_not_finite(tensor, f"the model in memory: tensor {name}")
+        refuse_not_finite(tensor, f"the model in memory: tensor {name}")
         return tensor
 
     def _tensor(self, name: str) -> Tensor:
@@ -286,11 +286,12 @@ class _File:
             tensor: Tensor = self._opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise PTQError(f"{self.path}: tensor {name} cannot be read any more; has the file changed? ({one_line(error)})") from error
-        _refuse_not_finite(tensor, f"{self.path}: tensor {name}")
+        refuse_not_finite(tensor, f"{self.path}: tensor {name}")
         return tensor
 
 
-def _refuse_not_finite(tensor: Tensor, what: str) -> None:
+def refuse_not_finite(tensor: Tensor, what: str) -> None:
+    """Raise PTQError if a floating tensor holds NaN or infinity. what: how the message calls it."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     # 8-bit floats have no such reduction. The others: a tenth of the time of isfinite, and no memory, since NaN wins over all numbers.

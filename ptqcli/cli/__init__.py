@@ -35,6 +35,8 @@ COMMANDS = {
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "tune-scales": ("tune_scales", "Tune the scales of CHECKPOINT to the original, end to end."),
+    "convert": ("convert", "Write CHECKPOINT in the format of another program."),
+    "push": ("push", "Put CHECKPOINT into a repository of the hub."),
     "inspect": ("inspect", "Show what is in CHECKPOINT: schemes, sizes, per-layer error."),
     "generate": ("generate", "Let CHECKPOINT answer or continue TEXT."),
     "algorithms": ("algorithms", "List the parts of --algo with options, and the formats."),

@@ -11,7 +11,7 @@ import click
 
 from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text
-from ptqcli.cli.load import silence_transformers
+from ptqcli.cli.load import silence_transformers, tell_decoded
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torch along; a test compares the two
 SECONDS_BETWEEN_LINES = 15.0
+CARD_NAME = "README.md"  # of ptqcli.pipeline.card, likewise
 COMPARED_TOKENS = 1_000  # of each text, to learn whether two tokenizers are one
 
 
@@ -83,6 +84,7 @@ class AdapterPath(NamedPath):
     shell_complete=completion.model,
     help="Compare with this model.",
 )
+@click.option("--write-card", is_flag=True, help="Put the numbers into the model card of CHECKPOINT.")
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
 @kernel_option
@@ -97,6 +99,7 @@ def command(
     bos: str,
     adapter: Path | bool | None,
     baseline: str | None,
+    write_card: bool,
     no_baseline: bool,
     data_dir: Path | None,
     kernel: str,
@@ -106,14 +109,12 @@ def command(
 ) -> None:
     """Measure how good CHECKPOINT is, beside the original.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id; left out, it is the newest one here. Its packed
-    weights are used as they are.
+    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id; left out, it is the newest one here.
+    Its packed weights are used as they are.
     """
     from ptqcli.calibration.bos import window_bos
-    from ptqcli.calibration.chat import chat_writer
-    from ptqcli.calibration.rows import Rows
-    from ptqcli.calibration.text import evaluation_ids
     from ptqcli.evaluation.measure import measure
+    from ptqcli.pipeline.card import check_card, write_measured
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -122,17 +123,15 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
+    if write_card:
+        check_card(folder)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     begin = window_bos(tokenizer, bos)
-    tables = {text: Rows(write_chat=chat_writer(tokenizer)) for text in texts}
-    # a text that is not there is told before models are loaded
-    rows = {text: evaluation_ids(text, tokenizer, data_dir, tables[text]) for text in texts}
-    for text, table in tables.items():
-        if table.skipped:
-            output.say(f"{text}: {table.skipped:,} rows without text are left out")
+    rows = _read(texts, tokenizer, data_dir, output)  # a text that is not there is told before models are loaded
     if reference and _reads_otherwise(reference, tokenizer, rows.values()):
         output.say(f"{reference}: its tokenizer is another one; both models are measured on the tokens of the checkpoint's")
+    tell_decoded(folder, output)
     model = load_model(folder, place, kernel, adapter or False)
     original = load_model(reference, place) if reference else None
     with track("window", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
@@ -141,9 +140,26 @@ def command(
     output.say(f"checkpoint  {path_text(folder)}{'' if adapter is None else ' with an adapter'}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
+    if write_card:
+        write_measured(folder, results, adapter is not None)
+        output.say(f"written     {path_text(folder / CARD_NAME)}")
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
     )
+
+
+def _read(texts: Iterable[str], tokenizer: Any, data_dir: Path | None, output: Output) -> dict[str, Tensor]:
+    """The token ids of each text, int64 [tokens]."""
+    from ptqcli.calibration.chat import chat_writer
+    from ptqcli.calibration.rows import Rows
+    from ptqcli.calibration.text import evaluation_ids
+
+    tables = {text: Rows(write_chat=chat_writer(tokenizer)) for text in texts}
+    rows = {text: evaluation_ids(text, tokenizer, data_dir, table) for text, table in tables.items()}
+    for text, table in tables.items():
+        if table.skipped:
+            output.say(f"{text}: {table.skipped:,} rows without text are left out")
+    return rows
 
 
 def _reads_otherwise(folder: Path, tokenizer: Any, texts: Iterable[Tensor]) -> bool:

@@ -48,6 +48,8 @@ def default_output(model: str | None, folder: Path, plan: Plan, *, overwrite: bo
 
 def _model_name(model: str) -> str:
     local = Path(model).expanduser()
+    if local.is_file():
+        return local.stem
     return local.resolve().name or "model" if local.is_dir() else model.rpartition("/")[2]
 
 

@@ -56,7 +56,8 @@ def command(
 ) -> None:
     """Let CHECKPOINT answer or continue TEXT.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder or hub id. A model with a chat template answers TEXT, any other
+    CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id. A
+    model with a chat template answers TEXT, any other
     continues it. TEXT is read from standard input where it is - or left out.
     """
     from ptqcli.calibration.tokens import read_tokens

@@ -18,6 +18,7 @@ from ptqcli.pipeline.report import read_report
 
 if TYPE_CHECKING:
     from ptqcli.formats.packed_checkpoint import PackedCheckpoint
+    from ptqcli.model.gguf import GGUFTensors
 
 
 @click.command(epilog=examples("ptq inspect", "ptq inspect small --json"))
@@ -26,18 +27,27 @@ if TYPE_CHECKING:
 def command(checkpoint: str | None, as_json: bool) -> None:
     """Show what is in CHECKPOINT: schemes, sizes, per-layer error.
 
-    CHECKPOINT is a folder that `ptq quantize` wrote, or any other that transformers reads; left out, it is the newest one here.
+    CHECKPOINT is a folder that `ptq quantize` wrote, any other that transformers reads, or a GGUF file; left out, it is the newest
+    one here.
     """
     from ptqcli.checkpoint.tensors import SafetensorsFolder
+    from ptqcli.formats.gguf import open_tensors
     from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.model.config import load_config
+    from ptqcli.model.gguf import is_gguf
 
     folder = find_checkpoint(checkpoint)
     config = load_config(folder)
-    packed = open_checkpoint(folder) if getattr(config, "quantization_config", None) is not None else None
-    size = (packed.tensors if packed else SafetensorsFolder(folder)).total_bytes
-    report = read_report(folder) or {}
-    layers = _layers(packed, report) if packed else []
+    quantized = getattr(config, "quantization_config", None) is not None
+    report: Mapping[str, Any] = {}
+    if is_gguf(folder):
+        tensors = open_tensors(folder)[1]
+        size, layers = tensors.stored_bytes(), _block_layers(tensors)
+    else:
+        packed = open_checkpoint(folder) if quantized else None
+        size = (packed.tensors if packed else SafetensorsFolder(folder)).total_bytes
+        report = read_report(folder) or {}
+        layers = _layers(packed, report) if packed else []
     output = Output(as_json=as_json)
     output.facts(_facts(folder, config, size, layers, report))
     if layers:
@@ -75,6 +85,21 @@ def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[st
         }
         layers.append({**reported.get(name, {}), **facts})
     return layers
+
+
+def _block_layers(tensors: GGUFTensors) -> list[dict[str, Any]]:
+    """Each quantized matrix of a GGUF file, embeddings too, with ggml's name of its type in the place of a scheme."""
+    return [
+        {
+            "name": name.rpartition(".")[0],
+            "scheme": tensors.block_type(name),
+            "shape": list(tensors.weight_shape(name)),
+            "bytes": tensors.block_bytes(name),
+            "bits_per_weight": tensors.block_bytes(name) * 8 / prod(tensors.weight_shape(name)),
+        }
+        for name in tensors.names
+        if tensors.is_quantized(name)
+    ]
 
 
 def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -42,6 +42,7 @@ def command(
     recipe: str | None,
     output: Path | None,
     overwrite: bool,
+    allow_requantize: bool,
     data_dir: Path | None,
     device: str,
     dtype: str,
@@ -54,9 +55,10 @@ def command(
 ) -> None:
     """Turn MODEL into a packed checkpoint folder.
 
-    MODEL is a local folder or a hub id; left out, it is the small demo model that the package carries. The output head and the
+    MODEL is a local folder, a GGUF file or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embeddings stay as they are.
     """
+    from ptqcli.model.source import open_source
     from ptqcli.pipeline.clock import Clock
     from ptqcli.pipeline.pipeline import quantize
     from ptqcli.pipeline.prepare import prepare
@@ -69,13 +71,14 @@ def command(
     folder = find_model(model)
     silence_transformers()
     target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
+    source = open_source(folder, allow_requantize) if folder.is_file() else folder
     with track("block", quiet) as tracker:
         progress = QuantizeProgress(folder, words, tracker)
         run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}
         if dry_run:
-            words.result(plan_as_json(prepare(folder, asked, target, clock=Clock(), rehearsal=True, **run)))
+            words.result(plan_as_json(prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)))
             return
-        report = quantize(folder, asked, target, **run)
+        report = quantize(source, asked, target, **run)
     click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())

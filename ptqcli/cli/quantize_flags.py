@@ -251,6 +251,13 @@ FLAGS = {
             help="How the checkpoint is stored.",
         ),
         click.option(
+            "--for-tensor-parallel",
+            type=int,
+            metavar="N",
+            show_default="1",
+            help="Groups that a server which cuts matrices over N GPUs can take.",
+        ),
+        click.option(
             "--finish",
             metavar="none|kl",
             show_default="none",
@@ -274,6 +281,9 @@ FLAGS = {
             help="Where to write.",
         ),
         OVERWRITE_FLAG,
+        click.option(
+            "--allow-requantize", is_flag=True, help="Take a GGUF file whose weights are quantized already; its error adds to the new one."
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,
         quiet_option,

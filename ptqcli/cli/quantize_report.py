@@ -199,10 +199,10 @@ def show_report(report: Report, words: Output) -> None:
         ]
     )
     words.say()
-    words.facts(_next_steps(path_text(Path(report.output)), report.readers, bool(report.recipe["adapter_rank"])))
+    words.facts(next_steps(path_text(Path(report.output)), report.readers, bool(report.recipe["adapter_rank"])))
 
 
-def _next_steps(folder: str, readers: Sequence[Reader], adapter: bool) -> Iterator[tuple[str, str]]:
+def next_steps(folder: str, readers: Sequence[Reader], adapter: bool) -> Iterator[tuple[str, str]]:
     """What a person types next."""
     quoted = shlex.quote(folder)
     yield "measure it", f"ptq eval {quoted}"

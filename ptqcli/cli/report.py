@@ -18,7 +18,7 @@ def baseline_of(folder: Path, wanted: str | None, output: Output) -> Path | None
     if wanted is not None:
         return find_model(wanted)
     original = read_source(folder)
-    if original is not None and not original.is_dir():
+    if original is not None and not original.exists():
         output.say(f"{original}, which the checkpoint came from, is gone; name it with --baseline to compare")
         return None
     return original

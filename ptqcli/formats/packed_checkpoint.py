@@ -16,7 +16,8 @@ from ptqcli.checkpoint.tensors import SINGLE_FILE, SafetensorsFolder, TensorSour
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, format_of
 from ptqcli.model.classes import build_classes
-from ptqcli.model.config import load_config
+from ptqcli.model.config import build_on_meta, load_config
+from ptqcli.model.gguf import is_gguf
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.names import DiskNames
 from ptqcli.numerics.scheme import Scheme
@@ -63,7 +64,7 @@ class PackedCheckpoint:
         """
         if name not in self.schemes:
             raise PTQError(f"{self.folder}: {name} is no quantized linear; they are named like {next(iter(self.schemes), 'none')}")
-        weight = self.format.unpack(self._stored_linear(name), self.tensors.read, self.schemes[name])
+        weight = self.format.unpack(self.stored_linear(name), self.tensors.read, self.schemes[name])
         spec = self._specs[name]
         if tuple(weight.codes.shape) != (spec.out_features, spec.in_features):
             wanted = [spec.out_features, spec.in_features]
@@ -73,6 +74,20 @@ class PackedCheckpoint:
     def plain(self) -> dict[str, str]:
         """Names in memory -> stored names of everything that is not part of a quantized linear, whose biases are not here either."""
         return {name: stored for name, stored in self.names.items() if name.rpartition(".")[0] not in self.schemes}
+
+    @property
+    def plain_tensors(self) -> list[str]:
+        """Stored names of all tensors that are no part of a quantized weight."""
+        return [name for name in self.tensors.names if not _belongs(name, self._quantized)]
+
+    def stored_linear(self, name: str) -> str:
+        """The stored name of the quantized linear ``name``."""
+        linear = self._name_on_disk(name)
+        if linear not in self._quantized:
+            wanted = self.format.tensor_names(linear, self.schemes[name])
+            missing = next((tensor for tensor in wanted if tensor not in self.tensors.names), linear)
+            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but {missing} is not stored")
+        return linear
 
     def _spec(self, name: str, scheme: Scheme) -> LinearSpec:
         module = self.model.get_submodule(name)
@@ -90,20 +105,11 @@ class PackedCheckpoint:
 
     def _tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Those of the linear ``name`` that are stored, or should be."""
-        names = self.format.tensor_names(self._stored_linear(name), scheme)
+        names = self.format.tensor_names(self.stored_linear(name), scheme)
         return tuple(each for each in names if each in self._stored or each.rpartition(".")[2] not in self.format.optional)
 
     def _name_on_disk(self, name: str) -> str:
         return (self.names.disk(f"{name}.weight") or name).removesuffix(".weight")
-
-    def _stored_linear(self, name: str) -> str:
-        """The stored name of the quantized linear ``name``."""
-        linear = self._name_on_disk(name)
-        if linear not in self._quantized:
-            wanted = self.format.tensor_names(linear, self.schemes[name])
-            missing = next((tensor for tensor in wanted if tensor not in self.tensors.names), linear)
-            raise PTQError(f"{self.folder}: config.json says that {name} is quantized, but {missing} is not stored")
-        return linear
 
     def _refuse_unexpected(self) -> None:
         for name, stored in self.plain().items():
@@ -135,7 +141,7 @@ def _as_plain(stored_as: Format, names: Sequence[str]) -> list[str]:
 
 
 def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> PackedCheckpoint:
-    """The quantized model in ``folder``; no weight is read yet.
+    """The quantized model in ``folder``, or that of a GGUF file; no weight is read yet.
 
     dtype: floating dtype of the model; None takes the one that config.json names, or that of the first floating tensor.
     Raises PTQError or UsageError, naming the file, key or tensor, when the folder is no quantized checkpoint of a format that is read, is
@@ -143,6 +149,8 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     """
     folder = as_path(folder, "a checkpoint")
     check_argument(dtype, "dtype", torch.dtype, optional=True)
+    if is_gguf(folder):
+        return _open_gguf(folder, dtype)
     config = load_config(folder)
     entry = getattr(config, "quantization_config", None)
     if not isinstance(entry, Mapping):
@@ -161,6 +169,26 @@ def _single_file(folder: Path, entry: Mapping[str, Any]) -> str:
     if isinstance(base, str) and Path(named).name == named and not os.path.isfile(folder / SINGLE_FILE) and os.path.isfile(folder / named):
         return named
     return SINGLE_FILE
+
+
+def check_schemes(packed: PackedCheckpoint, wanted: Mapping[str, Scheme]) -> None:
+    """Raise PTQError, by name, if a checkpoint is not read with the schemes that its linears were written in."""
+    for name in {**wanted, **packed.schemes}:
+        found, meant = packed.schemes.get(name), wanted.get(name)
+        if found != meant:
+            raise PTQError(
+                f"{packed.folder}: {name} was written as {meant or 'it is'}, and is read as {found or 'not quantized'}; please report it"
+            )
+
+
+def _open_gguf(path: Path, dtype: torch.dtype | None) -> PackedCheckpoint:
+    """The model of a GGUF file, which need not be quantized. What is no scheme of this package counts as a plain tensor."""
+    from ptqcli.formats.gguf import GGUF_BLOCKS, open_tensors
+
+    config, tensors = open_tensors(path)
+    config.dtype = dtype or config.dtype
+    model = build_on_meta(config, len(tensors.names))
+    return PackedCheckpoint(path, config, model, GGUF_BLOCKS, tensors, {})
 
 
 def _stored_dtype(tensors: TensorSource) -> torch.dtype:

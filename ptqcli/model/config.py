@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ptqcli.checkpoint.auxiliary import refuse_adapter
-from ptqcli.checkpoint.tensors import FLOATING
+from ptqcli.checkpoint.gguf_file import SUFFIX
+from ptqcli.checkpoint.tensors import FLOATING, INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
 from ptqcli.untrusted import foreign, read_json, shown
@@ -27,6 +28,7 @@ from ptqcli.untrusted import foreign, read_json, shown
 CONFIG_FILE = "config.json"
 # In which AutoGPTQ and AutoAWQ told of the quantization before it stood in config.json.
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+CODES = ".qweight"  # the end of what both called codes
 
 # Keys with which a file tells transformers what code to run or to fetch, beside those that ``_selects_code`` tells by their form.
 CODE_KEYS = {
@@ -68,10 +70,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
     beside = next((folder / name for name in QUANTIZATION_FILES if (folder / name).is_file()), None)
-    if beside is not None:
-        values.setdefault("quantization_config", read_json(beside))
+    if beside is not None and "quantization_config" not in values and _holds_codes(folder):
+        values["quantization_config"] = read_json(beside)
     _check_numbers(values, folder / CONFIG_FILE)
     return values
+
+
+def _holds_codes(folder: Path) -> bool:
+    """Whether the weights in ``folder`` are such as a file in QUANTIZATION_FILES tells of; one may be left there beside any others.
+
+    Weights under no usual name are: that file says what they are called.
+    """
+    if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return any(folder.glob("*.safetensors"))
+    return any(name.endswith(CODES) for name in SafetensorsFolder(folder).names)
 
 
 def _check_numbers(values: dict[str, Any], file: Path) -> None:
@@ -105,9 +117,14 @@ def _selects_code(key: str, config_class: type) -> bool:
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers configuration in ``folder``, of ``read_config``. Raises PTQError when it is missing, broken, or needs code from
-    the folder."""
+    """The transformers configuration in ``folder``, of ``read_config``, or of a GGUF file. Raises PTQError when it is missing, broken, or
+    needs code from the folder."""
     from transformers import CONFIG_MAPPING, AutoConfig
+
+    if folder.suffix == SUFFIX and folder.is_file():
+        from ptqcli.model import gguf  # which builds models of configurations
+
+        return gguf.load_config(folder)
 
     values = read_config(folder)
     file, model_type = folder / CONFIG_FILE, values.get("model_type")

@@ -11,13 +11,15 @@ from ptqcli.suggest import did_you_mean_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+GGUF = ".gguf"
+
 # Weights as safetensors and what belongs to them as text. Nothing that holds a pickle or code is ever fetched.
 WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 UNWANTED_FILES = ("consolidated*", "*/*")  # a second copy of the same weights; other formats in subfolders
 
 
 def find_model(name: str | None) -> Path:
-    """The folder of MODEL: a local folder, a hub id ``owner/name`` (fetched), or None for the demo model of the package.
+    """The folder of MODEL: a local folder, a GGUF file, a hub id ``owner/name`` (fetched), or None for the demo model of the package.
 
     Raises UsageError when it is none of these, PTQError when the hub cannot deliver it.
     """
@@ -27,12 +29,24 @@ def find_model(name: str | None) -> Path:
         raise UsageError("the model's name is empty; give a folder or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
+        return _only_file(folder) or folder
+    if folder.is_file() and folder.suffix == GGUF:
         return folder
     if folder.is_file():
         raise UsageError(f"{name} is a file; give the folder that holds it")
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
         raise UsageError(f"{name}: no such folder (a model on the hub is named owner/name){did_you_mean_folder(folder)}")
     return _fetch(name)
+
+
+def _only_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds one and no other model; None for any other folder. Raises UsageError if it holds several."""
+    files = sorted(path for path in folder.glob(f"*{GGUF}") if path.is_file())
+    if not files or any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
+        return None
+    if len(files) > 1:
+        raise UsageError(f"{folder}: holds {len(files)} GGUF files; name one, such as {files[0]}")
+    return files[0]
 
 
 def demo_model() -> Path:

@@ -17,6 +17,7 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, Stamp, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.model.config import load_config, read_config
+from ptqcli.model.gguf import GGUFModel, is_gguf
 
 
 class ModelSource(Protocol):
@@ -137,3 +138,11 @@ class ModelInMemory:
 
     def check_unchanged(self) -> None:
         """Nothing of it is on disk."""
+
+
+def open_source(path: Path, allow_requantize: bool = False) -> ModelSource:
+    """The model in a folder, or of a GGUF file. allow_requantize: one whose weights are quantized already is taken, too.
+
+    Raises PTQError or UsageError, see ``ModelFolder`` and ``GGUFModel``.
+    """
+    return GGUFModel(path, allow_requantize) if is_gguf(path) else ModelFolder(path)

@@ -7,7 +7,8 @@ local model only the folder's name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import yaml
 import ptqcli
 from ptqcli.calibration.sources import Share, read_calib, shares_text
 from ptqcli.checkpoint.auxiliary import ADAPTER
+from ptqcli.checkpoint.directory import Directory
+from ptqcli.errors import UsageError
 from ptqcli.formats import Reader
 from ptqcli.pipeline.report import REPORT_NAME, Report, TuningReport
 from ptqcli.plan import Plan
@@ -26,18 +29,19 @@ CARD_NAME = "README.md"
 FOLDER = "path/to/this/folder"  # in what a reader is told to write
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels
 WORST_LAYERS = 5
+MEASURED = "## Measured"
 MOST_NAMES = 8
 # Keys that a card hands on to the card of what is made of the model, where they are one plain word or address.
 CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 CARD_BYTES = 1 << 16  # of the model's own card that are looked at
 
 
-MADE_BY = "quantized by ptqcli with"  # in every card that is written here
+MADE_BY, CONVERTED_BY = "quantized by ptqcli with", "converted by ptqcli"  # one of them in every card that is written here
 
 
 def is_card(text: str) -> bool:
     """Whether ``text`` was a card of ours, whatever was added to it; a README that somebody else wrote is not."""
-    return MADE_BY in text
+    return MADE_BY in text or CONVERTED_BY in text
 
 
 def model_card(plan: Plan, report: Report, source: Path | None) -> str:
@@ -87,6 +91,77 @@ def tuned_card(text: str, tuning: TuningReport) -> str:
     lines = text.splitlines()
     place = next(number for number, line in enumerate(lines) if MADE_BY in line) + 1
     return "\n".join([*lines[:place], "", tuning_text(tuning), *lines[place:]]) + "\n"
+
+
+def converted_card(
+    text: str, checkpoint: Path, formats: tuple[str, str], schemes: Sequence[str], errors: Mapping[str, float], readers: tuple[Reader, ...]
+) -> str:
+    """The card of a checkpoint in another format. text: its card so far, of ours or of others. formats: the old one and the new one.
+
+    errors: relative, of the linears that were rounded anew.
+    """
+    old, new = formats
+    done = f"It was {CONVERTED_BY} from {old} to {new}" + (
+        f"; {len(errors)} linears were rounded anew, with a mean relative error of {sum(errors.values()) / len(errors):.4f}."
+        if errors
+        else ", every code, scale and zero point as it was."
+    )
+    loading = ["## Loading it", "", *_loading(readers)]
+    if not is_card(text):
+        front = ["---", "library_name: transformers", *(f"{key}: {value}" for key, value in _carried(checkpoint).items())]
+        tags = ["tags:", *(f"- {tag}" for tag in ("ptqcli", "quantized", new, *schemes)), "---", ""]
+        return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes)}", "", done, "", *loading]) + "\n"
+    lines = [f"- {new}" if line == f"- {old}" else line for line in text.splitlines() if CONVERTED_BY not in line]
+    place = next((number for number, line in enumerate(lines) if MADE_BY in line), lines.index("## Loading it") - 2) + 1
+    begin = lines.index("## Loading it")
+    end = next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
+    return "\n".join([*lines[:place], "", done, *lines[place:begin], *loading, *lines[end:]]) + "\n"
+
+
+def check_card(folder: Path) -> None:
+    """Raise UsageError for a checkpoint without a card of ours, to which nothing is added."""
+    card = folder / CARD_NAME
+    if card.is_symlink() or not card.is_file() or not is_card(card.read_text(encoding="utf-8", errors="replace")):
+        raise UsageError(f"{card}: is no model card of ptqcli; leave --write-card out, or quantize again")
+
+
+def write_measured(folder: Path, results: Sequence[Mapping[str, Any]], adapter: bool) -> None:
+    """Put ``results``, as `ptq eval --json` has them, into the card in ``folder``, in the place of earlier ones."""
+    check_card(folder)
+    with closing(Directory(folder)) as place:
+        identity = place.identity_of(CARD_NAME)
+        old = b"".join(place.pieces(CARD_NAME)).decode(errors="replace")
+        place.remove(f"{CARD_NAME}.tmp")  # of an earlier one that was interrupted
+        place.write(f"{CARD_NAME}.tmp", [measured_card(old, results, adapter).encode()])
+        place.rename(f"{CARD_NAME}.tmp", CARD_NAME, identity)
+        place.sync()
+
+
+def measured_card(text: str, results: Sequence[Mapping[str, Any]], adapter: bool) -> str:
+    """The card ``text`` of ours with what was measured; of a path to a text stands its name."""
+    title = f"{MEASURED}, with its adapter" if adapter else MEASURED
+    lines = [*_measured(title, results), ""]
+    old = text.splitlines()
+    begin = next((number for number, line in enumerate(old) if line == title), None)
+    if begin is None:
+        begin = end = next((number for number, line in enumerate(old) if line in ("## Worst layers", "## Notes", "## Recipe")), len(old))
+    else:
+        end = next((number for number in range(begin + 1, len(old)) if old[number].startswith("## ")), len(old))
+    return "\n".join([*old[:begin], *lines, *old[end:]]).rstrip() + "\n"
+
+
+def _measured(title: str, results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    first = results[0]
+    begun = ", each with the beginning-of-sequence token in front" if first["bos"] else ""
+    yield from (title, "", f"Perplexity over windows of {first['seqlen']} tokens, {first['stride']} from one to the next{begun}.", "")
+    beside = "mean_kl" in first
+    yield "| text | tokens | perplexity |" + (" of the original | mean KL to it, nats | same top-1 |" if beside else "")
+    yield "|---|---|---|" + ("---|---|---|" if beside else "")
+    for result in results:
+        row = f"| {Path(result['text']).name} | {result['tokens']:,} | {result['perplexity']:.4f} |"
+        if beside:
+            row += f" {result['baseline_perplexity']:.4f} | {result['mean_kl']:.5f} | {result['top1_agreement']:.2%} |"
+        yield row
 
 
 def _hub_id(source: Path | None) -> str | None:

@@ -12,7 +12,7 @@ from ptqcli.calibration.text import source_path
 from ptqcli.estimate import LIBRARY_BYTES
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelFolder, ModelSource
+from ptqcli.model.source import ModelSource, open_source
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
@@ -69,7 +69,7 @@ def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites:
 
 def open_skeleton(model: Path | ModelSource, recipe: Recipe) -> Skeleton:
     """The model without its weights."""
-    return Skeleton(ModelFolder(model) if isinstance(model, Path) else model, recipe.blocks)
+    return Skeleton(open_source(model) if isinstance(model, Path) else model, recipe.blocks)
 
 
 def prepare(

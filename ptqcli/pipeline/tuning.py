@@ -27,7 +27,7 @@ from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, Outcome, TuneScal
 from ptqcli.formats import LinearSpec
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelFolder
+from ptqcli.model.source import ModelFolder, open_source
 from ptqcli.pipeline.card import CARD_NAME, is_card, tuned_card
 from ptqcli.pipeline.folder import check_room, growing
 from ptqcli.pipeline.memory import peak_memory
@@ -98,7 +98,7 @@ def tune_scales(
     inputs = [path for path in (checkpoint, *sources, data_dir) if path is not None and path.exists()]
     check_output(output, origin, overwrite, inputs)
     packed, source = open_checkpoint(checkpoint), ModelFolder(checkpoint)
-    skeleton = Skeleton(ModelFolder(origin), request.blocks)
+    skeleton = Skeleton(open_source(origin, allow_requantize=True), request.blocks)
     _check_pair(packed, skeleton)
     maker = TextMaker(recipe=request, skeleton=skeleton, resources=resources, data_dir=data_dir, progress=progress)
     plan = _plan(packed, skeleton, origin, output, options, request, maker.choose, resources)
@@ -161,7 +161,7 @@ def _original(checkpoint: Path, model: Path | None) -> Path:
     origin = model or read_source(checkpoint)
     if origin is None:
         raise UsageError(f"{checkpoint}: does not say what model it was made from; name it with --model")
-    if not origin.is_dir():
+    if not origin.exists():
         raise UsageError(f"{origin}, which the checkpoint came from, is gone; name it with --model")
     return origin
 

@@ -12,7 +12,7 @@ from ptqcli.adapters.files import adapter_files
 from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
-from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.formats.packed_checkpoint import check_schemes, open_checkpoint
 from ptqcli.model.skeleton import Unit
 from ptqcli.pipeline.card import CARD_NAME, model_card
 from ptqcli.pipeline.loaded import Run
@@ -79,7 +79,7 @@ class WrittenUnits:
         write_json(folder, REPORT_NAME, report.stored())
         folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])
         folder.check()
-        open_checkpoint(folder.path)
+        check_schemes(open_checkpoint(folder.path), {linear.name: linear.scheme for linear in self._run.plan.linears})
         source.check_unchanged()
         return report
 

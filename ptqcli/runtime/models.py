@@ -12,10 +12,13 @@ import torch
 import transformers
 
 from ptqcli.checkpoint import auxiliary
+from ptqcli.checkpoint.gguf_file import GGUFFile
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.model import gguf
 from ptqcli.model.classes import build_classes
 from ptqcli.model.config import load_config, read_generation_config
+from ptqcli.model.gguf import is_gguf
 from ptqcli.model.kinds import kind_of
 from ptqcli.resources import free_bytes
 from ptqcli.runtime.load import load_quantized
@@ -23,7 +26,7 @@ from ptqcli.untrusted import foreign
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "auto", adapter: str | Path | bool = False) -> Any:
-    """The transformers model of a folder, in evaluation mode: packed weights stay packed, any others load as they are.
+    """The transformers model of a folder or a GGUF file, in evaluation mode: packed weights stay packed, any others load as they are.
 
     kernel: one of ``layers.KERNELS``, for packed weights. adapter: as in ``load_quantized``. Raises PTQError for a folder that holds no
     model that can be loaded, UsageError for a layer that cannot run on ``kernel``, and for a kernel or an adapter that is named for a model
@@ -31,6 +34,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
     not fit into the memory of ``device`` is spread by accelerate over what there is: GPUs, then main memory, then the disk.
     """
     config = load_config(folder)
+    if is_gguf(folder):  # a GPU multiplies in 16 bit, and its kernels take nothing else
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        return load_quantized(folder, device=device, dtype=dtype, kernel=kernel, adapter=adapter)
     if getattr(config, "quantization_config", None) is not None:
         return load_quantized(folder, device=device, kernel=kernel, adapter=adapter)
     if kernel != "auto":
@@ -92,4 +98,4 @@ def _room(device: torch.device) -> dict[int | str, int]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises PTQError for a folder that is no model's, or has no tokenizer."""
-    return auxiliary.load_tokenizer(folder, load_config(folder))
+    return gguf.load_tokenizer(GGUFFile(folder)) if is_gguf(folder) else auxiliary.load_tokenizer(folder, load_config(folder))

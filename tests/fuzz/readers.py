@@ -34,7 +34,9 @@ from ptqcli.cli import run
 from ptqcli.errors import PTQError
 from ptqcli.formats import find_format, format_of
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
+from ptqcli.formats.gguf import open_tensors
 from ptqcli.model.config import build_on_meta, load_config, read_generation_config
+from ptqcli.model.gguf import load_tokenizer as load_gguf_tokenizer
 from ptqcli.numerics.grids import MinMax
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
@@ -151,6 +153,19 @@ def read_all(folder: Path) -> int:
         assert tuple(tensor.shape) == tensors.shape(name)
         assert not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
     return tensors.total_bytes
+
+
+def gguf(folder: Path, random: mutate.Source) -> object:
+    """A file of llama.cpp: mostly its header, which ends before the tensors, and the tokenizer that is made of it."""
+    whole = (Path(__file__).parent.parent / "golden" / "ckpt" / "tiny-q4_0.gguf").read_bytes()
+    header = 7_000
+    data = mutate.raw_bytes(whole[:header], random) + whole[header:] if random.random() < 0.8 else mutate.raw_bytes(whole, random)
+    (folder / "a.gguf").write_bytes(data)
+    config, tensors = open_tensors(folder / "a.gguf")
+    for name in tensors.names:
+        assert tuple(tensors.read(name).shape) == tensors.shape(name)
+    ids = load_gguf_tokenizer(tensors.file)("a")["input_ids"] if random.random() < 0.3 else None
+    return config.hidden_size, tensors.stored_bytes(), ids
 
 
 def packed(folder: Path, random: mutate.Source) -> object:
@@ -404,6 +419,7 @@ def documents(path: Path) -> list[str]:
 READERS = [
     Reader("safetensors index", 8, ("index.json", "safetensors"), index),
     Reader("safetensors header", 12, ("model.safetensors", "/"), header),
+    Reader("GGUF file", 8, ("a.gguf",), gguf),
     Reader("packed tensors", 10, ("m.", "m:", "safetensors"), packed),
     Reader("packed tensors of other formats", 6, ("m.", "m:", "safetensors"), other_formats),
     Reader("whole checkpoint", 1, ("/", "quantization_config"), checkpoint),

@@ -82,6 +82,11 @@ def made_by_gptqmodel(folder: Path, settings: Mapping[str, Any]) -> Iterator[Pat
     tiny.make_model(folder / "model", dtype=torch.float16, seed=3, hidden_size=128, intermediate_size=256)
     model = GPTQModel.load(str(folder / "model"), QuantizeConfig(**settings), device="cpu", dtype=torch.float16)
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tiny.token_ids(count=64, batch=8)]
-    model.quantize(samples, batch_size=4, backend=BACKEND.TORCH)
-    model.save(str(folder / "made"))
+    before = Path.cwd()
+    os.chdir(folder)  # it writes a log wherever it is called
+    try:
+        model.quantize(samples, batch_size=4, backend=BACKEND.TORCH)
+        model.save(str(folder / "made"))
+    finally:
+        os.chdir(before)
     yield folder / "made"
