@@ -225,7 +225,7 @@ def solve(
     solver: str = "gptq",
     *,
     inputs: Tensor | None = None,
-    scale_dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype | None = None,
     options: Mapping[str, object] | None = None,
 ) -> QuantizedWeight:
     """Codes for one matrix, for research: what the pipeline does with each linear, without a model around it.
@@ -235,7 +235,7 @@ def solve(
     solver: one of `ptq algorithms` that works on one matrix.
     inputs: what the linear receives, floating [..., in]; needed by solvers that look at it (gptq, obq) and by schemes with static
     activations or outliers.
-    scale_dtype: of the scales.
+    scale_dtype: of the scales; None: bfloat16, float32 for codebooks.
     options: of the solver, such as ``{"damp": 0.1}``.
 
     Raises UsageError for an unknown solver, option or scheme, a group size that does not divide ``in``, and inputs that are missing or of
@@ -245,7 +245,7 @@ def solve(
     check_argument(scheme, "scheme", str, Scheme)
     check_argument(solver, "solver", str)
     check_argument(options, "options", Mapping, optional=True)
-    check_argument(scale_dtype, "scale_dtype", torch.dtype)
+    check_argument(scale_dtype, "scale_dtype", torch.dtype, optional=True)
     part = find_algorithm(solver)
     if part.transforms:
         raise UsageError(f"solver '{solver}': transforms work on blocks; name a solver alone")
@@ -262,6 +262,9 @@ def solve(
         statistics = InputStatistics.empty(weight.shape[1], needs, inputs.numel() // inputs.shape[-1], weight.device)
         statistics.add(inputs.to(weight.device))
         statistics.check_finite("inputs")
+    scale_dtype = scale_dtype or (torch.bfloat16 if scheme.codebook is None else torch.float32)
+    if scheme.double and scale_dtype != torch.float32:
+        raise UsageError(f"scales of {scheme} are float32 before they are rounded to 8 bits; leave scale_dtype out")
     task = LinearTask(name="weight", weight=weight.detach().float(), scheme=scheme, scale_dtype=scale_dtype)
     return StageWork(chosen.solver, Stage((task,), statistics)).solve(task, ignore_progress).weight
 

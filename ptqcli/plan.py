@@ -17,7 +17,7 @@ import torch
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
-from ptqcli.formats import Format, LinearSpec, Reader, find_format
+from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_codebooks
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -189,7 +189,7 @@ def _choose(
             skipped.append((site.name, reason))
             continue
         scheme = resolved_for_parts(scheme, site, skeleton, recipe.for_tensor_parallel)
-        refused = solver.refusal(scheme)
+        refused = _refused(recipe, scheme) or solver.refusal(scheme)
         if refused is not None:
             raise UsageError(f"{site.name}: {refused}")
         dtype = skeleton.dtype(f"{site.name}.weight")
@@ -203,9 +203,15 @@ def _choose(
             moving_groups=solver.moves_groups(scheme),
             signed_scales=takes_sign(scheme, solver.ranges.signed),
             aliases=skeleton.aliases(site.name),
+            weight_dtype=dtype,
         )
         linears.append(PlannedLinear(site, spec, dtype))
     return linears, skipped
+
+
+def _refused(recipe: Recipe, scheme: Scheme) -> str | None:
+    """Why a transform does not suit linears in ``scheme``, or None."""
+    return next((reason for transform in recipe.transforms() if (reason := transform.refusal(scheme)) is not None), None)
 
 
 def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
@@ -274,7 +280,7 @@ def _check_solver(recipe: Recipe) -> None:
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], plain: Sequence[str], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
-        reason = chosen.refusal(linear.spec)
+        reason = no_codebooks(chosen, linear.scheme) or chosen.refusal(linear.spec)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")
         weight = skeleton.stored_name(f"{linear.name}.weight")

@@ -55,7 +55,7 @@ def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) 
     chosen = recipe.default_scheme
     advice = f"--group-size {AUTO}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=AUTO_GROUP)}"
     widths = {linear.site.in_features for linear in linears if _group_source(recipe, linear.name, hits) is None}
-    common = next((size for size in AUTO_GROUPS if not any(width % size for width in widths)), None)
+    common = next((size for size in chosen.auto_groups if not any(width % size for width in widths)), None)
     if common is None:
         return advice
     return f"{advice} or " + (f"--group-size {common}" if recipe.scheme is None else f"--scheme {replace(chosen, group_size=common)}")
@@ -67,10 +67,11 @@ def group_notes(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) ->
     for linear in linears:
         if recipe.default_scheme.group_size == AUTO_GROUP and _group_source(recipe, linear.name, hits) is None:
             widths.setdefault(linear.scheme.group_size, set()).add(linear.site.in_features)
-    widths.pop(AUTO_GROUPS[0], None)
+    usual = recipe.default_scheme.auto_groups[0]
+    widths.pop(usual, None)
     return [
         f"groups of {size} columns in the linears of {' and '.join(map(str, sorted(widths[size])))} input features, "
-        f"which {AUTO_GROUPS[0]} does not divide"
+        f"which {usual} does not divide"
         for size in sorted(widths, reverse=True)
         if size > 0
     ]

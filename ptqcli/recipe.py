@@ -85,6 +85,8 @@ class Override:
                 symmetric=scheme.symmetric if self.symmetric is None else self.symmetric,
                 activations=activations,
                 outliers=scheme.outliers if activations is not None else None,
+                codebook=scheme.codebook if self.bits is None else None,
+                double=scheme.double and self.bits is None,
             )
         except UsageError as error:
             raise UsageError(f"override '{self.pattern}': {error}") from error

@@ -147,7 +147,8 @@ def test_a_model_that_is_not_quantized_has_none(tmp_path: Path) -> None:
         shapes_of(write_model(tmp_path))
 
 
-EVERY_SCHEME = [*EXAMPLES, "w2a16-g32", "w3a16-asym", "w4a8", "w8a8-static", "w8a8-tensor"]
+INTEGERS = [name for name in EXAMPLES if Scheme.parse(name).codebook is None]
+EVERY_SCHEME = [*INTEGERS, "w2a16-g32", "w3a16-asym", "w4a8", "w8a8-static", "w8a8-tensor"]
 
 
 @pytest.mark.parametrize("name", EVERY_SCHEME)
@@ -377,6 +378,8 @@ def test_progress_is_told_before_and_after_each() -> None:
 def test_what_cannot_be_timed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"^small \(256 x 64\): group size 96 does not divide its input features"):
         bench("w4a16-g96", [1])
+    with pytest.raises(UsageError, match=r"^small \(256 x 64\): nf4-g64 has no kernel of its own to time"):
+        bench("nf4-g64", [1])
     with pytest.raises(UsageError, match="numbers of tokens must be at least 1"):
         bench("w4a16", [1, 0])
     with pytest.raises(UsageError, match="cannot be timed on the device meta"):

@@ -38,6 +38,7 @@ class Plain:
     name = "plain-bytes"
     packages: Mapping[str, str] = {}
     optional: tuple[str, ...] = ()
+    codebooks = False
 
     def refusal(self, spec: LinearSpec) -> str | None:
         return None if spec.scheme == W8 else "plain-bytes holds 8 bits with a scale a row"
@@ -65,6 +66,9 @@ class Plain:
 
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         return f"{name}.bytes", f"{name}.row_scale"
+
+    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return weight
 
     def pack(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         return dict(zip(self.tensor_names(name, weight.scheme), (weight.codes, weight.scale), strict=True))

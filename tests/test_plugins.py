@@ -353,7 +353,11 @@ def test_a_transform_of_another_package_works_in_front_of_it(bench: Bench) -> No
         ("of another type", 2, "sweeps must be int, not 'many'"),
         ("out of range", 2, "shrink 1.5 is out of range"),
         ("not held", 2, "signed-bytes holds symmetric weights alone, not w4a16-g32-asym"),
-        ("unknown format", 2, "format 'zip' is unknown; use compressed-tensors, gptq, gptq_v2, awq, awq_gemv, signed-bytes, torn-bytes"),
+        (
+            "unknown format",
+            2,
+            "format 'zip' is unknown; use compressed-tensors, gptq, gptq_v2, awq, awq_gemv, bitsandbytes, signed-bytes, torn-bytes",
+        ),
         ("torn", 1, "torn of the package torn-package cannot be used: ModuleNotFoundError: No module named 'no_such_module'"),
         ("torn format", 1, "format 'torn-bytes' of the package torn-package cannot be loaded: ZeroDivisionError"),
     ],

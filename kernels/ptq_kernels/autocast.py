@@ -14,7 +14,8 @@ def is_autocast(x: Tensor) -> bool:
 
 
 def without_autocast(layer: Any, x: Tensor) -> Tensor:
-    """``layer`` on ``x`` in the dtype of its scales, for which its codes were chosen; ``nn.Linear`` would take autocast's own."""
+    """``layer`` on ``x`` in the dtype of its bias, or its scales, for which its codes were chosen; ``nn.Linear`` would take autocast's
+    own."""
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = layer(x.to(layer.scale.dtype))
+        out: Tensor = layer(x.to((layer.scale if layer.bias is None else layer.bias).dtype))
         return out

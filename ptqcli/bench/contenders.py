@@ -100,10 +100,12 @@ def prepare(
 def check(shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype: torch.dtype, kernel: str, peers: int) -> int:
     """Whether the matrix can be timed, before anything large is made: bytes that each contender may take for copies beside its first.
 
-    Raises UsageError, naming the matrix, if a group does not divide it, if ``kernel`` cannot do the scheme, or if it does not fit into
-    memory.
+    Raises UsageError, naming the matrix, if there is no kernel to time, if a group does not divide it, if ``kernel`` cannot do the scheme,
+    or if it does not fit into memory.
     """
     size = _size_text(shape)
+    if scheme.codebook is not None:
+        raise UsageError(f"{size}: {scheme} has no kernel of its own to time; choose a --scheme of integers such as w4a16-g64")
     if shape.in_features % scheme.columns_per_group(shape.in_features):
         raise UsageError(f"{size}: group size {scheme.group_size} does not divide its input features; choose another --scheme or --shapes")
     inputs = random_inputs(1, shape.in_features, dtype, device, scheme)

@@ -1,7 +1,8 @@
 """A quantized checkpoint as a model whose scales, and gains and biases, ask for gradients.
 
-Codes and zero points are as they are stored. A weight is decoded when it is used, and again in the backward pass: each block is a
-checkpoint of torch, which keeps a block's input and runs the block again. So there are never decoded weights of more than one block.
+Codes, zero points and doubly quantized scales are as they are stored. A weight is decoded when it is used, and again in the backward pass:
+each block is a checkpoint of torch, which keeps a block's input and runs the block again. So there are never decoded weights of more than
+one block.
 
 What is trained is moved in units of its own. A scale becomes ``s (1 + d)``, which leaves it its sign; a vector (the gain or bias of a norm,
 a bias of a linear) becomes ``v + rms(v) d``. All d begin at 0, and none leaves +-LARGEST_CHANGE.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.scheme import WHOLE_MATRIX
@@ -84,8 +86,10 @@ class Student:
         self.checkpoint: PackedCheckpoint = open_checkpoint(folder, dtype)
         self.model: Any = load_quantized(folder, device, dtype, kernel="reference", fuse=False).eval().requires_grad_(False)
         self._layers = {name: self._replace(name, device) for name in self.checkpoint.schemes}
-        self.scales = {name: _scale_of(layer) for name, layer in self._layers.items()}
+        self.scales = {name: _scale_of(layer) for name, layer in self._layers.items() if not layer.quantized.scheme.double}
         self.vectors = dict(self._vectors()) if vectors else {}
+        if not self.tuned:
+            raise UsageError(f"{folder}: doubly quantized scales do not move one by one; leave --no-norms out, and the rest is tuned")
         for block in self.model.get_submodule(blocks).children():
             block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -106,7 +110,7 @@ class Student:
         names, format_ = self.checkpoint.names, self.checkpoint.format
         found: dict[str, Tensor] = {}
         for name, tuned in self.scales.items():
-            weight = replace(self._layers[name].quantized, scale=tuned.rounded()).to(torch.device("cpu"))
+            weight = format_.held(replace(self._layers[name].quantized, scale=tuned.rounded()).to(torch.device("cpu")))
             found |= format_.pack((names.disk(f"{name}.weight") or name).removesuffix(".weight"), weight)
         found |= {stored: tuned.rounded().cpu() for stored, tuned in self.vectors.items()}
         read = self.checkpoint.tensors.read

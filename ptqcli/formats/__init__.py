@@ -43,6 +43,7 @@ FORMATS = {
     "gptq_v2": "ptqcli.formats.gptq:GPTQ_V2",
     "awq": "ptqcli.formats.awq:AWQ",
     "awq_gemv": "ptqcli.formats.awq:AWQ_GEMV",
+    "bitsandbytes": "ptqcli.formats.bitsandbytes:BITSANDBYTES",
 }
 
 
@@ -53,7 +54,7 @@ class LinearSpec:
     name: its path in the model. aliases: its paths in other classes that a reader may build from the same files. kind: its class, such as
     ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored. moving_groups: its groups are not neighbouring columns
     (act-order without static groups), so that an index is needed. signed_scales: a scale may be negative; a format whose readers do not
-    take that refuses it, and the user gives ``--no-signed``.
+    take that refuses it, and the user gives ``--no-signed``. weight_dtype: the one in which its weight was stored, None if nobody knows.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LinearSpec:
     moving_groups: bool = False
     signed_scales: bool = True
     aliases: tuple[str, ...] = ()
+    weight_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +98,14 @@ class Format(Protocol):
     """How schemes are stored and told to readers.
 
     name: as in a recipe and in FORMATS. packages: Python packages outside the core that a reader needs, each with what it is for.
-    optional: last parts of names of tensors that files of other programs may lack.
+    optional: last parts of names of tensors that files of other programs may lack. codebooks: whether it holds codes of codebooks, too.
     A class that derives from this one takes over what has a body here: a format that nothing else reads, under its own name.
     """
 
     name: str
     packages: Mapping[str, str] = MappingProxyType({})
     optional: tuple[str, ...] = ()
+    codebooks: bool = False
 
     def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
         """The dtype in which scales are stored beside ``weights`` of that one. Codes are chosen for scales so rounded."""
@@ -148,6 +151,10 @@ class Format(Protocol):
     @abstractmethod
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Names of the tensors that hold the linear ``name``."""
+
+    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """What ``pack`` keeps of ``weight``, and ``unpack`` gives back; as it stands, all of it. What is placed and measured is this."""
+        return weight
 
     @abstractmethod
     def pack(self, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -214,6 +221,13 @@ def format_of(config: Mapping[str, Any]) -> Format:
     raise PTQError(
         f"quantization_config: quant_method {shown(config.get('quant_method'))} is not read; what is read: {read}{''.join(broken)}"
     )
+
+
+def no_codebooks(chosen: Format, scheme: Scheme) -> str | None:
+    """Why ``chosen`` holds no codes of ``scheme``, if these count levels and it holds integers only; None otherwise."""
+    if scheme.codebook is None or chosen.codebooks:
+        return None
+    return f"{chosen.name} holds integers, not codes of {scheme.codebook}; give --format bitsandbytes, or --scheme w4a16"
 
 
 def _entries() -> list[EntryPoint]:

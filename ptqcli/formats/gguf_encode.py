@@ -48,7 +48,7 @@ def fit_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = None
 
 def holding_type(scheme: Scheme, in_features: int) -> str | None:
     """The block type that holds the codes of ``scheme`` in rows of ``in_features``, None if none does."""
-    if scheme.columns_per_group(in_features) % LEGACY_BLOCK or in_features % LEGACY_BLOCK:
+    if scheme.codebook is not None or scheme.columns_per_group(in_features) % LEGACY_BLOCK or in_features % LEGACY_BLOCK:
         return None
     if scheme.bits == 8:
         return "Q8_0" if scheme.symmetric else None

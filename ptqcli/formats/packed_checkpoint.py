@@ -123,9 +123,15 @@ class PackedCheckpoint:
 
 
 def _belongs(tensor: str, linears: AbstractSet[str]) -> bool:
-    """Whether the stored ``tensor`` is part of a quantized weight: a linear has nothing else but a bias."""
-    linear, _, leaf = tensor.rpartition(".")
-    return linear in linears and leaf != "bias"
+    """Whether the stored ``tensor`` is part of a quantized weight: a linear has nothing else but a bias. Parts of parts belong to it,
+    too."""
+    linear, _, part = tensor.rpartition(".")
+    while linear:
+        if linear in linears:
+            return part != "bias"
+        linear, _, before = linear.rpartition(".")
+        part = f"{before}.{part}"
+    return False
 
 
 def _as_plain(stored_as: Format, names: Sequence[str]) -> list[str]:

@@ -55,8 +55,11 @@ def expect_scales(name: str, scale: Tensor, shape: tuple[int, ...], steps: int) 
 
 
 def expect_writable(name: str, weight: QuantizedWeight) -> None:
-    """Raise PTQError for a symmetric ``weight`` with zero points of its own, and for one whose values its scales' dtype does not hold."""
+    """Raise PTQError for a ``weight`` that is no integers or, symmetric, has zero points of its own, and for one whose values its scales'
+    dtype does not hold."""
     scheme = weight.scheme
+    if scheme.codebook is not None:
+        raise PTQError(f"{name}: holds codes of {scheme.codebook}, and the format holds integers; give --format bitsandbytes")
     if scheme.symmetric and not bool((weight.zero == scheme.middle).all()):
         raise PTQError(f"{name}: a symmetric weight has zero points other than {scheme.middle}")
     if not float(weight.scale.abs().max()) * reach(scheme) <= torch.finfo(weight.scale.dtype).max:

@@ -84,13 +84,15 @@ class Int:
 class Codebook:
     """Code ``u`` stands for ``levels[u]``. Ties go to the lower code; zero points are ignored.
 
-    Raises UsageError unless ``levels`` are 2 to 256 numbers that rise.
+    A level may stand twice, as zero does in FP4: what lies below it gets the lower code, what lies above it the higher one.
+    Raises UsageError unless ``levels`` are 2 to 256 rising numbers.
     """
 
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.levels) <= 256 or not all(low < high for low, high in pairwise(self.levels)):
+        steps = [high - low for low, high in pairwise(self.levels)]
+        if not 2 <= len(self.levels) <= 256 or not all(step >= 0 for step in steps) or not any(steps):
             raise UsageError(f"the levels of a codebook are 2 to 256 rising numbers, not {self.levels}")
 
     @property
@@ -120,6 +122,21 @@ class Codebook:
     def miss(self, codes: Tensor, units: Tensor, zero: Tensor) -> Tensor:
         """``levels[codes] - units``."""
         return self.decode(codes, zero) - units
+
+
+# The levels to the last bit of float32, as the files of QLoRA's authors hold them. NF4: Dettmers et al. 2023, appendix E. FP4: a sign, two
+# bits of exponent, one of fraction, over the largest.
+NF4 = Codebook((
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
+    0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+))  # fmt: skip
+_FP4_MAGNITUDES = (
+    0.0, 0.0052083334885537624, 0.1666666716337204, 0.25, 0.3333333432674408, 0.5, 0.6666666865348816, 1.0,
+)  # fmt: skip
+FP4 = Codebook((*(0.0 - level for level in reversed(_FP4_MAGNITUDES)), *_FP4_MAGNITUDES))
+
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,6 +10,9 @@ weight has (the "full-range" symmetric form of Intel's Neural Compressor and of 
 1 - 2^-b of that of the *unsigned* grid, 2 |w*| / (2^b - 1), which formats want whose readers take positive scales only. Asymmetric
 schemes have zero points for this; their scales are positive.
 
+The levels of codebooks end at -1 and 1, so their scale is the largest magnitude of a group. Doubly quantized, it is rounded with those of
+all other groups once they are found (``double_quant``), which takes the whole matrix in one call.
+
 How far a grid should reach is a search: ``MinMax`` takes all weights in, ``SquaredError`` clips, or widens, where that lowers the rounding
 error, ``Clipped`` takes limits that were found elsewhere.
 """
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.errors import UsageError
+from ptqcli.numerics.double_quant import DoubleScales
 from ptqcli.numerics.elements import Element
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 
@@ -47,12 +51,14 @@ class Grid:
     """The values that the codes of one or more groups stand for.
 
     element: what a code means in units of the scale. scale: values that the stored dtype holds exactly. zero: whole numbers. Both are in
-    the dtype of the weights and broadcast to them; as a search fits them, [rows, 1].
+    the dtype of the weights and broadcast to them; as a search fits them, [rows, 1]. double: the scales of all rows in 8 bits, where the
+    scheme has such.
     """
 
     element: Element
     scale: Tensor
     zero: Tensor
+    double: DoubleScales | None = None
 
     def nearest(self, weights: Tensor) -> Tensor:
         """Nearest codes of ``weights``, as whole numbers in their dtype."""
@@ -91,7 +97,7 @@ class RangeSearch(Protocol):
 
         groups: which groups of each row of the matrix these are. A row of zeros gets scale 1. The scale is rounded to ``scale_dtype``; one
         whose magnitude is too small or too large for it is held at the smallest or largest that it can hold (see SMALLEST_SCALE). With one
-        scale for the whole matrix all rows get the same.
+        scale for the whole matrix all rows get the same; with doubly quantized ones ``weights`` are all groups of a matrix.
         """
 
 
@@ -106,7 +112,7 @@ class MinMax:
 
     def fit(self, weights: Tensor, scheme: Scheme, scale_dtype: torch.dtype, groups: slice = EVERY_GROUP) -> Grid:
         """See ``RangeSearch``."""
-        return _for_all(_grid(_ends(_sharing(weights, scheme), scheme, self.signed), scheme, scale_dtype), weights)
+        return _final(_grid(_ends(_sharing(weights, scheme), scheme, self.signed), scheme, scale_dtype), weights, scheme)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class SquaredError:
             best_error = torch.where(better, error, best_error)
             scale = torch.where(better, candidate.scale, best.scale)
             best = Grid(best.element, scale, torch.where(better, candidate.zero, best.zero))
-        return _for_all(best, weights)
+        return _final(best, weights, scheme)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Clipped:
         limit = self.limits[:, groups].reshape(-1, 1)
         if scheme.group_size == WHOLE_MATRIX:
             limit = limit.amax().reshape(1, 1)
-        return _for_all(_grid(_ends(_sharing(weights, scheme), scheme, self.signed, limit), scheme, scale_dtype), weights)
+        return _final(_grid(_ends(_sharing(weights, scheme), scheme, self.signed, limit), scheme, scale_dtype), weights, scheme)
 
 
 SEARCHES: dict[str, Callable[[bool], RangeSearch]] = {"minmax": MinMax, "mse": SquaredError}
@@ -168,9 +174,13 @@ def _sharing(weights: Tensor, scheme: Scheme) -> Tensor:
     return weights.reshape(1, -1) if scheme.group_size == WHOLE_MATRIX else weights
 
 
-def _for_all(grid: Grid, weights: Tensor) -> Grid:
-    """``grid`` with a row for each of ``weights``."""
+def _final(grid: Grid, weights: Tensor, scheme: Scheme) -> Grid:
+    """``grid`` with a row for each of ``weights``, its scales doubly quantized where they are to be."""
     rows = len(weights)
+    if scheme.double:
+        empty = weights.abs().amax(dim=1, keepdim=True) == 0
+        double = DoubleScales.of(torch.where(empty, 0, grid.scale).float().flatten())
+        return Grid(grid.element, double.scale().to(grid.scale.dtype).unsqueeze(1), grid.zero, double)
     if len(grid.scale) == rows:
         return grid
     return Grid(grid.element, grid.scale.expand(rows, 1).clone(), grid.zero.expand(rows, 1).clone())

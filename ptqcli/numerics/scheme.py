@@ -18,6 +18,10 @@ either computed when the layer runs (dynamic) or fixed by calibration (static; p
 (Dettmers et al. 2022, LLM.int8): those in which an input exceeds a threshold when the layer runs (dynamic), or those in which one did
 during calibration (static).
 
+Codes of a codebook count the levels of a list instead: NF4, whose 16 levels divide a normal distribution evenly, and FP4, a sign, two bits
+of exponent and one of fraction (Dettmers et al. 2023, QLoRA; ``elements.py`` has the levels, from -1 to 1). A group's scale is float32. It
+may be *doubly quantized*, which rounds it once more, together with those around it, to 8 bits (section 3; ``double_quant.py``).
+
 Notation: ``str(scheme)`` and ``Scheme.parse`` are an inverse pair over one name for each scheme,
 
     w4a16-g128, w4a16-g64-asym, w3a16-row-asym      weights only: groups of columns, or whole rows; with zero points
@@ -25,6 +29,8 @@ Notation: ``str(scheme)`` and ``Scheme.parse`` are an inverse pair over one name
     w8a8, w8a8-tensor                               8-bit activations, too: a weight scale a row, or one for the whole matrix
     w8a8-act-tensor, w8a8-static                    activation scales: one for the tensor instead of one a token; from calibration
     w8a8-outliers6, w8a8-outliers4.5-static         inputs beyond the number in 16 bit: found when the layer runs, or by calibration
+    nf4-g64, fp4-row, nf4-g64-double                weights only, codes of a codebook; with doubly quantized scales
+    nf4, nf4-double                                 groups of the first of CODEBOOK_GROUPS that divides a linear's width
 
 Parsing takes short forms as well: ``llm-int8`` and ``llm-int8-static`` for w8a8 with outliers6, and ``-sym`` or ``-row`` where that is
 what it would be anyway.
@@ -52,13 +58,28 @@ AUTO_GROUP = -(1 << 31)  # not chosen yet, see ``Scheme.resolved``
 
 AUTO_GROUPS = (128, 64, 32, 16)  # what it can become, best first
 
+CODEBOOKS = ("nf4", "fp4")  # all of 4 bits
+
+CODEBOOK_GROUPS = (64, 32, 16)  # what AUTO_GROUP can become there; 64 is QLoRA's
+
 # One of each kind, to show how names are made.
-EXAMPLES = ("w4a16-g128", "w4a16-g64-asym", "w4a16-row", "w8a16", "w8a8", "w8a8-tensor-static", "llm-int8", "llm-int8-static")
+EXAMPLES = (
+    "w4a16-g128",
+    "w4a16-g64-asym",
+    "w4a16-row",
+    "w8a16",
+    "w8a8",
+    "w8a8-tensor-static",
+    "llm-int8",
+    "llm-int8-static",
+    "nf4-g64-double",
+)
 
 _NAME = re.compile(
-    r"w(?P<bits>[0-9]{1,3})a(?P<abits>[0-9]{1,3})"
+    r"(?:w(?P<bits>[0-9]{1,3})a(?P<abits>[0-9]{1,3})|(?P<codebook>nf4|fp4))"
     r"(?:-(?:g(?P<columns>[1-9][0-9]{0,17})|(?P<whole>row|tensor)))?"
     r"(?:-(?P<zero>a?sym))?"
+    r"(?P<double>-double)?"
     r"(?:-(?P<scales>act-tensor|static))?"
     r"(?P<split>-outliers(?P<threshold>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)?(?P<fixed>-static)?)?"
 )
@@ -105,9 +126,10 @@ class Scheme:
 
     bits: code width, one of 2, 3, 4, 8. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix, AUTO_GROUP for what
     goes with a linear's width, which is chosen by ``resolved`` before anything is computed. symmetric: zero point fixed in the middle.
-    activations: None leaves them in floating point. outliers: columns in 16 bit, None for none.
+    activations: None leaves them in floating point. outliers: columns in 16 bit, None for none. codebook: one of CODEBOOKS, whose levels
+    the codes count, None for integers. double: scales of a codebook are doubly quantized.
     Raises UsageError for a width, group size or combination that does not exist: integer activations are multiplied with symmetric
-    weights that have one scale a row or one in all, and only they have outliers to split off.
+    weights that have one scale a row or one in all, and only they have outliers to split off; codebooks have 4 bits and no zero points.
     """
 
     bits: int
@@ -115,8 +137,11 @@ class Scheme:
     symmetric: bool = True
     activations: ActivationScheme | None = None
     outliers: OutlierSplit | None = None
+    codebook: str | None = None
+    double: bool = False
 
     def __post_init__(self) -> None:
+        self._check_codebook()
         if self.bits not in SUPPORTED_BITS:
             raise UsageError(f"{self.bits} bits per weight is not supported; choose one of {SUPPORTED_BITS}")
         if self.group_size < WHOLE_ROW and self.group_size != AUTO_GROUP:
@@ -134,6 +159,26 @@ class Scheme:
         if self.outliers is not None and not self.activations.dynamic:
             raise UsageError("an outlier split needs activation scales computed at run time, not static ones")
 
+    def _check_codebook(self) -> None:
+        if self.codebook is None:
+            if self.double:
+                raise UsageError(f"scales of integers are not doubly quantized; choose one of {', '.join(CODEBOOKS)}")
+            return
+        if self.codebook not in CODEBOOKS:
+            raise UsageError(f"codebook {self.codebook!r} is unknown; choose one of {', '.join(CODEBOOKS)}")
+        if self.bits != 4 or not self.symmetric or self.activations is not None:
+            raise UsageError(f"{self.codebook} has 4 bits, no zero points, and leaves activations as they are")
+
+    @property
+    def rows_stand_alone(self) -> bool:
+        """Whether a row's grids are its own: not where rows share a scale, and not where scales are rounded together."""
+        return self.group_size != WHOLE_MATRIX and not self.double
+
+    @property
+    def auto_groups(self) -> tuple[int, ...]:
+        """What AUTO_GROUP can become, best first."""
+        return AUTO_GROUPS if self.codebook is None else CODEBOOK_GROUPS
+
     @property
     def levels(self) -> int:
         """Number of codes, 2^bits."""
@@ -145,22 +190,24 @@ class Scheme:
         return 1 << (self.bits - 1)
 
     def resolved(self, in_features: int) -> Scheme:
-        """This scheme for a linear of so many input features: AUTO_GROUP becomes the first of AUTO_GROUPS that divides them.
+        """This scheme for a linear of so many input features: AUTO_GROUP becomes the first of ``auto_groups`` that divides them.
 
         Raises UsageError if none does.
         """
         if self.group_size != AUTO_GROUP:
             return self
-        size = next((size for size in AUTO_GROUPS if in_features % size == 0), None)
+        size = next((size for size in self.auto_groups if in_features % size == 0), None)
         if size is None:
-            *most, last = map(str, AUTO_GROUPS)
+            *most, last = map(str, self.auto_groups)
             raise UsageError(f"no group of {', '.join(most)} or {last} columns divides {in_features} input features")
         return replace(self, group_size=size)
 
     def columns_per_group(self, in_features: int) -> int:
         """Group size with -1 and 0 resolved to the row length. Raises UsageError if it is still to be chosen."""
         if self.group_size == AUTO_GROUP:
-            raise UsageError(f"the group size of scheme {self} depends on the linear; choose one such as {self.resolved(AUTO_GROUPS[0])}")
+            raise UsageError(
+                f"the group size of scheme {self} depends on the linear; choose one such as {self.resolved(self.auto_groups[0])}"
+            )
         return self.group_size if self.group_size > 0 else in_features
 
     def group_count(self, in_features: int) -> int:
@@ -173,14 +220,16 @@ class Scheme:
     @property
     def element(self) -> Element:
         """What a code stands for."""
-        from ptqcli.numerics.elements import Int  # brings torch along, which a name or a request does without
+        from ptqcli.numerics.elements import CODEBOOKS, Int  # brings torch along, which a name or a request does without
 
-        return Int(self.bits)
+        return Int(self.bits) if self.codebook is None else CODEBOOKS[self.codebook]
 
     def __str__(self) -> str:
         """The one name of the scheme, see the module."""
         if self.activations is None:
             group = {WHOLE_ROW: "-row", AUTO_GROUP: ""}.get(self.group_size, f"-g{self.group_size}")
+            if self.codebook is not None:
+                return f"{self.codebook}{group}{'-double' if self.double else ''}"
             return f"w{self.bits}a16{group}{'' if self.symmetric else '-asym'}"
         name = f"w{self.bits}a{self.activations.bits}{'-tensor' if self.group_size == WHOLE_MATRIX else ''}"
         if not self.activations.dynamic:
@@ -210,12 +259,16 @@ def usual_schemes() -> list[str]:
     """Names that a person is likely to want, for advice and completion."""
     groups = ("g128", "g64", "g32", "row")
     weights_only = [f"w{bits}a16-{group}{zero}" for bits in SUPPORTED_BITS for group in groups for zero in ("", "-asym")]
-    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static"]
+    codebooks = [f"{name}-g64{double}" for name in CODEBOOKS for double in ("", "-double")]
+    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static", *codebooks]
 
 
 def _scheme_of(name: re.Match[str]) -> Scheme:
     activations = None
-    if name["abits"] != "16":
+    if name["codebook"] is not None:
+        if name["scales"] or name["split"]:
+            raise UsageError(f"{name['codebook']} leaves activations as they are, so nothing is said of their scales and outliers")
+    elif name["abits"] != "16":
         activations = ActivationScheme(int(name["abits"]), per_token=name["scales"] is None, dynamic=name["scales"] != "static")
     elif name["scales"]:
         raise UsageError(f"activations in 16 bit have no scales; write a8, or leave -{name['scales']} out")
@@ -224,9 +277,11 @@ def _scheme_of(name: re.Match[str]) -> Scheme:
     if name["split"]:
         outliers = OutlierSplit(float(name["threshold"] or OutlierSplit.threshold), dynamic=name["fixed"] is None)
     return Scheme(
-        bits=int(name["bits"]),
+        bits=int(name["bits"] or 4),
         group_size=int(name["columns"]) if name["columns"] else whole[name["whole"]],
         symmetric=name["zero"] != "asym",
         activations=activations,
         outliers=outliers,
+        codebook=name["codebook"],
+        double=name["double"] is not None,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptqcli.numerics.double_quant import DoubleScales
 from ptqcli.numerics.grids import Grid, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 
@@ -25,13 +26,14 @@ class OutlierColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """Integer codes of one matrix with what is needed to read them.
+    """The codes of one matrix with what is needed to read them.
 
     codes: uint8 [out, in], each below 2^bits. scale: floating [out, groups], in the stored dtype. zero: uint8 [out, groups]; with one scale
     for the whole matrix both are [out, 1] and all rows are equal.
     g_idx: int32 [in], the group of each column, or None when the groups are neighbouring columns.
     input_scale: floating [1], of static activations. outliers: columns kept in 16 bit, where the scheme splits; in a static split their
     codes are the zero point, in a dynamic one they are codes like all others, for inputs that stay below the threshold.
+    double: what ``scale`` is made of, where the scheme quantizes scales doubly.
     """
 
     codes: Tensor
@@ -41,6 +43,7 @@ class QuantizedWeight:
     g_idx: Tensor | None = None
     input_scale: Tensor | None = None
     outliers: OutlierColumns | None = None
+    double: DoubleScales | None = None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values of the codes, [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's).
@@ -65,6 +68,7 @@ class QuantizedWeight:
             g_idx=None if self.g_idx is None else self.g_idx.to(device),
             input_scale=None if self.input_scale is None else self.input_scale.to(device),
             outliers=None if self.outliers is None else self.outliers.to(device),
+            double=None if self.double is None else self.double.to(device),
         )
 
 
@@ -86,4 +90,5 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, r
         scale=grid.scale.to(scale_dtype).reshape(out_features, groups),
         zero=grid.zero.to(torch.uint8).reshape(out_features, groups),
         scheme=scheme,
+        double=grid.double,
     )

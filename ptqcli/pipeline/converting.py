@@ -21,7 +21,7 @@ from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint, copy_a
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import UsageError
-from ptqcli.formats import Format, LinearSpec, Reader, find_format
+from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_codebooks
 from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
 from ptqcli.model.gguf import is_gguf
@@ -140,7 +140,7 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         stored = packed.spec(name)
         dtype = target.scale_dtype(stored.scale_dtype)
         spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=dtype, moving_groups=_moves_groups(packed, name))
-        reason = target.refusal(spec) or _inexact(packed, stored, spec, target)
+        reason = no_codebooks(target, spec.scheme) or target.refusal(spec) or _inexact(packed, stored, spec, target)
         if reason is not None:
             spec = _rounded_anew(spec, target, scheme, reason, packed.folder)
             anew[name] = reason
@@ -204,7 +204,7 @@ def _rounded_anew(spec: LinearSpec, target: Format, scheme: Scheme | None, reaso
         )
     new = replace(spec, scheme=scheme.resolved(spec.in_features), moving_groups=False)
     new.scheme.group_count(spec.in_features)
-    still = target.refusal(new)
+    still = no_codebooks(target, new.scheme) or target.refusal(new)
     if still is not None:
         raise UsageError(f"{where}: {target.name} does not hold {spec.name} in {new.scheme} either: {still}; name another scheme")
     return new
@@ -236,7 +236,7 @@ class _Conversion:
             yield {name: self._packed.tensors.read(name)}
         self._progress.phase(f"converting {len(self._plan.specs)} linears")
         for done, name in enumerate(self._plan.specs, start=1):
-            yield self._plan.target.pack(self._packed.stored_linear(name), self._converted(name))
+            yield self._plan.target.pack(self._packed.stored_linear(name), self._plan.target.held(self._converted(name)))
             self._progress.step(done, len(self._plan.specs), name)
 
     def _converted(self, name: str) -> QuantizedWeight:

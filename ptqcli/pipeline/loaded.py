@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,7 @@ class LoadedBlock:
     def place(self, task: LinearTask, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block; what was placed before is forgotten."""
         linear = self.planned[task.name]
+        solution = replace(solution, weight=self.run.format.held(solution.weight))
         stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
         if self.block is not None:
             module = self.block.get_submodule(linear.site.local)

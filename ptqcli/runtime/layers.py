@@ -3,7 +3,7 @@
     triton      on CUDA, from Ampere on: 4-bit and 8-bit weights in groups of 32, 64, 128 or whole rows in a 16-bit model; W8A8; LLM.int8
     torch       on the CPU: 4-bit weights in groups that are multiples of 32, 8-bit weights with a scale a row; W8A8 and LLM.int8 where
                 the processor multiplies bytes
-    reference   everything else: the weight is expanded on every call
+    reference   everything else, codebooks such as NF4 among it: the weight is expanded on every call
 
 ``kernels_in`` tells what became of it. Layers that read the same tensor, such as q, k and v, are joined into one.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from ptq_kernels import (
+    CodebookLinear,
     JoinedLinear,
     LinearPart,
     LLMInt8Linear,
@@ -33,6 +34,7 @@ from ptq_kernels.w4a16 import GROUP_SIZES
 from torch import Tensor, nn
 
 from ptqcli.errors import UsageError
+from ptqcli.numerics.elements import Codebook
 from ptqcli.numerics.scheme import WHOLE_MATRIX, ActivationScheme
 from ptqcli.numerics.weight import QuantizedWeight
 
@@ -64,6 +66,8 @@ def quantized_linear(
 def _not_on_triton(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the Triton kernels cannot run ``weight``, or None."""
     scheme = weight.scheme
+    if scheme.codebook is not None:
+        return f"it multiplies integers, not codes of {scheme.codebook}"
     if device.type != "cuda":
         return "it needs a CUDA device"
     if importlib.util.find_spec("triton") is None:
@@ -82,6 +86,8 @@ def _not_on_triton(weight: QuantizedWeight, dtype: torch.dtype, device: torch.de
 def _not_on_torch(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why torch's own kernels cannot run ``weight``, or None."""
     scheme = weight.scheme
+    if scheme.codebook is not None:
+        return f"it multiplies integers, not codes of {scheme.codebook}"
     if device.type != "cpu":
         return "it is for the CPU"
     if scheme.activations is not None:
@@ -98,8 +104,11 @@ def _not_on_torch(weight: QuantizedWeight, dtype: torch.dtype, device: torch.dev
 
 
 def _weight_only_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, kernel: str) -> nn.Module:
-    """The layer of a weight-only scheme. transformers rounds the scales to the model's dtype, too, before it expands a weight."""
+    """The layer of a weight-only scheme. transformers rounds the scales to the model's dtype, too, before it expands a weight, but not
+    those of codebooks, which stay in float32."""
     scheme = weight.scheme
+    if isinstance(scheme.element, Codebook):
+        return CodebookLinear(weight.codes, weight.scale.float(), scheme.element.levels, f"{scheme.codebook}".upper(), bias)
     zero = None if scheme.symmetric else weight.zero
     scale = weight.scale.to(dtype)
     if kernel == "torch" and scheme.bits == 8:
@@ -113,10 +122,11 @@ def _weight_only_layer(weight: QuantizedWeight, bias: Tensor | None, dtype: torc
 def _integer_layer(
     weight: QuantizedWeight, activations: ActivationScheme, bias: Tensor | None, dtype: torch.dtype, reference: bool
 ) -> nn.Module:
-    """The layer of a scheme with 8-bit activations, scales rounded as in ``_weight_only_layer``."""
+    """The layer of a scheme with 8-bit activations, scales rounded as in ``_weight_only_layer``, but for those that are stored in float32:
+    they meet the sums in float32 anyway."""
     scheme = weight.scheme
     codes = signed_codes(weight.codes, scheme.bits)
-    scale = weight.scale.flatten().to(dtype)
+    scale = weight.scale.flatten() if weight.scale.dtype == torch.float32 else weight.scale.flatten().to(dtype)
     if scheme.group_size == WHOLE_MATRIX:
         scale = scale[:1].clone()
     if scheme.outliers is None or weight.outliers is None:
@@ -166,4 +176,6 @@ def kernels_in(model: nn.Module) -> Counter[str]:
 def _kernel_text(layer: nn.Module) -> str:
     if isinstance(layer, (W8A8Linear, LLMInt8Linear)):
         return f"{'W8A8' if isinstance(layer, W8A8Linear) else 'LLM.int8'} {layer.kernel}"
+    if isinstance(layer, CodebookLinear):
+        return f"{layer.name} {layer.kernel}"
     return f"W{layer.bits}A16 {layer.kernel}"

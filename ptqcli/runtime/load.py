@@ -119,9 +119,10 @@ class _Loader:
     def _read_linear(self, name: str) -> tuple[QuantizedWeight, Tensor | None]:
         weight = self.checkpoint.weight(name)
         columns = None if weight.outliers is None else weight.outliers.weight
+        levels = weight.scheme.levels if weight.scheme.codebook is None else None  # scales of codebooks stay in float32
         for part, values in (("scales", weight.scale), ("input scale", weight.input_scale), ("outlier columns", columns)):
             if values is not None:
-                self._check_range(f"{name}: its {part}", values, None if values is columns else weight.scheme.levels)
+                self._check_range(f"{name}: its {part}", values, None if values is columns else levels)
         stored_bias = self.checkpoint.names.disk(f"{name}.bias")
         expected: Tensor | None = self.model.get_submodule(name).bias  # type: ignore[assignment]
         if expected is not None and stored_bias is None:

@@ -23,7 +23,8 @@ matrix is solved with both, and every row keeps the codes with the smaller ``|E 
 Order of the columns (``act_order``): by falling diagonal of H, so that the columns which carry the most are rounded while there are
 still many others to take up their error. With ``static_groups`` a group stays ``group_size`` neighbouring columns and its grid is
 fitted before the first column is rounded, so that the file needs no index; without, groups are neighbours in the new order, as in
-the original code, and ``QuantizedWeight.g_idx`` says which column belongs to which.
+the original code, and ``QuantizedWeight.g_idx`` says which column belongs to which. Doubly quantized scales are fitted beforehand, too,
+whatever the order, since all scales of a matrix are rounded together.
 
 Damping, columns that calibration never activated, and Hessians that are not positive definite: see ``ptqcli.solvers.damping``. A
 column without activation is then rounded to nearest (the original code sets its weights to zero, which destroys them for inputs that
@@ -41,8 +42,9 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
+from ptqcli.numerics.double_quant import DoubleScales
 from ptqcli.numerics.grids import Grid, RangeSearch, takes_sign
-from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
@@ -164,13 +166,14 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         for ranges in searches:
             work = self._fed_back(weight, factor, scheme, scale_dtype, ranges)
             found, error = work.result(moving_groups=work.moving), work.row_errors(factor.pivots)
-            if scheme.group_size == WHOLE_MATRIX:  # rows share their scale
+            if not scheme.rows_stand_alone:
                 error = error.sum().expand_as(error)
             if best is None or least is None:
                 best, least, zero_groups = found, error, work.zero_groups()
                 continue
             better = error < least
-            best, least = _rows_of(found, best, better), torch.minimum(error, least)
+            best = _rows_of(found, best, better) if scheme.rows_stand_alone else (found if bool(better.all()) else best)
+            least = torch.minimum(error, least)
         assert best is not None
         assert zero_groups is not None
         return best, zero_groups
@@ -179,7 +182,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         """The matrix with all of its columns rounded."""
         groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
-        fixed = self.act_order and (self.static_groups or groups == 1)
+        fixed = (self.act_order and (self.static_groups or groups == 1)) or scheme.double
         work = _Columns(weight, factor, scheme, scale_dtype, ranges)
         work.moving = self.act_order and not fixed
         if fixed:
@@ -227,13 +230,17 @@ class _Columns:
         # the group of each processing position
         self.group_of = [position // self.group for position in range(in_features)]
         self.fitted = self.moving = False
+        self.double: DoubleScales | None = None
 
     def fit_beforehand(self) -> None:
         """Fit every grid on the original weights, with groups of neighbouring columns in the original order."""
         original = torch.empty_like(self.weight)
         original[self.order] = self.weight
-        for index in range(self.scale.shape[0]):
-            self._fit(index, original[index * self.group : (index + 1) * self.group])
+        if self.scheme.double:
+            self._fit_together(original)
+        else:
+            for index in range(self.scale.shape[0]):
+                self._fit(index, original[index * self.group : (index + 1) * self.group])
         self.group_of = [column // self.group for column in self.order.tolist()]
         self.fitted = True
 
@@ -266,6 +273,12 @@ class _Columns:
         grid = self.ranges.fit(columns.t(), self.scheme, self.scale_dtype, slice(index, index + 1))
         self.scale[index] = grid.scale.squeeze(1)
         self.zero[index] = grid.zero.squeeze(1)
+
+    def _fit_together(self, columns: Tensor) -> None:
+        rows = columns.t().reshape(-1, self.group)  # [out * groups, columns of a group]
+        grid = self.ranges.fit(rows, self.scheme, self.scale_dtype)
+        self.scale, self.zero = (each.view(-1, len(self.scale)).t().contiguous() for each in (grid.scale, grid.zero))
+        self.double = grid.double
 
     def _round(self, low: int, high: int) -> None:
         earlier = self.error[low:high].t()  # [out, columns]
@@ -304,4 +317,5 @@ class _Columns:
             zero=self.zero.t().to(torch.uint8).contiguous(),
             scheme=self.scheme,
             g_idx=g_idx,
+            double=self.double,
         )

@@ -131,7 +131,7 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         grid = (ranges or self.ranges).fit(grouped, scheme, scale_dtype)
         scale, zero = grid.scale.reshape(out_features, groups), grid.zero.reshape(out_features, groups)
         codes = self._greedy(weight, Grid(grid.element, scale, zero), prepared, progress)
-        quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme)
+        quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme, double=grid.double)
         if prepared.hessian is not None:
             quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
         notes = SolveNotes(
@@ -196,7 +196,8 @@ class _Rows:
         rows, self.left = weight.shape
         self.columns = self.left
         self.weight = weight.clone()
-        self.grid = Grid(grid.element, *(each.repeat_interleave(columns, dim=1) for each in (grid.scale, grid.zero)))
+        scale, zero = (each.repeat_interleave(columns, dim=1) for each in (grid.scale, grid.zero))
+        self.grid = Grid(grid.element, scale, zero)
         self.column = torch.arange(self.left, device=weight.device).repeat(rows, 1)
         self.inverse = prepared.matrix.to(weight.dtype).expand(rows, -1, -1)
         self.floor = prepared.floor

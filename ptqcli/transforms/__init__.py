@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.numerics.scheme import Scheme
 from ptqcli.transforms.folded import FoldedBlock, FoldNote
 
 
@@ -31,6 +32,10 @@ class BlockTransform(Protocol):
     @abstractmethod
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Choose scales for the block's folds and apply them; say what was chosen for each."""
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why it does not suit linears in this scheme, None if it does; as it stands, it does."""
+        return None
 
     def finish(self, block: FoldedBlock) -> None:
         """Choose what depends on the weights as all transforms have left them; as it stands, nothing."""

@@ -39,7 +39,7 @@ from ptqcli.errors import UsageError
 from ptqcli.numerics.activations import activation_scale, static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.grids import SquaredError
-from ptqcli.numerics.scheme import ActivationScheme
+from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.options import option
 from ptqcli.solvers.omniquant import RATE as CLIPPING_RATE
 from ptqcli.solvers.omniquant import Clipping
@@ -65,6 +65,10 @@ class LET(BlockTransform):
     def __post_init__(self) -> None:
         if self.iters < 1:
             raise UsageError(f"let iters {self.iters} is not valid; give a whole number from 1 on")
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Its clipping is that of integers."""
+        return None if scheme.codebook is None else f"let learns beside the clipping of integers, not of scheme {scheme}; choose awq"
 
     def learning_bytes(self, weights: int, largest: int, features: int, tokens: int) -> int:
         """See ``BlockTransform``: a rounded copy of each weight and its gradient, the graph of one, what a pass keeps for the gradients."""

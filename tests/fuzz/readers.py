@@ -192,13 +192,20 @@ def packed(folder: Path, random: mutate.Source) -> object:
     return result
 
 
-OTHER_FORMATS = {"gptq": "w4a16-g32", "gptq_v2": "w3a16-g32-asym", "awq": "w4a16-g32-asym"}
+OTHER_FORMATS = (
+    ("gptq", "w4a16-g32"),
+    ("gptq_v2", "w3a16-g32-asym"),
+    ("awq", "w4a16-g32-asym"),
+    ("bitsandbytes", "nf4-g32"),
+    ("bitsandbytes", "fp4-g64-double"),
+    ("bitsandbytes", "w8a8"),
+)
 
 
 def other_formats(folder: Path, random: mutate.Source) -> object:
-    format_, scheme = random.choice([(find_format(name), Scheme.parse(scheme)) for name, scheme in OTHER_FORMATS.items()])
-    weight = round_to_nearest(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), scheme, torch.float16, MinMax())
-    tensors = format_.pack("m", weight)
+    format_, scheme = random.choice([(find_format(name), Scheme.parse(scheme)) for name, scheme in OTHER_FORMATS])
+    exact = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    tensors = format_.pack("m", round_to_nearest(exact, scheme, format_.scale_dtype(torch.float16), MinMax()))
     for _ in range(random.choice((1, 1, 2)) if random.changes else 0):
         name = random.choice(sorted(tensors))
         tensors[name] = wrong_tensor(tensors[name].clone(), random)
@@ -214,7 +221,8 @@ def wrong_tensor(tensor: torch.Tensor, random: mutate.Source) -> torch.Tensor:
     if deed == 0:
         return tensor.to(random.choice((torch.int64, torch.float64, torch.bool, torch.int32, torch.float16, torch.int8, torch.uint8)))
     if deed == 1:
-        return random.choice((tensor[:-1], tensor.flatten(), tensor.unsqueeze(0), tensor[:0], tensor.repeat(2, *[1] * (tensor.dim() - 1))))
+        rows = torch.atleast_1d(tensor)
+        return random.choice((rows[:-1], rows.flatten(), tensor.unsqueeze(0), rows[:0], rows.repeat(2, *[1] * (rows.dim() - 1))))
     if deed == 2 and tensor.is_floating_point() and tensor.numel():
         value = random.choice((float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-45, 3e38))
         tensor.view(-1)[random.randrange(tensor.numel())] = value
@@ -277,6 +285,7 @@ OTHER_ENTRIES: list[dict[str, Any]] = [
     },
     {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]},
     {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"},
+    {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": ["lm_head"]},
 ]  # fmt: skip
 
 
@@ -286,7 +295,7 @@ def quantization(folder: Path, random: mutate.Source) -> object:
     from ptqcli.untrusted import read_json
 
     entry = read_json(folder / "config.json")
-    stored = MemoryTensors({f"{name}.qweight": torch.zeros(1) for name in LINEARS[:2]})
+    stored = MemoryTensors({f"{name}.{leaf}": torch.zeros(1) for name in LINEARS[:2] for leaf in ("qweight", "SCB")})
     schemes = format_of(entry).schemes(entry, stored, {name: name for name in LINEARS})
     assert set(schemes) <= set(LINEARS)
     return schemes
