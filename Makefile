@@ -5,6 +5,7 @@
 # make fuzz    20,000 broken and hostile inputs for everything that reads a file, with a table of what became of them
 # make check   lint, format and types
 # make test-oldest   what make test runs, with the oldest transformers that is supported, in an environment of its own
+# make test-loaders  other programs load what ptq writes, and ptq what they write: GPTQModel, bitsandbytes, llama.cpp; builds some of them
 # make clean   remove what the others made, the virtual environment included
 #
 # Each sets up .venv by itself. Another interpreter: make PYTHON=/path/to/python3
@@ -20,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 # What Python compiled and pytest made of the assertions is kept: made anew, it costs each of the suite's processes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-kernels test-oldest fuzz check clean
+.PHONY: demo test test-slow test-kernels test-oldest test-loaders fuzz check clean
 
 demo: $(READY)
 	$(BIN)/ptq quantize --algo gptq --wbits 4 --group-size 128 --output $(DEMO) --overwrite
@@ -44,6 +45,16 @@ test-oldest: $(READY)
 	  --editable '.[test]' 'transformers==5.17.*'
 	$(OLDEST)/bin/pytest -m "not triton and not loaders"
 
+LOADERS := .venv-loaders
+test-loaders: $(READY)
+	@$(LOADERS)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(LOADERS)
+	$(LOADERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]' \
+	  setuptools wheel sentencepiece protobuf
+	$(LOADERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/loaders/requirements.txt
+	$(LOADERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary gptqmodel \
+	  gptqmodel==7.6.0
+	$(LOADERS)/bin/pytest -n0 -m loaders tests/loaders
+
 FUZZ_INPUTS := 20000
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_INPUTS)
@@ -54,7 +65,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(OLDEST) build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OLDEST) $(LOADERS) build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || \

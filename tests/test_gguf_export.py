@@ -1,4 +1,4 @@
-"""GGUF files that are written here, read back by this package and by transformers. llama.cpp reads them in loaders/test_gguf.py."""
+"""GGUF files that are written here, read back by this package and by transformers. llama.cpp reads them in loaders/test_gguf_loaders.py."""
 
 from __future__ import annotations
 

@@ -31,10 +31,11 @@ from ptqcli.cli.progress import track
 def command(
     checkpoint: str, repo: str, private: bool, overwrite: bool, message: str | None, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Put CHECKPOINT into the repository REPO of the Hugging Face hub, OWNER/NAME.
+    """Put CHECKPOINT into a repository of the hub.
 
-    What belongs to the checkpoint goes there in one commit: weights, configuration, tokenizer, model card, licence, report. The report does
-    not tell where on this machine the original lies. You have to be logged in (`hf auth login`).
+    REPO is OWNER/NAME, on the Hugging Face hub, and is made if it is not there. What belongs to the checkpoint goes there in one commit:
+    weights, configuration, tokenizer, model card, licence, report. The report does not tell where on this machine the original lies. You
+    have to be logged in (`hf auth login`).
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -187,7 +187,11 @@ def _moves_groups(packed: PackedCheckpoint, name: str) -> bool:
 
 
 def _inexact(packed: PackedCheckpoint, stored: LinearSpec, spec: LinearSpec, target: Format) -> str | None:
-    """Why the scales of a linear are others in the dtype in which the format stores them, None if they are not."""
+    """Why a linear is not what it was in the format, although that holds its scheme: columns in 16 bit, scales of a wider dtype."""
+    if spec.scheme.outliers is not None:
+        weight = packed.weight(spec.name)
+        if weight.outliers is not None and len(weight.outliers.index) and target.held(weight).outliers is None:
+            return f"{len(weight.outliers.index)} of its columns are stored in 16 bit, too, which {target.name} does not keep"
     if stored.scale_dtype == spec.scale_dtype:
         return None
     scale = packed.weight(spec.name).scale
@@ -236,17 +240,17 @@ class _Conversion:
             yield {name: self._packed.tensors.read(name)}
         self._progress.phase(f"converting {len(self._plan.specs)} linears")
         for done, name in enumerate(self._plan.specs, start=1):
-            yield self._plan.target.pack(self._packed.stored_linear(name), self._plan.target.held(self._converted(name)))
+            yield self._plan.target.pack(self._packed.stored_linear(name), self._converted(name))
             self._progress.step(done, len(self._plan.specs), name)
 
     def _converted(self, name: str) -> QuantizedWeight:
-        weight, spec = self._packed.weight(name), self._plan.specs[name]
-        new = replace(weight, scale=weight.scale.to(spec.scale_dtype))  # the same codes, if that is all
+        weight, spec, target = self._packed.weight(name), self._plan.specs[name], self._plan.target
+        new = target.held(replace(weight, scale=weight.scale.to(spec.scale_dtype)))  # the same codes, if that is all
         if name not in self._plan.anew:
             return new
         exact = weight.dequantize(torch.float32)
         if spec.scheme != weight.scheme or weight.g_idx is not None:
-            new = round_to_nearest(exact, spec.scheme, spec.scale_dtype, SquaredError())
+            new = target.held(round_to_nearest(exact, spec.scheme, spec.scale_dtype, SquaredError()))
         difference, size = (float(each.norm()) for each in (new.dequantize(torch.float32) - exact, exact))
         self.errors[name] = difference / size if size else 0.0
         return new

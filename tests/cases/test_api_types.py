@@ -53,7 +53,10 @@ CALLS: list[tuple[Callable[[Path, Path], Any], str]] = [
     (lambda model, out: ptqcli.solve(WEIGHT, 4), "scheme must be str or Scheme, not 4"),
     (lambda model, out: ptqcli.solve(WEIGHT, "w4a16-g32", None), "solver must be str, not None"),
     (lambda model, out: ptqcli.solve(WEIGHT, "w4a16-g32", "rtn", options=3), "options must be Mapping, or None, not 3"),
-    (lambda model, out: ptqcli.solve(WEIGHT, "w4a16-g32", "rtn", scale_dtype="bfloat16"), "scale_dtype must be dtype, not 'bfloat16'"),
+    (
+        lambda model, out: ptqcli.solve(WEIGHT, "w4a16-g32", "rtn", scale_dtype="bfloat16"),
+        "scale_dtype must be dtype, or None, not 'bfloat16'",
+    ),
     (lambda model, out: Recipe(nsamples="3"), "recipe: 'nsamples' must be int, not '3'"),
     (lambda model, out: Recipe(wbits=True), "recipe: 'wbits' must be int, not True"),
     (lambda model, out: Recipe(overrides=["x"]), "recipe: 'overrides' must be"),

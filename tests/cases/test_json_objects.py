@@ -20,6 +20,8 @@ LINES = {
     "eval done --ppl text.txt --seqlen 64": {"checkpoint", "results"},
     "bench --shapes 128x32 --tokens 1 --seconds 0.0001": {"kernels", "machine"},
     "tune-scales done --calib text.txt --nsamples 4 --seqlen 16 --steps 1 --output tuned": {"output", "tuning"},
+    "convert done --to gptq --requantize w4a16-g32 --output converted": {"output", "relative_error"},
+    "push done owner/name --dry-run": {"repository", "files"},
     "inspect done": {"checkpoint", "layers"},
     "generate done hello --max-new-tokens 2": {"checkpoint", "answer"},
     "algorithms": {"parts"},

@@ -24,6 +24,8 @@ LINES = {
         "tune-scales done --model model --calib text.txt --nsamples 2 --seqlen 16 --steps 1 --output tuned --overwrite",
         "writtentuned",
     ),
+    "convert": ("convert done --to gptq --requantize w4a16-g32 --output converted --overwrite", "writtenconverted"),
+    "push": ("push done owner/name --dry-run", "repositoryowner/name"),
     "inspect": ("inspect done", "Layers(error:relative,weight)"),
     "generate": ("generate done hello --max-new-tokens 2", "hello"),
     "algorithms": ("algorithms", "Options"),
@@ -44,7 +46,7 @@ TERMINALS = {
     "dumb": (80, {"TERM": "dumb"}),
     "ascii": (80, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
 }
-ONLY_KEPT = {"quantize", "tune-scales"}  # what these make lies in a folder; the others' result is what they show
+ONLY_KEPT = {"quantize", "tune-scales", "convert"}  # what these make lies in a folder; the others' result is what they show
 
 
 @pytest.fixture(scope="module")
