@@ -119,6 +119,8 @@ def test_a_format_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_unknown_format_is_refused_with_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
+    with pytest.raises(UsageError, match=r"^format 'gguf' is one file and no folder: .* write it with ptq convert --to gguf$"):
+        find_format("gguf")
     with pytest.raises(UsageError, match=r"^format 'zip' is unknown; use compressed-tensors, .*, plain-bytes$"):
         find_format("zip")
     for config, method in (({"quant_method": "zip"}, "'zip'"), ({}, "None")):

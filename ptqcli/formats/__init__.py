@@ -198,6 +198,8 @@ def find_format(name: str) -> Format:
     Raises UsageError, listing what there is, for an unknown name, and PTQError, naming the package, for a format that cannot be loaded.
     """
     found = [entry for entry in _entries() if entry.name == name]
+    if not found and name == "gguf":
+        raise UsageError("format 'gguf' is one file and no folder: quantize with --group-size 32, then write it with ptq convert --to gguf")
     if not found:
         raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}{did_you_mean(name, format_names())}")
     if len(found) > 1:
