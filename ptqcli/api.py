@@ -21,8 +21,9 @@ from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelInMemory, ModelSource, open_source
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
-from ptqcli.pipeline import converting, pipeline, tuning
+from ptqcli.pipeline import converting, exporting, pipeline, tuning
 from ptqcli.pipeline.converting import Converted
+from ptqcli.pipeline.exporting import GGUF, Exported
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import Report, read_source
 from ptqcli.pipeline.tuning import TunedCheckpoint
@@ -134,19 +135,29 @@ def convert(
     *,
     output: str | Path,
     requantize: str | None = None,
+    gguf_type: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Converted:
+) -> Converted | Exported:
     """Write the quantized model in ``checkpoint`` into the new folder ``output`` in the format ``to``, as `ptq convert` does.
 
-    checkpoint: a folder of `ptq quantize`, or any other that it reads. to: one of `ptq algorithms`' formats.
+    checkpoint: a folder of `ptq quantize`, or any other that it reads. to: one of `ptq algorithms`' formats, or gguf, for which
+    ``output`` is a file, and ``checkpoint`` may be a model that is not quantized.
     requantize: a scheme such as ``w4a16-g128`` for the linears that the format cannot hold as they are; None refuses them.
+    gguf_type: block types as llama.cpp calls its mixes, see ``pipeline.exporting``.
     overwrite, progress: as in ``quantize``.
     Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
-    for name, text in (("to", to), ("requantize", requantize)):
-        check_argument(text, name, str, optional=name == "requantize")
+    for name, text in (("to", to), ("requantize", requantize), ("gguf_type", gguf_type)):
+        check_argument(text, name, str, optional=name != "to")
     check_argument(overwrite, "overwrite", bool)
+    if to == GGUF:
+        if requantize is not None:
+            raise UsageError("requantize does not go with gguf; codes that no block type holds become plain numbers")
+        target = as_path(output, "output")
+        return exporting.export(find_model(str(checkpoint)), target, mix=gguf_type, overwrite=overwrite, progress=progress or NoProgress())
+    if gguf_type is not None:
+        raise UsageError(f"gguf_type goes with gguf, not with {to}")
     return converting.convert(
         find_model(str(checkpoint)),
         to,

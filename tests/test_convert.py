@@ -270,6 +270,11 @@ def test_a_plain_model_goes_to_gguf_in_a_mix(ptq: Ptq, demo: Path, tmp_path: Pat
     answer = ptq("convert", DEMO, "--to", "gguf", "--gguf-type", "q8_0", "--output", tmp_path / "model.gguf", "--json")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["types"] == {"F32": 9, "Q8_0": 29}
+    exported = ptqcli.convert(DEMO, "gguf", output=tmp_path / "again.gguf", gguf_type="q8_0")
+    assert exported.types == {"F32": 9, "Q8_0": 29}
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+    with pytest.raises(UsageError, match="gguf_type goes with gguf, not with gptq"):
+        ptqcli.convert(demo / "w4", "gptq", output=tmp_path / "no", gguf_type="q8_0")
     assert "GGUF type 'q9' is unknown" in one_line(ptq("convert", DEMO, "--to", "gguf", "--gguf-type", "q9"))
 
 

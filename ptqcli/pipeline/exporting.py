@@ -20,6 +20,7 @@ from ptqcli.model.source import open_source
 from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.progress import Progress
 
+GGUF = "gguf"
 REST = "f16"  # of a quantized checkpoint's embedding and head
 USUAL_MIX = "q4_k_m"  # of a model that is not quantized
 
@@ -42,8 +43,8 @@ class Exported:
 def export(model: Path, output: Path, *, mix: str | None = None, overwrite: bool = False, progress: Progress) -> Exported:
     """Write the model or quantized checkpoint in ``model`` to the file ``output``.
 
-    mix: of a model that is not quantized, the types of its matrices (REST and USUAL_MIX, where it is None, stand in the module); of a
-    quantized checkpoint, whose linears keep their codes, the types of embedding and head.
+    mix: of a model that is not quantized, the types of its matrices, USUAL_MIX where it is None; of a quantized checkpoint, whose linears
+    keep their codes, the types of embedding and head, REST where it is None.
     Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     start = time.perf_counter()
