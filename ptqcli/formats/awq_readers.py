@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptqcli.formats import LinearSpec, Reader
-from ptqcli.formats.gptq_readers import ROWS_ON_CPU
+from ptqcli.formats.gptq_readers import ROWS_ON_CPU, not_in_gptqmodel
 from ptqcli.numerics.scheme import WHOLE_ROW
 
 FAST_GROUPS = (WHOLE_ROW, 32, 64, 128)
@@ -19,7 +19,7 @@ GROUPS_OF_GPTQMODEL = (WHOLE_ROW, 16, 32, 64, 128)
 
 def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
-    reason = _not_in_gptqmodel(specs)
+    reason = not_in_gptqmodel(specs, GROUPS_OF_GPTQMODEL)
     if reason is not None:
         return [f"{reason}; ptqcli reads it"]
     rows = any(spec.scheme.group_size == WHOLE_ROW for spec in specs)
@@ -28,7 +28,7 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
 
 def readers(specs: Sequence[LinearSpec], auto_class: str) -> list[Reader]:
     """How the programs load such linears. auto_class: of transformers, which builds the model."""
-    reason = _not_in_gptqmodel(specs)
+    reason = not_in_gptqmodel(specs, GROUPS_OF_GPTQMODEL)
     code = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({{folder}})"
     by_itself = "from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load({folder})"
     slow = "" if all(spec.scheme.group_size in FAST_GROUPS for spec in specs) else " --dtype half"
@@ -39,12 +39,3 @@ def readers(specs: Sequence[LinearSpec], auto_class: str) -> list[Reader]:
         Reader(name="vLLM", needs=("vllm",), code="vllm serve {folder}", language="sh"),
         Reader(name="SGLang", needs=("sglang",), code=serve, language="sh"),
     ]
-
-
-def _not_in_gptqmodel(specs: Sequence[LinearSpec]) -> str | None:
-    size = next((spec.scheme.group_size for spec in specs if spec.scheme.group_size not in GROUPS_OF_GPTQMODEL), None)
-    return (
-        None
-        if size is None
-        else f"groups of {size}: GPTQModel has kernels for {', '.join(map(str, GROUPS_OF_GPTQMODEL[1:]))} and whole rows"
-    )

@@ -25,7 +25,9 @@ ROWS_ON_CPU = "whole rows: transformers takes a kernel for them that fails on th
 
 def notes(specs: Sequence[LinearSpec]) -> list[str]:
     """What a user should know of the readers of such linears, one sentence each."""
-    found = [f"{reason}; ptqcli reads it" for reason in (_not_in_gptqmodel(specs), _not_in_transformers(specs)) if reason]
+    found = [
+        f"{reason}; ptqcli reads it" for reason in (not_in_gptqmodel(specs, GROUPS_OF_GPTQMODEL), _not_in_transformers(specs)) if reason
+    ]
     if not found and any(spec.scheme.bits == FAST_ON_CPU and spec.scheme.group_size == WHOLE_ROW for spec in specs):
         found.append(ROWS_ON_CPU)
     reason = _not_in_vllm(specs)
@@ -34,7 +36,7 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
 
 def readers(specs: Sequence[LinearSpec], auto_class: str) -> list[Reader]:
     """How the programs load such linears. auto_class: of transformers, which builds the model."""
-    alone, through, server = _not_in_gptqmodel(specs), _not_in_transformers(specs), _not_in_vllm(specs)
+    alone, through, server = not_in_gptqmodel(specs, GROUPS_OF_GPTQMODEL), _not_in_transformers(specs), _not_in_vllm(specs)
     code = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({{folder}})"
     by_itself = "from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load({folder})"
     slow = "" if all(_served(spec.scheme) for spec in specs) else " --dtype half"
@@ -52,13 +54,10 @@ def readers(specs: Sequence[LinearSpec], auto_class: str) -> list[Reader]:
     ]
 
 
-def _not_in_gptqmodel(specs: Sequence[LinearSpec]) -> str | None:
-    size = next((spec.scheme.group_size for spec in specs if spec.scheme.group_size not in GROUPS_OF_GPTQMODEL), None)
-    return (
-        None
-        if size is None
-        else f"groups of {size}: GPTQModel has kernels for {', '.join(map(str, GROUPS_OF_GPTQMODEL[1:]))} and whole rows"
-    )
+def not_in_gptqmodel(specs: Sequence[LinearSpec], groups: Sequence[int]) -> str | None:
+    """Why GPTQModel, which has kernels of a format for these ``groups``, whole rows first, has none for such linears, or None if it has."""
+    size = next((spec.scheme.group_size for spec in specs if spec.scheme.group_size not in groups), None)
+    return None if size is None else f"groups of {size}: GPTQModel has kernels for {', '.join(map(str, groups[1:]))} and whole rows"
 
 
 def _not_in_transformers(specs: Sequence[LinearSpec]) -> str | None:

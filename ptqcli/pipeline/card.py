@@ -113,9 +113,14 @@ def converted_card(
         return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes)}", "", done, "", *loading]) + "\n"
     lines = [f"- {new}" if line == f"- {old}" else line for line in text.splitlines() if CONVERTED_BY not in line]
     place = next((number for number, line in enumerate(lines) if MADE_BY in line), lines.index("## Loading it") - 2) + 1
-    begin = lines.index("## Loading it")
-    end = next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
+    begin, end = _section(lines, "## Loading it")
     return "\n".join([*lines[:place], "", done, *lines[place:begin], *loading, *lines[end:]]) + "\n"
+
+
+def _section(lines: Sequence[str], title: str) -> tuple[int, int]:
+    """Where the section of this title begins, and where it ends."""
+    begin = lines.index(title)
+    return begin, next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
 
 
 def check_card(folder: Path) -> None:
@@ -142,11 +147,10 @@ def measured_card(text: str, results: Sequence[Mapping[str, Any]], adapter: bool
     title = f"{MEASURED}, with its adapter" if adapter else MEASURED
     lines = [*_measured(title, results), ""]
     old = text.splitlines()
-    begin = next((number for number, line in enumerate(old) if line == title), None)
-    if begin is None:
-        begin = end = next((number for number, line in enumerate(old) if line in ("## Worst layers", "## Notes", "## Recipe")), len(old))
+    if title in old:
+        begin, end = _section(old, title)
     else:
-        end = next((number for number in range(begin + 1, len(old)) if old[number].startswith("## ")), len(old))
+        begin = end = next((number for number, line in enumerate(old) if line in ("## Worst layers", "## Notes", "## Recipe")), len(old))
     return "\n".join([*old[:begin], *lines, *old[end:]]).rstrip() + "\n"
 
 

@@ -225,12 +225,14 @@ class _Conversion:
     def write_tensors(self) -> None:
         """All of them, a shard at a time."""
         shard: dict[str, Tensor] = {}
+        size = 0
         for tensors in self._all():
             added = sum(tensor.nbytes for tensor in tensors.values())
-            if shard and sum(tensor.nbytes for tensor in shard.values()) + added > SHARD_BYTES:
+            if shard and size + added > SHARD_BYTES:
                 self._writer.write(shard)
-                shard = {}
+                shard, size = {}, 0
             shard.update(tensors)
+            size += added
             self.bytes += added
         self._writer.write(shard)
         self._writer.finish()
