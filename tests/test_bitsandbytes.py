@@ -24,7 +24,7 @@ import ptqcli
 from ptqcli.checkpoint.tensors import MemoryTensors
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.finishing.student import Student
-from ptqcli.formats import LinearSpec, find_format, no_codebooks
+from ptqcli.formats import LinearSpec, find_format, other_codes
 from ptqcli.formats.bitsandbytes import BITSANDBYTES
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.gguf_encode import holding_type
@@ -459,16 +459,15 @@ def test_negative_scales_and_what_has_them_are_held() -> None:
     assert "needs a column index" in str(BITSANDBYTES.refusal(spec_of("nf4-g64", moving_groups=True)))
 
 
-def test_formats_of_integers_hold_no_codebooks() -> None:
+def test_formats_of_integers_hold_other_codes() -> None:
     nf4 = Scheme.parse("nf4-g64")
     weight = round_to_nearest(torch.ones(32, 64), nf4, torch.float32, MinMax())
     for name in ("compressed-tensors", "gptq", "awq"):
         assert (
-            no_codebooks(find_format(name), nf4)
-            == f"{name} holds integers, not codes of nf4; give --format bitsandbytes, or --scheme w4a16"
+            other_codes(find_format(name), nf4) == f"{name} holds integers, not codes of nf4; give --format bitsandbytes, or --scheme w4a16"
         )
-        assert no_codebooks(find_format(name), Scheme(4, 64)) is None
-    assert no_codebooks(BITSANDBYTES, nf4) is None
+        assert other_codes(find_format(name), Scheme(4, 64)) is None
+    assert other_codes(BITSANDBYTES, nf4) is None
     with pytest.raises(PTQError, match="m: holds codes of nf4, and the format holds integers"):
         COMPRESSED_TENSORS.pack("m", weight)
 

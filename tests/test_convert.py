@@ -288,8 +288,8 @@ def test_what_cannot_be_a_gguf_file_or_come_from_one_is_told(ptq: Ptq, demo: Pat
     assert ptq("convert", demo / "w4-asym", "--to", "gguf", "--output", ours).code == 0
     assert "already exists" in one_line(ptq("convert", demo / "w4", "--to", "gguf", "--output", ours))
     decoded = one_line(ptq("convert", ours, "--to", "gptq", "--output", tmp_path / "no"))
-    assert "is in blocks that no scheme of ours holds" in decoded  # Q4_1
-    assert "--allow-requantize" in decoded
+    assert "gptq holds integers with free scales, not blocks of q4_1" in decoded
+    assert "--requantize SCHEME rounds such linears anew" in decoded
     assert ptq("convert", demo / "w4", "--to", "gguf", "--output", ours, "--overwrite").code == 0
     assert "is a GGUF file already" in one_line(ptq("convert", ours, "--to", "gguf"))
     assert "--gguf-type goes with --to gguf" in one_line(ptq("convert", demo / "w4", "--to", "gptq", "--gguf-type", "q8_0"))

@@ -228,7 +228,8 @@ def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
             yield f"{reader.name} does not load it: {reader.refusal}."
             yield ""
             continue
-        yield from (f"In {reader.name} (`{reader.install}`):", "", f"```{reader.language}")
+        install = f" (`{reader.install}`)" if reader.needs else ""
+        yield from (f"In {reader.name}{install}:", "", f"```{reader.language}")
         yield from (reader.code_for(FOLDER), "```", "")
     yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", f'ptq generate {FOLDER} "text"', "```", "")
 

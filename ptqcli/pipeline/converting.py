@@ -21,10 +21,9 @@ from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint, copy_a
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import UsageError
-from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_codebooks
+from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
 from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
-from ptqcli.model.gguf import is_gguf
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import SquaredError
 from ptqcli.numerics.scheme import Scheme
@@ -134,15 +133,14 @@ def convert(
 
 
 def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: Scheme | None, output: Path) -> ConversionPlan:
-    _refuse_decoded(packed, skeleton)
     specs, anew = {}, {}
     for name in packed.schemes:
         stored = packed.spec(name)
-        dtype = target.scale_dtype(stored.scale_dtype)
+        dtype = target.scale_dtype(stored.scale_dtype, stored.scheme)
         spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=dtype, moving_groups=_moves_groups(packed, name))
-        reason = no_codebooks(target, spec.scheme) or target.refusal(spec) or _inexact(packed, stored, spec, target)
+        reason = other_codes(target, spec.scheme) or target.refusal(spec) or _inexact(packed, stored, spec, target)
         if reason is not None:
-            spec = _rounded_anew(spec, target, scheme, reason, packed.folder)
+            spec = _rounded_anew(spec, stored.scale_dtype, target, scheme, reason, packed.folder)
             anew[name] = reason
         specs[name] = spec
     untouched = skeleton.plain_names(specs)
@@ -171,16 +169,6 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
     )
 
 
-def _refuse_decoded(packed: PackedCheckpoint, skeleton: Skeleton) -> None:
-    """Of a GGUF file, blocks that are no codes of a scheme would become plain numbers."""
-    decoded = [site.name for site in skeleton.linears if site.name not in packed.schemes]
-    if is_gguf(packed.folder) and decoded:
-        raise UsageError(
-            f"{packed.folder}: {decoded[0]} is in blocks that no scheme of ours holds, so nothing is converted; "
-            f"ptq quantize {packed.folder} --allow-requantize rounds the model anew"
-        )
-
-
 def _moves_groups(packed: PackedCheckpoint, name: str) -> bool:
     """Whether the groups of a linear are not neighbouring columns; only an index of them says so."""
     return f"{packed.stored_linear(name)}.g_idx" in packed.tensors.names and packed.weight(name).g_idx is not None
@@ -201,14 +189,15 @@ def _inexact(packed: PackedCheckpoint, stored: LinearSpec, spec: LinearSpec, tar
     return f"its scales are {have}, and {target.name} stores {takes}, which does not hold them"
 
 
-def _rounded_anew(spec: LinearSpec, target: Format, scheme: Scheme | None, reason: str, where: Path) -> LinearSpec:
+def _rounded_anew(spec: LinearSpec, dtype: torch.dtype, target: Format, scheme: Scheme | None, reason: str, where: Path) -> LinearSpec:
     if scheme is None:
         raise UsageError(
             f"{where}: {target.name} does not hold {spec.name} as it is: {reason}; --requantize SCHEME rounds such linears anew, at a loss"
         )
-    new = replace(spec, scheme=scheme.resolved(spec.in_features), moving_groups=False)
+    resolved = scheme.resolved(spec.in_features)
+    new = replace(spec, scheme=resolved, scale_dtype=target.scale_dtype(dtype, resolved), moving_groups=False)
     new.scheme.group_count(spec.in_features)
-    still = no_codebooks(target, new.scheme) or target.refusal(new)
+    still = other_codes(target, new.scheme) or target.refusal(new)
     if still is not None:
         raise UsageError(f"{where}: {target.name} does not hold {spec.name} in {new.scheme} either: {still}; name another scheme")
     return new

@@ -205,8 +205,11 @@ def make_report(
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report in ``folder``, or None for a folder that `ptq quantize` did not write. Raises PTQError for a damaged one."""
-    path = folder / REPORT_NAME
+    """The report in ``folder``, or of a file that is a whole checkpoint the one beside it; None for what `ptq quantize` did not write.
+
+    Raises PTQError for a damaged one.
+    """
+    path = (folder.parent if folder.is_file() else folder) / REPORT_NAME
     if not path.is_file():
         return None
     report = read_json(path)
@@ -215,7 +218,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     wrong = _wrong(report, {**get_type_hints(Report), "ptqcli": str}) or _wrong(report["recipe"], RECIPE_TYPES)
     if wrong is not None:
         raise PTQError(f"{path}: {wrong}, which no report of ptq quantize says; delete it, or quantize again")
-    return report
+    return report if path.parent == folder or folder.name in report.get("files", ()) else None
 
 
 def _wrong(entry: Mapping[str, Any], hints: Mapping[str, Any]) -> str | None:
