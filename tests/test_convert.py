@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ptqcli.checkpoint.gguf_file import GGUFFile
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.pipeline.card import write_measured
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.report import REPORT_NAME, read_report
 from ptqcli.runtime import load_quantized
@@ -220,6 +222,22 @@ def test_numbers_go_into_the_card_once(ptq: Ptq, shop: Path, tmp_path: Path) -> 
     begin = card.index("## Measured")
     assert card[:begin] + card[card.index("## Worst layers") :] == before
     assert not (tmp_path / "there" / "README.md.tmp").exists()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_was_measured_goes_where_codes_are_new_and_stays_where_they_stay(shop: Path, tmp_path: Path, adapter: bool) -> None:
+    shutil.copytree(shop / "adapted", tmp_path / "measured")
+    result = {"bos": False, "seqlen": 32, "stride": 32, "text": "text.txt", "tokens": 64, "perplexity": 77.125}
+    write_measured(tmp_path / "measured", [result], adapter)
+    ptqcli.convert(tmp_path / "measured", "gptq", output=tmp_path / "same")
+    ptqcli.convert(tmp_path / "measured", "awq", output=tmp_path / "anew", requantize="w4a16-g32")
+    same, anew = ((tmp_path / name / "README.md").read_text() for name in ("same", "anew"))
+    titles = [line for line in same.splitlines() if line.startswith("## ")]
+    measured = "## Measured, with its adapter" if adapter else "## Measured"
+    assert titles == ["## Loading it", "## Its adapter", measured, "## Worst layers", "## Notes", "## Recipe"]
+    assert "77.1250" in same
+    assert [line for line in anew.splitlines() if line.startswith("## ")] == ["## Loading it", "## Notes", "## Recipe"]
+    assert "77.1250" not in anew
 
 
 def test_a_card_of_somebody_else_is_left_alone(ptq: Ptq, shop: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
+from ptqcli.pipeline.card import write_measured
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.tuning import LONGEST_WINDOW
@@ -276,6 +278,21 @@ def test_a_tuned_checkpoint_is_ours_to_replace_and_the_checkpoint_itself_is_not(
     for place in (made / "out", made / "model"):
         with pytest.raises(UsageError, match=r"which this run reads|is the model itself"):
             ptqcli.tune_scales(made / "out", output=place, calib=text, overwrite=True, **SHORT)
+
+
+def test_what_was_measured_goes_where_scales_have_changed(made: Path, tmp_path: Path) -> None:
+    quantize(made / "model", recipe(made, adapter_rank=2), tmp_path / "out")
+    result = {"bos": False, "seqlen": 32, "stride": 32, "text": "text.txt", "tokens": 64, "perplexity": 77.125}
+    for adapter in (False, True):
+        write_measured(tmp_path / "out", [result], adapter)
+    for name, rate in (("tuned", SHORT["lr"]), ("untouched", 1e6)):  # the latter diverges
+        ptqcli.tune_scales(tmp_path / "out", output=tmp_path / name, calib=str(made / "text.txt"), **{**SHORT, "lr": rate})
+    titles = {name: re.findall("^## .*", (tmp_path / name / "README.md").read_text(), re.MULTILINE) for name in ("out", "tuned", "untouched")}
+    adapted = ["## Its adapter", "## Measured", "## Measured, with its adapter"]
+    rest = [title for title in titles["out"] if title not in adapted]
+    assert titles["out"] == [rest[0], *adapted, *rest[1:]]
+    assert titles["tuned"] == rest
+    assert titles["untouched"] == [rest[0], "## Measured", *rest[1:]]
 
 
 def test_an_adapter_does_not_go_along(made: Path, tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ FOLDER = "path/to/this/folder"  # in what a reader is told to write
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels
 WORST_LAYERS = 5
 MEASURED = "## Measured"
+ITS_ADAPTER = "## Its adapter"
+WORST = "## Worst layers"
+STALE = (MEASURED, f"{MEASURED}, with its adapter", ITS_ADAPTER)  # sections that hold for these very codes and scales
 MOST_NAMES = 8
 # Keys that a card hands on to the card of what is made of the model, where they are one plain word or address.
 CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -66,7 +69,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         "",
         *_loading(plan.readers),
         *_adapter(plan),
-        "## Worst layers",
+        WORST,
         "",
         *_worst_layers(report),
     ]
@@ -87,8 +90,11 @@ def tuning_text(tuning: TuningReport) -> str:
 
 
 def tuned_card(text: str, tuning: TuningReport) -> str:
-    """The card ``text`` of ours, with what was done to the scales since."""
-    lines = text.splitlines()
+    """The card ``text`` of ours, with what was done to the scales since; the adapter, which fits the old ones, has not come along.
+
+    What was measured goes, too, unless the scales are as they were.
+    """
+    lines = _without(text.splitlines(), STALE if tuning.best_step else STALE[1:])
     place = next(number for number, line in enumerate(lines) if MADE_BY in line) + 1
     return "\n".join([*lines[:place], "", tuning_text(tuning), *lines[place:]]) + "\n"
 
@@ -98,7 +104,8 @@ def converted_card(
 ) -> str:
     """The card of a checkpoint in another format. text: its card so far, of ours or of others. formats: the old one and the new one.
 
-    errors: relative, of the linears that were rounded anew.
+    errors: relative, of the linears that were rounded anew; where there are any, what the card says of errors, the adapter and what was
+    measured goes.
     """
     old, new = formats
     done = f"It was {CONVERTED_BY} from {old} to {new}" + (
@@ -112,6 +119,8 @@ def converted_card(
         tags = ["tags:", *(f"- {tag}" for tag in ("ptqcli", "quantized", new, *schemes)), "---", ""]
         return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes)}", "", done, "", *loading]) + "\n"
     lines = [f"- {new}" if line == f"- {old}" else line for line in text.splitlines() if CONVERTED_BY not in line]
+    if errors:
+        lines = _without(lines, (*STALE, WORST))
     place = next((number for number, line in enumerate(lines) if MADE_BY in line), lines.index("## Loading it") - 2) + 1
     begin, end = _section(lines, "## Loading it")
     return "\n".join([*lines[:place], "", done, *lines[place:begin], *loading, *lines[end:]]) + "\n"
@@ -121,6 +130,16 @@ def _section(lines: Sequence[str], title: str) -> tuple[int, int]:
     """Where the section of this title begins, and where it ends."""
     begin = lines.index(title)
     return begin, next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
+
+
+def _without(lines: Sequence[str], titles: Sequence[str]) -> list[str]:
+    """``lines`` without the sections of these titles."""
+    kept = list(lines)
+    for title in titles:
+        if title in kept:
+            begin, end = _section(kept, title)
+            del kept[begin:end]
+    return kept
 
 
 def check_card(folder: Path) -> None:
@@ -150,7 +169,7 @@ def measured_card(text: str, results: Sequence[Mapping[str, Any]], adapter: bool
     if title in old:
         begin, end = _section(old, title)
     else:
-        begin = end = next((number for number, line in enumerate(old) if line in ("## Worst layers", "## Notes", "## Recipe")), len(old))
+        begin = end = next((number for number, line in enumerate(old) if line in (WORST, "## Notes", "## Recipe")), len(old))
     return "\n".join([*old[:begin], *lines, *old[end:]]).rstrip() + "\n"
 
 
@@ -238,7 +257,7 @@ def _adapter(plan: Plan) -> Iterator[str]:
     rank = plan.recipe.adapter_rank
     if not rank:
         return
-    yield from ("## Its adapter", "")
+    yield from (ITS_ADAPTER, "")
     yield f"`{ADAPTER}` holds low-rank matrices (EoRA, rank {rank}) that correct the error of each quantized linear. It is optional:"
     yield from ("", "```sh", f"ptq eval {FOLDER} --adapter")
     yield f"vllm serve {FOLDER} --enable-lora --max-lora-rank {_served_rank(rank)} --lora-modules corrected={FOLDER}/{ADAPTER}"
