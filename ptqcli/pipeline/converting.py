@@ -274,7 +274,7 @@ def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> 
     changed = {
         "ptqcli": ptqcli.__version__,
         "recipe": {**report["recipe"], "format": plan.target.name},
-        "layers": [_layer(layer, plan) for layer in report["layers"]],
+        "layers": [_layer(layer, plan, work.errors) for layer in report["layers"]],
         "bits_per_weight": 8 * sum(map(plan.target.stored_bytes, plan.specs.values())) / sum(map(_weights, plan.specs.values())),
         "bytes_after": work.bytes,
         "converted": {"from": plan.source_format, "relative_errors": work.errors},
@@ -288,11 +288,12 @@ def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> 
     folder.write(CARD_NAME, [converted_card(text, plan.checkpoint, formats, schemes, work.errors, plan.readers).encode()])
 
 
-def _layer(layer: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
+def _layer(layer: Mapping[str, Any], plan: ConversionPlan, errors: Mapping[str, float]) -> dict[str, Any]:
     spec = plan.specs.get(layer["name"])
     if spec is None:
         return dict(layer)
-    return {**layer, "scheme": str(spec.scheme), "bits_per_weight": 8 * plan.target.stored_bytes(spec) / _weights(spec)}
+    anew = {"rounded_anew": errors[spec.name]} if spec.name in errors else {}
+    return {**layer, "scheme": str(spec.scheme), "bits_per_weight": 8 * plan.target.stored_bytes(spec) / _weights(spec), **anew}
 
 
 def _weights(spec: LinearSpec) -> int:
