@@ -264,6 +264,14 @@ def test_what_was_measured_goes_where_codes_are_new_and_stays_where_they_stay(sh
     assert "77.1250" in same
     assert [line for line in anew.splitlines() if line.startswith("## ")] == ["## Loading it", "## Notes", "## Recipe"]
     assert "77.1250" not in anew
+    for card, name, scheme, tags in ((same, "same", "w3a16-g32", "gptq w3a16-g32"), (anew, "anew", "w4a16-g32", "awq w4a16-g32")):
+        front, title = card.split("---\n")[1], card.split("\n# ")[1].splitlines()[0]
+        report = read_report(tmp_path / name) or {}
+        assert front.split("tags:\n")[1].splitlines() == [f"- {tag}" for tag in ("ptqcli", "quantized", "rtn", *tags.split())]
+        assert title == f"model, {scheme}"
+        assert f"| linears | {scheme} x 14 |" in card
+        assert f"| bits per weight | {report['bits_per_weight']:.3f} in them, everything stored for them counted |" in card
+        assert f"| size | {report['bytes_before'] / 1e6:,.1f} MB before, {report['bytes_after'] / 1e6:,.1f} MB after |" in card
 
 
 def test_a_card_of_somebody_else_is_left_alone(ptq: Ptq, shop: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ rounded anew; what that costs is measured, ``|W' - W|_F / |W|_F`` between what t
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.grids import SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
-from ptqcli.pipeline.card import CARD_NAME, converted_card
+from ptqcli.pipeline.card import CARD_NAME, converted_card, stored_facts
 from ptqcli.pipeline.folder import check_room, growing
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
@@ -40,12 +41,14 @@ SHARD_BYTES = 2_000_000_000  # of tensors that are in memory at once, or the lar
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """What is about to be done. specs: the linears as they will be. anew: those that are rounded anew, and why."""
+    """What is about to be done. schemes: of the linears as they are. specs: the linears as they will be. anew: those that are rounded anew,
+    and why."""
 
     checkpoint: Path
     output: Path
     source_format: str
     target: Format
+    schemes: Mapping[str, Scheme]
     specs: dict[str, LinearSpec]
     anew: dict[str, str]
     notes: tuple[str, ...]
@@ -161,6 +164,7 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         output=output,
         source_format=packed.format.name,
         target=target,
+        schemes=packed.schemes,
         specs=specs,
         anew=anew,
         notes=(*target.notes(chosen), *tried),
@@ -281,11 +285,13 @@ def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> 
         "files": files,
     }
     write_json(folder, REPORT_NAME, {**report, **changed})
+    counts = Counter(sorted(str(spec.scheme) for spec in plan.specs.values()))
     card = plan.checkpoint / CARD_NAME
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     formats = plan.source_format, plan.target.name
-    schemes = sorted({str(spec.scheme) for spec in plan.specs.values()})
-    folder.write(CARD_NAME, [converted_card(text, plan.checkpoint, formats, schemes, work.errors, plan.readers).encode()])
+    schemes = sorted(map(str, {*plan.schemes.values()})), list(counts)
+    facts = stored_facts(counts, changed["bits_per_weight"], report.get("bytes_before", 0), work.bytes)
+    folder.write(CARD_NAME, [converted_card(text, plan.checkpoint, formats, schemes, facts, work.errors, plan.readers).encode()])
 
 
 def _layer(layer: Mapping[str, Any], plan: ConversionPlan, errors: Mapping[str, float]) -> dict[str, Any]:

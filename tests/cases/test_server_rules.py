@@ -167,7 +167,11 @@ SKIPS = {
 WIDER = {
     "a wider linear": (Override(r"down_proj", bits=8),),
     "a wider joined matrix in one block": (Override(r"\.0\..*[qkv]_proj", bits=8, group_size=32),),
-    "both, and one left": (Override(r"\.0\..*[qkv]_proj", bits=8), Override(r"gate_proj|up_proj", group_size=32), skip(r"\.1\..*down_proj")),
+    "both, and one left": (
+        Override(r"\.0\..*[qkv]_proj", bits=8),
+        Override(r"gate_proj|up_proj", group_size=32),
+        skip(r"\.1\..*down_proj"),
+    ),
 }
 SERVED = [(name, kind) for name in RULES for kind in (SKIPS if name == "awq" else {**SKIPS, **WIDER})]
 
