@@ -275,11 +275,12 @@ def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> 
     old = read_report(plan.checkpoint)
     files = [name for name in folder.made_names() if belongs_to_a_checkpoint(name)]
     report = old or {"source": str(plan.checkpoint.resolve()), "recipe": {"algo": "none", "calib": "none", "nsamples": None}, "layers": []}
+    bits = 8 * sum(map(plan.target.stored_bytes, plan.specs.values())) / sum(map(_weights, plan.specs.values()))
     changed = {
         "ptqcli": ptqcli.__version__,
         "recipe": {**report["recipe"], "format": plan.target.name},
         "layers": [_layer(layer, plan, work.errors) for layer in report["layers"]],
-        "bits_per_weight": 8 * sum(map(plan.target.stored_bytes, plan.specs.values())) / sum(map(_weights, plan.specs.values())),
+        "bits_per_weight": bits,
         "bytes_after": work.bytes,
         "converted": {"from": plan.source_format, "relative_errors": work.errors},
         "files": files,
@@ -290,7 +291,7 @@ def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> 
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     formats = plan.source_format, plan.target.name
     schemes = sorted(map(str, {*plan.schemes.values()})), list(counts)
-    facts = stored_facts(counts, changed["bits_per_weight"], report.get("bytes_before", 0), work.bytes)
+    facts = stored_facts(counts, bits, report.get("bytes_before", 0), work.bytes)
     folder.write(CARD_NAME, [converted_card(text, plan.checkpoint, formats, schemes, facts, work.errors, plan.readers).encode()])
 
 
