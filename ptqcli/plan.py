@@ -21,7 +21,7 @@ from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_codebooks
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.grids import takes_sign
+from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import Grid, MinMax
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.gptq import GPTQ

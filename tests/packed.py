@@ -19,7 +19,7 @@ from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.compressed_tensors_config import quantization_config
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 

@@ -31,7 +31,7 @@ from ptqcli.formats.gguf_encode import holding_type
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.numerics.double_quant import DoubleScales, dynamic_map
 from ptqcli.numerics.elements import CODEBOOKS, FP4, NF4
-from ptqcli.numerics.grids import MinMax, SquaredError
+from ptqcli.numerics.ranges import MinMax, SquaredError
 from ptqcli.numerics.scheme import AUTO_GROUP, ActivationScheme, OutlierSplit, Scheme, usual_schemes
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 from ptqcli.recipe import Override

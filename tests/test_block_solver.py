@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.errors import PTQError
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline import pipeline
 from ptqcli.recipe import Recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.numerics.fake_quant import FakeQuantLinear
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight, round_to_nearest
 from ptqcli.solvers.error import error_in_scheme, relative_error

@@ -13,7 +13,7 @@ from ptqcli.calibration.record import record_calls
 from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.transforms.folded import BOUND, FoldedBlock, verified
 from ptqcli.transforms.folds import Fold, FoldSearch, divide, find_folds
 from ptqcli.transforms.residual import residual_writers

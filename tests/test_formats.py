@@ -21,7 +21,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats import LinearSpec, bitstream
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, OUTLIERS_KEY, quantization_config, schemes_of
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 

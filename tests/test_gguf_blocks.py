@@ -13,8 +13,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
-from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY, PLAIN_DTYPES, LegacyBlocks, decode, encode, plain_bytes, values_of
+from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, PLAIN_DTYPES, decode, encode, plain_bytes, values_of
 from ptqcli.errors import PTQError
+from ptqcli.numerics.blocks import LEGACY_TYPES, LegacyBlocks
 from ptqcli.numerics.k_quants import K_TYPES, SuperBlocks
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,7 +71,7 @@ def test_what_ggml_wrote_both_ways(case: dict[str, object]) -> None:
     assert torch.equal(encode(blocks), data)
 
 
-@pytest.mark.parametrize("name", LEGACY)
+@pytest.mark.parametrize("name", LEGACY_TYPES)
 def test_legacy_rows_that_the_gguf_package_wrote(name: str) -> None:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(1))
     data = torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType[name]))

@@ -12,9 +12,10 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY, decode, encode, values_of
-from ptqcli.formats.gguf_encode import encode_weight, fit_blocks
+from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, decode, encode, values_of
+from ptqcli.formats.gguf_encode import encode_weight
 from ptqcli.numerics.block_fit import Sums, fit_legacy
+from ptqcli.numerics.blocks import LEGACY_TYPES, fit_blocks
 from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.k_fit import fit_k
 from ptqcli.numerics.k_quants import K_TYPES
@@ -49,7 +50,7 @@ def test_the_error_is_below_that_of_ggml(name: str, kind: str) -> None:
     assert (ours <= 1.02 * theirs).all(), ours / theirs
 
 
-@pytest.mark.parametrize("name", LEGACY)
+@pytest.mark.parametrize("name", LEGACY_TYPES)
 def test_legacy_errors_are_below_those_of_the_gguf_package(name: str) -> None:
     kind = BLOCK_TYPES[name]
     ours = error(values_of(kind, encode_weight(kind, WEIGHT)))
@@ -80,10 +81,10 @@ def test_codes_are_the_nearest_of_their_grid(name: str) -> None:
     assert ((blocks.with_codes(codes).values().double() - WEIGHT[:4].double()).abs() > nearest + 1e-6 * WEIGHT.abs().max()).any()
 
 
-@pytest.mark.parametrize("name", [*LEGACY, *K_TYPES])
+@pytest.mark.parametrize("name", [*LEGACY_TYPES, *K_TYPES])
 def test_a_solver_can_choose_the_codes_of_a_fitted_grid(name: str) -> None:
     """Columns are rounded one after the other on the grid that was fitted before, each error going to the next column."""
-    blocks = fit_blocks(BLOCK_TYPES[name], WEIGHT)
+    blocks = fit_blocks(name, WEIGHT)
     grid, columns, left = blocks.grid(), blocks.kind.columns, WEIGHT.clone()
     codes = torch.empty_like(WEIGHT)
     for column in range(WEIGHT.shape[1]):
@@ -123,7 +124,7 @@ def test_rows_of_zeros_and_of_one_value() -> None:
         values = fit_k(weight, kind).values()
         assert torch.equal(values[0], weight[0])
         assert torch.allclose(values[1:], weight[1:], rtol=2e-2)
-    for name in LEGACY:
+    for name in LEGACY_TYPES:
         values = values_of(BLOCK_TYPES[name], encode_weight(BLOCK_TYPES[name], weight))
         assert torch.allclose(values, weight, rtol=1e-3)
 

@@ -28,7 +28,7 @@ from ptqcli.formats import Format, LinearSpec
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.gptq import GPTQ, GPTQ_V2
 from ptqcli.formats.packed_checkpoint import open_checkpoint
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.runtime import load_quantized

@@ -21,7 +21,7 @@ from ptqcli.errors import UsageError
 from ptqcli.model.linears import is_linear, linear_input, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
-from ptqcli.numerics.grids import MinMax, SquaredError
+from ptqcli.numerics.ranges import MinMax, SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe_loading import load_recipe

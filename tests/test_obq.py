@@ -17,7 +17,7 @@ from ptqcli.calibration.builtin import documents
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.elements import Codebook
-from ptqcli.numerics.grids import Clipped
+from ptqcli.numerics.ranges import Clipped
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.solvers.rtn import RTN
 

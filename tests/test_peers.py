@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptqcli.bench import peers
 from ptqcli.bench.peers import Peer, first_line, installed_peers, kernel_errors, missing_peers
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 

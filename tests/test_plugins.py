@@ -33,7 +33,8 @@ from typing import ClassVar
 import torch
 
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import Clipped, Grid
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import Clipped
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import option
 from ptqcli.solvers import MatrixSolver, Solution, SolveNotes, ignore_progress

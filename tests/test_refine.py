@@ -11,7 +11,7 @@ from textbook import damped, textbook_values
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
 from ptqcli.numerics.elements import Codebook
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import WHOLE_MATRIX, ActivationScheme, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.solvers import refine

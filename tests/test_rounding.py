@@ -5,7 +5,7 @@ import torch
 from layers import correlated_layer
 
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import Clipped, MinMax
+from ptqcli.numerics.ranges import Clipped, MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.solvers import LinearTask, SolveNotes

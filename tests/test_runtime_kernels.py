@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.runtime import joined as joining

@@ -11,7 +11,8 @@ from textbook import textbook_codes, textbook_grid
 
 from ptqcli.errors import UsageError
 from ptqcli.numerics.elements import Codebook, Int
-from ptqcli.numerics.grids import SEARCHES, Clipped, Grid, MinMax, range_search, takes_sign
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import SEARCHES, Clipped, MinMax, range_search, takes_sign
 from ptqcli.numerics.scheme import AUTO_GROUP, EXAMPLES, SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme, usual_schemes
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers.rtn import RTN

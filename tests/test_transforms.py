@@ -25,7 +25,7 @@ from ptqcli.model.linears import is_linear, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.numerics.activations import round_activations
-from ptqcli.numerics.grids import Clipped, MinMax, SquaredError
+from ptqcli.numerics.ranges import Clipped, MinMax, SquaredError
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline.pipeline import quantize

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ptqcli.numerics.grids import SHRINK_FACTORS, SIGNED_FACTORS
+from ptqcli.numerics.ranges import SHRINK_FACTORS, SIGNED_FACTORS
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 

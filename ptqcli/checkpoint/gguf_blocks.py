@@ -1,11 +1,7 @@
 """Blocks of GGUF files: numbers to bytes and back, every type an exact inverse pair.
 
-A row of a matrix is a row of blocks. The legacy types have blocks of 32 weights with one fp16 scale ``d``, and where they have one a fp16
-minimum ``m``,
-
-    Q4_0, Q5_0    w = d (q - 2^(b-1))        Q4_1, Q5_1    w = d q + m        Q8_0    w = d q, q int8
-
-the K-quants super-blocks of 256, see ``numerics.k_quants``. F32, F16 and BF16 are plain numbers. Layouts are ggml's
+A row of a matrix is a row of blocks: of 32 weights in the legacy types (``numerics.blocks``), of 256 in the K-quants
+(``numerics.k_quants``). F32, F16 and BF16 are plain numbers. Layouts are ggml's
 (``ggml-common.h``, ``block_q4_0`` and its like), little-endian.
 
 Codes lie in bit planes. In a run of ``n`` neighbouring bytes the lowest ``b`` bits hold the first ``n`` codes, the next ``b`` the following
@@ -16,17 +12,15 @@ their codes apart, in planes of one or two bits. Of the types that ggml has beyo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ptqcli.errors import PTQError
-from ptqcli.numerics.elements import Int
-from ptqcli.numerics.grids import Grid
-from ptqcli.numerics.k_quants import K_TYPES, SUPER_BLOCK, SuperBlocks
-
-LEGACY_BLOCK = 32
+from ptqcli.numerics.blocks import LEGACY_BLOCK, LEGACY_TYPES, Blocks, LegacyBlocks
+from ptqcli.numerics.k_quants import K_TYPES, SuperBlocks
+from ptqcli.numerics.scheme import SUPER_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,49 +64,7 @@ BLOCK_TYPES = {
     )
 }
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 BY_NUMBER = {each.number: each for each in BLOCK_TYPES.values()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LegacyBlocks:
-    """Blocks of 32 of a matrix [out, in], B = in / 32 a row.
-
-    codes: uint8 [out, B, 32]; those of Q8_0 are its int8 plus 128. d: float16 [out, B]. m: float16 [out, B], None for a type without.
-    """
-
-    kind: BlockType
-    codes: Tensor
-    d: Tensor
-    m: Tensor | None = None
-
-    @property
-    def middle(self) -> int:
-        """The code of zero, of a type without minimum."""
-        assert self.kind.bits is not None
-        return 1 << (self.kind.bits - 1)
-
-    def values(self) -> Tensor:
-        """The weights that the codes stand for, float32 [out, in], to the last bit those of llama.cpp."""
-        d = self.d.float()[..., None]
-        if self.m is None:
-            return (d * (self.codes.float() - self.middle)).flatten(1)
-        return (d * self.codes.float() + self.m.float()[..., None]).flatten(1)
-
-    def grid(self) -> Grid:
-        """The same numbers as (q - zero) * scale, for a solver that chooses the codes: scale and zero are float32 [out, in / 32], and
-        zero is no whole number where there is a minimum. A scale of 0 counts as 1."""
-        d = self.d.float()
-        usable = torch.where(d == 0, 1, d)
-        assert self.kind.bits is not None
-        return Grid(Int(self.kind.bits), usable, torch.full_like(d, self.middle) if self.m is None else -self.m.float() / usable)
-
-    def with_codes(self, codes: Tensor) -> LegacyBlocks:
-        """The same grid with other codes, whole numbers [out, in]."""
-        return replace(self, codes=codes.to(torch.uint8).reshape(self.codes.shape))
-
-
-Blocks = LegacyBlocks | SuperBlocks
 
 
 def encode(blocks: Blocks) -> Tensor:
@@ -181,16 +133,16 @@ def _legacy_parts(blocks: LegacyBlocks) -> list[Tensor]:
 
 
 def _read_legacy(kind: BlockType, rows: Tensor) -> LegacyBlocks:
-    has_minimum = kind.name.endswith("_1")
-    start = 4 if has_minimum else 2
-    d, m = _half(rows[..., :2]), _half(rows[..., 2:4]) if has_minimum else None
+    legacy = LEGACY_TYPES[kind.name]
+    start = 4 if legacy.has_minimum else 2
+    d, m = _half(rows[..., :2]), _half(rows[..., 2:4]) if legacy.has_minimum else None
     if kind.bits == 8:
         codes = rows[..., start:] ^ 0x80
     elif kind.bits == 5:
         codes = _split(rows[..., start + 4 :], 4, 16) | (_split(rows[..., start : start + 4], 1, 1) << 4)
     else:
         codes = _split(rows[..., start:], 4, 16)
-    return LegacyBlocks(kind=kind, codes=codes, d=d, m=m)
+    return LegacyBlocks(kind=legacy, codes=codes, d=d, m=m)
 
 
 # Super-blocks
@@ -273,7 +225,7 @@ def _read_q6_k(kind: BlockType, rows: Tensor) -> SuperBlocks:
 
 
 _READERS: dict[str, Callable[[BlockType, Tensor], Blocks]] = {
-    **dict.fromkeys(LEGACY, _read_legacy),
+    **dict.fromkeys(LEGACY_TYPES, _read_legacy),
     "Q2_K": _read_q2_k,
     "Q3_K": _read_q3_k,
     "Q4_K": _read_q4_k,

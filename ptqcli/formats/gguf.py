@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LegacyBlocks, decode, encode
+from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, decode, encode
 from ptqcli.checkpoint.gguf_file import GGUFFile
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec
 from ptqcli.model.gguf import GGUFTensors
 from ptqcli.model.gguf_config import read_config
+from ptqcli.numerics.blocks import LEGACY_TYPES, LegacyBlocks
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
@@ -53,7 +54,9 @@ class GGUFBlocks(Format):
         """See ``Format``. Scales are rounded to fp16. Raises PTQError for another scheme."""
         kind = BLOCK_TYPES[_type_of(weight.scheme)]
         codes = weight.codes.unflatten(1, (-1, kind.columns))
-        return {f"{name}.{kind.name.lower()}": encode(LegacyBlocks(kind=kind, codes=codes, d=weight.scale.to(torch.float16)))}
+        return {
+            f"{name}.{kind.name.lower()}": encode(LegacyBlocks(kind=LEGACY_TYPES[kind.name], codes=codes, d=weight.scale.to(torch.float16)))
+        }
 
     def unpack(self, name: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
         """See ``Format``. A block whose scale is 0 holds zeros, and gets the scale 1. Raises PTQError for scales that are not finite."""

@@ -17,10 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY_BLOCK, Blocks, BlockType, LegacyBlocks, encode, plain_bytes
-from ptqcli.numerics.block_fit import fit_legacy, to_fp16
-from ptqcli.numerics.k_fit import fit_k
-from ptqcli.numerics.k_quants import K_TYPES
+from ptqcli.checkpoint.gguf_blocks import BlockType, encode, plain_bytes
+from ptqcli.numerics.block_fit import to_fp16
+from ptqcli.numerics.blocks import LEGACY_BLOCK, LEGACY_TYPES, LegacyBlocks, fit_blocks
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
@@ -30,20 +29,7 @@ def encode_weight(kind: BlockType, weight: Tensor, importance: Tensor | None = N
 
     importance: of each column, positive, float32 [in]; None: all are alike. Raises PTQError where a plain type cannot hold a value.
     """
-    return encode(fit_blocks(kind, weight, importance)) if kind.quantized else plain_bytes(kind, weight)
-
-
-def fit_blocks(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Blocks:
-    """The grids of a quantized type for ``weight``, floating [out, in], with the nearest codes; see ``encode_weight``.
-
-    A solver that chooses codes of its own takes ``grid()``, whose groups are ``kind.columns`` neighbouring columns, and hands its codes to
-    ``with_codes``; ``encode`` makes the bytes.
-    """
-    if kind.name in K_TYPES:
-        return fit_k(weight.float(), K_TYPES[kind.name], importance)
-    assert kind.bits is not None
-    codes, d, *m = fit_legacy(weight, kind.bits, kind.columns, kind.name.endswith("_1"), importance)
-    return LegacyBlocks(kind=kind, codes=codes, d=d, m=m[0] if m else None)
+    return encode(fit_blocks(kind.name, weight, importance)) if kind.quantized else plain_bytes(kind, weight)
 
 
 def holding_type(scheme: Scheme, in_features: int) -> str | None:
@@ -65,7 +51,7 @@ def encode_codes(weight: QuantizedWeight) -> tuple[Tensor, bool]:
     very same numbers."""
     name = holding_type(weight.scheme, weight.codes.shape[1])
     assert name is not None
-    kind = BLOCK_TYPES[name]
+    kind = LEGACY_TYPES[name]
     blocks = weight.codes.shape[1] // kind.columns
     scale, zero = (part.float().repeat_interleave(blocks // part.shape[1], dim=1) for part in (weight.scale, weight.zero))
     d = to_fp16(scale)
@@ -74,6 +60,5 @@ def encode_codes(weight: QuantizedWeight) -> tuple[Tensor, bool]:
         m = to_fp16(-zero * scale)
         exact = torch.equal(d, scale) and torch.equal(m, -zero * scale)
         return encode(LegacyBlocks(kind=kind, codes=codes, d=d.half(), m=m.half())), exact
-    assert kind.bits is not None
     moved = codes.short() - zero.short()[..., None] + (1 << (kind.bits - 1))
     return encode(LegacyBlocks(kind=kind, codes=moved.to(torch.uint8), d=d.half())), torch.equal(d, scale)

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES, LEGACY_BLOCK
+from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES
 from ptqcli.errors import UsageError
+from ptqcli.numerics.blocks import LEGACY_BLOCK
 from ptqcli.numerics.k_quants import K_TYPES
 from ptqcli.suggest import did_you_mean
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptqcli.numerics.grids import SMALLEST_SCALE
+from ptqcli.numerics.ranges import SMALLEST_SCALE
 from ptqcli.numerics.scheme import ActivationScheme
 
 

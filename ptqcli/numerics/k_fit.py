@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ptqcli.numerics.block_fit import Sums, fit_range, fit_scale, in_groups, row_chunks, to_fp16
-from ptqcli.numerics.k_quants import SUPER_BLOCK, KType, SuperBlocks
+from ptqcli.numerics.k_quants import KType, SuperBlocks
+from ptqcli.numerics.scheme import SUPER_BLOCK
 
 ROUNDS = 3
 CANDIDATES = 16

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ptqcli.numerics.elements import Int
 from ptqcli.numerics.grids import Grid
-
-SUPER_BLOCK = 256
+from ptqcli.numerics.scheme import SUPER_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)

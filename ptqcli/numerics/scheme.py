@@ -22,6 +22,8 @@ Codes of a codebook count the levels of a list instead: NF4, whose 16 levels div
 of exponent and one of fraction (Dettmers et al. 2023, QLoRA; ``elements.py`` has the levels, from -1 to 1). A group's scale is float32. It
 may be *doubly quantized*, which rounds it once more, together with those around it, to 8 bits (section 3; ``double_quant.py``).
 
+The blocks of GGUF files are schemes, too, all but Q4_0 and Q8_0, which are w4a16-g32 and w8a16-g32: ``blocks.py`` has their numbers.
+
 Notation: ``str(scheme)`` and ``Scheme.parse`` are an inverse pair over one name for each scheme,
 
     w4a16-g128, w4a16-g64-asym, w3a16-row-asym      weights only: groups of columns, or whole rows; with zero points
@@ -31,9 +33,10 @@ Notation: ``str(scheme)`` and ``Scheme.parse`` are an inverse pair over one name
     w8a8-outliers6, w8a8-outliers4.5-static         inputs beyond the number in 16 bit: found when the layer runs, or by calibration
     nf4-g64, fp4-row, nf4-g64-double                weights only, codes of a codebook; with doubly quantized scales
     nf4, nf4-double                                 groups of the first of CODEBOOK_GROUPS that divides a linear's width
+    q4_k, q5_0                                      weights only, blocks of GGUF files
 
 Parsing takes short forms as well: ``llm-int8`` and ``llm-int8-static`` for w8a8 with outliers6, and ``-sym`` or ``-row`` where that is
-what it would be anyway.
+what it would be anyway; q4_0 and q8_0.
 """
 
 from __future__ import annotations
@@ -62,6 +65,22 @@ CODEBOOKS = ("nf4", "fp4")  # all of 4 bits
 
 CODEBOOK_GROUPS = (64, 32, 16)  # what AUTO_GROUP can become there; 64 is QLoRA's
 
+# Blocks of GGUF files: bits, columns of a group, and whether the zero point is fixed in the middle.
+BLOCKS = {
+    "q4_1": (4, 32, False),
+    "q5_0": (5, 32, True),
+    "q5_1": (5, 32, False),
+    "q2_k": (2, 16, False),
+    "q3_k": (3, 16, True),
+    "q4_k": (4, 32, False),
+    "q5_k": (5, 32, False),
+    "q6_k": (6, 16, True),
+}
+
+SUPER_BLOCK = 256  # columns of a block whose name ends in _k; those of others are a group
+
+SAME_AS_BLOCKS = {"q4_0": "w4a16-g32", "q8_0": "w8a16-g32"}
+
 # One of each kind, to show how names are made.
 EXAMPLES = (
     "w4a16-g128",
@@ -73,6 +92,7 @@ EXAMPLES = (
     "llm-int8",
     "llm-int8-static",
     "nf4-g64-double",
+    "q4_k",
 )
 
 _NAME = re.compile(
@@ -124,10 +144,12 @@ class OutlierSplit:
 class Scheme:
     """Number format of one linear.
 
-    bits: code width, one of 2, 3, 4, 8. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix, AUTO_GROUP for what
-    goes with a linear's width, which is chosen by ``resolved`` before anything is computed. symmetric: zero point fixed in the middle.
+    bits: code width, one of 2, 3, 4, 8, or that of the blocks. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix,
+    AUTO_GROUP for what goes with a linear's width, which is chosen by ``resolved`` before anything is computed. symmetric: zero point fixed
+    in the middle.
     activations: None leaves them in floating point. outliers: columns in 16 bit, None for none. codebook: one of CODEBOOKS, whose levels
-    the codes count, None for integers. double: scales of a codebook are doubly quantized.
+    the codes count, None for integers. double: scales of a codebook are doubly quantized. blocks: one of BLOCKS, whose bits, group size and
+    zero points it has, see ``of_blocks``; None where scales are free.
     Raises UsageError for a width, group size or combination that does not exist: integer activations are multiplied with symmetric
     weights that have one scale a row or one in all, and only they have outliers to split off; codebooks have 4 bits and no zero points.
     """
@@ -139,9 +161,13 @@ class Scheme:
     outliers: OutlierSplit | None = None
     codebook: str | None = None
     double: bool = False
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         self._check_codebook()
+        if self.blocks is not None:
+            self._check_blocks()
+            return
         if self.bits not in SUPPORTED_BITS:
             raise UsageError(f"{self.bits} bits per weight is not supported; choose one of {SUPPORTED_BITS}")
         if self.group_size < WHOLE_ROW and self.group_size != AUTO_GROUP:
@@ -168,6 +194,33 @@ class Scheme:
             raise UsageError(f"codebook {self.codebook!r} is unknown; choose one of {', '.join(CODEBOOKS)}")
         if self.bits != 4 or not self.symmetric or self.activations is not None:
             raise UsageError(f"{self.codebook} has 4 bits, no zero points, and leaves activations as they are")
+
+    def _check_blocks(self) -> None:
+        if self.blocks not in BLOCKS:
+            raise UsageError(f"blocks {self.blocks!r} are unknown; choose one of {', '.join(BLOCKS)}")
+        if (self.bits, self.group_size, self.symmetric) != BLOCKS[self.blocks] or self.activations is not None or self.codebook is not None:
+            bits, columns, _ = BLOCKS[self.blocks]
+            raise UsageError(f"{self.blocks} has {bits} bits in groups of {columns} columns, and leaves activations as they are")
+
+    @classmethod
+    def of_blocks(cls, name: str) -> Scheme:
+        """The scheme of the blocks ``name``, in capitals as well. Raises UsageError for others than BLOCKS and SAME_AS_BLOCKS."""
+        known = name.lower()
+        if known in SAME_AS_BLOCKS:
+            return cls.parse(SAME_AS_BLOCKS[known])
+        bits, columns, symmetric = BLOCKS.get(known, (4, 32, True))
+        return cls(bits, columns, symmetric, blocks=known)
+
+    @property
+    def fitted_together(self) -> bool:
+        """Whether the grids of a row, or of all, hang together, so that they are found before any code is, and none can be moved alone."""
+        return self.double or self.blocks is not None
+
+    @property
+    def columns_per_block(self) -> int:
+        """Columns whose grids hang together. Of a scheme of blocks only."""
+        assert self.blocks is not None
+        return SUPER_BLOCK if self.blocks.endswith("_k") else self.group_size
 
     @property
     def rows_stand_alone(self) -> bool:
@@ -215,6 +268,8 @@ class Scheme:
         columns = self.columns_per_group(in_features)
         if in_features % columns:
             raise UsageError(f"group size {columns} does not divide {in_features} input features")
+        if self.blocks is not None and in_features % self.columns_per_block:
+            raise UsageError(f"{self} has super-blocks of {SUPER_BLOCK} columns, which do not divide {in_features} input features")
         return in_features // columns
 
     @property
@@ -226,6 +281,8 @@ class Scheme:
 
     def __str__(self) -> str:
         """The one name of the scheme, see the module."""
+        if self.blocks is not None:
+            return self.blocks
         if self.activations is None:
             group = {WHOLE_ROW: "-row", AUTO_GROUP: ""}.get(self.group_size, f"-g{self.group_size}")
             if self.codebook is not None:
@@ -244,6 +301,8 @@ class Scheme:
     @staticmethod
     def parse(text: str) -> Scheme:
         """The scheme that ``text`` names, see the module; in capitals as well. Raises UsageError for anything else."""
+        if text.strip().lower() in (*BLOCKS, *SAME_AS_BLOCKS):
+            return Scheme.of_blocks(text.strip())
         found = _NAME.fullmatch(re.sub(r"^llm-int8(?=-|$)", "w8a8-outliers", text.strip().lower()))
         if found is None:
             raise UsageError(
@@ -260,7 +319,17 @@ def usual_schemes() -> list[str]:
     groups = ("g128", "g64", "g32", "row")
     weights_only = [f"w{bits}a16-{group}{zero}" for bits in SUPPORTED_BITS for group in groups for zero in ("", "-asym")]
     codebooks = [f"{name}-g64{double}" for name in CODEBOOKS for double in ("", "-double")]
-    return [*weights_only, "w8a8", "w8a8-act-tensor", "w8a8-static", "w8a8-tensor", "w8a8-outliers6", "w8a8-outliers6-static", *codebooks]
+    return [
+        *weights_only,
+        "w8a8",
+        "w8a8-act-tensor",
+        "w8a8-static",
+        "w8a8-tensor",
+        "w8a8-outliers6",
+        "w8a8-outliers6-static",
+        *codebooks,
+        *BLOCKS,
+    ]
 
 
 def _scheme_of(name: re.Match[str]) -> Scheme:

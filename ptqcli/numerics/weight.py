@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptqcli.numerics.blocks import Blocks, in_rows, moved
 from ptqcli.numerics.double_quant import DoubleScales
-from ptqcli.numerics.grids import Grid, RangeSearch
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 
 
@@ -29,11 +31,12 @@ class QuantizedWeight:
     """The codes of one matrix with what is needed to read them.
 
     codes: uint8 [out, in], each below 2^bits. scale: floating [out, groups], in the stored dtype. zero: uint8 [out, groups]; with one scale
-    for the whole matrix both are [out, 1] and all rows are equal.
+    for the whole matrix both are [out, 1] and all rows are equal. Of a scheme of blocks both are float32, and zero is no whole number.
     g_idx: int32 [in], the group of each column, or None when the groups are neighbouring columns.
     input_scale: floating [1], of static activations. outliers: columns kept in 16 bit, where the scheme splits; in a static split their
     codes are the zero point, in a dynamic one they are codes like all others, for inputs that stay below the threshold.
-    double: what ``scale`` is made of, where the scheme quantizes scales doubly.
+    double: what ``scale`` is made of, where the scheme quantizes scales doubly. blocks: what scale and zero are made of, where the scheme
+    has blocks; the codes in it count for nothing.
     """
 
     codes: Tensor
@@ -44,12 +47,27 @@ class QuantizedWeight:
     input_scale: Tensor | None = None
     outliers: OutlierColumns | None = None
     double: DoubleScales | None = None
+    blocks: Blocks | None = None
+
+    @classmethod
+    def on_grid(cls, codes: Tensor, grid: Grid, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+        """``codes``, whole numbers [out, in], on ``grid``, whose scale and zero hold the groups of one row after the other."""
+        rows = len(codes)
+        scale, zero = grid.scale.reshape(rows, -1), grid.zero.reshape(rows, -1)
+        if grid.blocks is None:
+            scale, zero = scale.to(scale_dtype), zero.to(torch.uint8)
+        else:
+            scale, zero = scale.float(), zero.float()
+        blocks = None if grid.blocks is None else in_rows(grid.blocks, rows)
+        return cls(codes=codes.to(torch.uint8), scale=scale, zero=zero, scheme=scheme, double=grid.double, blocks=blocks)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values of the codes, [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's).
 
-        Columns that are kept in 16 bit have their 16-bit values.
+        Columns that are kept in 16 bit have their 16-bit values; blocks are computed as llama.cpp does, to the last bit.
         """
+        if self.blocks is not None:
+            return self.blocks.with_codes(self.codes).values().to(dtype or self.scale.dtype)
         _out, columns = self.codes.shape
         index = self.g_idx.long() if self.g_idx is not None else _neighbour_groups(columns, self.scale.shape[1], self.codes.device)
         grid = Grid(self.scheme.element, self.scale.float()[:, index], self.zero.float()[:, index])
@@ -69,6 +87,7 @@ class QuantizedWeight:
             input_scale=None if self.input_scale is None else self.input_scale.to(device),
             outliers=None if self.outliers is None else self.outliers.to(device),
             double=None if self.double is None else self.double.to(device),
+            blocks=None if self.blocks is None else moved(self.blocks, device),
         )
 
 
@@ -85,10 +104,4 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, r
     groups = scheme.group_count(in_features)
     rows = weight.reshape(out_features * groups, -1)  # [out * groups, columns of a group]
     grid = ranges.fit(rows, scheme, scale_dtype)
-    return QuantizedWeight(
-        codes=grid.nearest(rows).to(torch.uint8).reshape(out_features, in_features),
-        scale=grid.scale.to(scale_dtype).reshape(out_features, groups),
-        zero=grid.zero.to(torch.uint8).reshape(out_features, groups),
-        scheme=scheme,
-        double=grid.double,
-    )
+    return QuantizedWeight.on_grid(grid.nearest(rows).reshape(out_features, in_features), grid, scheme, scale_dtype)

@@ -27,7 +27,7 @@ from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
 from ptqcli.model.gguf import is_gguf
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.grids import SquaredError
+from ptqcli.numerics.ranges import SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.pipeline.card import CARD_NAME, converted_card, stored_facts

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRequest
-from ptqcli.numerics.grids import RangeSearch, SquaredError
+from ptqcli.numerics.ranges import RangeSearch, SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 

@@ -36,7 +36,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ptqcli.numerics.grids import SHRINK_FACTORS
+from ptqcli.numerics.ranges import SHRINK_FACTORS
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.options import option
 from ptqcli.solvers.learned import SignSGD, SolverStart

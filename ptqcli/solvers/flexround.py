@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ptqcli.numerics.grids import SquaredError
+from ptqcli.numerics.ranges import SquaredError
 from ptqcli.solvers.learned import SolverStart
 from ptqcli.solvers.rounding import Rounding, Start
 

@@ -24,7 +24,8 @@ Order of the columns (``act_order``): by falling diagonal of H, so that the colu
 still many others to take up their error. With ``static_groups`` a group stays ``group_size`` neighbouring columns and its grid is
 fitted before the first column is rounded, so that the file needs no index; without, groups are neighbours in the new order, as in
 the original code, and ``QuantizedWeight.g_idx`` says which column belongs to which. Doubly quantized scales are fitted beforehand, too,
-whatever the order, since all scales of a matrix are rounded together.
+whatever the order, since all scales of a matrix are rounded together, and so are grids of blocks, whose steps hang together within a row.
+Of those each row has the better of two: fitted with all columns alike, and with the diagonal of H as their importance.
 
 Damping, columns that calibration never activated, and Hessians that are not positive definite: see ``ptqcli.solvers.damping``. A
 column without activation is then rounded to nearest (the original code sets its weights to zero, which destroys them for inputs that
@@ -42,8 +43,9 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import UsageError
-from ptqcli.numerics.double_quant import DoubleScales
-from ptqcli.numerics.grids import Grid, RangeSearch, takes_sign
+from ptqcli.numerics.blocks import rows_of
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import RangeSearch, WeightedBlocks, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
@@ -64,13 +66,14 @@ class Factor:
     """The damped Hessian, factored in processing order.
 
     order: int64 [in], processing position -> column. feedback: N [in, in], unit upper triangular, ``N[k, j] = R_kj / R_jj``. pivots:
-    R_jj [in]. hessian: the damped one, columns in their original order; None where nothing is polished.
+    R_jj [in]. hessian: the damped one, columns in their original order; None where nothing is polished. importance: its diagonal [in].
     """
 
     order: Tensor
     feedback: Tensor
     pivots: Tensor
     hessian: Tensor | None
+    importance: Tensor
     damp: float
     damp_raised: bool
     never_activated: int
@@ -131,6 +134,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
             feedback=feedback,
             pivots=pivots,
             hessian=reordered.index_select(0, back).index_select(1, back) if self.rounds else None,
+            importance=reordered.diagonal()[back],
             damp=damped.damp,
             damp_raised=damped.damp > self.damp,
             never_activated=damped.never_activated,
@@ -146,7 +150,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        quantized, zero_groups = self._best(weight, prepared, scheme, scale_dtype, (ranges,) if ranges else self.searches)
+        quantized, zero_groups = self._best(weight, prepared, scheme, scale_dtype, self._searches(scheme, prepared, ranges))
         if prepared.hessian is not None:
             quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
         notes = SolveNotes(
@@ -156,6 +160,12 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
             damp_raised=prepared.damp_raised,
         )
         return Solution(quantized, notes)
+
+    def _searches(self, scheme: Scheme, factor: Factor, ranges: RangeSearch | None) -> Sequence[RangeSearch]:
+        """What fits the grids; every row has the better of them."""
+        if scheme.blocks is not None:
+            return (ranges or WeightedBlocks(), WeightedBlocks(factor.importance))
+        return (ranges,) if ranges else self.searches
 
     def _best(
         self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, searches: Sequence[RangeSearch]
@@ -182,7 +192,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         """The matrix with all of its columns rounded."""
         groups = scheme.group_count(weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
-        fixed = (self.act_order and (self.static_groups or groups == 1)) or scheme.double
+        fixed = (self.act_order and (self.static_groups or groups == 1)) or scheme.fitted_together
         work = _Columns(weight, factor, scheme, scale_dtype, ranges)
         work.moving = self.act_order and not fixed
         if fixed:
@@ -207,6 +217,7 @@ def _rows_of(one: QuantizedWeight, other: QuantizedWeight, wanted: Tensor) -> Qu
         codes=torch.where(rows, one.codes, other.codes),
         scale=torch.where(rows, one.scale, other.scale),
         zero=torch.where(rows, one.zero, other.zero),
+        blocks=None if one.blocks is None or other.blocks is None else rows_of(one.blocks, other.blocks, wanted),
     )
 
 
@@ -230,13 +241,13 @@ class _Columns:
         # the group of each processing position
         self.group_of = [position // self.group for position in range(in_features)]
         self.fitted = self.moving = False
-        self.double: DoubleScales | None = None
+        self.grid: Grid | None = None  # of all groups, where they are fitted together
 
     def fit_beforehand(self) -> None:
         """Fit every grid on the original weights, with groups of neighbouring columns in the original order."""
         original = torch.empty_like(self.weight)
         original[self.order] = self.weight
-        if self.scheme.double:
+        if self.scheme.fitted_together:
             self._fit_together(original)
         else:
             for index in range(self.scale.shape[0]):
@@ -276,9 +287,8 @@ class _Columns:
 
     def _fit_together(self, columns: Tensor) -> None:
         rows = columns.t().reshape(-1, self.group)  # [out * groups, columns of a group]
-        grid = self.ranges.fit(rows, self.scheme, self.scale_dtype)
-        self.scale, self.zero = (each.view(-1, len(self.scale)).t().contiguous() for each in (grid.scale, grid.zero))
-        self.double = grid.double
+        self.grid = self.ranges.fit(rows, self.scheme, self.scale_dtype)
+        self.scale, self.zero = (each.view(-1, len(self.scale)).t().contiguous() for each in (self.grid.scale, self.grid.zero))
 
     def _round(self, low: int, high: int) -> None:
         earlier = self.error[low:high].t()  # [out, columns]
@@ -311,11 +321,5 @@ class _Columns:
         if moving_groups:
             g_idx = torch.empty(len(self.group_of), dtype=torch.int32, device=codes.device)
             g_idx[self.order] = torch.tensor(self.group_of, dtype=torch.int32, device=codes.device)
-        return QuantizedWeight(
-            codes=codes.t().contiguous(),
-            scale=self.scale.t().to(self.scale_dtype).contiguous(),
-            zero=self.zero.t().to(torch.uint8).contiguous(),
-            scheme=self.scheme,
-            g_idx=g_idx,
-            double=self.double,
-        )
+        grid = self.grid or Grid(self.element, self.scale.t().contiguous(), self.zero.t().contiguous())
+        return replace(QuantizedWeight.on_grid(codes.t().contiguous(), grid, self.scheme, self.scale_dtype), g_idx=g_idx)

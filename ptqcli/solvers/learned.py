@@ -36,7 +36,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.elements import Int
 from ptqcli.numerics.fake_quant import FakeQuantLinear
-from ptqcli.numerics.grids import MinMax, RangeSearch
+from ptqcli.numerics.ranges import MinMax, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.options import check_choices, option
 from ptqcli.solvers import Batch, BlockSolver, BlockWork, CalibrationBatches, LinearTask, MatrixSolver, Solution, SolveNotes, Stage

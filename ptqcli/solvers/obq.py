@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import Grid, RangeSearch, takes_sign
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import RangeSearch, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices
@@ -131,7 +132,7 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         grid = (ranges or self.ranges).fit(grouped, scheme, scale_dtype)
         scale, zero = grid.scale.reshape(out_features, groups), grid.zero.reshape(out_features, groups)
         codes = self._greedy(weight, Grid(grid.element, scale, zero), prepared, progress)
-        quantized = QuantizedWeight(codes=codes, scale=scale.to(scale_dtype), zero=zero.to(torch.uint8), scheme=scheme, double=grid.double)
+        quantized = QuantizedWeight.on_grid(codes, grid, scheme, scale_dtype)
         if prepared.hessian is not None:
             quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
         notes = SolveNotes(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.numerics.activations import static_scale
-from ptqcli.numerics.grids import RangeSearch
+from ptqcli.numerics.ranges import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage

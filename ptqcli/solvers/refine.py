@@ -21,8 +21,8 @@ one; ``H W^T``, which b needs, is the same in all rounds.
 What is solved for is the step from the old scales, with RIDGE, as a share of A's mean diagonal, added to A: a group of zero codes, which
 has no say in the objective, keeps its scale. Scales are rounded to their stored dtype, and a row takes the new ones only if its
 objective falls with them. A scale may become negative, where the grid has signed ones, but neither zero nor too small for its dtype. Zero
-points stay, and so do doubly quantized scales, which are not free to move by themselves. With one scale for the whole matrix the systems of
-all rows are summed.
+points stay, and so do doubly quantized scales and those of blocks, which are not free to move by themselves. With one scale for the whole
+matrix the systems of all rows are summed.
 
 Left out: the best column at each step, or pairs of columns (CDQuant, arXiv 2406.17542), which save a few per cent more for many
 times the work; new zero points, with which a row's system would be twice as wide.
@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import SMALLEST_SCALE, Grid
+from ptqcli.numerics.grids import Grid
+from ptqcli.numerics.ranges import SMALLEST_SCALE
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import option
@@ -90,7 +91,7 @@ def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds
         return quantized
     work = Refinement(weight, hessian, quantized, signed)
     for _ in range(rounds):
-        if not quantized.scheme.double:
+        if not quantized.scheme.fitted_together:
             work.refit()
         work.descend()
     return work.result()

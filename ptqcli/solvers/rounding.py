@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ptqcli.numerics.grids import SMALLEST_SCALE, RangeSearch
+from ptqcli.numerics.ranges import SMALLEST_SCALE, RangeSearch
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.solvers import LinearTask, SolveNotes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.grids import RangeSearch, takes_sign
+from ptqcli.numerics.ranges import RangeSearch, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices

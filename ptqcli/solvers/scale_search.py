@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ptqcli.numerics.grids import SEARCHES, RangeSearch, range_search
+from ptqcli.numerics.ranges import SEARCHES, RangeSearch, range_search
 from ptqcli.options import option
 
 AUTO = "auto"

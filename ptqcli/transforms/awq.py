@@ -13,7 +13,7 @@ attention or the MLP; here it is the whole block's.
 
 Clipping: when all transforms are done, the range of every group of every row is shrunk by each of SHRINK_FACTORS, and the one with the
 least squared error of that group's share of the output, ``d G d^T`` with ``d`` the group's rounding errors and ``G`` the Gram matrix of
-its sampled inputs, bounds that group's grid (``numerics.grids.Clipped``), whichever solver then chooses the codes.
+its sampled inputs, bounds that group's grid (``numerics.ranges.Clipped``), whichever solver then chooses the codes.
 
 A channel that calibration never reached, or whose weights are all zero, keeps the scale 1.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import StatisticsRequest
-from ptqcli.numerics.grids import SHRINK_FACTORS, Clipped
+from ptqcli.numerics.ranges import SHRINK_FACTORS, Clipped
 from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.options import option
 from ptqcli.transforms import BlockTransform

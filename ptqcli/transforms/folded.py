@@ -25,7 +25,7 @@ from ptqcli.errors import PTQError
 from ptqcli.model.linears import is_linear, linear_weight, rows_first
 from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
-from ptqcli.numerics.grids import MinMax, RangeSearch
+from ptqcli.numerics.ranges import MinMax, RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.transforms.cut import Run

@@ -38,7 +38,7 @@ from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.errors import UsageError
 from ptqcli.numerics.activations import activation_scale, static_scale
 from ptqcli.numerics.fake_quant import FakeQuantLinear
-from ptqcli.numerics.grids import SquaredError
+from ptqcli.numerics.ranges import SquaredError
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
 from ptqcli.options import option
 from ptqcli.solvers.omniquant import RATE as CLIPPING_RATE

@@ -170,7 +170,7 @@ def test_rounding_in_floating_point_says_the_same(value: float, activations) -> 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kernel", ["torch", "reference"])
 def test_weight_only_layers(tmp_path: Path, value: float, bits: int, kernel: str) -> None:
-    from ptqcli.numerics.grids import MinMax
+    from ptqcli.numerics.ranges import MinMax
     from ptqcli.numerics.weight import round_to_nearest
     from ptqcli.runtime.layers import quantized_linear
 

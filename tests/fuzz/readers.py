@@ -37,7 +37,7 @@ from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.gguf import open_tensors
 from ptqcli.model.config import build_on_meta, load_config, read_generation_config
 from ptqcli.model.gguf import load_tokenizer as load_gguf_tokenizer
-from ptqcli.numerics.grids import MinMax
+from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.patterns import found
