@@ -72,7 +72,9 @@ def command(checkpoint: str | None, as_json: bool) -> None:
 
 def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each quantized linear with its scheme, its stored size, and what the report says of it."""
-    reported = {layer["name"]: layer for layer in report.get("layers", ())}
+    anew = report.get("converted", {}).get("relative_errors", {})  # also where the report has no layers: another program made them
+    reported: dict[str, Any] = {name: {"rounded_anew": error} for name, error in anew.items()}
+    reported |= {layer["name"]: layer for layer in report.get("layers", ())}
     layers = []
     for name, scheme in packed.schemes.items():
         spec, size = packed.spec(name), packed.nbytes(name)

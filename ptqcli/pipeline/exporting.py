@@ -43,6 +43,8 @@ def export(model: Path, output: Path, *, mix: str | None = None, overwrite: bool
 
     mix: of a model that is not quantized, the types of its matrices, USUAL_MIX where it is None; of a quantized checkpoint, whose linears
     keep their codes, the types of embedding and head, PLAIN_REST where it is None.
+    ``output`` may lie in the folder of the model, as files on the hub do: whoever reads that folder goes by its config.json and
+    safetensors files, which stay.
     Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     start = time.perf_counter()
