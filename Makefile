@@ -5,7 +5,7 @@
 # make fuzz    20,000 broken and hostile inputs for everything that reads a file, with a table of what became of them
 # make check   lint, format and types
 # make test-oldest   what make test runs, with the oldest transformers that is supported, in an environment of its own
-# make test-loaders  other programs load what ptq writes, and ptq what they write: GPTQModel, bitsandbytes, llama.cpp; builds some of them
+# make test-loaders  other programs load what ptq writes, and ptq what they write: GPTQModel, llm-compressor, bitsandbytes, llama.cpp; builds some of them
 # make clean   remove what the others made, the virtual environment included
 #
 # Each sets up .venv by itself. Another interpreter: make PYTHON=/path/to/python3

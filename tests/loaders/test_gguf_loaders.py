@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_models import CASES, IDS, make_case, sentencepiece_tokenizer, trained_tokenizer
+from loading import ROOT, TEXT, WINDOW, our_perplexity
 from torch import Tensor
 
 from ptqcli.api import quantize
@@ -25,13 +26,11 @@ from ptqcli.model.locate import demo_model
 from ptqcli.model.source import ModelFolder
 from ptqcli.runtime.models import load_model
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.loaders
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
-HELD_OUT = (DOCS / "how-it-is-built.md").read_text(encoding="utf-8")
-WINDOW = 256
+HELD_OUT = TEXT.read_text(encoding="utf-8")
 SCHEMES = ("w4a16-g32", "w4a16-g64-asym", "w3a16-g32-asym", "w8a16-g32", "w4a16-row")
 
 
@@ -66,7 +65,7 @@ def test_every_architecture_computes_the_same(case: str, tmp_path: Path, monkeyp
 
 
 def perplexities(path: Path, most: int = 1_536) -> tuple[float, float, bool]:
-    """llama.cpp's, this package's, and whether both cut the text into the same tokens."""
+    """llama.cpp's, this package's on the same windows, and whether both cut the text into the same tokens."""
     ids, model = load_tokenizer(GGUFFile(path))(HELD_OUT)["input_ids"], load_model(path)
     losses = torch.zeros(2, dtype=torch.float64)
     with opened(path) as other:
@@ -113,12 +112,20 @@ def check_tokens(tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     make_case(folder / "model", "llama", monkeypatch, vocab_size=len(tokenizer) + 2)
     tokenizer.save_pretrained(folder / "model")
     export_model(ModelFolder(folder / "model"), folder / "model.gguf", "f16")
-    other_text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    other_text = (ROOT / "README.md").read_text(encoding="utf-8")
     with opened(folder / "model.gguf", 64, only_words=True) as model:
         for text in (HELD_OUT, other_text, PROBE):
             ours = tokenizer(text)["input_ids"]
             assert model.tokenize(text.encode(), add_bos=True, special=True) == ours
             assert model.tokenize(text.encode(), add_bos=True, special=True) != tokenizer(text + "!")["input_ids"]
+
+
+def quantized_by_llama(source: Path, target: Path, file_type: str) -> Path:
+    """What llama.cpp's own quantizer makes of a file of plain numbers. file_type: its name for the mix."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = getattr(llama_cpp, file_type), 1
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)) == 0
+    return target
 
 
 FILE_TYPES = {name: f"LLAMA_FTYPE_{mix.file_type}" for name, mix in MIXES.items() if name not in ("f32", "f16", "bf16")}
@@ -139,10 +146,33 @@ def test_types_are_those_that_llama_cpp_chooses(shape: str, tmp_path: Path, monk
     export_model(ModelFolder(tmp_path / "model"), tmp_path / "model.gguf", "f32")
     shapes = {name: tensor.shape for name, tensor in GGUFFile(tmp_path / "model.gguf").stored.items()}
     for mix, file_type in FILE_TYPES.items():
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype, settings.nthread = getattr(llama_cpp, file_type), 1
-        target = tmp_path / "quantized.gguf"
-        names = str(tmp_path / "model.gguf").encode(), str(target).encode()
-        assert llama_cpp.llama_model_quantize(*names, ctypes.byref(settings)) == 0
+        target = quantized_by_llama(tmp_path / "model.gguf", tmp_path / "quantized.gguf", file_type)
         chosen = {name: tensor.kind.name for name, tensor in GGUFFile(target).stored.items()}
         assert tensor_types(mix, shapes, sizes["num_attention_heads"] // sizes["num_key_value_heads"]) == chosen, mix
+
+
+def exchange(path: Path, first: str, second: str) -> None:
+    """Give each of two tensors of one shape and type the other's content."""
+    content = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
+    kept = content[first].copy()
+    content[first][:], content[second][:] = content[second], kept
+
+
+@pytest.mark.parametrize("mix", ["q4_k_m", "q3_k_m", "q2_k", "q6_k", "q5_0", "q4_1"])
+def test_what_its_quantizer_writes_is_as_good_here(mix: str, tmp_path: Path) -> None:
+    """`ptq eval` and llama.cpp agree on a file of llama.cpp's. The twin: with two matrices exchanged, they do not."""
+    export_model(ModelFolder(demo_model()), tmp_path / "f16.gguf", "f16")
+    file = quantized_by_llama(tmp_path / "f16.gguf", tmp_path / "made.gguf", FILE_TYPES[mix])
+    theirs = llama_perplexity(file)
+    assert abs(our_perplexity(file) / theirs - 1) < 0.01
+    exchange(file, "blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")
+    assert abs(our_perplexity(file) / theirs - 1) > 0.01
+
+
+def llama_perplexity(path: Path) -> float:
+    """llama.cpp's, over windows of TEXT that follow each other, in its own tokens."""
+    with opened(path) as model:
+        ids = torch.tensor(model.tokenize(TEXT.read_bytes(), add_bos=False, special=False))
+        windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+        losses = [torch.nn.functional.cross_entropy(logits_of(model, window.tolist())[:-1], window[1:]) for window in windows]
+    return math.exp(float(torch.stack(losses).mean()))

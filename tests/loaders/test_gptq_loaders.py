@@ -12,20 +12,18 @@ pytest.importorskip("optimum", reason="transformers builds GPTQ layers through o
 
 import torch
 from gptqmodel_loader import (
-    CLOSE,
     CLOSE_IN_BFLOAT16,
-    DEMO,
-    by_gptqmodel,
     by_transformers,
-    logits,
+    check_logits,
+    check_made,
+    check_no_whole_rows,
+    check_signs,
     made_by_gptqmodel,
     our_weights,
     ours,
     packed_modules,
-    relative,
-    share_of_negative_scales,
-    without_signs,
 )
+from loading import DEMO, logits, relative
 
 import ptqcli
 
@@ -50,15 +48,16 @@ def written(folder: Path, kind: str) -> Path:
     return folder / "out"
 
 
+def check_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Those of GPTQModel's layers are ours to the bit."""
+    for name, weight in weights.items():
+        assert torch.equal(packed_modules(model)[name].dequantize_weight().t(), weight), name
+
+
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_gptqmodel_has_our_weights_and_logits(tmp_path: Path, kind: str) -> None:
     folder = written(tmp_path, kind)
-    model, weights = by_gptqmodel(folder, BACKEND), dict(our_weights(folder))
-    found = packed_modules(model)
-    assert found.keys() == weights.keys()
-    for name, weight in weights.items():
-        assert torch.equal(found[name].dequantize_weight().t(), weight), name
-    assert relative(logits(model), ours(folder)) < CLOSE
+    check_weights(check_logits(folder, BACKEND), dict(our_weights(folder)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WRITTEN if kind not in ("several schemes", "4 bits, whole rows")])
@@ -68,9 +67,7 @@ def test_transformers_has_our_logits(tmp_path: Path, kind: str) -> None:
 
 
 def test_transformers_runs_no_whole_rows_of_4_bits_on_the_cpu(tmp_path: Path) -> None:
-    model = by_transformers(written(tmp_path, "4 bits, whole rows"))
-    with pytest.raises(RuntimeError, match="qGroupSize"):
-        logits(model)
+    check_no_whole_rows(written(tmp_path, "4 bits, whole rows"))
 
 
 def test_transformers_refuses_several_schemes(tmp_path: Path) -> None:
@@ -79,14 +76,7 @@ def test_transformers_refuses_several_schemes(tmp_path: Path) -> None:
 
 
 def test_negative_scales_are_kept(tmp_path: Path) -> None:
-    """And the twin: without the signs, both have other logits."""
-    folder = written(tmp_path, "4 bits")
-    expected = ours(folder)
-    assert 0.4 < share_of_negative_scales(folder) < 0.6
-    assert relative(logits(by_gptqmodel(folder, BACKEND)), expected) < CLOSE
-    without_signs(folder)
-    assert relative(logits(by_gptqmodel(folder, BACKEND)), expected) > 0.5
-    assert relative(logits(by_transformers(folder)), expected) > 0.5
+    check_signs(written(tmp_path, "4 bits"), BACKEND)
 
 
 MADE: dict[str, dict[str, Any]] = {
@@ -100,11 +90,6 @@ MADE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", MADE)
 def test_what_gptqmodel_writes_runs_as_it_does_there(tmp_path: Path, kind: str) -> None:
-    with made_by_gptqmodel(tmp_path, MADE[kind]) as folder:
-        model = by_gptqmodel(folder, BACKEND)
-        found = packed_modules(model)
-        weights = dict(our_weights(folder))
-        assert found.keys() == weights.keys()
-        for name, weight in weights.items():
-            assert torch.equal(found[name].dequantize_weight().t(), weight), name
-        assert relative(ours(folder), logits(model)) < CLOSE
+    made = made_by_gptqmodel(tmp_path, MADE[kind])
+    weights = dict(our_weights(made))
+    check_weights(check_made(made, BACKEND), weights)
