@@ -184,7 +184,7 @@ def _choose(
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
-        reason = reason or _obstacle(site, skeleton) or too_narrow(scheme, site)
+        reason = reason or _obstacle(site, skeleton) or _router(site, skeleton, recipe, hits) or too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
@@ -226,6 +226,13 @@ def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
     if site.name in skeleton.shared:
         return f"its weight also runs in {skeleton.shared[site.name].removesuffix('.' + site.local)}"
     return None
+
+
+def _router(site: LinearSite, skeleton: Skeleton, recipe: Recipe, hits: Hits) -> str | None:
+    """Why a router stays as it is where no override asks for it by name, or None."""
+    asked = any(site.name in hits[override.pattern] for override in recipe.overrides)
+    routers = {local for mixture in skeleton.shapes[site.block].mixtures for local in mixture.routers}
+    return "routes tokens to experts" if site.local in routers and not asked else None
 
 
 def _scheme_for(recipe: Recipe, name: str, hits: Hits) -> tuple[Scheme, str | None]:

@@ -73,12 +73,6 @@ def separate_experts(model: nn.Module, kind: ModelKind, stored: Sequence[str]) -
     return cut
 
 
-def experts_of(module: nn.Module) -> int | None:
-    """How many experts this module has among its children; None if it is none that was separated."""
-    found = next((value for value in vars(module).values() if isinstance(value, Linears)), None)
-    return None if found is None else found.shape[0]
-
-
 def _turned(model: nn.Module, kind: ModelKind, stacks: Mapping[str, nn.Parameter]) -> dict[str, bool]:
     """The stacks that are multiplied a matrix at a time, and whether those are [in, out]."""
     twin = copy.deepcopy(model)

@@ -94,6 +94,12 @@ class Matrix:
         return _otherwise(func, args, kwargs)
 
 
+def experts_of(module: nn.Module) -> int | None:
+    """How many experts this module has among its children; None if it is none that was separated."""
+    found = next((value for value in vars(module).values() if isinstance(value, Linears)), None)
+    return None if found is None else found.shape[0]
+
+
 def linear_path(index: int, part: str) -> str:
     """Where a linear of matrix number ``index`` is, below the module that had the parameter."""
     return f"{index}.{part}" if part else str(index)
