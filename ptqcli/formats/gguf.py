@@ -140,6 +140,10 @@ class GGUFBlocks(Format):
         """See ``Format``: the file says it of each tensor."""
         return {}
 
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """See ``Format``: such a file has no config.json."""
+        return False
+
     def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Mapping[str, str]) -> dict[str, Scheme]:
         """See ``Format``."""
         stored = set(tensors.names)
