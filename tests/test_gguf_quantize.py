@@ -223,6 +223,19 @@ def test_it_is_replaced_when_it_is_asked_for_and_deterministic(made: Path, ptq: 
     (made / "other.gguf").unlink()
 
 
+def test_the_folder_is_published_and_its_card_takes_what_was_measured(made: Path, ptq: Ptq, tmp_path: Path) -> None:
+    shown = json.loads(ptq("push", made, "me/demo", "--dry-run", "--json").out)
+    assert sorted(shown["files"]) == sorted(path.name for path in made.iterdir())
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes((made / "demo-Q4_K_M.gguf").read_bytes())
+    assert list(json.loads(ptq("push", alone, "me/demo", "--dry-run", "--json").out)["files"]) == ["alone.gguf"]
+    text = tmp_path / "text.txt"
+    text.write_text("The built-in function returns a list of names. " * 40)
+    assert ptq("eval", made, "--ppl", text, "--seqlen", "64", "--write-card").code == 0
+    assert "## Measured" in (made / "README.md").read_text()
+    assert "leave --write-card out" in one_line(ptq("eval", alone, "--no-baseline", "--ppl", text, "--seqlen", "64", "--write-card"))
+
+
 def test_blocks_go_to_other_formats_only_when_rounding_anew_is_asked_for(made: Path, ptq: Ptq) -> None:
     refused = one_line(ptq("convert", made, "--to", "gptq", "--output", made.parent / "gptq"))
     assert "gptq holds integers with free scales, not blocks of q" in refused
