@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from commandline import Ptq, one_line
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf_models import make_case
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import correlated_layer
 from tiny import make_model, write_text
 from torch import Tensor
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import find_format
+from ptqcli.formats import LinearSpec, find_format
 from ptqcli.formats.packed_checkpoint import open_checkpoint
-from ptqcli.numerics.ranges import WeightedBlocks
+from ptqcli.numerics.ranges import SquaredError, WeightedBlocks
 from ptqcli.numerics.scheme import BLOCKS, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.pipeline.prepare import plan_run
@@ -76,6 +79,29 @@ def test_pack_gives_what_the_gguf_package_decodes(name: str) -> None:
     assert np.array_equal(theirs, found.dequantize(torch.float32).numpy())
     assert_same_weight(GGUF.unpack("m", stored.__getitem__, scheme), found)
     assert 0 < float((torch.from_numpy(theirs) - weight).norm() / weight.norm()) < 1.2 * 0.6**scheme.bits
+
+
+@given(
+    name=st.sampled_from([*BLOCKS, "q4_0", "q8_0"]),
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 3),
+    size=st.sampled_from([0.0, 1e-6, 0.02, 3e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_unpack_is_the_inverse_of_pack(name: str, rows: int, blocks: int, size: float, seed: int) -> None:
+    """Any codes on a grid that was fitted, zeros and the ends of fp16 among the weights."""
+    scheme, generator = Scheme.parse(name), torch.Generator().manual_seed(seed)
+    columns = blocks * (32 if scheme.blocks is None else scheme.columns_per_block)
+    weight = torch.randn(rows, columns, generator=generator) * size
+    fitted = round_to_nearest(weight, scheme, torch.float16, SquaredError())
+    codes = torch.randint(scheme.levels, weight.shape, generator=generator, dtype=torch.uint8)
+    found = replace(fitted, codes=codes)
+    spec = LinearSpec(name="m", scheme=scheme, out_features=rows, in_features=columns, scale_dtype=torch.float16)
+    stored = GGUF.pack("m", found)
+    assert sum(tensor.nbytes for tensor in stored.values()) == GGUF.stored_bytes(spec)
+    back = GGUF.unpack("m", stored.__getitem__, scheme)
+    assert_same_weight(back, found)
+    assert torch.equal(GGUF.pack("m", back)[f"m.{name}"], stored[f"m.{name}"])
 
 
 def test_a_scale_that_is_no_number_is_named() -> None:
