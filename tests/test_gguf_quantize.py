@@ -262,6 +262,17 @@ def test_the_folder_is_published_and_its_card_takes_what_was_measured(made: Path
     assert "leave --write-card out" in one_line(ptq("eval", alone, "--no-baseline", "--ppl", text, "--seqlen", "64", "--write-card"))
 
 
+def test_a_file_is_called_by_its_model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the ending of a GGUF file that it was made of, nor by the revision of one in the hub's cache."""
+    ptqcli.quantize(made.parent / "rounded.gguf", output=tmp_path / "again", format="gguf", algo="rtn", allow_requantize=True)
+    assert (tmp_path / "again" / "rounded-Q4_K_M.gguf").is_file()
+    revision = tmp_path / "models--some--Thing-1B" / "snapshots" / "0a1b2c"
+    make_case(revision, "llama", monkeypatch)
+    ptqcli.quantize(revision, output=tmp_path / "hub", format="gguf", gguf_type="q8_0", algo="rtn")
+    assert (tmp_path / "hub" / "Thing-1B-Q8_0.gguf").is_file()
+    assert GGUFReader(tmp_path / "hub" / "Thing-1B-Q8_0.gguf").fields["general.name"].contents() == "Thing-1B"
+
+
 def test_blocks_go_to_other_formats_only_when_rounding_anew_is_asked_for(made: Path, ptq: Ptq) -> None:
     refused = one_line(ptq("convert", made, "--to", "gptq", "--output", made.parent / "gptq"))
     assert "gptq holds integers with free scales, not blocks of q" in refused
