@@ -201,16 +201,16 @@ def test_the_refit_is_the_least_squares_solution(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in a mix, by GPTQ."""
+    """The demo model in a mix, by GPTQ; beside it the same mix by rounding."""
     folder = tmp_path_factory.mktemp("made")
     ptqcli.quantize(DEMO, output=folder / "out", format="gguf", gguf_type="q4_k_m", nsamples=8, seqlen=256)
+    ptqcli.convert(DEMO, "gguf", output=folder / "rounded.gguf", gguf_type="q4_k_m")
     return folder / "out"
 
 
 def test_the_folder_holds_one_file_with_the_types_of_the_mix(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == ["README.md", "demo-Q4_K_M.gguf", "ptq_report.json"]
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made / "demo-Q4_K_M.gguf").tensors}
-    ptqcli.convert(DEMO, "gguf", output=made.parent / "rounded.gguf", gguf_type="q4_k_m")
     assert types == {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made.parent / "rounded.gguf").tensors}
     assert {types["blk.0.attn_q.weight"], types["blk.3.attn_v.weight"], types["token_embd.weight"]} == {"Q4_K", "Q6_K"}
 
