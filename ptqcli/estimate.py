@@ -68,8 +68,15 @@ def needs_calibration(recipe: Recipe, linears: Sequence[PlannedLinear]) -> bool:
     return bool(as_block_solver(recipe.solver()).needs) or bool(recipe.transforms()) or looked_at or afterwards
 
 
-def bytes_after(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
-    """Bytes of all tensors of the checkpoint; columns that outliers will take are not known yet."""
+def bytes_after(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton, mix: str | None) -> int:
+    """Bytes of all tensors of the checkpoint; columns that outliers will take are not known yet. mix: of the recipe."""
+    if chosen.one_file:
+        return chosen.whole_bytes(mix, skeleton.config, skeleton.tensor_shapes, [linear.spec for linear in linears])
+    return _bytes_of_parts(chosen, linears, skeleton)
+
+
+def _bytes_of_parts(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+    """Bytes of all tensors as they are packed or carried over."""
     return skeleton.total_bytes + sum(_growth(chosen, linear, skeleton) for linear in linears)
 
 
@@ -83,9 +90,11 @@ def adapter_bytes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> int:
     return sum(recipe.adapter_rank * (each.site.in_features + each.site.out_features) * each.dtype.itemsize for each in linears)
 
 
-def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> int:
+def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton, mix: str | None) -> int:
     """Room that the checkpoint needs on disk: its size and one unit's, or twice its size if it will be joined into one file."""
-    after = bytes_after(chosen, linears, skeleton)
+    after = _bytes_of_parts(chosen, linears, skeleton)
+    if chosen.one_file:
+        return after + bytes_after(chosen, linears, skeleton, mix)
     if after < JOIN_BELOW:
         return 2 * after
     sizes = [skeleton.unit_bytes(unit) for unit in skeleton.units]
@@ -98,7 +107,7 @@ def disk_bytes(
     chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton, recipe: Recipe, seqlen: int, windows: int, resources: Resources
 ) -> int:
     """Room that the run needs on disk: for the checkpoint, an adapter, and activations that memory does not hold."""
-    room = checkpoint_room(chosen, linears, skeleton) + adapter_bytes(recipe, linears)
+    room = checkpoint_room(chosen, linears, skeleton, recipe.mix) + adapter_bytes(recipe, linears)
     return room + mapped_bytes(recipe, linears, seqlen, windows, resources)
 
 

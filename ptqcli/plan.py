@@ -17,7 +17,7 @@ import torch
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
-from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_codebooks
+from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -99,7 +99,7 @@ class Plan:
             rows.append(
                 ("adapter", f"of rank {recipe.adapter_rank} for each linear, {self.adapter_bytes / 1e6:,.1f} MB beside the checkpoint")
             )
-        rows.append(("format", recipe.format))
+        rows.append(("format", recipe.format if recipe.mix is None else f"{recipe.format}, {recipe.mix}"))
         if recipe.for_tensor_parallel > 1:
             rows.append(("tensor parallel", f"every matrix can be cut into {recipe.for_tensor_parallel} parts of whole groups"))
         rows += [("note", note) for note in self.notes]
@@ -149,7 +149,7 @@ def make_plan(
         seqlen=seqlen,
         texts=texts,
         bytes_before=skeleton.total_bytes,
-        bytes_after=bytes_after(chosen, linears, skeleton),
+        bytes_after=bytes_after(chosen, linears, skeleton, recipe.mix),
         disk_bytes=disk_bytes(chosen, linears, skeleton, recipe, seqlen, texts.windows, resources),
         memory_bytes=memory_bytes(recipe, linears, skeleton, seqlen, texts, resources),
         notes=(
@@ -160,7 +160,7 @@ def make_plan(
             *_model_notes(skeleton, linears),
             *chosen.notes(specs),
             *tried,
-            *_fused_notes(fused),
+            *([] if chosen.one_file else _fused_notes(fused)),
         ),
         readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
         adapter_bytes=adapter_bytes(recipe, linears),
@@ -198,7 +198,7 @@ def _choose(
             scheme=scheme,
             out_features=site.out_features,
             in_features=site.in_features,
-            scale_dtype=chosen.scale_dtype(dtype),
+            scale_dtype=chosen.scale_dtype(dtype, scheme),
             kind=site.kind,
             moving_groups=solver.moves_groups(scheme),
             signed_scales=takes_sign(scheme, solver.ranges.signed),
@@ -280,7 +280,7 @@ def _check_solver(recipe: Recipe) -> None:
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], plain: Sequence[str], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
-        reason = no_codebooks(chosen, linear.scheme) or chosen.refusal(linear.spec)
+        reason = other_codes(chosen, linear.scheme) or chosen.refusal(linear.spec)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")
         weight = skeleton.stored_name(f"{linear.name}.weight")

@@ -9,6 +9,7 @@ from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear
 from ptqcli.model.discovery import listed
 from ptqcli.model.linears import LinearSite
+from ptqcli.numerics.blocks import LEGACY_BLOCK
 from ptqcli.numerics.scheme import AUTO_GROUP, AUTO_GROUPS, Scheme
 from ptqcli.patterns import Hits
 from ptqcli.recipe import AUTO, Override, Recipe
@@ -17,6 +18,8 @@ from ptqcli.recipe import AUTO, Override, Recipe
 def too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
     """Why a linear stays as it is although nobody asked for it: scales would take more than its codes save, or no group divides it."""
     columns = site.in_features
+    if scheme.blocks is not None and columns % LEGACY_BLOCK:
+        return f"no blocks divide its {columns} input features"
     try:
         scheme.resolved(columns)
     except UsageError as error:

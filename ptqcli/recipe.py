@@ -73,6 +73,8 @@ class Override:
     def apply(self, scheme: Scheme) -> Scheme:
         """``scheme`` with this override's changes. Where the activations change, so does a group size that goes with the old ones only."""
         activations, group_size = scheme.activations, scheme.group_size
+        if scheme.blocks is not None:
+            raise UsageError(f"override '{self.pattern}': {scheme} has bits and groups of its own; skip the linear instead")
         try:
             if self.abits is not None:
                 changed = None if self.abits == 16 else replace(activations or ActivationScheme(), bits=self.abits)
@@ -107,7 +109,8 @@ class Recipe:
     allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
     is what the tokenizer does.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
-    checkpoint is stored, one of ``ptqcli.formats.format_names``. for_tensor_parallel: GPUs that a server will cut
+    checkpoint is stored, one of ``ptqcli.formats.format_names``. gguf_type: a mix of block types, such as q4_k_m, in place of bits and
+    groups, of the format gguf (None: q4_k_m, unless bits or a scheme are given). for_tensor_parallel: GPUs that a server will cut
     every matrix over. blocks: name of the list of blocks, where it is not evident.
     finish: kl tunes the scales end to end (``finishing.tune_scales``) when all codes stand, none leaves them.
     adapter_rank: of the low-rank correction (``adapters.eora``) that is written beside the checkpoint, 0 for none.
@@ -133,6 +136,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
+    gguf_type: str | None = None
     for_tensor_parallel: int = 1
     blocks: str | None = None
     adapter_rank: int = 0
@@ -147,7 +151,6 @@ class Recipe:
             raise UsageError(
                 "an outlier threshold has no effect without an outlier split; give --outliers dynamic or static, or leave it out"
             )
-        find_format(self.format)
         check_calib(self.calib, self.nsamples)
         if self.nsamples is not None and self.nsamples < 1:
             raise UsageError(f"nsamples {self.nsamples} is not valid; give at least 1")
@@ -164,6 +167,9 @@ class Recipe:
 
     def _check_afterwards(self) -> None:
         """What is done when the codes stand."""
+        if find_format(self.format).one_file and (self.adapter_rank or self.finish != "none"):
+            flag = "--adapter-rank" if self.adapter_rank else "--finish"
+            raise UsageError(f"format {self.format} is one file, whose scales stand and which has no adapter; leave {flag} out")
         if not 0 <= self.adapter_rank <= LARGEST_ADAPTER_RANK:
             raise UsageError(f"adapter rank {self.adapter_rank} is out of range; give 1 to {LARGEST_ADAPTER_RANK}, or 0 for no adapter")
         if self.finish not in FINISHES:
@@ -226,6 +232,9 @@ class Recipe:
     def default_scheme(self) -> Scheme:
         """The scheme of every linear that no override changes. Raises UsageError for one that does not exist."""
         defaults = joined_defaults(self._built.values())
+        mix = self.mix
+        if mix is not None:
+            return find_format(self.format).usual_scheme(mix)
         if self.scheme is not None:
             return self._written_scheme(self.scheme, defaults)
         if defaults.fixed_by is not None and (self.group_size is not None or self.act_scales is not None):
@@ -239,6 +248,20 @@ class Recipe:
             activations=activations,
             outliers=self._outlier_split(activations, defaults),
         )
+
+    @property
+    def mix(self) -> str | None:
+        """What says the scheme of each linear, where the format chooses it. Raises UsageError for a mix beside a scheme."""
+        said = [name for name in ("scheme", *SCHEME_FIELDS) if getattr(self, name) is not None]
+        if said and self.gguf_type is not None:
+            raise UsageError(f"gguf type {self.gguf_type} says what the numbers are, so leave {said[0]} out")
+        if said or joined_defaults(self._built.values()) != SchemeDefaults():
+            return None
+        return self.gguf_type or find_format(self.format).usual_mix
+
+    def schemes_of_mix(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Scheme]:
+        """The scheme of each linear, by its path, where the format chooses it, see ``Format.assigned``."""
+        return {} if self.mix is None else find_format(self.format).assigned(self.mix, config, shapes)
 
     def _written_scheme(self, text: str, defaults: SchemeDefaults) -> Scheme:
         for name in SCHEME_FIELDS:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
+from ptqcli.errors import PTQError
+from ptqcli.formats import Format
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
 
@@ -102,3 +106,15 @@ def correlated_layer(out: int, columns: int, tokens: int, dtype: torch.dtype, se
     hessian.add(inputs)
     hessian.sums = hessian.sums.to(dtype)
     return weight.to(dtype), hessian
+
+
+Change = Callable[[dict[str, Tensor]], Any]
+
+
+def refused_when_damaged(stored_as: Format, scheme: Scheme, tensors: dict[str, Tensor], change: Change, message: str) -> None:
+    """The linear ``m`` is read from ``tensors``; after ``change`` it is refused, in one line that ``message`` is found in."""
+    stored_as.unpack("m", tensors.__getitem__, scheme)
+    change(tensors)
+    with pytest.raises(PTQError, match=message) as caught:
+        stored_as.unpack("m", tensors.__getitem__, scheme)
+    assert "\n" not in str(caught.value)

@@ -171,7 +171,8 @@ def test_kernels_folder_is_no_package() -> None:
 
 
 PARTS = {part.name for part in all_parts()}  # some formats have the names of the algorithms that they were made for
-FORMAT_NAME = re.compile("|".join(name.replace("-", ".?") for name in FORMATS if name not in PARTS), re.IGNORECASE)
+FILES = {"gguf"}  # is the name of a kind of file, too, which is read as a model
+FORMAT_NAME = re.compile("|".join(name.replace("-", ".?") for name in FORMATS if name not in PARTS | FILES), re.IGNORECASE)
 
 
 # Some are named for the library that wrote them first, whose kernels are timed there.

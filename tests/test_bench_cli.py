@@ -17,6 +17,7 @@ import torch
 from commandline import Answer, Ptq, one_line
 from tiny import make_model
 
+import ptqcli
 from ptqcli.bench import generation, machine, roofline
 from ptqcli.bench.linears import KernelPoint
 from ptqcli.bench.machine import Machine
@@ -119,6 +120,16 @@ REFUSED = [
     ("bench done --plot picture.pdf", 2, "only PNG is written"),
     ("bench model", 2, "is not quantized, so it has no kernels of its own; give --only model, or --shapes"),
 ]
+
+
+def test_a_file_that_is_decoded_has_no_kernels_of_its_own(ptq: Ptq, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    ptqcli.convert(Path(ptqcli.__file__).parent / "demo", "gguf", output=tmp_path / "model.gguf", gguf_type="q4_1")
+    said = one_line(ptq("bench", tmp_path / "model.gguf", "--only", "kernels"))
+    assert (
+        "model.gguf: Q4_1, Q6_K are decoded when the model is loaded; only Q4_0 and Q8_0 run packed, so it has no kernels of its own"
+        in said
+    )
 
 
 @pytest.mark.usefixtures("_no_waiting")

@@ -14,7 +14,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import correlated_layer, random_codes
+from layers import correlated_layer, random_codes, refused_when_damaged
 from packed import change_tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ import ptqcli
 from ptqcli.checkpoint.tensors import MemoryTensors
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.finishing.student import Student
-from ptqcli.formats import LinearSpec, find_format, no_codebooks
+from ptqcli.formats import LinearSpec, find_format, other_codes
 from ptqcli.formats.bitsandbytes import BITSANDBYTES
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.gguf_encode import holding_type
@@ -459,16 +459,15 @@ def test_negative_scales_and_what_has_them_are_held() -> None:
     assert "needs a column index" in str(BITSANDBYTES.refusal(spec_of("nf4-g64", moving_groups=True)))
 
 
-def test_formats_of_integers_hold_no_codebooks() -> None:
+def test_formats_of_integers_hold_other_codes() -> None:
     nf4 = Scheme.parse("nf4-g64")
     weight = round_to_nearest(torch.ones(32, 64), nf4, torch.float32, MinMax())
     for name in ("compressed-tensors", "gptq", "awq"):
         assert (
-            no_codebooks(find_format(name), nf4)
-            == f"{name} holds integers, not codes of nf4; give --format bitsandbytes, or --scheme w4a16"
+            other_codes(find_format(name), nf4) == f"{name} holds integers, not codes of nf4; give --format bitsandbytes, or --scheme w4a16"
         )
-        assert no_codebooks(find_format(name), Scheme(4, 64)) is None
-    assert no_codebooks(BITSANDBYTES, nf4) is None
+        assert other_codes(find_format(name), Scheme(4, 64)) is None
+    assert other_codes(BITSANDBYTES, nf4) is None
     with pytest.raises(PTQError, match="m: holds codes of nf4, and the format holds integers"):
         COMPRESSED_TENSORS.pack("m", weight)
 
@@ -522,10 +521,7 @@ def test_damaged_tensors_are_refused_by_name(kind: str) -> None:
     changed, message = DAMAGE[kind]
     scheme = Scheme.parse("nf4-g64")
     tensors = BITSANDBYTES.pack("m", round_to_nearest(torch.randn(4, 128), scheme, torch.float32, MinMax()))
-    BITSANDBYTES.unpack("m", tensors.__getitem__, scheme)
-    with pytest.raises(PTQError, match=message) as caught:
-        BITSANDBYTES.unpack("m", {**tensors, **changed}.__getitem__, scheme)
-    assert "\n" not in str(caught.value)
+    refused_when_damaged(BITSANDBYTES, scheme, tensors, lambda stored: stored.update(changed), message)
 
 
 @pytest.mark.parametrize(
@@ -564,9 +560,7 @@ def test_damaged_tensors_of_8_bits_are_refused_by_name(changed: dict[str, Tensor
         "m.SCB": torch.ones(4),
         "m.weight_format": torch.tensor(0, dtype=torch.uint8),
     }
-    BITSANDBYTES.unpack("m", tensors.__getitem__, INT8)
-    with pytest.raises(PTQError, match=message):
-        BITSANDBYTES.unpack("m", {**tensors, **changed}.__getitem__, INT8)
+    refused_when_damaged(BITSANDBYTES, INT8, tensors, lambda stored: stored.update(changed), message)
 
 
 def test_scales_that_are_not_those_of_the_scheme_are_not_written() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ptqcli.checkpoint.gguf_file import GGUFFile
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.pipeline.card import write_measured
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.report import REPORT_NAME, read_report
 from ptqcli.runtime import load_quantized
@@ -112,6 +114,32 @@ def test_only_what_has_to_be_is_rounded_anew_and_its_loss_is_told(shop: Path, tm
     assert {layer["scheme"] for layer in report["layers"]} == {"w4a16-g32"}
     stored = sum(SafetensorsFolder(tmp_path / "there").nbytes(name) for name in SafetensorsFolder(tmp_path / "there").names)
     assert done.bytes_after == report["bytes_after"] == stored
+
+
+def test_inspect_shows_both_errors_of_what_was_rounded_anew(ptq: Ptq, shop: Path, tmp_path: Path) -> None:
+    done = ptqcli.convert(shop / "mixed", "awq", output=tmp_path / "there", requantize="w4a16-g32")
+    shutil.copytree(shop / "mixed", tmp_path / "foreign")
+    (tmp_path / "foreign" / REPORT_NAME).unlink()
+    ptqcli.convert(tmp_path / "foreign", "awq", output=tmp_path / "of another program", requantize="w4a16-g32")
+    ptqcli.convert(tmp_path / "there", "compressed-tensors", output=tmp_path / "and on")
+    first = {layer["name"]: layer["relative_error"] for layer in read_report(shop / "mixed")["layers"]}  # type: ignore[index]
+    for name, known in (("there", first), ("and on", first), ("of another program", {})):
+        layers = json.loads(ptq("inspect", tmp_path / name, "--json").out)["layers"]
+        assert {layer["name"]: layer["relative_error"] for layer in layers if "relative_error" in layer} == known
+        assert {layer["name"]: layer["rounded_anew"] for layer in layers if layer.get("rounded_anew") is not None} == done.errors
+        shown = [line for line in ptq("inspect", tmp_path / name).out.splitlines() if "then rounded anew" in line]
+        assert len(shown) == 2
+        assert f"at an error of {done.errors['model.layers.0.mlp.down_proj']:.4f} of its weights" in shown[0]
+
+
+@pytest.mark.parametrize(
+    "converted", [[], "gptq", {"relative_errors": []}, {"relative_errors": {"m": "0.1"}}, {"relative_errors": {"m": 1e999}}]
+)
+def test_a_report_that_tells_of_no_conversion_is_damaged(ptq: Ptq, shop: Path, tmp_path: Path, converted: Any) -> None:
+    shutil.copytree(shop / "w4", tmp_path / "w4")
+    report = read_report(shop / "w4")
+    (tmp_path / "w4" / REPORT_NAME).write_text(json.dumps({**(report or {}), "converted": converted}))
+    assert "which no report of ptq quantize says" in one_line(ptq("inspect", tmp_path / "w4"))
 
 
 def test_the_card_tells_of_it_and_how_the_new_format_is_loaded(shop: Path, tmp_path: Path) -> None:
@@ -222,6 +250,30 @@ def test_numbers_go_into_the_card_once(ptq: Ptq, shop: Path, tmp_path: Path) -> 
     assert not (tmp_path / "there" / "README.md.tmp").exists()
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_was_measured_goes_where_codes_are_new_and_stays_where_they_stay(shop: Path, tmp_path: Path, adapter: bool) -> None:
+    shutil.copytree(shop / "adapted", tmp_path / "measured")
+    result = {"bos": False, "seqlen": 32, "stride": 32, "text": "text.txt", "tokens": 64, "perplexity": 77.125}
+    write_measured(tmp_path / "measured", [result], adapter)
+    ptqcli.convert(tmp_path / "measured", "gptq", output=tmp_path / "same")
+    ptqcli.convert(tmp_path / "measured", "awq", output=tmp_path / "anew", requantize="w4a16-g32")
+    same, anew = ((tmp_path / name / "README.md").read_text() for name in ("same", "anew"))
+    titles = [line for line in same.splitlines() if line.startswith("## ")]
+    measured = "## Measured, with its adapter" if adapter else "## Measured"
+    assert titles == ["## Loading it", "## Its adapter", measured, "## Worst layers", "## Notes", "## Recipe"]
+    assert "77.1250" in same
+    assert [line for line in anew.splitlines() if line.startswith("## ")] == ["## Loading it", "## Notes", "## Recipe"]
+    assert "77.1250" not in anew
+    for card, name, scheme, tags in ((same, "same", "w3a16-g32", "gptq w3a16-g32"), (anew, "anew", "w4a16-g32", "awq w4a16-g32")):
+        front, title = card.split("---\n")[1], card.split("\n# ")[1].splitlines()[0]
+        report = read_report(tmp_path / name) or {}
+        assert front.split("tags:\n")[1].splitlines() == [f"- {tag}" for tag in ("ptqcli", "quantized", "rtn", *tags.split())]
+        assert title == f"model, {scheme}"
+        assert f"| linears | {scheme} x 14 |" in card
+        assert f"| bits per weight | {report['bits_per_weight']:.3f} in them, everything stored for them counted |" in card
+        assert f"| size | {report['bytes_before'] / 1e6:,.1f} MB before, {report['bytes_after'] / 1e6:,.1f} MB after |" in card
+
+
 def test_a_card_of_somebody_else_is_left_alone(ptq: Ptq, shop: Path, tmp_path: Path) -> None:
     ptqcli.convert(shop / "w4", "gptq", output=tmp_path / "there")
     (tmp_path / "there" / "README.md").write_text("# Mine\n")
@@ -285,11 +337,14 @@ def test_what_cannot_be_a_gguf_file_or_come_from_one_is_told(ptq: Ptq, demo: Pat
     assert "was not written by ptqcli and will not be replaced" in one_line(refused)
     assert taken.read_bytes() == b"not ours"
     ours = tmp_path / "ours.gguf"
+    beside = shutil.copytree(demo / "w4", tmp_path / "w4")
+    assert ptq("convert", beside, "--to", "gguf", "--output", beside / "beside.gguf").code == 0
+    assert ptq("inspect", beside, "--json").out == ptq("inspect", demo / "w4", "--json").out.replace(str(demo / "w4"), str(beside))
     assert ptq("convert", demo / "w4-asym", "--to", "gguf", "--output", ours).code == 0
     assert "already exists" in one_line(ptq("convert", demo / "w4", "--to", "gguf", "--output", ours))
     decoded = one_line(ptq("convert", ours, "--to", "gptq", "--output", tmp_path / "no"))
-    assert "is in blocks that no scheme of ours holds" in decoded  # Q4_1
-    assert "--allow-requantize" in decoded
+    assert "gptq holds integers with free scales, not blocks of q4_1" in decoded
+    assert "--requantize SCHEME rounds such linears anew" in decoded
     assert ptq("convert", demo / "w4", "--to", "gguf", "--output", ours, "--overwrite").code == 0
     assert "is a GGUF file already" in one_line(ptq("convert", ours, "--to", "gguf"))
     assert "--gguf-type goes with --to gguf" in one_line(ptq("convert", demo / "w4", "--to", "gptq", "--gguf-type", "q8_0"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
+from ptqcli.pipeline.card import write_measured
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.tuning import LONGEST_WINDOW
@@ -278,6 +280,23 @@ def test_a_tuned_checkpoint_is_ours_to_replace_and_the_checkpoint_itself_is_not(
             ptqcli.tune_scales(made / "out", output=place, calib=text, overwrite=True, **SHORT)
 
 
+def test_what_was_measured_goes_where_scales_have_changed(made: Path, tmp_path: Path) -> None:
+    quantize(made / "model", recipe(made, adapter_rank=2), tmp_path / "out")
+    result = {"bos": False, "seqlen": 32, "stride": 32, "text": "text.txt", "tokens": 64, "perplexity": 77.125}
+    for adapter in (False, True):
+        write_measured(tmp_path / "out", [result], adapter)
+    for name, rate in (("tuned", SHORT["lr"]), ("untouched", 1e6)):  # the latter diverges
+        ptqcli.tune_scales(tmp_path / "out", output=tmp_path / name, calib=str(made / "text.txt"), **{**SHORT, "lr": rate})
+    titles = {
+        name: re.findall("^## .*", (tmp_path / name / "README.md").read_text(), re.MULTILINE) for name in ("out", "tuned", "untouched")
+    }
+    adapted = ["## Its adapter", "## Measured", "## Measured, with its adapter"]
+    rest = [title for title in titles["out"] if title not in adapted]
+    assert titles["out"] == [rest[0], *adapted, *rest[1:]]
+    assert titles["tuned"] == rest
+    assert titles["untouched"] == [rest[0], "## Measured", *rest[1:]]
+
+
 def test_an_adapter_does_not_go_along(made: Path, tmp_path: Path) -> None:
     quantize(made / "model", recipe(made, adapter_rank=2), tmp_path / "out")
     ptqcli.tune_scales(tmp_path / "out", output=tmp_path / "tuned", calib=str(made / "text.txt"), **{**SHORT, "steps": 1})
@@ -331,6 +350,21 @@ def test_another_model_is_refused(ptq: Ptq, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "out", tmp_path / "orphan")
     (tmp_path / "orphan" / "ptq_report.json").unlink()
     assert "name it with --model" in one_line(ptq("tune-scales", tmp_path / "orphan", "--output", tmp_path / "tuned"))
+
+
+def test_what_cannot_be_tuned_is_told_before_the_original_is_asked_for(ptq: Ptq, made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    quantize(made / "model", recipe(made, scheme="nf4-g32-double", format="bitsandbytes"), tmp_path / "nf4")
+    demo = Path(ptqcli.__file__).parent / "demo"
+    ptqcli.convert(demo, "gguf", output=tmp_path / "model.gguf", gguf_type="q8_0")
+    for folder in (made / "model", tmp_path / "nf4"):
+        shutil.copytree(folder, tmp_path / "orphans" / folder.name, ignore=shutil.ignore_patterns("ptq_report.json"))
+    for line, said in {
+        (tmp_path / "model.gguf",): "scales in a GGUF file are not tuned; tune those of the checkpoint",
+        (tmp_path / "orphans" / "model",): "is not quantized; run ptq quantize on it first",
+        (tmp_path / "orphans" / "nf4", "--no-norms"): "doubly quantized scales do not move one by one; leave --no-norms out",
+    }.items():
+        assert said in one_line(ptq("tune-scales", *line, "--output", tmp_path / "tuned"))
 
 
 def test_shown_defaults_are_those_of_the_method() -> None:

@@ -104,7 +104,7 @@ def check(shape: Shape, scheme: Scheme, tokens: int, device: torch.device, dtype
     or if it does not fit into memory.
     """
     size = _size_text(shape)
-    if scheme.codebook is not None:
+    if scheme.codebook is not None or scheme.blocks is not None:
         raise UsageError(f"{size}: {scheme} has no kernel of its own to time; choose a --scheme of integers such as w4a16-g64")
     if shape.in_features % scheme.columns_per_group(shape.in_features):
         raise UsageError(f"{size}: group size {scheme.group_size} does not divide its input features; choose another --scheme or --shapes")

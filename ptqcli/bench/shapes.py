@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptqcli.errors import UsageError
+from ptqcli.formats.gguf import decoded_note
 from ptqcli.formats.packed_checkpoint import open_checkpoint
+from ptqcli.model.gguf import is_gguf
 from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.runtime import same_input
@@ -96,6 +98,8 @@ def shapes_of(folder: Path) -> list[tuple[Shape, Scheme]]:
     folder is no quantized model, cannot be understood or has no such linear.
     """
     packed = open_checkpoint(folder)
+    if not packed.schemes and is_gguf(folder):
+        raise UsageError(f"{decoded_note(folder)}, so it has no kernels of its own; give --only model, or --shapes for kernels")
     if not packed.schemes:
         raise UsageError(f"{folder}: config.json names no linear of the model as quantized, so there is nothing to time")
     found: dict[tuple[int, int, Scheme], list[str]] = {}

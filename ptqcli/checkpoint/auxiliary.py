@@ -18,6 +18,8 @@ from ptqcli.untrusted import foreign
 TEMPLATES = "additional_chat_templates"
 ADAPTER = "adapter"  # folder in a checkpoint that holds an adapter for it
 
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
 # What transformers reads by these names, and mistral-common, for the tokenizer, processors, generation and chat templates; and the licence.
 AUXILIARY_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -27,13 +29,14 @@ AUXILIARY_FILES = (
     "emoji.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer",
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "audio_tokenizer_config.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    *LICENCES,
 )  # fmt: skip
 
 # What else a quantized model folder holds, finished or not. Anything of another name in one is somebody else's.
 WRITTEN_FILES = (
     "README.md", "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "shard-*.safetensors", "joined.safetensors", f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors",
+    "*.gguf",
 )  # fmt: skip
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
@@ -42,6 +45,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 def belongs_to_a_checkpoint(name: str) -> bool:
     """Whether a file of this name may have been written by `ptq quantize`, some under a temporary name first."""
     return _matches(name, AUXILIARY_FILES) or _matches(name.removesuffix(".tmp"), WRITTEN_FILES)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of this name says what may be done with the model."""
+    return _matches(name, LICENCES)
 
 
 def load_tokenizer(folder: Path, config: Any = None) -> Any:

@@ -1,8 +1,8 @@
 """The folder that ``ptq quantize`` writes when none is named: MODEL-ALGO-SCHEME, the algorithm's options that are not the usual ones, the
 finish.
 
-A scheme is the one of all linears, group size included; where they differ, it is the one that was asked for, with ``mixed`` behind it
-if overrides are the reason. What stands in no name (the calibration text, say) is told when such a folder is there already.
+A scheme is the mix, or the one of all linears, group size included; where they differ, it is the one that was asked for, with ``mixed``
+behind it if overrides are the reason. What stands in no name (the calibration text, say) is told when such a folder is there already.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def default_output(model: str | None, folder: Path, plan: Plan, *, overwrite: bo
     words = [
         "demo" if model is None else _model_name(model),
         plan.recipe.algo,
-        str(schemes[0] if len(schemes) == 1 else plan.recipe.default_scheme),
+        plan.recipe.mix or str(schemes[0] if len(schemes) == 1 else plan.recipe.default_scheme),
         *(["mixed"] if plan.recipe.overrides or plan.recipe.ignore else []),
         *_unusual_options(plan.recipe),
         *([] if plan.recipe.finish == "none" else [f"finish-{plan.recipe.finish}"]),

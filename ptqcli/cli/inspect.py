@@ -42,7 +42,8 @@ def command(checkpoint: str | None, as_json: bool) -> None:
     report: Mapping[str, Any] = {}
     if is_gguf(folder):
         tensors = open_tensors(folder)[1]
-        size, layers = tensors.stored_bytes(), _block_layers(tensors)
+        report = read_report(folder) or {}
+        size, layers = tensors.stored_bytes(), _block_layers(tensors, report)
     else:
         packed = open_checkpoint(folder) if quantized else None
         size = (packed.tensors if packed else SafetensorsFolder(folder)).total_bytes
@@ -71,7 +72,9 @@ def command(checkpoint: str | None, as_json: bool) -> None:
 
 def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each quantized linear with its scheme, its stored size, and what the report says of it."""
-    reported = {layer["name"]: layer for layer in report.get("layers", ())}
+    anew = report.get("converted", {}).get("relative_errors", {})  # also where the report has no layers: another program made them
+    reported: dict[str, Any] = {name: {"rounded_anew": error} for name, error in anew.items()}
+    reported |= {layer["name"]: layer for layer in report.get("layers", ())}
     layers = []
     for name, scheme in packed.schemes.items():
         spec, size = packed.spec(name), packed.nbytes(name)
@@ -87,10 +90,12 @@ def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[st
     return layers
 
 
-def _block_layers(tensors: GGUFTensors) -> list[dict[str, Any]]:
+def _block_layers(tensors: GGUFTensors, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each quantized matrix of a GGUF file, embeddings too, with ggml's name of its type in the place of a scheme."""
+    reported = {layer["name"]: layer for layer in report.get("layers", ())}
     return [
         {
+            **reported.get(name.rpartition(".")[0], {}),
             "name": name.rpartition(".")[0],
             "scheme": tensors.block_type(name),
             "shape": list(tensors.weight_shape(name)),

@@ -11,7 +11,7 @@ from ptqcli.pipeline.report import PARTIAL, REPORT_NAME
 
 def find_checkpoint(name: str | None) -> Path:
     """The folder of CHECKPOINT; None means the newest one that ``ptq quantize`` wrote below the working directory."""
-    return newest_checkpoint(Path.cwd()) if name is None else find_model(name)
+    return find_model(str(newest_checkpoint(Path.cwd())) if name is None else name)
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -251,6 +251,12 @@ FLAGS = {
             help="How the checkpoint is stored.",
         ),
         click.option(
+            "--gguf-type",
+            metavar="TYPE",
+            show_default="q4_k_m",
+            help="With --format gguf, a mix of block types in place of bits and groups: q2_k, q3_k_s, q4_k_m, q5_0, q6_k and the like.",
+        ),
+        click.option(
             "--for-tensor-parallel",
             type=int,
             metavar="N",

@@ -23,12 +23,26 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from ptqcli.model.gguf import is_gguf
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.runtime import load_quantized
 
 LARGEST_CHANGE = 0.5
+
+
+def check_tunable(checkpoint: PackedCheckpoint, vectors: bool) -> None:
+    """Raise UsageError for a checkpoint of which nothing can be trained. vectors: whether gains and biases are, too."""
+    if is_gguf(checkpoint.folder):
+        raise UsageError(
+            f"{checkpoint.folder}: scales in a GGUF file are not tuned; tune those of the checkpoint that it was made from, and give that "
+            "to `ptq convert --to gguf`"
+        )
+    if not vectors and all(scheme.double for scheme in checkpoint.schemes.values()):
+        raise UsageError(
+            f"{checkpoint.folder}: doubly quantized scales do not move one by one; leave --no-norms out, and the rest is tuned"
+        )
 
 
 class TunedLinear(nn.Module):
@@ -84,12 +98,11 @@ class Student:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, blocks: str, vectors: bool) -> None:
         self.checkpoint: PackedCheckpoint = open_checkpoint(folder, dtype)
+        check_tunable(self.checkpoint, vectors)
         self.model: Any = load_quantized(folder, device, dtype, kernel="reference", fuse=False).eval().requires_grad_(False)
         self._layers = {name: self._replace(name, device) for name in self.checkpoint.schemes}
         self.scales = {name: _scale_of(layer) for name, layer in self._layers.items() if not layer.quantized.scheme.double}
         self.vectors = dict(self._vectors()) if vectors else {}
-        if not self.tuned:
-            raise UsageError(f"{folder}: doubly quantized scales do not move one by one; leave --no-norms out, and the rest is tuned")
         for block in self.model.get_submodule(blocks).children():
             block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 

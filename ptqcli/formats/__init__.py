@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
@@ -26,6 +26,8 @@ from ptqcli.suggest import did_you_mean
 from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:  # a recipe names a format, and must not wait for torch
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -44,6 +46,7 @@ FORMATS = {
     "awq": "ptqcli.formats.awq:AWQ",
     "awq_gemv": "ptqcli.formats.awq:AWQ_GEMV",
     "bitsandbytes": "ptqcli.formats.bitsandbytes:BITSANDBYTES",
+    "gguf": "ptqcli.formats.gguf:GGUF_BLOCKS",
 }
 
 
@@ -67,6 +70,33 @@ class LinearSpec:
     signed_scales: bool = True
     aliases: tuple[str, ...] = ()
     weight_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All tensors of a checkpoint, packed or carried over, that are to become one file.
+
+    folder: where they lie. tensors: by their stored names. config: the model's. tokenizer: asked for where it is needed. mix: as in a
+    recipe, None where it named a scheme.
+    """
+
+    folder: Path
+    tensors: TensorSource
+    config: Any
+    tokenizer: Callable[[], Any]
+    mix: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """One file. name: of the file. pieces: its bytes, a buffer at a time; tell is told of each tensor, its number, and how many there are.
+
+    nbytes: of all tensors in it.
+    """
+
+    name: str
+    nbytes: int
+    pieces: Callable[[Callable[[str, int, int], None]], Iterator[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +129,8 @@ class Format(Protocol):
 
     name: as in a recipe and in FORMATS. packages: Python packages outside the core that a reader needs, each with what it is for.
     optional: last parts of names of tensors that files of other programs may lack. codebooks: whether it holds codes of codebooks, too.
+    blocks: whether it holds blocks, see ``numerics.blocks``. usual_mix: of the mixes of schemes that it has names for, that where nobody
+    names one; None where it has none. one_file: its checkpoints are one file each, made when all tensors are there (``assemble``).
     A class that derives from this one takes over what has a body here: a format that nothing else reads, under its own name.
     """
 
@@ -106,10 +138,32 @@ class Format(Protocol):
     packages: Mapping[str, str] = MappingProxyType({})
     optional: tuple[str, ...] = ()
     codebooks: bool = False
+    blocks: bool = False
+    one_file: bool = False
+    usual_mix: str | None = None
 
-    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
-        """The dtype in which scales are stored beside ``weights`` of that one. Codes are chosen for scales so rounded."""
+    def scale_dtype(self, weights: torch.dtype, scheme: Scheme) -> torch.dtype:
+        """The dtype in which scales of ``scheme`` are stored beside ``weights`` of that one. Codes are chosen for scales so rounded."""
         return weights
+
+    def usual_scheme(self, mix: str) -> Scheme:
+        """The scheme of most linears in ``mix``. Raises UsageError for one that the format does not have."""
+        raise UsageError(f"{self.name} has no mixes of types, so leave gguf_type out, or give --format gguf")
+
+    def assigned(self, mix: str, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Scheme]:
+        """The schemes of linears, by their paths, in a mix; others have ``usual_scheme``.
+
+        config: the model's. shapes: of all its tensors. Raises PTQError for a model that the format cannot hold.
+        """
+        return {}
+
+    def whole_bytes(self, mix: str | None, config: Any, shapes: Mapping[str, tuple[int, ...]], specs: Sequence[LinearSpec]) -> int:
+        """Bytes of all tensors of a checkpoint that is one file. specs: of the linears that are quantized; as it stands, theirs alone."""
+        return sum(map(self.stored_bytes, specs))
+
+    def assemble(self, parts: Parts) -> Assembly | None:
+        """What a checkpoint consists of in the end, if not of the tensors as they were packed; see ``one_file``."""
+        return None
 
     @abstractmethod
     def refusal(self, spec: LinearSpec) -> str | None:
@@ -198,8 +252,6 @@ def find_format(name: str) -> Format:
     Raises UsageError, listing what there is, for an unknown name, and PTQError, naming the package, for a format that cannot be loaded.
     """
     found = [entry for entry in _entries() if entry.name == name]
-    if not found and name == "gguf":
-        raise UsageError("format 'gguf' is one file and no folder: quantize with --group-size 32, then write it with ptq convert --to gguf")
     if not found:
         raise UsageError(f"format '{name}' is unknown; use {', '.join(format_names())}{did_you_mean(name, format_names())}")
     if len(found) > 1:
@@ -225,8 +277,10 @@ def format_of(config: Mapping[str, Any]) -> Format:
     )
 
 
-def no_codebooks(chosen: Format, scheme: Scheme) -> str | None:
-    """Why ``chosen`` holds no codes of ``scheme``, if these count levels and it holds integers only; None otherwise."""
+def other_codes(chosen: Format, scheme: Scheme) -> str | None:
+    """Why ``chosen`` holds no codes of ``scheme``, if these count levels or stand in blocks and it holds integers only; None otherwise."""
+    if scheme.blocks is not None and not chosen.blocks:
+        return f"{chosen.name} holds integers with free scales, not blocks of {scheme}, which --format gguf does"
     if scheme.codebook is None or chosen.codebooks:
         return None
     return f"{chosen.name} holds integers, not codes of {scheme.codebook}; give --format bitsandbytes, or --scheme w4a16"

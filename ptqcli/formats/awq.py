@@ -52,7 +52,7 @@ class Awq(Format):
     packages: Mapping[str, str] = {"gptqmodel": "loads the checkpoints, by itself or for transformers; ptq itself does not need it"}
     version = GEMM
 
-    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, weights: torch.dtype, scheme: Scheme) -> torch.dtype:
         """float16, in which readers look for scales, unless the model is bfloat16."""
         return torch.float16 if weights == torch.float32 else weights
 

@@ -65,7 +65,7 @@ class BitsAndBytes(Format):
     optional = ("weight_format",)
     codebooks = True
 
-    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, weights: torch.dtype, scheme: Scheme) -> torch.dtype:
         """float32, in which all of its kernels compute with them."""
         return torch.float32
 

@@ -34,6 +34,8 @@ def encode_weight(kind: BlockType, weight: Tensor, importance: Tensor | None = N
 
 def holding_type(scheme: Scheme, in_features: int) -> str | None:
     """The block type that holds the codes of ``scheme`` in rows of ``in_features``, None if none does."""
+    if scheme.blocks is not None:
+        return scheme.blocks.upper()
     if scheme.codebook is not None or scheme.columns_per_group(in_features) % LEGACY_BLOCK or in_features % LEGACY_BLOCK:
         return None
     if scheme.bits == 8:
@@ -51,6 +53,8 @@ def encode_codes(weight: QuantizedWeight) -> tuple[Tensor, bool]:
     very same numbers."""
     name = holding_type(weight.scheme, weight.codes.shape[1])
     assert name is not None
+    if weight.blocks is not None:
+        return encode(weight.blocks.with_codes(weight.codes)), True
     kind = LEGACY_TYPES[name]
     blocks = weight.codes.shape[1] // kind.columns
     scale, zero = (part.float().repeat_interleave(blocks // part.shape[1], dim=1) for part in (weight.scale, weight.zero))

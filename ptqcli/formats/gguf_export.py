@@ -10,7 +10,7 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from torch import Tensor
 import ptqcli
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.gguf_blocks import BLOCK_TYPES
-from ptqcli.checkpoint.gguf_file import GGUFFile, TensorInfo
+from ptqcli.checkpoint.gguf_file import ALIGNMENT, GGUFFile, TensorInfo
 from ptqcli.checkpoint.tensors import FLOATING, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats.gguf_encode import encode_codes, encode_weight, holding_type, is_in_blocks
 from ptqcli.formats.gguf_mix import find_mix, fitting_type, tensor_types
 from ptqcli.formats.gguf_tokenizer import tokenizer_keys
-from ptqcli.formats.gguf_writer import WRITER, WRITER_KEY, GGUFWriting, check_target
+from ptqcli.formats.gguf_writer import WRITER, WRITER_KEY, GGUFWriting, check_target, header_bytes
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint
 from ptqcli.model.classes import build_classes
 from ptqcli.model.gguf import GGUFTensors
@@ -53,6 +53,12 @@ class Entry:
         """The bytes ``data`` with their rows in llama.cpp's order."""
         return data if self.order is None else data.reshape(len(self.order), -1)[self.order]
 
+    def bytes(self) -> Tensor:
+        """Its bytes, rows in the order of the file."""
+        if self.make is None:
+            raise PTQError(f"{self.name}: nothing makes this tensor; this is a defect")
+        return self.in_file(self.make())
+
 
 @dataclass
 class ExportPlan:
@@ -77,6 +83,17 @@ class ExportPlan:
         return ExportPlan(self.metadata, entries, self.notes)
 
 
+def gguf_pieces(plan: ExportPlan, tell: Callable[[str, int, int], None] | None = None) -> Iterator[Any]:
+    """The bytes of the file of ``plan``, a buffer at a time; tell as for ``write_gguf``."""
+    yield header_bytes(plan.metadata, [entry.info for entry in plan.entries])
+    for number, entry in enumerate(plan.entries):
+        if tell is not None:
+            tell(entry.name, number, len(plan.entries))
+        data = entry.bytes()
+        yield data.contiguous().numpy().data
+        yield bytes(-data.nbytes % ALIGNMENT)
+
+
 def write_gguf(plan: ExportPlan, path: Path, overwrite: bool = False, tell: Callable[[str, int, int], None] | None = None) -> None:
     """Write the file of ``plan``. tell: is told of each tensor, its number, and how many there are.
 
@@ -86,9 +103,7 @@ def write_gguf(plan: ExportPlan, path: Path, overwrite: bool = False, tell: Call
         for number, entry in enumerate(plan.entries):
             if tell is not None:
                 tell(entry.name, number, len(plan.entries))
-            if entry.make is None:
-                raise PTQError(f"{entry.name}: nothing makes this tensor; this is a defect")
-            file.write(entry.info.name, entry.in_file(entry.make()))
+            file.write(entry.info.name, entry.bytes())
         written = GGUFFile(file.partial)  # which is to be read as any other
         GGUFTensors(written, read_config(written))
 
@@ -108,11 +123,12 @@ def plan_model(source: ModelSource, mix: str, importance: Mapping[str, Tensor] |
     return draft.finished(entries, mix, source.tokenizer())
 
 
-def plan_checkpoint(checkpoint: PackedCheckpoint, rest: str = "f16", tokenizer: Any = None) -> ExportPlan:
+def plan_checkpoint(checkpoint: PackedCheckpoint, rest: str = "f16", tokenizer: Any = None, mix: str | None = None) -> ExportPlan:
     """A quantized checkpoint, its codes as they are where a block type holds them, see ``gguf_encode``, otherwise the numbers they stand
     for in F16.
 
-    rest: the mix whose type embedding and head get. tokenizer: None for the one in the checkpoint's folder.
+    rest: the mix whose type embedding and head get. tokenizer: None for the one in the checkpoint's folder. mix: what the file is called,
+    None for the type of most matrices.
     Raises UsageError for an unknown mix and PTQError, by name, for what cannot be a GGUF file.
     """
     draft = _Draft(checkpoint.config, checkpoint.tensors, checkpoint.names, checkpoint.model, set(checkpoint.schemes))
@@ -127,7 +143,7 @@ def plan_checkpoint(checkpoint: PackedCheckpoint, rest: str = "f16", tokenizer: 
             entries.append(draft.entry(name, types[draft.in_file[name]]))
     kinds = [entry.info.kind.name for entry in entries if entry.name.removesuffix(".weight") in checkpoint.schemes]
     usual = max(set(kinds), key=kinds.count) if kinds else rest
-    plan = draft.finished(entries, usual.lower(), tokenizer or load_tokenizer(checkpoint.folder, checkpoint.config))
+    plan = draft.finished(entries, mix or usual.lower(), tokenizer or load_tokenizer(checkpoint.folder, checkpoint.config))
     plan.notes = codes.notes = [*plan.notes, *codes.notes]
     return plan
 
@@ -137,6 +153,7 @@ class _Codes:
 
     def __init__(self, checkpoint: PackedCheckpoint) -> None:
         self.checkpoint, self.notes = checkpoint, list[str]()
+        self._stored = frozenset(checkpoint.tensors.names)
         self._types = {name: self._type(name) for name in checkpoint.schemes}
         plain = [name for name, kind in self._types.items() if not BLOCK_TYPES[kind].quantized]
         if plain:
@@ -148,9 +165,10 @@ class _Codes:
             self.notes.append("llama.cpp quantizes activations in its own way; the checkpoint's scales of activations are left out")
 
     def _type(self, name: str) -> str:
-        spec = self.checkpoint.spec(name)
+        spec, linear = self.checkpoint.spec(name), self.checkpoint.stored_linear(name)
         held = holding_type(spec.scheme, spec.in_features)
-        if held is None or not is_in_blocks(self.checkpoint.weight(name)):
+        doubtful = spec.scheme.outliers is not None or f"{linear}.g_idx" in self._stored
+        if held is None or (doubtful and not is_in_blocks(self.checkpoint.weight(name))):
             return "F16"
         return held
 

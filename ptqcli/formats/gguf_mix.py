@@ -18,6 +18,8 @@ from ptqcli.numerics.blocks import LEGACY_BLOCK
 from ptqcli.numerics.k_quants import K_TYPES
 from ptqcli.suggest import did_you_mean
 
+PLAIN_REST = "f16"  # of embedding and head beside codes that are no mix
+USUAL_MIX = "q4_k_m"  # where nobody names one
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 LARGE = 80  # layers of the 70B models, whose values are shared by eight heads
 

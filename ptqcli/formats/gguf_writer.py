@@ -69,24 +69,10 @@ class GGUFWriting:
         self._left.discard(name)
 
     def _write_header(self, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
-        import numpy as np
-
-        gguf = gguf_package()
-        writer = gguf.GGUFWriter(self.partial, metadata["general.architecture"])
-        for key, value in metadata.items():
-            if key != "general.architecture":  # which the writer puts first
-                writer.add_key_value(key, value, *_value_type(gguf, key, value))
-        for tensor in tensors:
-            number = gguf.GGMLQuantizationType(tensor.kind.number)
-            byte_shape = (*tensor.shape[:-1], tensor.kind.row_bytes(tensor.shape[-1]))
-            writer.add_tensor_info(tensor.name, byte_shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=number)
+        header = header_bytes(metadata, tensors)
         with named(self.path):
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
-            sizes = [self.partial.stat().st_size, *(tensor.nbytes for tensor in tensors)]
-            os.truncate(self.partial, sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+            self.partial.write_bytes(header)
+            os.truncate(self.partial, len(header) + sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors))
 
     def _places(self) -> dict[str, StoredTensor]:
         """Where each tensor is to be, as a reader of the header finds it."""
@@ -104,6 +90,29 @@ class GGUFWriting:
                 os.fsync(file.fileno())
             os.chmod(self.partial, 0o666 & ~_umask())
             os.replace(self.partial, self.path)
+
+
+def header_bytes(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> bytes:
+    """What stands before the bytes of the tensors, which follow in this order, each filled up to a multiple of ALIGNMENT."""
+    import numpy as np
+
+    gguf = gguf_package()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"  # the package writes to files only
+        writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+        for key, value in metadata.items():
+            if key != "general.architecture":  # which the writer puts first
+                writer.add_key_value(key, value, *_value_type(gguf, key, value))
+        for tensor in tensors:
+            number = gguf.GGMLQuantizationType(tensor.kind.number)
+            byte_shape = (*tensor.shape[:-1], tensor.kind.row_bytes(tensor.shape[-1]))
+            writer.add_tensor_info(tensor.name, byte_shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=number)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return header + bytes(-len(header) % ALIGNMENT)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

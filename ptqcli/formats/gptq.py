@@ -54,7 +54,7 @@ class Gptq(Format):
     def __init__(self, version: str) -> None:
         self.name = version
 
-    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
+    def scale_dtype(self, weights: torch.dtype, scheme: Scheme) -> torch.dtype:
         """float16, in which readers look for scales, unless the model is bfloat16."""
         return torch.float16 if weights == torch.float32 else weights
 

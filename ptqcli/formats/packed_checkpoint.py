@@ -19,6 +19,7 @@ from ptqcli.model.classes import build_classes
 from ptqcli.model.config import build_on_meta, load_config
 from ptqcli.model.gguf import is_gguf
 from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.locate import only_file
 from ptqcli.model.names import DiskNames
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
@@ -148,6 +149,7 @@ def open_checkpoint(folder: str | Path, dtype: torch.dtype | None = None) -> Pac
     damaged, or does not fit its model.
     """
     folder = as_path(folder, "a checkpoint")
+    folder = only_file(folder) or folder
     check_argument(dtype, "dtype", torch.dtype, optional=True)
     if is_gguf(folder):
         return _open_gguf(folder, dtype)
@@ -172,8 +174,11 @@ def _single_file(folder: Path, entry: Mapping[str, Any]) -> str:
 
 
 def check_schemes(packed: PackedCheckpoint, wanted: Mapping[str, Scheme]) -> None:
-    """Raise PTQError, by name, if a checkpoint is not read with the schemes that its linears were written in."""
-    for name in {**wanted, **packed.schemes}:
+    """Raise PTQError, by name, if a checkpoint is not read with the schemes that its linears were written in.
+
+    In a format of one file a head may have been rounded to a type of its own when that was made.
+    """
+    for name in wanted if packed.format.one_file else {**wanted, **packed.schemes}:
         found, meant = packed.schemes.get(name), wanted.get(name)
         if found != meant:
             raise PTQError(

@@ -29,7 +29,7 @@ def find_model(name: str | None) -> Path:
         raise UsageError("the model's name is empty; give a folder or a hub id")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _only_file(folder) or folder
+        return only_file(folder) or folder
     if folder.is_file() and folder.suffix == GGUF:
         return folder
     if folder.is_file():
@@ -39,7 +39,7 @@ def find_model(name: str | None) -> Path:
     return _fetch(name)
 
 
-def _only_file(folder: Path) -> Path | None:
+def only_file(folder: Path) -> Path | None:
     """The GGUF file of a folder that holds one and no other model; None for any other folder. Raises UsageError if it holds several."""
     files = sorted(path for path in folder.glob(f"*{GGUF}") if path.is_file())
     if not files or any(folder.glob("*.safetensors")) or (folder / "config.json").exists():

@@ -68,6 +68,11 @@ class Skeleton:
         self.linears = [site for index in range(len(self.blocks)) for site in self._sites(index)]
         self.before, self.units, self.after = self._units()
 
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors of the model by their names in memory."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+
     def _sites(self, index: int) -> Iterator[LinearSite]:
         prefix = self.block_prefix(index)
         for local, module in self.blocks[index].named_modules():

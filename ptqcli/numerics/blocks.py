@@ -6,13 +6,13 @@ The legacy types have blocks of 32 weights with one fp16 scale ``d``, and where 
 
 the K-quants super-blocks of 256, see ``k_quants``. How both lie in bytes is ``checkpoint.gguf_blocks``'s.
 
-To a solver, blocks are a grid like others: a scale and a zero point, no whole number as a rule, for each group of neighbouring columns. What
-sets them apart is that the grids of a row are found at once, before any code is: a step is a whole multiple of ``d``.
+To a solver, blocks are a grid like others: a scale and a zero point, no whole number as a rule, for each group of neighbouring columns.
+What sets them apart is that the grids of a row are found at once, before any code is: a step is a whole multiple of ``d``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -85,6 +85,16 @@ class LegacyBlocks:
         usable = torch.where(d == 0, 1, d)
         return Grid(Int(self.kind.bits), usable, torch.full_like(d, self.middle) if self.m is None else -self.m.float() / usable)
 
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """What a row is linear in: values in units of what a block shares, float32 [out, in], with that, fp16 [out, B]."""
+        if self.m is None:
+            return [((self.codes.float() - self.middle).flatten(1), self.d)]
+        return [(self.codes.float().flatten(1), self.d), (torch.ones_like(self.codes, dtype=torch.float32).flatten(1), self.m)]
+
+    def with_shared(self, shared: Sequence[Tensor]) -> LegacyBlocks:
+        """Other d, and m where there is one, in the order of ``parts``."""
+        return replace(self, d=shared[0]) if self.m is None else replace(self, d=shared[0], m=shared[1])
+
     def with_codes(self, codes: Tensor) -> LegacyBlocks:
         """The same grid with other codes, whole numbers [out, in]."""
         return replace(self, codes=codes.to(torch.uint8).reshape(self.codes.shape))
@@ -121,6 +131,11 @@ def rows_of(one: Blocks, other: Blocks, wanted: Tensor) -> Blocks:
 def moved(blocks: Blocks, device: torch.device) -> Blocks:
     """``blocks`` on ``device``."""
     return _each(blocks, lambda part: part.to(device))
+
+
+def all_finite(blocks: Blocks) -> bool:
+    """Whether every scale and minimum is a finite number."""
+    return all(bool(torch.isfinite(part).all()) for part in _parts(blocks).values() if part.is_floating_point())
 
 
 def _each(blocks: Blocks, change: Callable[[Tensor], Tensor]) -> Blocks:

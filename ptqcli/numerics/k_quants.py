@@ -12,6 +12,7 @@ computed in float32 in this order, as ``dequantize_row_q4_K`` and its like in gg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,6 +104,18 @@ class SuperBlocks:
     def _middle(self, like: Tensor) -> Tensor:
         assert self.kind.middle is not None
         return torch.full_like(like, self.kind.middle)
+
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """What a row is linear in: values in units of what a super-block shares, float32 [out, in], with that, fp16 [out, B]."""
+        codes = self.codes.reshape(*self.scales.shape, self.kind.columns).float() - (self.kind.middle or 0)
+        steps = (self.scales.float()[..., None] * codes).flatten(1)
+        if self.mins is None or self.dmin is None:
+            return [(steps, self.d)]
+        return [(steps, self.d), (-self.mins.float().repeat_interleave(self.kind.columns, dim=-1).flatten(1), self.dmin)]
+
+    def with_shared(self, shared: Sequence[Tensor]) -> SuperBlocks:
+        """Other d, and dmin where there is one, in the order of ``parts``."""
+        return replace(self, d=shared[0]) if self.dmin is None else replace(self, d=shared[0], dmin=shared[1])
 
     def with_codes(self, codes: Tensor) -> SuperBlocks:
         """The same grid with other codes, whole numbers [out, in]."""

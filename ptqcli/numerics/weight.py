@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class QuantizedWeight:
             scale, zero = scale.float(), zero.float()
         blocks = None if grid.blocks is None else in_rows(grid.blocks, rows)
         return cls(codes=codes.to(torch.uint8), scale=scale, zero=zero, scheme=scheme, double=grid.double, blocks=blocks)
+
+    @classmethod
+    def of_blocks(cls, blocks: Blocks, scheme: Scheme) -> QuantizedWeight:
+        """What ``blocks`` hold."""
+        return cls.on_grid(blocks.codes.flatten(1), replace(blocks.grid(), blocks=blocks), scheme, torch.float32)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values of the codes, [out, in], computed in float32 and rounded once to ``dtype`` (default: the scale's).

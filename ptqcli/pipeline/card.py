@@ -30,6 +30,9 @@ FOLDER = "path/to/this/folder"  # in what a reader is told to write
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels
 WORST_LAYERS = 5
 MEASURED = "## Measured"
+ITS_ADAPTER = "## Its adapter"
+WORST = "## Worst layers"
+STALE = (MEASURED, f"{MEASURED}, with its adapter", ITS_ADAPTER)  # sections that hold for these very codes and scales
 MOST_NAMES = 8
 # Keys that a card hands on to the card of what is made of the model, where they are one plain word or address.
 CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -66,7 +69,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         "",
         *_loading(plan.readers),
         *_adapter(plan),
-        "## Worst layers",
+        WORST,
         "",
         *_worst_layers(report),
     ]
@@ -87,18 +90,28 @@ def tuning_text(tuning: TuningReport) -> str:
 
 
 def tuned_card(text: str, tuning: TuningReport) -> str:
-    """The card ``text`` of ours, with what was done to the scales since."""
-    lines = text.splitlines()
+    """The card ``text`` of ours, with what was done to the scales since; the adapter, which fits the old ones, has not come along.
+
+    What was measured goes, too, unless the scales are as they were.
+    """
+    lines = _without(text.splitlines(), STALE if tuning.best_step else STALE[1:])
     place = next(number for number, line in enumerate(lines) if MADE_BY in line) + 1
     return "\n".join([*lines[:place], "", tuning_text(tuning), *lines[place:]]) + "\n"
 
 
 def converted_card(
-    text: str, checkpoint: Path, formats: tuple[str, str], schemes: Sequence[str], errors: Mapping[str, float], readers: tuple[Reader, ...]
+    text: str,
+    checkpoint: Path,
+    formats: tuple[str, str],
+    schemes: tuple[Sequence[str], Sequence[str]],
+    facts: Mapping[str, str],
+    errors: Mapping[str, float],
+    readers: tuple[Reader, ...],
 ) -> str:
-    """The card of a checkpoint in another format. text: its card so far, of ours or of others. formats: the old one and the new one.
+    """The card of a checkpoint in another format. text: its card so far, of ours or of others. formats, schemes: the old and the new ones.
 
-    errors: relative, of the linears that were rounded anew.
+    facts: what its table says now, by the name of the row. errors: relative, of the linears that were rounded anew; where there are any,
+    what the card says of errors, the adapter and what was measured goes.
     """
     old, new = formats
     done = f"It was {CONVERTED_BY} from {old} to {new}" + (
@@ -109,9 +122,12 @@ def converted_card(
     loading = ["## Loading it", "", *_loading(readers)]
     if not is_card(text):
         front = ["---", "library_name: transformers", *(f"{key}: {value}" for key, value in _carried(checkpoint).items())]
-        tags = ["tags:", *(f"- {tag}" for tag in ("ptqcli", "quantized", new, *schemes)), "---", ""]
-        return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes)}", "", done, "", *loading]) + "\n"
-    lines = [f"- {new}" if line == f"- {old}" else line for line in text.splitlines() if CONVERTED_BY not in line]
+        tags = ["tags:", *(f"- {tag}" for tag in ("ptqcli", "quantized", new, *schemes[1])), "---", ""]
+        return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes[1])}", "", done, "", *loading]) + "\n"
+    lines = [_as_it_is(line, facts) for line in text.splitlines() if CONVERTED_BY not in line]
+    lines = _tagged_anew(lines, [old, *schemes[0]], [new, *schemes[1]])
+    if errors:
+        lines = _without(lines, (*STALE, WORST))
     place = next((number for number, line in enumerate(lines) if MADE_BY in line), lines.index("## Loading it") - 2) + 1
     begin, end = _section(lines, "## Loading it")
     return "\n".join([*lines[:place], "", done, *lines[place:begin], *loading, *lines[end:]]) + "\n"
@@ -121,6 +137,31 @@ def _section(lines: Sequence[str], title: str) -> tuple[int, int]:
     """Where the section of this title begins, and where it ends."""
     begin = lines.index(title)
     return begin, next((number for number in range(begin + 1, len(lines)) if lines[number].startswith("## ")), len(lines))
+
+
+def _as_it_is(line: str, facts: Mapping[str, str]) -> str:
+    """A line of the card, with what ``facts`` says of it if it is that row of the table."""
+    what = line.removeprefix("| ").partition(" | ")[0]
+    return f"| {what} | {facts[what]} |" if line.startswith("| ") and what in facts else line
+
+
+def _tagged_anew(lines: Sequence[str], old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """``lines`` with the tags ``new`` in the place of ``old``, format and schemes, and the schemes in the title."""
+    end = next((number for number, line in enumerate(lines) if line.startswith("# ")), len(lines))
+    front = [line for line in lines[:end] if line not in {f"- {tag}" for tag in old}]
+    place = front.index("---", 1) if "---" in front[1:] else len(front)
+    title = [f"{line.partition(', ')[0]}, {', '.join(new[1:])}" for line in lines[end : end + 1]]
+    return [*front[:place], *(f"- {tag}" for tag in new), *front[place:], *title, *lines[end + 1 :]]
+
+
+def _without(lines: Sequence[str], titles: Sequence[str]) -> list[str]:
+    """``lines`` without the sections of these titles."""
+    kept = list(lines)
+    for title in titles:
+        if title in kept:
+            begin, end = _section(kept, title)
+            del kept[begin:end]
+    return kept
 
 
 def check_card(folder: Path) -> None:
@@ -150,7 +191,7 @@ def measured_card(text: str, results: Sequence[Mapping[str, Any]], adapter: bool
     if title in old:
         begin, end = _section(old, title)
     else:
-        begin = end = next((number for number, line in enumerate(old) if line in ("## Worst layers", "## Notes", "## Recipe")), len(old))
+        begin = end = next((number for number, line in enumerate(old) if line in (WORST, "## Notes", "## Recipe")), len(old))
     return "\n".join([*old[:begin], *lines, *old[end:]]).rstrip() + "\n"
 
 
@@ -206,19 +247,27 @@ def _carried(source: Path | None) -> dict[str, str]:
     return {found[1]: found[2] for found in pairs if found[1] in CARRIED_KEYS}
 
 
+def stored_facts(schemes: Mapping[str, int], bits_per_weight: float, bytes_before: int, bytes_after: int) -> dict[str, str]:
+    """What the card says of what is stored. schemes: how many linears have each. bytes_before: of the original."""
+    return {
+        "linears": ", ".join(f"{scheme} x {count}" for scheme, count in schemes.items()),
+        "bits per weight": f"{bits_per_weight:.3f} in them, everything stored for them counted",
+        "size": f"{bytes_before / 1e6:,.1f} MB before, {bytes_after / 1e6:,.1f} MB after",
+    }
+
+
 def _facts(plan: Plan, report: Report, base: str) -> Iterator[tuple[str, str]]:
     recipe = plan.recipe
     yield "made from", base
     yield "algorithm", recipe.algo
-    yield "linears", ", ".join(f"{scheme} x {count}" for scheme, count in plan.schemes().items())
-    yield "bits per weight", f"{report.bits_per_weight:.3f} in them, everything stored for them counted"
+    counts = {str(scheme): count for scheme, count in plan.schemes().items()}
+    yield from stored_facts(counts, report.bits_per_weight, report.bytes_before, report.bytes_after).items()
     if plan.skipped:
         more = f" and {len(plan.skipped) - MOST_NAMES} more" if len(plan.skipped) > MOST_NAMES else ""
         yield "left as they are", ", ".join(f"`{name}` ({reason})" for name, reason in plan.skipped[:MOST_NAMES]) + more
     if plan.needs_calibration:
         named = [Share(Path(share.source).name, share.windows) for share in plan.texts.shares]
         yield "calibration", f"{shares_text(named, plan.seqlen)}, seed {recipe.seed}"
-    yield "size", f"{report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after"
     yield "made with", f"ptqcli {ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
@@ -228,7 +277,8 @@ def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
             yield f"{reader.name} does not load it: {reader.refusal}."
             yield ""
             continue
-        yield from (f"In {reader.name} (`{reader.install}`):", "", f"```{reader.language}")
+        install = f" (`{reader.install}`)" if reader.needs else ""
+        yield from (f"In {reader.name}{install}:", "", f"```{reader.language}")
         yield from (reader.code_for(FOLDER), "```", "")
     yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", f'ptq generate {FOLDER} "text"', "```", "")
 
@@ -238,7 +288,7 @@ def _adapter(plan: Plan) -> Iterator[str]:
     rank = plan.recipe.adapter_rank
     if not rank:
         return
-    yield from ("## Its adapter", "")
+    yield from (ITS_ADAPTER, "")
     yield f"`{ADAPTER}` holds low-rank matrices (EoRA, rank {rank}) that correct the error of each quantized linear. It is optional:"
     yield from ("", "```sh", f"ptq eval {FOLDER} --adapter")
     yield f"vllm serve {FOLDER} --enable-lora --max-lora-rank {_served_rank(rank)} --lora-modules corrected={FOLDER}/{ADAPTER}"

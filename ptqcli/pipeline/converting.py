@@ -7,6 +7,7 @@ rounded anew; what that costs is measured, ``|W' - W|_F / |W|_F`` between what t
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +22,14 @@ from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint, copy_a
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import UsageError
-from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_codebooks
+from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
 from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
-from ptqcli.model.gguf import is_gguf
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import SquaredError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
-from ptqcli.pipeline.card import CARD_NAME, converted_card
+from ptqcli.pipeline.card import CARD_NAME, converted_card, stored_facts
 from ptqcli.pipeline.folder import check_room, growing
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
@@ -40,12 +40,14 @@ SHARD_BYTES = 2_000_000_000  # of tensors that are in memory at once, or the lar
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """What is about to be done. specs: the linears as they will be. anew: those that are rounded anew, and why."""
+    """What is about to be done. schemes: of the linears as they are. specs: the linears as they will be. anew: those that are rounded anew,
+    and why."""
 
     checkpoint: Path
     output: Path
     source_format: str
     target: Format
+    schemes: Mapping[str, Scheme]
     specs: dict[str, LinearSpec]
     anew: dict[str, str]
     notes: tuple[str, ...]
@@ -134,15 +136,14 @@ def convert(
 
 
 def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: Scheme | None, output: Path) -> ConversionPlan:
-    _refuse_decoded(packed, skeleton)
     specs, anew = {}, {}
     for name in packed.schemes:
         stored = packed.spec(name)
-        dtype = target.scale_dtype(stored.scale_dtype)
+        dtype = target.scale_dtype(stored.scale_dtype, stored.scheme)
         spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=dtype, moving_groups=_moves_groups(packed, name))
-        reason = no_codebooks(target, spec.scheme) or target.refusal(spec) or _inexact(packed, stored, spec, target)
+        reason = other_codes(target, spec.scheme) or target.refusal(spec) or _inexact(packed, stored, spec, target)
         if reason is not None:
-            spec = _rounded_anew(spec, target, scheme, reason, packed.folder)
+            spec = _rounded_anew(spec, stored.scale_dtype, target, scheme, reason, packed.folder)
             anew[name] = reason
         specs[name] = spec
     untouched = skeleton.plain_names(specs)
@@ -161,6 +162,7 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         output=output,
         source_format=packed.format.name,
         target=target,
+        schemes=packed.schemes,
         specs=specs,
         anew=anew,
         notes=(*target.notes(chosen), *tried),
@@ -169,16 +171,6 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         bytes_before=packed.tensors.total_bytes,
         bytes_after=plain + sum(map(target.stored_bytes, chosen)),
     )
-
-
-def _refuse_decoded(packed: PackedCheckpoint, skeleton: Skeleton) -> None:
-    """Of a GGUF file, blocks that are no codes of a scheme would become plain numbers."""
-    decoded = [site.name for site in skeleton.linears if site.name not in packed.schemes]
-    if is_gguf(packed.folder) and decoded:
-        raise UsageError(
-            f"{packed.folder}: {decoded[0]} is in blocks that no scheme of ours holds, so nothing is converted; "
-            f"ptq quantize {packed.folder} --allow-requantize rounds the model anew"
-        )
 
 
 def _moves_groups(packed: PackedCheckpoint, name: str) -> bool:
@@ -201,14 +193,15 @@ def _inexact(packed: PackedCheckpoint, stored: LinearSpec, spec: LinearSpec, tar
     return f"its scales are {have}, and {target.name} stores {takes}, which does not hold them"
 
 
-def _rounded_anew(spec: LinearSpec, target: Format, scheme: Scheme | None, reason: str, where: Path) -> LinearSpec:
+def _rounded_anew(spec: LinearSpec, dtype: torch.dtype, target: Format, scheme: Scheme | None, reason: str, where: Path) -> LinearSpec:
     if scheme is None:
         raise UsageError(
             f"{where}: {target.name} does not hold {spec.name} as it is: {reason}; --requantize SCHEME rounds such linears anew, at a loss"
         )
-    new = replace(spec, scheme=scheme.resolved(spec.in_features), moving_groups=False)
+    resolved = scheme.resolved(spec.in_features)
+    new = replace(spec, scheme=resolved, scale_dtype=target.scale_dtype(dtype, resolved), moving_groups=False)
     new.scheme.group_count(spec.in_features)
-    still = no_codebooks(target, new.scheme) or target.refusal(new)
+    still = other_codes(target, new.scheme) or target.refusal(new)
     if still is not None:
         raise UsageError(f"{where}: {target.name} does not hold {spec.name} in {new.scheme} either: {still}; name another scheme")
     return new
@@ -271,28 +264,32 @@ def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> 
     old = read_report(plan.checkpoint)
     files = [name for name in folder.made_names() if belongs_to_a_checkpoint(name)]
     report = old or {"source": str(plan.checkpoint.resolve()), "recipe": {"algo": "none", "calib": "none", "nsamples": None}, "layers": []}
+    bits = 8 * sum(map(plan.target.stored_bytes, plan.specs.values())) / sum(map(_weights, plan.specs.values()))
     changed = {
         "ptqcli": ptqcli.__version__,
         "recipe": {**report["recipe"], "format": plan.target.name},
-        "layers": [_layer(layer, plan) for layer in report["layers"]],
-        "bits_per_weight": 8 * sum(map(plan.target.stored_bytes, plan.specs.values())) / sum(map(_weights, plan.specs.values())),
+        "layers": [_layer(layer, plan, work.errors) for layer in report["layers"]],
+        "bits_per_weight": bits,
         "bytes_after": work.bytes,
         "converted": {"from": plan.source_format, "relative_errors": work.errors},
         "files": files,
     }
     write_json(folder, REPORT_NAME, {**report, **changed})
+    counts = Counter(sorted(str(spec.scheme) for spec in plan.specs.values()))
     card = plan.checkpoint / CARD_NAME
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     formats = plan.source_format, plan.target.name
-    schemes = sorted({str(spec.scheme) for spec in plan.specs.values()})
-    folder.write(CARD_NAME, [converted_card(text, plan.checkpoint, formats, schemes, work.errors, plan.readers).encode()])
+    schemes = sorted(map(str, {*plan.schemes.values()})), list(counts)
+    facts = stored_facts(counts, bits, report.get("bytes_before", 0), work.bytes)
+    folder.write(CARD_NAME, [converted_card(text, plan.checkpoint, formats, schemes, facts, work.errors, plan.readers).encode()])
 
 
-def _layer(layer: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
+def _layer(layer: Mapping[str, Any], plan: ConversionPlan, errors: Mapping[str, float]) -> dict[str, Any]:
     spec = plan.specs.get(layer["name"])
     if spec is None:
         return dict(layer)
-    return {**layer, "scheme": str(spec.scheme), "bits_per_weight": 8 * plan.target.stored_bytes(spec) / _weights(spec)}
+    anew = {"rounded_anew": errors[spec.name]} if spec.name in errors else {}
+    return {**layer, "scheme": str(spec.scheme), "bits_per_weight": 8 * plan.target.stored_bytes(spec) / _weights(spec), **anew}
 
 
 def _weights(spec: LinearSpec) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from ptqcli.errors import UsageError
 from ptqcli.formats.gguf_export import ExportPlan, plan_checkpoint, plan_model, write_gguf
-from ptqcli.formats.gguf_mix import find_mix
+from ptqcli.formats.gguf_mix import PLAIN_REST, USUAL_MIX, find_mix
 from ptqcli.formats.gguf_writer import check_target
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.config import load_config
@@ -21,8 +21,6 @@ from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.progress import Progress
 
 GGUF = "gguf"
-REST = "f16"  # of a quantized checkpoint's embedding and head
-USUAL_MIX = "q4_k_m"  # of a model that is not quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,9 @@ def export(model: Path, output: Path, *, mix: str | None = None, overwrite: bool
     """Write the model or quantized checkpoint in ``model`` to the file ``output``.
 
     mix: of a model that is not quantized, the types of its matrices, USUAL_MIX where it is None; of a quantized checkpoint, whose linears
-    keep their codes, the types of embedding and head, REST where it is None.
+    keep their codes, the types of embedding and head, PLAIN_REST where it is None.
+    ``output`` may lie in the folder of the model, as files on the hub do: whoever reads that folder goes by its config.json and
+    safetensors files, which stay.
     Raises UsageError for what cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     start = time.perf_counter()
@@ -71,4 +71,4 @@ def export(model: Path, output: Path, *, mix: str | None = None, overwrite: bool
 def _plan(model: Path, mix: str | None) -> ExportPlan:
     if getattr(load_config(model), "quantization_config", None) is None:
         return plan_model(open_source(model), mix or USUAL_MIX)
-    return plan_checkpoint(open_checkpoint(model), mix or REST)
+    return plan_checkpoint(open_checkpoint(model), mix or PLAIN_REST)

@@ -72,6 +72,7 @@ def check_output(output: Path, model: Path | None, overwrite: bool, inputs: Sequ
         raise UsageError(f"{str(output)!r}: is no path ({error}); choose another --output") from error
     if resolved == resolved.parent:
         raise UsageError(f"{output}: is the root of the file system; choose another --output")
+    _check_outside(output, resolved, model, inputs)
     into = is_written_into(resolved)
     _check_names(output, resolved, "" if into else PARTIAL)
     if into or not os.path.lexists(resolved):
@@ -145,6 +146,15 @@ def _check_names(output: Path, resolved: Path, ending: str) -> None:
         )
     if len(os.fsencode(resolved)) + len(ending) + LONGEST_INSIDE >= PATH_BYTES:
         raise UsageError(f"{str(output)[:40]}...: the path is too long for the files in it; choose a shorter --output")
+
+
+def _check_outside(output: Path, resolved: Path, model: Path | None, inputs: Sequence[Path]) -> None:
+    """A checkpoint in the folder of a model would go with it when that is copied, moved or removed. A folder of texts is no such folder:
+    what lies in its subfolders is not read, and it may be the one that the user works in."""
+    above = [place for place in resolved.parents if place.exists()]
+    for source in filter(None, (model, *inputs)):
+        if (source / "config.json").is_file() and any(os.path.samefile(place, source) for place in above):
+            raise UsageError(f"{output}: lies in {source}, the folder of a model that this run reads; choose an --output outside of it")
 
 
 def _check_sources(output: Path, resolved: Path, model: Path | None, inputs: Sequence[Path]) -> None:

@@ -70,6 +70,7 @@ def quantize(
         )
         with clock.measure("write"):
             work.written.finish_tensors()
+            report = replace(report, bytes_after=work.written.bytes)
         if recipe.finish != "none":
             with clock.measure("tune"):
                 report = replace(report, tuning=work.tune())

@@ -48,7 +48,12 @@ def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) ->
 def _planned(original: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
     """The model as transforms of the whole model rewrite it, and its plan."""
     found = rewritten(original, recipe)
-    plan = make_plan(recipe, found.skeleton, resources, choose_texts=choose_texts)
+    linears, of_mix = (
+        {site.name for site in found.skeleton.linears},
+        recipe.schemes_of_mix(found.skeleton.config, found.skeleton.tensor_shapes),
+    )
+    assigned = {name: scheme for name, scheme in of_mix.items() if name in linears}
+    plan = make_plan(recipe, found.skeleton, resources, assigned, choose_texts)
     plan = replace(plan, notes=(*found.left_out, *plan.notes))
     return found.skeleton, _with_rewrites(plan, original, found.skeleton, found.rewrites, resources) if found.rewrites else plan
 

@@ -25,6 +25,7 @@ REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without a
 
 # What is shown of the recipe, which is stored whole.
 RECIPE_TYPES: dict[str, Any] = {"algo": str, "calib": str, "nsamples": int | None}
+CONVERTED_TYPES: dict[str, Any] = {"relative_errors": dict[str, float]}  # of what `ptq convert` adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class LayerReport:
     """One quantized linear. relative_error: ``|W X - Y|_F / |W X|_F`` over the calibration inputs, with ``Y`` the output of the quantized
     linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. inputs_all_zero:
     calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. adapter_error: as relative_error, with
-    the adapter, None without one. The other fields are those of
-    ``solvers.SolveNotes``."""
+    the adapter, None without one. rounded_anew: ``|W' - W|_F / |W|_F`` from what the codes stood for before `ptq convert --requantize`
+    rounded them once more; relative_error is still that of the run before. The other fields are those of ``solvers.SolveNotes``."""
 
     name: str
     scheme: str
@@ -50,6 +51,7 @@ class LayerReport:
     bias_corrected: bool = False
     inputs_all_zero: bool = False
     adapter_error: float | None = None
+    rounded_anew: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,17 +207,21 @@ def make_report(
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report in ``folder``, or None for a folder that `ptq quantize` did not write. Raises PTQError for a damaged one."""
-    path = folder / REPORT_NAME
+    """The report in ``folder``, or of a file that is a whole checkpoint the one beside it; None for what `ptq quantize` did not write.
+
+    Raises PTQError for a damaged one.
+    """
+    path = (folder.parent if folder.is_file() else folder) / REPORT_NAME
     if not path.is_file():
         return None
     report = read_json(path)
     if not report.keys() >= REPORT_KEYS:
         raise PTQError(f"{path}: not a report of ptq quantize; delete it, or quantize again")
-    wrong = _wrong(report, {**get_type_hints(Report), "ptqcli": str}) or _wrong(report["recipe"], RECIPE_TYPES)
+    wrong = _wrong(report, {**get_type_hints(Report), "ptqcli": str, "converted": dict[str, Any]}) or _wrong(report["recipe"], RECIPE_TYPES)
+    wrong = wrong or _wrong(report.get("converted", {}), CONVERTED_TYPES)
     if wrong is not None:
         raise PTQError(f"{path}: {wrong}, which no report of ptq quantize says; delete it, or quantize again")
-    return report
+    return report if path.parent == folder or folder.name in report.get("files", ()) else None
 
 
 def _wrong(entry: Mapping[str, Any], hints: Mapping[str, Any]) -> str | None:
@@ -234,6 +240,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and value.keys() >= needed and _wrong(value, get_type_hints(hint)) is None
     if get_origin(hint) is list or inner[1:] == (...,):
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if get_origin(hint) is dict:  # JSON has no other keys than strings
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
     if get_origin(hint) is tuple:
         return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
     if hint is float:

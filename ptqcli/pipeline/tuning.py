@@ -21,7 +21,7 @@ from ptqcli.checkpoint.writer import safetensors_pieces, write_json
 from ptqcli.errors import UsageError
 from ptqcli.estimate import LIBRARY_BYTES, TEXT_READER_BYTES
 from ptqcli.finishing.estimate import tuning_bytes
-from ptqcli.finishing.student import Student
+from ptqcli.finishing.student import Student, check_tunable
 from ptqcli.finishing.teacher import Teacher
 from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, Outcome, TuneScales, Tuning, check_windows, windows_at_once
 from ptqcli.formats import LinearSpec
@@ -93,11 +93,13 @@ def tune_scales(
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     start = time.perf_counter()
+    packed = open_checkpoint(checkpoint)
+    check_tunable(packed, options.norms)
     origin = _original(checkpoint, model)
     sources = [source_path(share.source) for share in read_calib(request.calib)]
     inputs = [path for path in (checkpoint, *sources, data_dir) if path is not None and path.exists()]
     check_output(output, origin, overwrite, inputs)
-    packed, source = open_checkpoint(checkpoint), ModelFolder(checkpoint)
+    source = ModelFolder(checkpoint)
     skeleton = Skeleton(open_source(origin, allow_requantize=True), request.blocks)
     _check_pair(packed, skeleton)
     maker = TextMaker(recipe=request, skeleton=skeleton, resources=resources, data_dir=data_dir, progress=progress)

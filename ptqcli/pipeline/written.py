@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ptqcli.adapters.files import adapter_files
-from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint
+from ptqcli.checkpoint.auxiliary import ADAPTER, auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files, is_licence
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.formats import Parts
 from ptqcli.formats.packed_checkpoint import check_schemes, open_checkpoint
 from ptqcli.model.skeleton import Unit
 from ptqcli.pipeline.card import CARD_NAME, model_card
@@ -59,9 +61,36 @@ class WrittenUnits:
     def finish_tensors(self) -> None:
         """Give the shards their names and write what a reader needs beside them."""
         self._writer.finish()
+        if self._run.format.one_file:
+            self._assemble()
+            return
         self._run.skeleton.source.write_auxiliary(self._folder)
         for file, entries in self._described().items():
             write_json(self._folder, file, entries)
+
+    def _assemble(self) -> None:
+        """Make one file of the shards, which then go."""
+        run, folder = self._run, self._folder
+        run.progress.phase(f"writing all tensors to one {run.format.name} file")
+        shards = folder.made_names()
+        source = run.skeleton.source
+        parts = Parts(
+            folder=folder.path,
+            tensors=SafetensorsFolder(folder.path),
+            config=run.skeleton.config,
+            tokenizer=source.tokenizer,
+            mix=run.plan.recipe.mix,
+        )
+        assembly = run.format.assemble(parts)
+        assert assembly is not None
+        tell = run.progress.step
+        folder.write(f"{assembly.name}.tmp", assembly.pieces(lambda name, number, count: tell(number + 1, count, name)))
+        folder.rename(f"{assembly.name}.tmp", assembly.name)
+        self.bytes = assembly.nbytes
+        for shard in shards:
+            folder.remove(shard)
+        if source.folder is not None and source.folder.is_dir():
+            copy_auxiliary_files(source.folder, [name for name in auxiliary_files(source.folder) if is_licence(name)], folder)
 
     def finish(self, report: Report) -> Report:
         """Write what is left, behind ``finish_tensors``; then read it all as it lies on the disk.

@@ -88,7 +88,9 @@ class _Loader:
         self._parameters: dict[str, nn.Parameter] = {}
 
     def run(self, fuse: bool) -> None:
-        schemes = self.checkpoint.schemes
+        schemes = {name: scheme for name, scheme in self.checkpoint.schemes.items() if scheme.blocks is None}
+        for name in self.checkpoint.schemes.keys() - schemes.keys():
+            self._decode(name)
         together = same_input(self.model, kind_of(self.checkpoint.config), schemes) if fuse else [[name] for name in schemes]
         for names in together:
             self._replace(names)
@@ -110,6 +112,16 @@ class _Loader:
             for name, part in zip(joinable, parts, strict=True):
                 self.model.set_submodule(name, part)
 
+    def _decode(self, name: str) -> None:
+        """Fill a linear whose blocks no kernel here multiplies with what they stand for."""
+        weight, bias = self._read_linear(name)
+        linear = self.model.get_submodule(name)
+        values = weight.dequantize(torch.float32)
+        self._check_range(name, values)
+        linear._parameters["weight"] = nn.Parameter(values.to(self.device, self.dtype), requires_grad=False)
+        if bias is not None:
+            linear._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+
     def _layer(self, names: Sequence[str], weight: QuantizedWeight, bias: Tensor | None) -> nn.Module:
         try:
             return quantized_linear(weight, bias, self.dtype, self.device, self.kernel)
@@ -119,7 +131,8 @@ class _Loader:
     def _read_linear(self, name: str) -> tuple[QuantizedWeight, Tensor | None]:
         weight = self.checkpoint.weight(name)
         columns = None if weight.outliers is None else weight.outliers.weight
-        levels = weight.scheme.levels if weight.scheme.codebook is None else None  # scales of codebooks stay in float32
+        free = weight.scheme.codebook is None and weight.scheme.blocks is None  # the scales of others stay in float32
+        levels = weight.scheme.levels if free else None
         for part, values in (("scales", weight.scale), ("input scale", weight.input_scale), ("outlier columns", columns)):
             if values is not None:
                 self._check_range(f"{name}: its {part}", values, None if values is columns else levels)

@@ -135,10 +135,10 @@ class BlockLearner(BlockSolver):
         return self.learn_window - 1
 
     def refusal(self, scheme: Scheme) -> str | None:
-        """Outlier columns, which no published method learns around, and codes that are no integers."""
+        """Outlier columns, which no published method learns around, and codes that are no integers with scales of their own."""
         if scheme.outliers is not None:
             return f"{self.name} does not learn beside outlier columns; give --outliers none, or choose gptq or rtn"
-        if not isinstance(scheme.element, Int):
+        if not isinstance(scheme.element, Int) or scheme.blocks is not None:
             return f"{self.name} learns the rounding of integers, not of scheme {scheme}; choose gptq or rtn"
         return None
 

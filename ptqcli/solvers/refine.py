@@ -21,8 +21,8 @@ one; ``H W^T``, which b needs, is the same in all rounds.
 What is solved for is the step from the old scales, with RIDGE, as a share of A's mean diagonal, added to A: a group of zero codes, which
 has no say in the objective, keeps its scale. Scales are rounded to their stored dtype, and a row takes the new ones only if its
 objective falls with them. A scale may become negative, where the grid has signed ones, but neither zero nor too small for its dtype. Zero
-points stay, and so do doubly quantized scales and those of blocks, which are not free to move by themselves. With one scale for the whole
-matrix the systems of all rows are summed.
+points stay, and so do doubly quantized scales, which are not free to move by themselves; blocks have a refit of their own
+(``refine_blocks``). With one scale for the whole matrix the systems of all rows are summed.
 
 Left out: the best column at each step, or pairs of columns (CDQuant, arXiv 2406.17542), which save a few per cent more for many
 times the work; new zero points, with which a row's system would be twice as wide.
@@ -30,6 +30,7 @@ times the work; new zero points, with which a row's system would be twice as wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -89,12 +90,20 @@ def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds
     """
     if not rounds:
         return quantized
-    work = Refinement(weight, hessian, quantized, signed)
+    work = _refinement(weight, hessian, quantized, signed)
     for _ in range(rounds):
-        if not quantized.scheme.fitted_together:
+        if not quantized.scheme.double:
             work.refit()
         work.descend()
     return work.result()
+
+
+def _refinement(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, signed: bool) -> Refinement:
+    if quantized.blocks is None:
+        return Refinement(weight, hessian, quantized, signed)
+    from ptqcli.solvers.refine_blocks import BlockRefinement  # which derives from the class here
+
+    return BlockRefinement(weight, hessian, quantized, signed)
 
 
 def polish_bytes(out_features: int, in_features: int) -> int:
@@ -156,18 +165,13 @@ class Refinement:
         """The best scales that the stored dtype holds, [groups, rows]; of rows that would not gain, those of ``scale``."""
         if self.quantized.scheme.group_size == WHOLE_MATRIX:
             A, b = A.sum(dim=0, keepdim=True), b.sum(dim=0, keepdim=True)
-        dtype, old = self.quantized.scale.dtype, scale.t()[: len(b)].double()  # [rows, groups]
-        left = b - torch.einsum("rgh,rh->rg", A, old)
-        diagonal = A.diagonal(dim1=1, dim2=2)
-        ridge = RIDGE * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
-        factor, failed = torch.linalg.cholesky_ex(A + torch.diag_embed(ridge))
-        new = (old + torch.cholesky_solve(left.unsqueeze(2), factor).squeeze(2)).to(dtype).double()
-        d = new - old
-        rise = (d * (torch.einsum("rgh,rh->rg", A, d) - 2 * left)).sum(dim=1)
+        old = scale.t()[: len(b)].double()  # [rows, groups]
+        return stepped(A, b, old, self.quantized.scale.dtype, self._usable).t().to(scale.dtype).expand_as(scale)
+
+    def _usable(self, new: Tensor, old: Tensor) -> Tensor:
+        dtype = self.quantized.scale.dtype
         size = new.abs() if self.signed else new
-        usable = torch.isfinite(new) & (size >= SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny))
-        gains = (rise < 0) & (failed == 0) & usable.all(dim=1)
-        return torch.where(gains.unsqueeze(1), new, old).t().to(scale.dtype).expand_as(scale)
+        return size >= SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny)
 
     def descend(self) -> None:
         """Each column once takes the codes that are best for the others as they stand."""
@@ -197,3 +201,19 @@ class Refinement:
             codes = torch.empty_like(codes).index_copy_(0, self.place, codes)
         scale = self.scale.t().to(self.quantized.scale.dtype)
         return replace(self.quantized, codes=codes.t().contiguous(), scale=scale.contiguous())
+
+
+def stepped(A: Tensor, b: Tensor, old: Tensor, dtype: torch.dtype, usable: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The best unknowns of ``A s = b`` in what ``dtype`` holds, for rows that gain by them; for others ``old``, float64 [rows, unknowns].
+
+    usable: of new ones and old ones, where the new ones may stand.
+    """
+    left = b - torch.einsum("rgh,rh->rg", A, old)
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
+    factor, failed = torch.linalg.cholesky_ex(A + torch.diag_embed(ridge))
+    new = (old + torch.cholesky_solve(left.unsqueeze(2), factor).squeeze(2)).to(dtype).double()
+    d = new - old
+    rise = (d * (torch.einsum("rgh,rh->rg", A, d) - 2 * left)).sum(dim=1)
+    gains = (rise < 0) & (failed == 0) & (torch.isfinite(new) & usable(new, old)).all(dim=1)
+    return torch.where(gains.unsqueeze(1), new, old)

@@ -53,10 +53,13 @@ class AWQ(BlockTransform):
         return [_scale(block, fold) for fold in block.folds if block.readers(fold)]
 
     def finish(self, block: FoldedBlock) -> None:
-        """Clip every linear to quantize; columns that a static split takes out are not part of its groups."""
+        """Clip every linear to quantize; columns that a static split takes out are not part of its groups. Blocks are left to the search of
+        their own, which fits the grids of a row at once."""
         for local, spec in block.specs.items():
             if not self.clip:
                 return
+            if spec.scheme.blocks is not None:
+                continue
             block.tell(f"awq searches ranges for {local}")
             weight, samples, split = block.weight(local), block.inputs(local).sampled(), spec.scheme.outliers
             outliers = block.outliers(local)

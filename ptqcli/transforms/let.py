@@ -68,7 +68,9 @@ class LET(BlockTransform):
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Its clipping is that of integers."""
-        return None if scheme.codebook is None else f"let learns beside the clipping of integers, not of scheme {scheme}; choose awq"
+        if scheme.codebook is None and scheme.blocks is None:
+            return None
+        return f"let learns beside the clipping of integers, not of scheme {scheme}; choose awq"
 
     def learning_bytes(self, weights: int, largest: int, features: int, tokens: int) -> int:
         """See ``BlockTransform``: a rounded copy of each weight and its gradient, the graph of one, what a pass keeps for the gradients."""

@@ -63,6 +63,42 @@ def test_what_an_empty_volume_holds_does_not_count(model: Path, tmp_path: Path) 
     assert (tmp_path / "out" / "lost+found").is_dir()
 
 
+@pytest.mark.parametrize("command", ["quantize", "convert", "tune-scales"])
+@pytest.mark.parametrize("place", ["{model}/out", "{model}/new/out", "{model}/empty", "{link}/out", "{inside}/out", "."])
+def test_a_place_in_the_folder_that_is_read_is_refused(
+    ptq: Ptq, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str
+) -> None:
+    read = tmp_path / "read"
+    if command == "quantize":
+        shutil.copytree(model, read)
+    else:
+        quantize(model, PLAIN, read)
+    (read / "empty").mkdir()
+    (tmp_path / "link").symlink_to(read)
+    (tmp_path / "inside").symlink_to(read / "empty")
+    monkeypatch.chdir(read / "empty")
+    output = place.format(model=read, link=tmp_path / "link", inside=tmp_path / "inside")
+    flags = {"quantize": ["--algo", "rtn"], "convert": ["--to", "gptq"]}.get(command, [])
+    before = sorted(read.rglob("*"))
+    answer = ptq(command, read, *flags, "--output", output)
+    assert answer.code == 2
+    assert f"lies in {read}, the folder of a model that this run reads; choose an --output outside of it" in one_line(answer)
+    assert sorted(read.rglob("*")) == before
+
+
+def test_a_tuned_checkpoint_in_the_folder_of_the_original_is_refused(ptq: Ptq, model: Path, tmp_path: Path) -> None:
+    quantize(model, PLAIN, tmp_path / "out")
+    answer = ptq("tune-scales", tmp_path / "out", "--output", model / "tuned")
+    assert f"lies in {model}, the folder of a model" in one_line(answer)
+
+
+def test_a_folder_of_texts_or_of_models_may_hold_the_output(ptq: Ptq, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("One line of a text. " * 99)
+    flags = ("--nsamples", "2", "--seqlen", "16", "--group-size", "32")
+    assert ptq("quantize", tmp_path / "model", "--calib", tmp_path, "--output", tmp_path / "out", *flags).code == 0
+
+
 def test_the_working_directory_may_be_the_output(ptq: Ptq, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,18 +1,27 @@
-"""Kind: a guess about a server made a hard refusal.
+"""Kind: a guess about a server made a hard refusal; and what a server finds in config.json.
 
 Linears that read one tensor are found by running the model. Of these vLLM joins q, k and v, gate and up, the two first matrices of latent
 attention, and two pairs of a gated delta rule: they must share a scheme. All others may differ, and a note says that they do.
+
+A joined matrix is asked for under a name of its own, in each format by other rules. docs/servers.md lists them; those of vLLM 0.33 are
+followed here.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from tiny import TOKENS, byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
+import ptqcli
+from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import UsageError
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.numerics.scheme import Scheme
@@ -101,3 +110,89 @@ def test_whole_sets_may_differ_from_the_rest(models: dict[str, Path], model: str
 def test_linears_that_nothing_is_known_of_may_differ(names: tuple[str, str]) -> None:
     group = {f"block.attn.{names[0]}": W4, f"block.attn.{names[1]}": W8}
     assert COMPRESSED_TENSORS.fused_refusal(group) is None
+
+
+# What a server finds in config.json
+
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+Found = tuple[int, int] | None  # bits and group size; None for what stays as it is
+
+
+def parts_of(name: str) -> list[str]:
+    """The names in the checkpoint of what ``name`` is joined of, or its own."""
+    path, _, leaf = name.rpartition(".")
+    return [f"{path}.{part}" for part in PARTS.get(leaf, (leaf,))] if path else [name]
+
+
+def same(answers: Iterable[bool], name: str) -> bool:
+    """The one answer for all parts of ``name``; vLLM stops where they differ."""
+    [answer] = {*answers} if len({*answers}) == 1 else pytest.fail(f"the parts of {name} differ")
+    return answer
+
+
+def by_compressed_tensors(entry: Mapping[str, Any], name: str, stored: set[str]) -> Found:
+    """``ignore`` lists a module or all of its parts; a target is its name, those of all of its parts, or a part of its class."""
+    if same([part in entry["ignore"] for part in parts_of(name)], name):
+        return None
+    groups = {target: group["weights"] for group in entry["config_groups"].values() for target in group["targets"]}
+    parts = [part for part in parts_of(name) if part in groups]
+    found = groups[parts[0]] if len(parts) == len(parts_of(name)) else None if name == "lm_head" else groups["Linear"]
+    return found["num_bits"], found["group_size"] or -1
+
+
+def by_gptq(entry: Mapping[str, Any], name: str, stored: set[str]) -> Found:
+    """``modules_in_block_to_quantize``, or else the tensors, tell by parts of names; ``dynamic`` by the joined name, from its start."""
+    assert not entry["desc_act"]
+    named = [one for several in entry.get("modules_in_block_to_quantize", []) for one in several] or stored
+    if not same([any(one in part for one in named) for part in parts_of(name)], name) or (name == "lm_head" and not entry["lm_head"]):
+        return None
+    rules = ((rule, changes) for rule, changes in entry.get("dynamic", {}).items() if re.match(rule[2:], name))
+    rule, changes = next(rules, ("", {}))
+    return None if rule.startswith("-:") else tuple({**entry, **changes}[key] for key in ("bits", "group_size"))  # type: ignore[return-value]
+
+
+def by_awq(entry: Mapping[str, Any], name: str, stored: set[str]) -> Found:
+    """``modules_to_not_convert`` holds parts of names; what it does not reach is quantized, all alike, but for the head."""
+    skipped = same([any(plain in part for plain in entry["modules_to_not_convert"] or []) for part in parts_of(name)], name)
+    return None if skipped or name == "lm_head" else (entry["bits"], entry["group_size"])
+
+
+RULES = {"compressed-tensors": by_compressed_tensors, "gptq": by_gptq, "gptq_v2": by_gptq, "awq": by_awq}
+SKIPS = {
+    "all alike": (),
+    "a linear left in one block": (skip(r"\.0\..*o_proj"),),
+    "a joined matrix left in one block": (skip(r"\.1\..*[qkv]_proj"),),
+    "a joined matrix left in all": (skip(r"gate_proj|up_proj"),),
+}
+WIDER = {
+    "a wider linear": (Override(r"down_proj", bits=8),),
+    "a wider joined matrix in one block": (Override(r"\.0\..*[qkv]_proj", bits=8, group_size=32),),
+    "both, and one left": (
+        Override(r"\.0\..*[qkv]_proj", bits=8),
+        Override(r"gate_proj|up_proj", group_size=32),
+        skip(r"\.1\..*down_proj"),
+    ),
+}
+SERVED = [(name, kind) for name in RULES for kind in (SKIPS if name == "awq" else {**SKIPS, **WIDER})]
+
+
+@pytest.mark.parametrize(("name", "kind"), SERVED)
+def test_a_server_finds_the_scheme_of_every_matrix(models: dict[str, Path], tmp_path: Path, name: str, kind: str) -> None:
+    overrides = [{key: value for key, value in vars(each).items() if value} for each in {**SKIPS, **WIDER}[kind]]
+    ptqcli.quantize(models["llama"], output=tmp_path / "out", algo="rtn", group_size=16, format=name, overrides=overrides)
+    packed = ptqcli.open_checkpoint(tmp_path / "out")
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    stored = {tensor.rpartition(".")[0] for tensor in SafetensorsFolder(tmp_path / "out").names if tensor.endswith("qweight")}
+    blocks = [f"model.layers.{index}" for index in range(2)]
+    for module in [
+        f"{block}.{each}" for block in blocks for each in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]:
+        [scheme] = {packed.schemes.get(part) for part in parts_of(module)}
+        assert RULES[name](entry, module, stored) == (None if scheme is None else (scheme.bits, scheme.group_size)), module
+    assert RULES[name](entry, "lm_head", stored) is None
+
+
+def test_a_rule_notices_a_joined_matrix_of_which_a_part_is_left() -> None:
+    entry = {"ignore": ["a.q_proj"], "config_groups": {}}
+    with pytest.raises(pytest.fail.Exception, match=r"the parts of a\.qkv_proj differ"):
+        by_compressed_tensors(entry, "a.qkv_proj", set())

@@ -205,7 +205,7 @@ OTHER_FORMATS = (
 def other_formats(folder: Path, random: mutate.Source) -> object:
     format_, scheme = random.choice([(find_format(name), Scheme.parse(scheme)) for name, scheme in OTHER_FORMATS])
     exact = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    tensors = format_.pack("m", round_to_nearest(exact, scheme, format_.scale_dtype(torch.float16), MinMax()))
+    tensors = format_.pack("m", round_to_nearest(exact, scheme, format_.scale_dtype(torch.float16, scheme), MinMax()))
     for _ in range(random.choice((1, 1, 2)) if random.changes else 0):
         name = random.choice(sorted(tensors))
         tensors[name] = wrong_tensor(tensors[name].clone(), random)
