@@ -62,9 +62,9 @@ def our_perplexity(folder: Path) -> float:
 
 
 def check_perplexity(folder: Path, model: Any, scales: str) -> None:
-    """``ptq eval`` of a folder and whoever loaded ``model`` from it say the same. The twin: with the scales of some linears half as large
-    again, it says something else. scales: how the names of their tensors end."""
+    """``ptq eval`` of a folder and whoever loaded ``model`` from it say the same. The twin: with scales a tenth larger, it says something
+    else. scales: how the names of their tensors end."""
     theirs = their_perplexity(model)
     assert abs(our_perplexity(folder) / theirs - 1) < SAME_PERPLEXITY
-    change_tensor(folder, lambda tensors: [tensor.mul_(1.5) for name, tensor in tensors.items() if name.endswith(scales)])
+    change_tensor(folder, lambda tensors: [tensor.mul_(1.1) for name, tensor in tensors.items() if name.endswith(scales)])
     assert abs(our_perplexity(folder) / theirs - 1) > SAME_PERPLEXITY
