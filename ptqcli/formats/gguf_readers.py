@@ -1,7 +1,7 @@
-"""What is known of the programs that read GGUF files: llama.cpp and what is built on it, transformers, vLLM, SGLang.
+"""What is known of the programs that read GGUF files: llama.cpp and what is built on it, transformers, vLLM.
 
-llama.cpp multiplies blocks as they are, ``tests/loaders`` runs it. transformers decodes all of them when it loads the file. vLLM and SGLang
-have kernels for all of these types, take one file, and want the tokenizer of the model beside it; neither is tested here.
+llama.cpp multiplies blocks as they are, ``tests/loaders`` runs it. transformers decodes all of them when it loads the file. vLLM has had no
+loader of such files since 0.33.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ def readers(auto_class: str) -> list[Reader]:
         Reader(name="llama.cpp", code="llama-cli -m {folder}/*.gguf", language="sh"),
         Reader(name="llama-cpp-python", needs=("llama-cpp-python",), code=python),
         Reader(name="transformers", needs=("transformers", "gguf"), code=code),
-        Reader(name="vLLM", needs=("vllm",), code="vllm serve {folder}/*.gguf --tokenizer ORIGINAL", language="sh"),
+        Reader(name="vLLM", refusal="it has no loader of GGUF files since 0.33"),
     ]

@@ -88,6 +88,14 @@ def test_the_demo_model_is_as_good_in_llama_cpp(mix: str, tmp_path: Path) -> Non
     assert abs(theirs / ours - 1) < 0.01
 
 
+@pytest.mark.parametrize("mix", ["q5_k_m", "q4_k_m", "q4_1", "q4_0", "q3_k_m", "q2_k"])
+def test_codes_with_error_feedback_are_as_good_in_llama_cpp(mix: str, tmp_path: Path) -> None:
+    quantize(demo_model(), output=tmp_path / "out", format="gguf", gguf_type=mix, nsamples=16, seqlen=256)
+    theirs, ours, same_tokens = perplexities(next((tmp_path / "out").glob("*.gguf")))
+    assert same_tokens
+    assert abs(theirs / ours - 1) < 0.01
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_checkpoint_is_as_good_in_llama_cpp(scheme: str, tmp_path: Path) -> None:
     quantize(demo_model(), output=tmp_path / "out", algo="rtn", scheme=scheme)
