@@ -108,7 +108,7 @@ class Skeleton:
             largest = max(self.stacks, key=lambda name: self.stacks[name])
             raise PTQError(
                 f"{largest}: {share:.0%} of the weights in the model's matrices are in stacks like this one of "
-                f"{list(self.model.get_parameter(largest).shape)}, whose matrices the model does not multiply one by one, or not as the file has them"
+                f"{list(self.model.get_parameter(largest).shape)}, whose matrices are not multiplied one by one, or not stored so that they can be"
             )
 
     def _refuse_few(self, probe: Probe) -> None:

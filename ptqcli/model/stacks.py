@@ -2,8 +2,8 @@
 
 Models with mixtures of experts keep the matrices of a layer's experts in one parameter, [experts, out, in] or [experts, in, out], and
 multiply the tokens that are routed to expert ``e`` with the slice ``[e]``. ``Matrices`` stands in the place of such a parameter. It is no
-tensor: what is asked of it (a slice, and a product with that) is handed to ``multiply``, and everything else to ``other``. So the module's own
-code runs as it is, while each product is made by a linear, whatever that is by then.
+tensor: what is asked of it (a slice, and a product with that) is handed to ``multiply``, and everything else to ``other``. So the module's
+own code runs as it is, while each product is made by a linear, whatever that is by then.
 
 ``Watched`` stands there while a model runs once without weights, and tells whether a parameter is used in this way and no other.
 """
@@ -64,7 +64,7 @@ class Matrix:
         return rows[::-1] if self.turned else rows
 
     @property
-    def T(self) -> Matrix:  # noqa: N802 - as tensors call it
+    def T(self) -> Matrix:
         """The transpose."""
         return Matrix(self.stack, self.index, not self.turned)
 
