@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.errors import PTQError
+from ptqcli.model.choices import each_on_all
 from ptqcli.model.mixtures import Mixture
 
 
@@ -55,28 +55,12 @@ def _alike_stages(stages: Sequence[Sequence[str]], mixtures: Sequence[Mixture]) 
 def feed_all(experts: nn.Module, name: str, count: int) -> Any:
     """Have ``experts``, when it is called, run each of them on all tokens first; gives what takes that back. name: for messages.
 
-    Whatever hooks do with the inputs of their linears, they see every token; the outputs stay those of the routed call behind it. What
-    says to which experts each token goes is the tensor of whole numbers among the arguments, [tokens, choices]. The hook raises PTQError
-    where there is none.
+    Whatever hooks do with the inputs of their linears, they see every token; the outputs stay those of the routed call behind it. The hook
+    raises PTQError where nothing says which expert gets which token.
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        shapes = {value.shape for value in (*args, *kwargs.values()) if _is_choice(value)}
-        if not shapes:
+        if not sum(1 for _output in each_on_all(module, count, args, kwargs)):
             raise PTQError(f"{name}: is not told by numbers which expert gets which token; use --expert-calibration routed")
-        for number in range(count):
-            chosen = [_first_choice(value, shapes, number) for value in args]
-            module.forward(*chosen, **{key: _first_choice(value, shapes, number) for key, value in kwargs.items()})
 
     return experts.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool
-
-
-def _first_choice(value: Any, shapes: set[torch.Size], number: int) -> Any:
-    """Of what has an entry for each choice of each token the first one, which is expert ``number``."""
-    if not isinstance(value, Tensor) or value.shape not in shapes:
-        return value
-    return torch.full_like(value[:, :1], number) if _is_choice(value) else value[:, :1]
