@@ -19,6 +19,7 @@ _DEEPSEEK = {
     "first_k_dense_replace": 1,
 }
 _CHOSEN = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_ALTERNATING = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}
 _LOCAL = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
 
 # name: (configuration class, its arguments)
@@ -34,6 +35,6 @@ MIXTURES = {
     "glm4_moe": ("Glm4MoeConfig", {**ROTARY, **_CHOSEN, "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "head_dim": 16}),
     "phimoe": ("PhimoeConfig", {**ROTARY, **_LOCAL}),
     "llama4": ("Llama4TextConfig", {**ROTARY, **_LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 128, "head_dim": 16}),
-    "jamba": ("JambaConfig", {**ROTARY, "num_experts": EXPERTS, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}),
+    "jamba": ("JambaConfig", {**ROTARY, **_ALTERNATING, "num_experts": EXPERTS, "num_experts_per_tok": 2}),
     "jetmoe": ("JetMoeConfig", {**_HEADS, **_LOCAL, "kv_channels": 16}),
 }

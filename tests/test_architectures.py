@@ -16,7 +16,6 @@ from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
-from ptqcli.errors import PTQError
 from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.linears import linear_weight
 from ptqcli.model.skeleton import Skeleton
@@ -154,12 +153,3 @@ def decompressed(model, checkpoint):
         if linear.bias is not None:
             linear.bias.copy_(reader.read(f"{stored}.bias"))
     return model
-
-
-@pytest.mark.parametrize("kind", ["MixtralConfig", "Qwen3MoeConfig"])
-def test_fused_experts_are_refused_by_name(kind, tmp_path, monkeypatch):
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    monkeypatch.setitem(ARCHITECTURES, "moe", (kind, {**ARCHITECTURES["llama"][1], **experts}))
-    make_model(tmp_path, "moe")
-    with pytest.raises(PTQError, match="experts"):
-        Skeleton(ModelFolder(tmp_path))

@@ -18,9 +18,6 @@ from tiny import make_model, token_ids, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ptqcli.errors import PTQError, UsageError
-from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources

@@ -108,7 +108,7 @@ class Skeleton:
             largest = max(self.stacks, key=lambda name: self.stacks[name])
             raise PTQError(
                 f"{largest}: {share:.0%} of the weights in the model's matrices are in stacks like this one of "
-                f"{list(self.model.get_parameter(largest).shape)}, whose matrices are not multiplied one by one, or not stored so that they can be"
+                f"{list(self.model.get_parameter(largest).shape)}, which are not multiplied matrix by matrix, or are stored in another form"
             )
 
     def _refuse_few(self, probe: Probe) -> None:

@@ -51,7 +51,10 @@ class Replay:
         expected = self.expected()
         if not self._outputs:
             self._remember_outputs()
-        known = min(self._finished[local] for local in trials)
+        started = [self._finished[local] for local in trials if local in self._finished]
+        if not started:  # linears of experts that the excerpt does not reach
+            return 0.0
+        known = min(started)
         with self._replaced(trials, [name for name in list(self._outputs)[:known] if name not in self._often]):
             output = self._run(self.block)
         return float((output - expected).square().mean())
