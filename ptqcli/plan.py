@@ -24,6 +24,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
+from ptqcli.plan_experts import check_experts, expert_notes, routing_reason
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
@@ -33,7 +34,8 @@ from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
 
-CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
+# of a recipe
+CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos", "expert_calibration", "min_expert_tokens")
 TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 
 
@@ -132,6 +134,7 @@ def make_plan(
     _check_format(chosen, linears, plain, skeleton)
     fused = _fused_schemes(linears, skeleton)
     _check_fused(chosen, fused)
+    check_experts(recipe, linears, skeleton)
     seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
@@ -155,6 +158,7 @@ def make_plan(
         notes=(
             *group_notes(linears, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
+            *expert_notes(recipe, linears, skeleton),
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
             *_model_notes(skeleton, linears),
@@ -184,7 +188,7 @@ def _choose(
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
-        reason = reason or _obstacle(site, skeleton) or too_narrow(scheme, site)
+        reason = reason or _obstacle(site, skeleton) or routing_reason(site, skeleton, recipe, hits) or too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
