@@ -132,8 +132,7 @@ def make_plan(
     check_parallel(linears, skeleton, recipe.for_tensor_parallel)
     plain = skeleton.plain_names(linear.name for linear in linears)
     _check_format(chosen, linears, plain, skeleton)
-    fused = _fused_schemes(linears, skeleton)
-    _check_fused(chosen, fused)
+    fused = _checked_fused(chosen, linears, skeleton)
     check_experts(recipe, linears, skeleton)
     seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
@@ -305,17 +304,15 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _fused_schemes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[dict[str, Scheme | None]]:
+def _checked_fused(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[dict[str, Scheme | None]]:
     """The schemes of linears that read one tensor inside one module, None for one that stays as it is."""
     schemes = {linear.name: linear.scheme for linear in linears}
-    return [{name: schemes.get(name) for name in group} for group in skeleton.fused_groups]
-
-
-def _check_fused(chosen: Format, fused: Sequence[Mapping[str, Scheme | None]]) -> None:
+    fused = [{name: schemes.get(name) for name in group} for group in skeleton.fused_groups]
     for group in fused:
         reason = chosen.fused_refusal(group)
         if reason is not None:
             raise UsageError(reason)
+    return fused
 
 
 def _check_hidden_states(skeleton: Skeleton) -> None:
