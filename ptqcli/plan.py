@@ -24,7 +24,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
-from ptqcli.plan_experts import check_experts, expert_notes, routing_reason
+from ptqcli.plan_experts import check_experts, expert_notes, routing_reason, unread_experts, with_refusal
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
@@ -138,7 +138,7 @@ def make_plan(
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
     specs = [linear.spec for linear in linears]
-    tried = chosen.trial([model for model, _ in skeleton.classes], specs)
+    tried, unread = chosen.trial([model for model, _ in skeleton.classes], specs), unread_experts(chosen, linears, skeleton)
     texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
     return Plan(
         recipe=recipe,
@@ -161,11 +161,10 @@ def make_plan(
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
             *_model_notes(skeleton, linears),
-            *chosen.notes(specs),
-            *tried,
+            *[*chosen.notes(specs), *tried, *unread],
             *([] if chosen.one_file else _fused_notes(fused)),
         ),
-        readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
+        readers=with_refusal(chosen.readers(specs, skeleton.loaded_as, tried), unread),
         adapter_bytes=adapter_bytes(recipe, linears),
     )
 

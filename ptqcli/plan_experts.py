@@ -1,4 +1,4 @@
-"""What is decided about experts and what routes tokens to them."""
+"""What is decided about experts and what routes tokens to them, and who reads the result."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear, needs_calibration
+from ptqcli.formats import Format, Reader
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.stacks import experts_of
+from ptqcli.model.stacks import experts_of, separated
 from ptqcli.patterns import Hits
 from ptqcli.recipe import Recipe
 from ptqcli.solvers.per_matrix import as_block_solver
@@ -48,6 +49,23 @@ def expert_notes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Ske
     least = recipe.min_expert_tokens
     few = f"; one that sees fewer than {least} gets the statistics of all experts of its block" if least else ""
     return [f"each expert is calibrated on {seen}{few}"]
+
+
+def with_refusal(readers: Sequence[Reader], refusals: Sequence[str]) -> tuple[Reader, ...]:
+    """``readers``, of which transformers does not read the result for the first of ``refusals``, if there are any."""
+    return tuple(Reader(name=each.name, refusal=refusals[0]) if refusals and each.name == "transformers" else each for each in readers)
+
+
+def unread_experts(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
+    """Why transformers, which holds the experts of a layer in one parameter, does not read single ones; nothing where it does."""
+    stacks = separated(skeleton.model)
+    names = {linear.name for linear in linears}
+    if chosen.one_file or not stacks:
+        return []
+    whole = all(stack.declared and names.issuperset(stack.linears) for stack in stacks)
+    if whole and chosen.assembled_by_transformers([linear.spec for linear in linears]):
+        return []
+    return [f"transformers does not put these experts together to the one parameter that it holds ({stacks[0].name}); ptqcli reads them"]
 
 
 def _experts(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[PlannedLinear]:

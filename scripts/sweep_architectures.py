@@ -47,6 +47,7 @@ from transformers.models.auto import modeling_auto
 import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
+from ptqcli.model.classes import build_classes
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
@@ -278,9 +279,20 @@ def dequantize(folder: Path, target: Path, file: Any) -> None:
         scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
         weight = library.decompress(parts, scheme)["weight"]
         stored[f"{name}.weight"] = weight.t() if name in turned else weight
+    restack(stored, folder.parent / "model")
     target.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, target / "model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
+
+
+def restack(stored: dict[str, torch.Tensor], model: Path) -> None:
+    """Put matrices that were cut out of a stack of the model's files, as experts are, back into it."""
+    tensors, config = SafetensorsFolder(model), AutoConfig.from_pretrained(model)
+    for name, part in build_classes(config, tensors.names, config.architectures).cut.items():
+        if part.stack not in stored:
+            stored[part.stack] = tensors.read(part.stack)
+        matrix = stored[part.stack][part.index]
+        (matrix.t() if part.turned else matrix)[part.start : part.stop] = stored.pop(name)
 
 
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:

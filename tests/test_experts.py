@@ -17,9 +17,10 @@ from torch import nn
 from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.routed import Pool
 from ptqcli.calibration.statistics import StatisticsRequest
+from ptqcli.calibration.text import evaluation_ids
 from ptqcli.calibration.walk import CalibratedBlock
+from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.evaluation.perplexity import evaluation_ids
 from ptqcli.model.mixtures import find_mixtures, with_all_experts
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder, ModelInMemory
@@ -27,7 +28,6 @@ from ptqcli.model.stacks import Linears, Watched
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe import Override
 from ptqcli.resources import Resources
-from ptqcli.runtime.models import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ def test_other_uses_are_refused_by_name_and_seen_beforehand():
         uses = [lambda stack=stack: torch.sum(stack), lambda stack=stack: stack[torch.tensor([0, 1])], lambda stack=stack: stack[0] * 2]
         for use in uses[:2]:
             if stack is matrices:
-                with pytest.raises(PTQError, match="^stack: "):
+                with pytest.raises(PTQError, match=r"^stack: "):
                     use()
             else:
                 use()
@@ -243,7 +243,7 @@ def test_what_cannot_be_done_with_experts_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"experts\.0\.w1: .*use --target quantized"):
         quantize(tmp_path / "model", recipe, tmp_path / "out")
     make_model(tmp_path / "llama4", "llama4")
-    with pytest.raises(PTQError, match="experts: is not told .*use --expert-calibration routed"):
+    with pytest.raises(PTQError, match=r"experts: is not told .*use --expert-calibration routed"):
         quantize(tmp_path / "llama4", recipe_for(tmp_path, "gptq", expert_calibration="all"), tmp_path / "out")
     for changes in ({"expert_calibration": "some"}, {"min_expert_tokens": -1}):
         with pytest.raises(UsageError, match="expert"):
@@ -267,7 +267,7 @@ warm = quantize(folder / "small", recipe_for(folder, "gptq"), folder / "warm", r
 before = peak_memory(torch.device("cpu"))
 quantize(folder / "model", recipe_for(folder, "gptq"), folder / "out", resources=Resources(batch_size=2))
 skeleton = Skeleton(ModelFolder(folder / "model"))
-print(peak_memory(torch.device("cpu")) - max(skeleton.unit_bytes(unit) for unit in skeleton.units), before)
+print(peak_memory(torch.device("cpu")), before, max(skeleton.unit_bytes(unit) for unit in skeleton.units))
 """
 
 

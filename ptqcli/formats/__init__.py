@@ -195,6 +195,10 @@ class Format(Protocol):
         """
         return []
 
+    def assembled_by_transformers(self, specs: Sequence[LinearSpec]) -> bool:
+        """Whether transformers makes one parameter of packed experts, all of which are among the linears of a model."""
+        return False
+
     def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
         """The programs that are known to read such linears, or not to.
 

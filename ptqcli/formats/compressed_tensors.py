@@ -71,6 +71,11 @@ class CompressedTensors(Format):
         """What transformers would do with such linears in this very model, in one sentence or none."""
         return compressed_tensors_readers.trial(classes, specs, {spec.name for spec in specs if spec.scheme.activations is None})
 
+    def assembled_by_transformers(self, specs: Sequence[LinearSpec]) -> bool:
+        """It expands and joins them while it reads: of several schemes it expands all as one, some without an error."""
+        first = specs[0].scheme
+        return all(spec.scheme == first for spec in specs) and first.symmetric and first.activations is None
+
     def readers(self, specs: Sequence[LinearSpec], auto_class: str, tried: Sequence[str]) -> list[Reader]:
         """transformers and vLLM, with the versions that these schemes need."""
         return compressed_tensors_readers.readers(specs, auto_class, bool(tried))

@@ -67,7 +67,7 @@ def separate_experts(model: nn.Module, kind: ModelKind, stored: Sequence[str]) -
     for name, turned in _turned(model, kind, stacks).items():
         parts = files.parts(name, turned)
         if parts is not None:
-            _separate(model, name, parts, turned)
+            _separate(model, name, parts, turned, files.declares(name, parts))
             cut.update(files.cut(name, parts, turned))
     return cut
 
@@ -87,7 +87,7 @@ def _turned(model: nn.Module, kind: ModelKind, stacks: Mapping[str, nn.Parameter
     return {name: each.turned for name, each in watched.items() if each.turned is not None}
 
 
-def _separate(model: nn.Module, name: str, parts: tuple[str, ...], turned: bool) -> None:
+def _separate(model: nn.Module, name: str, parts: tuple[str, ...], turned: bool, declared: bool) -> None:
     module, leaf = _owner(model, name)
     parameter = module._parameters.pop(leaf)
     assert parameter is not None
@@ -99,7 +99,7 @@ def _separate(model: nn.Module, name: str, parts: tuple[str, ...], turned: bool)
                 module.add_module(path, Expert().eval())
             linear = nn.Linear(in_features, out_features // len(parts), bias=False, device="meta", dtype=parameter.dtype)
             module.get_submodule(path).add_module(last, linear.eval())
-    vars(module)[leaf] = Linears(module, name, parameter.shape, parts, turned)
+    vars(module)[leaf] = Linears(module, name, parameter.shape, parts, turned, declared)
 
 
 class _Files:
@@ -127,6 +127,10 @@ class _Files:
         if name in self._whole:
             return choices[0]
         return next((parts for parts in choices if all(path in self._memory for path in self._paths(name, parts))), None)
+
+    def declares(self, name: str, parts: tuple[str, ...]) -> bool:
+        """Whether transformers makes the stack ``name`` of tensors called like this."""
+        return name in self._declared and self._declared[name].parts == parts
 
     def cut(self, name: str, parts: tuple[str, ...], turned: bool) -> dict[str, StackPart]:
         """The tensors of linears that the file has in one stack."""

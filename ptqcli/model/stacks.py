@@ -94,6 +94,11 @@ class Matrix:
         return _otherwise(func, args, kwargs)
 
 
+def separated(model: nn.Module) -> list[Linears]:
+    """All stacks of a model whose matrices have become linears."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Linears)]
+
+
 def experts_of(module: nn.Module) -> int | None:
     """How many experts this module has among its children; None if it is none that was separated."""
     found = next((value for value in vars(module).values() if isinstance(value, Linears)), None)
@@ -159,13 +164,21 @@ class Linears(Matrices):
     """In the place of a parameter whose matrices are linears below ``owner``, the module that had the parameter.
 
     name: of the parameter. parts: names of the linears of one matrix below ``owner.<index>``, their outputs one after the other; an empty
-    one is ``owner.<index>`` itself. turned:
-    whether the module takes each matrix for [in, out]. Linears are looked up when they are called, so that others can take their places.
+    one is ``owner.<index>`` itself. turned: whether the module takes each matrix for [in, out]. declared: transformers makes the
+    parameter of tensors of these names. Linears are looked up when they are called, so that others can take their places.
     """
 
-    def __init__(self, owner: nn.Module, name: str, shape: torch.Size, parts: tuple[str, ...], turned: bool) -> None:
+    def __init__(
+        self, owner: nn.Module, name: str, shape: torch.Size, parts: tuple[str, ...], turned: bool, declared: bool = False
+    ) -> None:
         super().__init__(shape)
-        self.owner, self.name, self.parts, self.turned = owner, name, parts, turned
+        self.owner, self.name, self.parts, self.turned, self.declared = owner, name, parts, turned, declared
+
+    @property
+    def linears(self) -> list[str]:
+        """Paths of its linears in the model."""
+        path = self.name.rpartition(".")[0]
+        return [f"{path}.{linear_path(index, part)}" for index in range(self.shape[0]) for part in self.parts]
 
     def multiply(self, index: int, x: Tensor, turned: bool) -> Tensor:
         """What the linears return."""
