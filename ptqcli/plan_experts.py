@@ -14,6 +14,8 @@ from ptqcli.patterns import Hits
 from ptqcli.recipe import Recipe
 from ptqcli.solvers.per_matrix import as_block_solver
 
+ASSEMBLED = "symmetric scheme of weights alone, as is all else, in compressed-tensors"
+
 
 def routing_reason(site: LinearSite, skeleton: Skeleton, recipe: Recipe, hits: Hits) -> str | None:
     """Why a router stays as it is where no override asks for it by name, or None.
@@ -62,10 +64,13 @@ def unread_experts(chosen: Format, linears: Sequence[PlannedLinear], skeleton: S
     names = {linear.name for linear in linears}
     if chosen.one_file or not stacks:
         return []
-    whole = all(stack.declared and names.issuperset(stack.linears) for stack in stacks)
+    alone = next((stack for stack in stacks if not stack.declared), None)
+    if alone is not None:
+        return [f"transformers does not find single experts, since it holds them in one parameter ({alone.name}); ptqcli reads them"]
+    whole = names.issuperset(linear for stack in stacks for linear in stack.linears)
     if whole and chosen.assembled_by_transformers([linear.spec for linear in linears]):
         return []
-    return [f"transformers does not put these experts together to the one parameter that it holds ({stacks[0].name}); ptqcli reads them"]
+    return [f"transformers does not put experts together ({stacks[0].name}) unless all are in one {ASSEMBLED}; ptqcli reads them"]
 
 
 def _experts(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[PlannedLinear]:

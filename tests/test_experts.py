@@ -263,22 +263,22 @@ from ptqcli.pipeline.pipeline import quantize
 from ptqcli.resources import Resources
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-warm = quantize(folder / "small", recipe_for(folder, "gptq"), folder / "warm", resources=Resources(batch_size=2))
-before = peak_memory(torch.device("cpu"))
+quantize(folder / "small", recipe_for(folder, "gptq"), folder / "warm", resources=Resources(batch_size=2))
 quantize(folder / "model", recipe_for(folder, "gptq"), folder / "out", resources=Resources(batch_size=2))
 skeleton = Skeleton(ModelFolder(folder / "model"))
-print(peak_memory(torch.device("cpu")), before, max(skeleton.unit_bytes(unit) for unit in skeleton.units))
+print(peak_memory(torch.device("cpu")), max(skeleton.unit_bytes(unit) for unit in skeleton.units))
 """
 
 
 @pytest.mark.slow
 def test_memory_grows_by_the_experts_of_one_layer_alone(tmp_path):
-    peaks = []
+    """A layer at work is there twice: as it is stored, and with what its codes stand for. A second layer would be 15 % of the rest."""
+    rest = []
     for count in (8, 64):
         folder = tmp_path / str(count)
         make_model(folder / "small", "mixtral")
-        sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4, "num_local_experts": count}
-        make_model(folder / "model", "mixtral", **sizes)
+        make_model(folder / "model", "mixtral", hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_local_experts=count)
         done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[0]))
-    assert abs(peaks[1] / peaks[0] - 1) < 0.1, peaks
+        peak, layer = map(int, done.stdout.split())
+        rest.append(peak - 2 * layer)
+    assert abs(rest[1] / rest[0] - 1) < 0.1, rest

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ptqcli.pipeline.pipeline import quantize
-from ptqcli.recipe import Recipe
+from ptqcli.recipe import Override, Recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime import load_quantized
 
@@ -111,6 +111,29 @@ def test_quantized_mixtures_are_the_dequantized_models(kind, algo, tmp_path):
     assert bool(experts) == (algo == "gptq")
     assert all(0 < layer.relative_error < 0.2 for layer in report.layers)
     assert_is_the_dequantized_model(tmp_path, kind)
+
+
+@torch.no_grad()
+def test_transformers_reads_experts_in_one_scheme_and_the_plan_says_where_it_does_not(tmp_path):
+    report = quantized(tmp_path, "mixtral", "gptq")
+    assert [reader.refusal for reader in report.readers if reader.name == "transformers"] == [None]
+    ids = token_ids()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids, use_cache=False).logits
+    ours = load_quantized(tmp_path / "out")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
+    for number, (changes, reason) in enumerate(
+        [
+            ({"overrides": (Override(pattern=r"layers\.0\.", bits=8),)}, "unless all are in one symmetric scheme"),
+            ({"ignore": (r"experts\.0\.",)}, "unless all are in one symmetric scheme"),
+            ({"format": "gptq"}, "unless all are in one symmetric scheme"),
+        ]
+    ):
+        other = quantize(tmp_path / "model", recipe_for(tmp_path, "rtn", **changes), tmp_path / str(number))
+        assert [reason in reader.refusal for reader in other.readers if reader.name == "transformers"] == [True]
+        assert load_quantized(tmp_path / str(number))(input_ids=ids, use_cache=False).logits.isfinite().all()
+    make_model(tmp_path / "stacked", "gpt_oss")
+    stacked = quantize(tmp_path / "stacked", recipe_for(tmp_path, "rtn"), tmp_path / "gpt_oss")
+    assert ["does not find single experts" in reader.refusal for reader in stacked.readers if reader.name == "transformers"] == [True]
 
 
 def test_one_wrong_code_is_seen(tmp_path):

@@ -192,7 +192,7 @@ class Skeleton:
             name
             for model, names in self.classes
             for name, module in model.named_modules()
-            if is_linear(module) and names.disk(f"{name}.weight") not in packed
+            if (isinstance(module, nn.Linear) or is_linear(module)) and names.disk(f"{name}.weight") not in packed
         ]
         matrices = [name for name in self._tensors.names if name not in packed and len(self._tensors.shape(name)) == 2]
         stored = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
