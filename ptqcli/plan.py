@@ -155,6 +155,7 @@ def make_plan(
         notes=(
             *group_notes(linears, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
+            *skeleton.source.notes,
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
             *_model_notes(skeleton, linears),

@@ -141,7 +141,7 @@ REFUSED = [
     ("quantize empty", 1, "has no config.json"),
     ("quantize pickled", 1, "pickle"),
     ("quantize truncated --group-size 32", 1, "model.safetensors"),
-    ("quantize done", 1, "already quantized"),
+    ("quantize done", 2, "quantized already ('compressed-tensors')"),
     ("quantize model --recipe recipe.yaml --output done", 2, "done: already exists"),
     ("quantize model --recipe recipe.yaml --output model --overwrite", 2, "is the model itself"),
     ("quantize model --recipe recipe.yaml --output text.txt --overwrite", 2, "is a file"),

@@ -225,6 +225,10 @@ class SafetensorsFolder(TensorSource):
         """
         return self._file(name).read(name)
 
+    def path(self, name: str) -> Path:
+        """The file that holds ``name``."""
+        return self._file(name).path
+
     def _file(self, name: str) -> _File:
         if name not in self._files:
             raise NoTensorError(f"{self.folder} holds no tensor {name}")

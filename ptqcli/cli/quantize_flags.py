@@ -288,7 +288,9 @@ FLAGS = {
         ),
         OVERWRITE_FLAG,
         click.option(
-            "--allow-requantize", is_flag=True, help="Take a GGUF file whose weights are quantized already; its error adds to the new one."
+            "--allow-requantize",
+            is_flag=True,
+            help="Take a model whose weights are quantized already; its error stays, and the new one adds to it.",
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,

@@ -10,9 +10,10 @@ from pathlib import Path
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
 from ptqcli.estimate import LIBRARY_BYTES
+from ptqcli.formats.sources import open_source
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelSource, open_source
+from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
