@@ -98,7 +98,7 @@ def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: 
     if after < JOIN_BELOW:
         return 2 * after
     sizes = [skeleton.unit_bytes(unit) for unit in skeleton.units]
-    for linear in linears:
+    for linear in (each for each in linears if not each.spec.outside):
         sizes[linear.site.block] += _growth(chosen, linear, skeleton)
     return after + max(*sizes, skeleton.unit_bytes(skeleton.before), skeleton.unit_bytes(skeleton.after))
 

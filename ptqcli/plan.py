@@ -25,6 +25,7 @@ from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_outside import outside_notes, planned_outside
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
@@ -128,9 +129,11 @@ def make_plan(
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     check_groups(linears, recipe, hits)
     check_parallel(linears, skeleton, recipe.for_tensor_parallel)
+    inside, behind = linears, planned_outside(recipe, skeleton, chosen)
+    linears = [*inside, *behind]
     plain = skeleton.plain_names(linear.name for linear in linears)
     _check_format(chosen, linears, plain, skeleton)
-    fused = _fused_schemes(linears, skeleton)
+    fused = _fused_schemes(inside, skeleton)
     _check_fused(chosen, fused)
     seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
@@ -144,7 +147,7 @@ def make_plan(
         skipped=tuple(skipped),
         outside=tuple(outside),
         plain=plain,
-        stages=_planned_stages(linears, skeleton),
+        stages=_planned_stages(inside, skeleton),
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
         texts=texts,
@@ -153,12 +156,13 @@ def make_plan(
         disk_bytes=disk_bytes(chosen, linears, skeleton, recipe, seqlen, texts.windows, resources),
         memory_bytes=memory_bytes(recipe, linears, skeleton, seqlen, texts, resources),
         notes=(
-            *group_notes(linears, recipe, hits),
+            *group_notes(inside, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
             *skeleton.source.notes,
+            *outside_notes(recipe, behind),
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
-            *_model_notes(skeleton, linears),
+            *_model_notes(skeleton, inside),
             *chosen.notes(specs),
             *tried,
             *([] if chosen.one_file else _fused_notes(fused)),
@@ -262,7 +266,9 @@ def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> st
     hits = found([pattern], [name for name in modules if name])[pattern]
     for name in outside:
         if name in hits:
-            return f"matches {name}, a linear outside the blocks; it stays in 16 bit for now, so leave the override out"
+            is_head = modules[name] is skeleton.model.get_output_embeddings()  # type: ignore[operator]
+            what = "which --lm-head W8 and the like quantize" if is_head else "which stays in 16 bit"
+            return f"matches {name}, a linear outside the blocks, {what}; leave the override out"
     for name, module in modules.items():
         if name in hits and next(module.parameters(recurse=False), None) is not None:
             return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"

@@ -5,6 +5,7 @@ Importing this imports no torch; parts are imported when a request is made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -45,6 +46,8 @@ OUTLIER_KINDS = ("none", "dynamic", "static")
 
 # What a scheme written as one word says, so that it cannot be said beside it.
 SCHEME_FIELDS = ("wbits", "group_size", "symmetric", "abits", "act_scales", "outliers", "outlier_threshold")
+
+SHORT_SCHEME = re.compile(r"[wW]\d+")  # W8 for w8a16
 
 PartOptions = Mapping[str, Mapping[str, object]]  # part -> option -> value
 
@@ -108,6 +111,7 @@ class Recipe:
     ``calibration.sources``. nsamples windows (None: 128, or fewer where the model writes them) of seqlen tokens (None: what the model
     allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
     is what the tokenizer does.
+    lm_head, embeddings: a scheme for the output head and the embedding, w8a16-g64 or short as W8 and W4; None leaves them in 16 bit.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. gguf_type: a mix of block types, such as q4_k_m, in place of bits and
     groups, of the format gguf (None: q4_k_m, unless bits or a scheme are given). for_tensor_parallel: GPUs that a server will cut
@@ -133,6 +137,8 @@ class Recipe:
     seqlen: int | None = None
     seed: int = 0
     bos: str = "auto"
+    lm_head: str | None = None
+    embeddings: str | None = None
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
@@ -160,6 +166,7 @@ class Recipe:
         if self.for_tensor_parallel < 1:
             raise UsageError(f"for tensor parallel {self.for_tensor_parallel} is not valid; give the number of GPUs, 1 or more")
         self._check_afterwards()
+        self._check_outside()
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:
@@ -178,6 +185,23 @@ class Recipe:
             raise UsageError(f"finish {self.finish} holds half of the windows out; give --nsamples 2 or more")
         if self.finish != "none" and self.adapter_rank:
             raise UsageError("an adapter corrects the scales as they are before finish kl moves them; leave one of the two out")
+
+    def _check_outside(self) -> None:
+        """Head and embedding, as far as they have schemes."""
+        if self.head_scheme is not None or self.embedding_scheme is not None:
+            flag = "--lm-head" if self.embedding_scheme is None else "--embeddings"
+            if self.finish != "none":
+                raise UsageError(f"finish {self.finish} tunes scales of linears in the blocks only; leave {flag} or --finish out")
+
+    @property
+    def head_scheme(self) -> Scheme | None:
+        """The scheme of the output head, None where it stays as it is."""
+        return None if self.lm_head is None else _outside_scheme("lm-head", self.lm_head)
+
+    @property
+    def embedding_scheme(self) -> Scheme | None:
+        """The scheme of the embedding, None where it stays as it is."""
+        return None if self.embeddings is None else _outside_scheme("embeddings", self.embeddings)
 
     @property
     def patterns(self) -> list[str]:
@@ -293,6 +317,17 @@ class Recipe:
             raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
         threshold = DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold
         return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
+
+
+def _outside_scheme(option: str, text: str) -> Scheme:
+    """What ``text``, a scheme or short W8, says. Raises UsageError for what leaves more than weights as they are, or none of them."""
+    try:
+        scheme = Scheme.parse(f"{text}a16" if SHORT_SCHEME.fullmatch(text) else text)
+    except UsageError as error:
+        raise UsageError(f"--{option} {text}: {error}") from error
+    if scheme.activations is not None or scheme.blocks is not None or scheme.codebook is not None:
+        raise UsageError(f"--{option} {text}: takes integer weights beside 16-bit activations, such as W8, W4 or w4a16-g64-asym")
+    return scheme
 
 
 def _is_of_the_model(transform: Any) -> bool:

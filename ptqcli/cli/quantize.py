@@ -56,7 +56,7 @@ def command(
     """Turn MODEL into a packed checkpoint folder.
 
     MODEL is a local folder, a GGUF file or a hub id; left out, it is the small demo model that the package carries. The output head and the
-    embeddings stay as they are.
+    embedding stay as they are, unless --lm-head and --embeddings are given.
     """
     from ptqcli.formats.sources import open_source
     from ptqcli.pipeline.clock import Clock

@@ -195,6 +195,8 @@ FLAGS = {
             help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
         ),
         click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
+        click.option("--lm-head", metavar="W8|W4|SCHEME", help="Quantize the output head, too; a table that it shares gets a copy."),
+        click.option("--embeddings", metavar="W8|W4|SCHEME", help="Quantize the embedding, too, each row by itself."),
         click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
     ],
     CALIBRATION: [

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+EMBEDDING = "Embedding"  # what a table of one row a token is called, whatever its class
 TRANSPOSED = "Conv1D"  # GPT-2's own class, which stores its matrix as [in, out]
 
 
