@@ -115,6 +115,7 @@ def command(
     from ptqcli.calibration.bos import window_bos
     from ptqcli.evaluation.measure import measure
     from ptqcli.pipeline.card import check_card, write_measured
+    from ptqcli.pipeline.report import folder_of
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -124,7 +125,7 @@ def command(
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
     if write_card:
-        check_card(folder)
+        check_card(folder_of(folder))
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     tokenizer = load_tokenizer(folder)
     begin = window_bos(tokenizer, bos)
@@ -141,7 +142,7 @@ def command(
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
     if write_card:
-        write_measured(folder, results, adapter is not None)
+        write_measured(folder_of(folder), results, adapter is not None)
         output.say(f"written     {path_text(folder / CARD_NAME)}")
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
