@@ -18,7 +18,7 @@ from ptqcli import solve
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.formats.sources import open_source
 from ptqcli.numerics.ranges import SquaredError
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import UNUSUAL_BITS, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.pipeline import outside
 from ptqcli.pipeline.clock import Clock
@@ -83,7 +83,7 @@ def test_head_and_embedding_are_written_and_run(workshop: tuple[Path, Any], tmp_
 
 def test_rows_of_an_embedding_are_rounded_in_their_groups(workshop: tuple[Path, Any], tmp_path: Path, monkeypatch: Any) -> None:
     folder, model = workshop
-    monkeypatch.setattr(outside, "PIECE", 64 * 100)  # of 257 rows
+    monkeypatch.setattr(outside, "OUTSIDE_PIECE", 64 * 100)  # of 257 rows
     quantize(folder / "model", request(folder, algo="rtn", embeddings="w3a16-g16"), tmp_path / "out")
     weight = model.get_input_embeddings().weight.detach()
     wanted = round_to_nearest(weight, Scheme.parse("w3a16-g16"), torch.float32, SquaredError())
@@ -97,7 +97,7 @@ def test_rows_of_an_embedding_are_rounded_in_their_groups(workshop: tuple[Path, 
 
 def test_the_head_is_solved_for_what_reaches_it(workshop: tuple[Path, Any], tmp_path: Path, monkeypatch: Any) -> None:
     folder, model = workshop
-    monkeypatch.setattr(outside, "PIECE", 64 * 100)
+    monkeypatch.setattr(outside, "OUTSIDE_PIECE", 64 * 100)
     recipe = request(folder, lm_head="w4a16-g32", embeddings="W4")
     quantize(folder / "model", recipe, tmp_path / "out")
     ready = prepare(
@@ -179,3 +179,21 @@ def test_a_mix_of_types_says_what_becomes_of_them(workshop: tuple[Path, Any], tm
     answer = ptq("quantize", workshop[0] / "model", "--format", "gguf", "--lm-head", "W8", "--output", tmp_path / "out")
     assert answer.code == 2
     assert "--gguf-type" in one_line(answer)
+
+
+@pytest.mark.parametrize("bits", UNUSUAL_BITS)
+def test_widths_between_four_and_eight(workshop: tuple[Path, Any], tmp_path: Path, ptq: Ptq, bits: int) -> None:
+    folder, model = workshop
+    asked = ["--calib", folder / "text.txt", "--nsamples", "4", "--seqlen", "32", "--wbits", str(bits), "--group-size", "32"]
+    answer = ptq("quantize", folder / "model", *asked, "--output", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    ours = logits(load_quantized(tmp_path / "out"))
+    assert (logits(theirs) - ours).abs().max() < 1e-4 * ours.abs().max()
+    moved = (ours - logits(model)).norm() / logits(model).norm()
+    assert 0 < moved < {5: 0.3, 6: 0.15, 7: 0.08}[bits]
+    for other in ("gptq", "awq", "bitsandbytes", "gguf"):
+        refused = ptq("quantize", folder / "model", *asked, "--format", other, "--output", tmp_path / other)
+        assert refused.code == 2
+        assert other in one_line(refused).lower()

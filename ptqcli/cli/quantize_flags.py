@@ -150,9 +150,9 @@ FLAGS = {
         click.option(
             "--wbits",
             type=int,
-            metavar="2|3|4|8",
+            metavar="2..8",
             show_default="4; smoothquant, llm-int8: 8",
-            help="Bits per weight. Recent readers alone take 2 and 3; the plan says which.",
+            help="Bits per weight. Recent readers alone take others than 4 and 8; the plan says which.",
         ),
         click.option(
             "--group-size",

@@ -1,6 +1,6 @@
 """``compressed-tensors``: integer weights as transformers and vLLM read them, in two of the library's formats.
 
-``pack-quantized`` holds weight-only schemes, 2, 3, 4 or 8 bits. A linear ``m`` with ``W[out, in]`` and ``G`` groups is stored as
+``pack-quantized`` holds weight-only schemes, 2 to 8 bits. A linear ``m`` with ``W[out, in]`` and ``G`` groups is stored as
 
     m.weight_packed       int32 [out, ceil(in * bits / 32)]   codes, a bit string along each row (see ``bitstream``)
     m.weight_scale        float [out, G]                      in the model's dtype

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.checkpoint.tensors import NewTensor
 from ptqcli.errors import UsageError
-from ptqcli.estimate import PlannedLinear
+from ptqcli.estimate import OUTSIDE_PIECE, PlannedLinear
 from ptqcli.formats import Format
 from ptqcli.model.linears import EMBEDDING
 from ptqcli.model.rewritten import Rewrite, RewrittenSource
@@ -39,8 +39,6 @@ from ptqcli.solvers import LinearTask, MatrixSolver, Solution, Stage
 from ptqcli.solvers.error import relative_error
 from ptqcli.solvers.per_matrix import PerMatrix, StageWork
 from ptqcli.solvers.rtn import RTN
-
-PIECE = 1 << 25  # weights that are solved at once
 
 
 def untied(skeleton: Skeleton, recipe: Recipe) -> Skeleton:
@@ -110,7 +108,7 @@ class OutsideWork:
         run, stored = self._run, self._stored(linear)
         run.progress.phase(f"quantizing {linear.name}")
         matrix = run.skeleton.source.tensors.read(stored).to(run.resources.device)
-        rows = max(1, PIECE // matrix.shape[1])
+        rows = max(1, OUTSIDE_PIECE // matrix.shape[1])
         pieces = [matrix[start : start + rows] for start in range(0, len(matrix), rows)]
         tasks = [
             LinearTask(name=linear.name, weight=piece.float(), scheme=linear.scheme, scale_dtype=linear.scale_dtype) for piece in pieces
