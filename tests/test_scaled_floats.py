@@ -160,6 +160,8 @@ def test_a_stack_of_matrices_has_a_scale_for_each_block_of_each(tmp_path: Path) 
     save_file({"experts.down_proj": codes, "experts.down_proj_scale_inv": scale}, tmp_path / "model.safetensors")
     found = ScaledFloats(SafetensorsFolder(tmp_path), torch.bfloat16, (16, 16)).read("experts.down_proj")
     assert torch.equal(found, torch.stack([one_by_one(*part, 16) for part in parts]))
+    alone = ScaledFloats(SafetensorsFolder(tmp_path), torch.bfloat16, (16, 16)).read_entry("experts.down_proj", 1)
+    assert torch.equal(alone, found[1])
 
 
 @pytest.mark.parametrize(
@@ -232,6 +234,7 @@ def test_mxfp4_is_its_definition_and_what_transformers_makes(tmp_path: Path) -> 
     values = found.read("mlp.experts.down_proj")
     assert torch.equal(values.double(), fp4_by_hand(blocks, scales))
     assert torch.equal(values, convert_moe_packed_tensors(blocks, scales))
+    assert torch.equal(found.read_entry("mlp.experts.down_proj", 2), values[2])
     assert not torch.equal(values, convert_moe_packed_tensors(blocks, scales.roll(1, 1)))
 
 

@@ -47,6 +47,8 @@ class _Scaled(Protocol):
 
     def read(self, stored: SafetensorsFolder, dtype: torch.dtype) -> Tensor: ...
 
+    def read_entry(self, stored: SafetensorsFolder, dtype: torch.dtype, index: int) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class FP8:
@@ -67,8 +69,15 @@ class FP8:
 
     def read(self, stored: SafetensorsFolder, dtype: torch.dtype) -> Tensor:
         """Its values. Raises PTQError, naming tensor and file, for scales of another shape, and for values that ``dtype`` does not hold."""
-        values = stored.read(self.name).float()
-        scale = _scale(stored, self.scale)
+        return self._scaled(stored.read(self.name).float(), _scale(stored, self.scale), stored, dtype)
+
+    def read_entry(self, stored: SafetensorsFolder, dtype: torch.dtype, index: int) -> Tensor:
+        """One matrix of a stack."""
+        values, scale = stored.read_entry(self.name, index).float(), _scale(stored, self.scale)
+        stacked = scale.dim() > 1 and len(scale) == stored.shape(self.name)[0]
+        return self._scaled(values, scale[index] if stacked else scale, stored, dtype)
+
+    def _scaled(self, values: Tensor, scale: Tensor, stored: SafetensorsFolder, dtype: torch.dtype) -> Tensor:
         if scale.numel() == 1:
             return values.mul_(scale.flatten()).to(dtype)
         if scale.shape == values.shape[:-1]:
@@ -115,15 +124,25 @@ class MXFP4:
 
     def read(self, stored: SafetensorsFolder, dtype: torch.dtype) -> Tensor:
         """Its values. Raises PTQError for parts of other shapes or dtypes."""
-        shape = self.shape(stored)
+        self._check(stored)
+        made = torch.empty(self.shape(stored), dtype=dtype)
+        for expert in range(len(made)):  # in float32 a stack would take many times what it takes on disk
+            made[expert] = self._matrix(stored, expert)
+        return made
+
+    def read_entry(self, stored: SafetensorsFolder, dtype: torch.dtype, index: int) -> Tensor:
+        """One matrix of it, [in, out]."""
+        self._check(stored)
+        return self._matrix(stored, index).to(dtype).contiguous()
+
+    def _matrix(self, stored: SafetensorsFolder, expert: int) -> Tensor:
+        return _fp4(*(stored.read_entry(part, expert) for part in self.parts)).t()
+
+    def _check(self, stored: SafetensorsFolder) -> None:
+        self.shape(stored)
         for part in self.parts:
             if stored.dtype(part) != torch.uint8:
                 raise PTQError(f"{stored.path(part)}: tensor {part} is {stored.dtype(part)}; MXFP4 is stored as uint8")
-        blocks, scales = (stored.read(part) for part in self.parts)
-        made = torch.empty(shape, dtype=dtype)
-        for expert in range(shape[0]):  # in float32 a stack would take many times what it takes on disk
-            made[expert] = _fp4(blocks[expert], scales[expert]).t().to(dtype)
-        return made
 
 
 def _fp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -182,6 +201,14 @@ class ScaledFloats(TensorSource):
         """The tensor ``name``. Raises PTQError if it holds NaN or infinity, or values beyond its dtype."""
         if name not in self._scaled:
             return self.stored.read(name)
-        values = self._scaled[name].read(self.stored, self._dtype)
+        return self._finite(name, self._scaled[name].read(self.stored, self._dtype))
+
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """Entry ``index`` of the first dimension of ``name``, read by itself."""
+        if name not in self._scaled:
+            return self.stored.read_entry(name, index)
+        return self._finite(name, self._scaled[name].read_entry(self.stored, self._dtype, index))
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
         refuse_not_finite(values, f"{self.stored.path(self._scaled[name].parts[0])}: tensor {name}, in {self._dtype},")
         return values
