@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from ptqcli.model.linears import EMBEDDING, LinearSite, linear_weight
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
+from ptqcli.patterns import Hits, found
 from ptqcli.recipe import Recipe
 from ptqcli.solvers.per_matrix import PerMatrix, as_block_solver
 
@@ -71,10 +72,44 @@ def _planned(name: str, module: nn.Module, scheme: Scheme, recipe: Recipe, skele
     return PlannedLinear(site, spec, dtype)
 
 
-def outside_notes(recipe: Recipe, outside: list[PlannedLinear]) -> list[str]:
+def outside_notes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> list[str]:
     """What a person should know of them."""
     solver = as_block_solver(recipe.solver())
-    heads = [linear.name for linear in outside if linear.spec.kind != EMBEDDING]
+    heads = [linear.name for linear in linears if linear.spec.outside and linear.spec.kind != EMBEDDING]
     if not heads or isinstance(solver, PerMatrix):
         return []
     return [f"{heads[0]} is rounded to nearest: {recipe.algo} works on blocks, and it stands behind them"]
+
+
+def linears_outside(skeleton: Skeleton) -> list[str]:
+    """Paths of the linears in no block."""
+    inside = {site.name for site in skeleton.linears}
+    return [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear) and name not in inside]
+
+
+def check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str], hits: Hits) -> None:
+    """Raise UsageError for a pattern that finds no linear of the blocks, with what it finds instead."""
+    names = [site.name for site in skeleton.linears]
+    for override in recipe.overrides:
+        if hits[override.pattern].isdisjoint(names):
+            other = _other_match(override.pattern, skeleton, outside)
+            if other is None or not override.skip:  # what stays as it is may be skipped
+                raise UsageError(f"override '{override.pattern}' {other or f'matches no linear; the linears are named like {names[0]}'}")
+    for pattern in recipe.ignore:
+        if hits[pattern].isdisjoint(names) and _other_match(pattern, skeleton, outside) is None:
+            raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
+
+
+def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> str | None:
+    """What ``pattern``, which finds no linear of the blocks, finds in the model instead, and why that has no scheme."""
+    modules = dict(skeleton.model.named_modules())
+    hits = found([pattern], [name for name in modules if name])[pattern]
+    for name in outside:
+        if name in hits:
+            is_head = modules[name] is skeleton.model.get_output_embeddings()  # type: ignore[operator]
+            what = "which --lm-head W8 and the like quantize" if is_head else "which stays in 16 bit"
+            return f"matches {name}, a linear outside the blocks, {what}; leave the override out"
+    for name, module in modules.items():
+        if name in hits and next(module.parameters(recurse=False), None) is not None:
+            return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"
+    return None
