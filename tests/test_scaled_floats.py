@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from commandline import Ptq, one_line
+from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
-from tiny import make_model, token_ids, write_text
+from tiny import TOKENS, byte_tokenizer, make_model, token_ids, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -300,3 +302,64 @@ def test_a_packed_checkpoint_is_a_source_when_that_is_asked_for(tmp_path: Path, 
     written, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "wanted"))
     assert written.keys() == wanted.keys()
     assert all(torch.equal(written[name], wanted[name]) for name in written)
+
+
+# Mixtures of experts
+
+
+def make_mixture(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Save a random mixture in bfloat16; the tensors in its file."""
+    name, arguments = MIXTURES[kind]
+    config = getattr(transformers, name)(**{**arguments, **TOKENS, "dtype": torch.bfloat16})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def scaled_experts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same with FP8 matrices of single experts; what these stand for."""
+    stored, numbers = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if ".experts." in name and tensor.dim() == 2:
+            stored[name], stored[f"{name}_scale_inv"] = by_blocks(tensor)
+            numbers[name] = one_by_one(stored[name], stored[f"{name}_scale_inv"])
+    return stored, numbers
+
+
+def packed_stacks(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same with MXFP4 stacks of experts; what these stand for."""
+    stored, numbers = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj") and tensor.dim() == 3:
+            blocks, scales = packed_fp4((tensor.shape[0], tensor.shape[2], tensor.shape[1]))
+            del stored[name]
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            numbers[name] = fp4_by_hand(blocks, scales).bfloat16()
+    return stored, numbers
+
+
+@pytest.mark.parametrize(
+    ("kind", "store_as", "entry"),
+    [("deepseek_v3", scaled_experts, BLOCKS), ("gpt_oss", packed_stacks, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})],
+)
+def test_experts_are_quantized_from_what_they_stand_for(tmp_path: Path, ptq: Ptq, kind: str, store_as: Any, entry: dict[str, Any]) -> None:
+    stored, numbers = store_as(make_mixture(tmp_path / "scaled", kind))
+    assert len(stored) > len(numbers)
+    make_mixture(tmp_path / "plain", kind)
+    save_file(stored, tmp_path / "scaled" / "model.safetensors", metadata={"format": "pt"})
+    save_file(numbers, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    rewrite_config(tmp_path / "scaled", entry)
+    text = write_text(tmp_path / "text.txt")
+    for model in ("scaled", "plain"):
+        request = ["--algo", "gptq", "--scheme", "w4a16-g32", "--calib", text, "--nsamples", "2", "--seqlen", "32", "--allow-requantize"]
+        answer = ptq("quantize", tmp_path / model, *request, "--output", tmp_path / f"{model}-out")
+        assert answer.code == 0, answer.err
+    written, wanted = (load_file(tmp_path / f"{model}-out" / "model.safetensors") for model in ("scaled", "plain"))
+    assert written.keys() == wanted.keys()
+    assert any("experts" in name and "packed" in name for name in written)
+    assert all(torch.equal(written[name], wanted[name]) for name in written)
+    with torch.no_grad():
+        ours, theirs = (load_model(tmp_path / model)(token_ids()).logits for model in ("scaled", "plain"))
+    assert torch.equal(ours, theirs)
