@@ -197,3 +197,40 @@ def test_widths_between_four_and_eight(workshop: tuple[Path, Any], tmp_path: Pat
         refused = ptq("quantize", folder / "model", *asked, "--format", other, "--output", tmp_path / other)
         assert refused.code == 2
         assert other in one_line(refused).lower()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"options": {"gptq": {"target": "original"}}},
+        {"algo": "rotate+gptq"},
+        {"algo": "awq+gptq", "adapter_rank": 4},
+        {"algo": "autoround", "options": {"autoround": {"iters": 2}}},
+    ],
+    ids=["target", "rotate", "awq", "autoround"],
+)
+def test_beside_other_parts(workshop: tuple[Path, Any], tmp_path: Path, asked: dict[str, Any]) -> None:
+    folder, model = workshop
+    report = quantize(folder / "model", request(folder, lm_head="W8", embeddings="W8", **asked), tmp_path / "out")
+    errors = {layer.name: layer.relative_error for layer in report.layers}
+    assert 0 < errors[HEAD] < 0.02
+    assert 0 < errors[TABLE] < 0.02
+    wanted = logits(dequantized(tmp_path / "out", model))
+    assert (logits(load_quantized(tmp_path / "out")) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_other_commands_on_such_a_checkpoint(workshop: tuple[Path, Any], tmp_path: Path, ptq: Ptq) -> None:
+    folder, _ = workshop
+    quantize(folder / "model", request(folder, algo="rtn", embeddings="w8a16-g32"), tmp_path / "out")
+    refused = ptq("convert", tmp_path / "out", "--to", "gptq", "--output", tmp_path / "other")
+    assert refused.code == 2
+    assert "model.embed_tokens: gptq holds codes of the linears in the blocks only" in one_line(refused)
+    refused = ptq("tune-scales", tmp_path / "out", "--output", tmp_path / "other")
+    assert refused.code == 2
+    assert "model.embed_tokens is quantized" in one_line(refused)
+    shown = ptq("inspect", tmp_path / "out")
+    assert shown.code == 0
+    assert "model.embed_tokens" in shown.out
+    again = ptq("quantize", tmp_path / "out", "--algo", "rtn", "--allow-requantize", "--output", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert "embed_tokens.weight" in " ".join(load_file(tmp_path / "again" / "model.safetensors"))
