@@ -6,6 +6,7 @@ The truth is each number worked out by itself, and what transformers makes of th
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +364,39 @@ def test_experts_are_quantized_from_what_they_stand_for(tmp_path: Path, ptq: Ptq
     with torch.no_grad():
         ours, theirs = (load_model(tmp_path / model)(token_ids()).logits for model in ("scaled", "plain"))
     assert torch.equal(ours, theirs)
+
+
+def test_a_scale_for_each_row_as_the_library_of_that_format_reads_it(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    make_model(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        if "proj" in name:
+            scale = (tensor.float().abs().amax(dim=1, keepdim=True) / 448).bfloat16()
+            tensors[name], tensors[f"{name}_scale"] = (tensor.float() / scale.float()).clamp(-448, 448).to(FP8), scale
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    eight = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+        "format": "float-quantized",
+    }
+    entry = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    rewrite_config(tmp_path, entry)
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers says that the file has such an entry, too
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config).state_dict()
+    source = open_source(tmp_path)
+    compared = [name for name in source.tensors.names if "proj" in name]
+    assert len(compared) == 14
+    for name in compared:
+        assert torch.equal(source.tensors.read(name), theirs[name]), name
+    assert "quantization_config" not in source.config_json()
