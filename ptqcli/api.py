@@ -17,8 +17,9 @@ from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
+from ptqcli.formats.sources import open_source
 from ptqcli.model.locate import find_model
-from ptqcli.model.source import ModelInMemory, ModelSource, open_source
+from ptqcli.model.source import ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.pipeline import converting, exporting, pipeline, tuning
@@ -58,7 +59,7 @@ def quantize(
     """Quantize ``model`` into the new checkpoint folder ``output``, as `ptq quantize` does.
 
     model: a local folder, a GGUF file, a hub id, or a transformers model in memory, which stays as it is; its tokenizer is then given by
-    ``tokenizer``. allow_requantize: a GGUF file whose weights are quantized already is taken, too.
+    ``tokenizer``. allow_requantize: one whose weights are quantized already is taken, too; FP8 always is.
     output: where the checkpoint goes; what is there is kept, but for an earlier checkpoint if ``overwrite``.
     recipe: a ``Recipe``, the name of a shipped one (`ptq recipes`), or a YAML file; None for the defaults.
     changes: keys as in a YAML file, which win over the recipe: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``,

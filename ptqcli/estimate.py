@@ -28,6 +28,9 @@ from ptqcli.solvers.target import pairs_bytes
 # Tokens on which transforms try their choices out, in whole windows.
 TRIED_TOKENS = 1024
 
+# Weights of an output head or an embedding that are solved at once.
+OUTSIDE_PIECE = 1 << 25
+
 # What libraries take when they are first used, measured on Linux with torch 2.13: tokenizers and BLAS; the readers of text files.
 LIBRARY_BYTES = 64 << 20
 TEXT_READER_BYTES = 64 << 20
@@ -98,7 +101,7 @@ def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: 
     if after < JOIN_BELOW:
         return 2 * after
     sizes = [skeleton.unit_bytes(unit) for unit in skeleton.units]
-    for linear in linears:
+    for linear in (each for each in linears if not each.spec.outside):
         sizes[linear.site.block] += _growth(chosen, linear, skeleton)
     return after + max(*sizes, skeleton.unit_bytes(skeleton.before), skeleton.unit_bytes(skeleton.after))
 
@@ -164,7 +167,7 @@ def _tensor_bytes(
     solver, itemsize = as_block_solver(recipe.solver()), resources.calibration_dtype(linears[0].dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
-    workspace = max(recipe.solver().workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears)
+    workspace = max(recipe.solver().workspace_bytes(_rows_at_once(linear), linear.site.in_features) for linear in linears)
     if recipe.adapter_rank:
         workspace = max(workspace, *(eora.workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears))
         workspace += adapter_bytes(recipe, linears)
@@ -173,7 +176,7 @@ def _tensor_bytes(
     if not needs_calibration(recipe, linears):
         return solving
     features = min(linear.site.in_features for linear in linears)
-    widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears)
+    widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears if not linear.spec.outside)
     inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
     solving += window * SAMPLED_TOKENS * inputs * 4
     if solver.needs.hessian or recipe.adapter_rank:
@@ -196,6 +199,12 @@ def _tensor_bytes(
     solving += _window_bytes(solver, window, linears, skeleton, features, batch)
     embeddings = (sum(p.numel() for p in skeleton.model.parameters()) - sum(in_blocks)) * itemsize
     return held + one_batch + max(embeddings, solving)
+
+
+def _rows_at_once(linear: PlannedLinear) -> int:
+    """Rows of a matrix that are solved together."""
+    site = linear.site
+    return min(site.out_features, max(1, OUTSIDE_PIECE // site.in_features)) if linear.spec.outside else site.out_features
 
 
 def _window_bytes(solver: BlockSolver, window: int, linears: Sequence[PlannedLinear], skeleton: Skeleton, hidden: int, tokens: int) -> int:

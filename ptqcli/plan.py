@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-import torch
-
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
@@ -26,6 +24,7 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_experts import check_experts, expert_notes, routing_reason, unread_experts, with_refusal
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_outside import check_patterns_match, linears_outside, outside_notes, planned_outside
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
@@ -121,19 +120,19 @@ def make_plan(
     choose_texts: is asked for the texts where anything looks at them; None leaves them as they are asked for.
     """
     _check_solver(recipe)
-    outside = _outside(skeleton)
+    outside = linears_outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     chosen = find_format(recipe.format)
-    linears, skipped = _choose(recipe, skeleton, chosen, assigned or {}, hits)
-    _check_patterns_match(recipe, skeleton, outside, hits)
-    if not linears:
-        raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
-    check_groups(linears, recipe, hits)
-    check_parallel(linears, skeleton, recipe.for_tensor_parallel)
+    inside, skipped = _choose(recipe, skeleton, chosen, assigned or {}, hits)
+    check_patterns_match(recipe, skeleton, outside, hits)
+    _check_any(inside)
+    check_groups(inside, recipe, hits)
+    check_parallel(inside, skeleton, recipe.for_tensor_parallel)
+    linears = [*inside, *planned_outside(recipe, skeleton, chosen)]
     plain = skeleton.plain_names(linear.name for linear in linears)
     _check_format(chosen, linears, plain, skeleton)
-    fused = _checked_fused(chosen, linears, skeleton)
-    check_experts(recipe, linears, skeleton)
+    fused = _checked_fused(chosen, inside, skeleton)
+    check_experts(recipe, inside, skeleton)
     seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
@@ -144,9 +143,9 @@ def make_plan(
         recipe=recipe,
         linears=tuple(linears),
         skipped=tuple(skipped),
-        outside=tuple(outside),
+        outside=tuple(sorted({*outside} - {linear.name for linear in linears})),
         plain=plain,
-        stages=_planned_stages(linears, skeleton),
+        stages=_planned_stages(inside, skeleton),
         fused_groups=skeleton.fused_groups,
         seqlen=seqlen,
         texts=texts,
@@ -155,18 +154,23 @@ def make_plan(
         disk_bytes=disk_bytes(chosen, linears, skeleton, recipe, seqlen, texts.windows, resources),
         memory_bytes=memory_bytes(recipe, linears, skeleton, seqlen, texts, resources),
         notes=(
-            *group_notes(linears, recipe, hits),
+            *group_notes(inside, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
-            *expert_notes(recipe, linears, skeleton),
+            *expert_notes(recipe, inside, skeleton),
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
-            *_model_notes(skeleton, linears),
+            *_model_notes(recipe, skeleton, linears),
             *[*chosen.notes(specs), *tried, *unread],
             *([] if chosen.one_file else _fused_notes(fused)),
         ),
         readers=with_refusal(chosen.readers(specs, skeleton.loaded_as, tried), unread),
         adapter_bytes=adapter_bytes(recipe, linears),
     )
+
+
+def _check_any(linears: Sequence[PlannedLinear]) -> None:
+    if not linears:
+        raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
 
 
 def model_length(config: Any) -> int | None:
@@ -238,36 +242,6 @@ def _scheme_for(recipe: Recipe, name: str, hits: Hits) -> tuple[Scheme, str | No
             scheme = override.apply(scheme)
             reason = "skipped" if override.skip else (None if reason == "skipped" else reason)
     return scheme, reason
-
-
-def _outside(skeleton: Skeleton) -> list[str]:
-    inside = {site.name for site in skeleton.linears}
-    return [name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear) and name not in inside]
-
-
-def _check_patterns_match(recipe: Recipe, skeleton: Skeleton, outside: Sequence[str], hits: Hits) -> None:
-    names = [site.name for site in skeleton.linears]
-    for override in recipe.overrides:
-        if hits[override.pattern].isdisjoint(names):
-            other = _other_match(override.pattern, skeleton, outside)
-            if other is None or not override.skip:  # what stays as it is may be skipped
-                raise UsageError(f"override '{override.pattern}' {other or f'matches no linear; the linears are named like {names[0]}'}")
-    for pattern in recipe.ignore:
-        if hits[pattern].isdisjoint(names) and _other_match(pattern, skeleton, outside) is None:
-            raise UsageError(f"ignore '{pattern}' matches no linear; the linears are named like {names[0]}")
-
-
-def _other_match(pattern: str, skeleton: Skeleton, outside: Sequence[str]) -> str | None:
-    """What ``pattern``, which finds no linear of the blocks, finds in the model instead, and why that has no scheme."""
-    modules = dict(skeleton.model.named_modules())
-    hits = found([pattern], [name for name in modules if name])[pattern]
-    for name in outside:
-        if name in hits:
-            return f"matches {name}, a linear outside the blocks; it stays in 16 bit for now, so leave the override out"
-    for name, module in modules.items():
-        if name in hits and next(module.parameters(recurse=False), None) is not None:
-            return f"matches {name} of class {type(module).__name__}; only linears in the blocks are quantized, so leave the override out"
-    return None
 
 
 def _check_solver(recipe: Recipe) -> None:
@@ -363,15 +337,16 @@ def _finish_notes(recipe: Recipe, skeleton: Skeleton, windows: int, seqlen: int)
     return [f"finish {recipe.finish} takes about {work / 1e12:,.2g} TFLOP, {work / once:.0f} times one pass over the calibration text"]
 
 
-def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
-    """What is not quantized and might be thought to be."""
-    notes = []
+def _model_notes(recipe: Recipe, skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
+    """What it is stored in now; and what is not quantized and might be thought to be."""
+    notes = [*skeleton.source.notes, *outside_notes(recipe, linears)]
     unused, stacked = skeleton.names.unmatched, skeleton.stacks
     if unused:
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {listed(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {listed(list(stacked))}")
-    share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
+    inside = (linear.site for linear in linears if not linear.spec.outside)
+    share = sum(site.in_features * site.out_features for site in inside) / skeleton.matrix_size
     if share < TOLD_BELOW:
         only = "only " if share < 0.5 else ""
         notes.append(f"{only}{share:.0%} of the weights in the model's matrices, embeddings and output head apart, are quantized")

@@ -5,6 +5,7 @@ Importing this imports no torch; parts are imported when a request is made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -46,6 +47,8 @@ OUTLIER_KINDS = ("none", "dynamic", "static")
 
 # What a scheme written as one word says, so that it cannot be said beside it.
 SCHEME_FIELDS = ("wbits", "group_size", "symmetric", "abits", "act_scales", "outliers", "outlier_threshold")
+
+SHORT_SCHEME = re.compile(r"[wW]\d+")  # W8 for w8a16
 
 PartOptions = Mapping[str, Mapping[str, object]]  # part -> option -> value
 
@@ -109,6 +112,7 @@ class Recipe:
     ``calibration.sources``. nsamples windows (None: 128, or fewer where the model writes them) of seqlen tokens (None: what the model
     allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
     is what the tokenizer does.
+    lm_head, embeddings: a scheme for the output head and the embedding, w8a16-g64 or short as W8 and W4; None leaves them in 16 bit.
     expert_calibration: routed takes the statistics of an expert from the tokens that are routed to it, all from every token.
     min_expert_tokens: one that saw fewer gets the statistics of its block's experts together, see ``calibration.routed``; 0 for never.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
@@ -136,6 +140,8 @@ class Recipe:
     seqlen: int | None = None
     seed: int = 0
     bos: str = "auto"
+    lm_head: str | None = None
+    embeddings: str | None = None
     expert_calibration: str = "routed"
     min_expert_tokens: int = 32
     ignore: tuple[str, ...] = ()
@@ -169,6 +175,7 @@ class Recipe:
         if self.for_tensor_parallel < 1:
             raise UsageError(f"for tensor parallel {self.for_tensor_parallel} is not valid; give the number of GPUs, 1 or more")
         self._check_afterwards()
+        self._check_outside()
         if abs(self.seed) >= 2**63:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:
@@ -187,6 +194,23 @@ class Recipe:
             raise UsageError(f"finish {self.finish} holds half of the windows out; give --nsamples 2 or more")
         if self.finish != "none" and self.adapter_rank:
             raise UsageError("an adapter corrects the scales as they are before finish kl moves them; leave one of the two out")
+
+    def _check_outside(self) -> None:
+        """Head and embedding, as far as they have schemes."""
+        if self.head_scheme is not None or self.embedding_scheme is not None:
+            flag = "--lm-head" if self.embedding_scheme is None else "--embeddings"
+            if self.finish != "none":
+                raise UsageError(f"finish {self.finish} tunes scales of linears in the blocks only; leave {flag} or --finish out")
+
+    @property
+    def head_scheme(self) -> Scheme | None:
+        """The scheme of the output head, None where it stays as it is."""
+        return None if self.lm_head is None else _outside_scheme("lm-head", self.lm_head)
+
+    @property
+    def embedding_scheme(self) -> Scheme | None:
+        """The scheme of the embedding, None where it stays as it is."""
+        return None if self.embeddings is None else _outside_scheme("embeddings", self.embeddings)
 
     @property
     def patterns(self) -> list[str]:
@@ -302,6 +326,17 @@ class Recipe:
             raise UsageError(f"{self.algo} splits 8-bit activations; leave --abits out, or give --outliers none")
         threshold = DEFAULT_THRESHOLD if self.outlier_threshold is None else self.outlier_threshold
         return None if kind == "none" else OutlierSplit(threshold, dynamic=kind == "dynamic")
+
+
+def _outside_scheme(option: str, text: str) -> Scheme:
+    """What ``text``, a scheme or short W8, says. Raises UsageError for what leaves more than weights as they are, or none of them."""
+    try:
+        scheme = Scheme.parse(f"{text}a16" if SHORT_SCHEME.fullmatch(text) else text)
+    except UsageError as error:
+        raise UsageError(f"--{option} {text}: {error}") from error
+    if scheme.activations is not None or scheme.blocks is not None or scheme.codebook is not None:
+        raise UsageError(f"--{option} {text}: takes integer weights beside 16-bit activations, such as W8, W4 or w4a16-g64-asym")
+    return scheme
 
 
 def _is_of_the_model(transform: Any) -> bool:

@@ -235,7 +235,7 @@ def test_what_is_no_model_is_refused(workshop: Workshop, tmp_path: Path) -> None
         (tmp_path / "absent", None, UsageError, "no such folder"),
         ({"weights": 1}, None, UsageError, "a model is a folder, a hub id or a model of transformers, not dict"),
         (ptqcli.load_quantized(workshop.done), byte_tokenizer(), PTQError, "the model in memory is quantized already"),
-        (workshop.done, None, PTQError, "already quantized"),
+        (workshop.done, None, UsageError, "quantized already"),
     ]
     for model, tokenizer, kind, message in refused:
         with pytest.raises(kind, match=message):

@@ -100,7 +100,7 @@ REFUSED = [
     ("bench model --only model --kernel triton", 2, "is not quantized, so it cannot run on --kernel triton"),
     ("bench --shapes llama9-9b", 2, "llama3-8b"),
     ("bench --shapes 0x16", 2, "llama3-8b"),
-    ("bench --shapes 64x64 --scheme w5a16", 2, "5 bits per weight is not supported"),
+    ("bench --shapes 64x64 --scheme w9a16", 2, "9 bits per weight is not supported"),
     ("bench --shapes 64x64 --scheme nonsense", 2, "scheme 'nonsense' is no number format; write one such as w4a16-g128"),
     ("bench --shapes 65x64 --scheme w4a16-g32", 2, "65"),
     ("bench done --shapes llama3-8b", 2, "CHECKPOINT and --shapes exclude each other"),

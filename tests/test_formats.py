@@ -22,9 +22,10 @@ from ptqcli.formats import LinearSpec, bitstream
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.compressed_tensors_config import CONV1D_KEY, OUTLIERS_KEY, quantization_config, schemes_of
 from ptqcli.numerics.ranges import MinMax
-from ptqcli.numerics.scheme import SUPPORTED_BITS, ActivationScheme, OutlierSplit, Scheme
+from ptqcli.numerics.scheme import SUPPORTED_BITS, UNUSUAL_BITS, ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
+WIDTHS = (*SUPPORTED_BITS, *UNUSUAL_BITS)
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -81,7 +82,7 @@ def test_known_words(bits: int) -> None:
 
 @st.composite
 def weights(draw: st.DrawFn) -> QuantizedWeight:
-    bits = draw(st.sampled_from(SUPPORTED_BITS))
+    bits = draw(st.sampled_from(WIDTHS))
     group_size = draw(st.sampled_from([-1, 1, 3, 8, 17, 32]))
     columns = draw(st.integers(1, 5)) * (draw(st.integers(1, 40)) if group_size == -1 else group_size)
     scheme = Scheme(bits, group_size, draw(st.booleans()))
@@ -116,7 +117,7 @@ def test_unpack_is_the_inverse_of_pack(weight: QuantizedWeight) -> None:
 
 def golden_cases() -> list[Any]:
     cases = json.loads((GOLDEN / "ct_pack_quantized.json").read_text())["cases"]
-    return [pytest.param(case, id=case_id(case)) for case in cases if case["num_bits"] in SUPPORTED_BITS]
+    return [pytest.param(case, id=case_id(case)) for case in cases if case["num_bits"] in WIDTHS]
 
 
 def case_id(case: dict[str, Any]) -> str:
@@ -225,7 +226,7 @@ def test_stored_linears_of_both_formats() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_the_library_reads_what_is_packed(bits: int, symmetric: bool, group_size: int, dtype: torch.dtype) -> None:
     require_dense_packing(bits)
     weight = random_weight(Scheme(bits, group_size, symmetric), 24, 96, dtype=dtype)
@@ -249,7 +250,7 @@ def test_the_library_reads_integers(bits: int, group_size: int, dtype: torch.dty
 
 def require_dense_packing(bits: int) -> None:
     version = pytest.importorskip("compressed_tensors").__version__
-    if bits == 3 and tuple(map(int, version.split(".")[:2])) < (0, 18):
+    if bits in (3, 5, 6, 7) and tuple(map(int, version.split(".")[:2])) < (0, 18):
         pytest.skip(f"compressed-tensors {version} packs 3 bits in the older layout")
 
 
@@ -643,7 +644,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "group of none": (f"{WEIGHTS}/group_size", 0, "group_size 0"),
     "4.0 bits": (f"{WEIGHTS}/num_bits", 4.0, "group_0: weights with num_bits 4.0 are not read"),
     "symmetric as text": (f"{WEIGHTS}/symmetric", "no", "group_0: weights with symmetric 'no' are not read"),
-    "5 bits": (f"{WEIGHTS}/num_bits", 5, "group_0: 5 bits per weight is not supported"),
+    "9 bits": (f"{WEIGHTS}/num_bits", 9, "group_0: 9 bits per weight is not supported"),
     "preset": ("config_groups", {"W4A16": ["Linear"]}, "W4A16: names a preset"),
     "no weights": (WEIGHTS, None, "malformed"),
     "groups as a list": ("config_groups", [], "malformed"),

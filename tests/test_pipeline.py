@@ -431,7 +431,7 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_the_layer(model, tmp
 
 def test_a_quantized_model_is_not_quantized_again(model, tmp_path):
     quantize(model, small(model, algo="rtn"), tmp_path / "out")
-    with pytest.raises(PTQError, match="already quantized"):
+    with pytest.raises(UsageError, match="quantized already"):
         quantize(tmp_path / "out", small(model, algo="rtn"), tmp_path / "twice")
 
 

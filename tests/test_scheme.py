@@ -75,7 +75,7 @@ def test_dequantize_follows_the_column_index():
 
 
 def test_schemes_that_do_not_exist_are_refused():
-    for bits, group, message in [(5, 32, "5 bits"), (4, 0, "group size 0"), (4, -2, "group size -2")]:
+    for bits, group, message in [(9, 32, "9 bits"), (4, 0, "group size 0"), (4, -2, "group size -2")]:
         with pytest.raises(UsageError, match=message):
             Scheme(bits, group)
     with pytest.raises(UsageError, match="does not divide 100"):
@@ -175,7 +175,8 @@ def test_other_names_are_refused_with_examples(text):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("w5a16", "5 bits per weight"),
+        ("w9a16", "9 bits per weight"),
+        ("w5a8", "5 bits per weight is not supported beside 8-bit activations"),
         ("w4a4", "4 bits per activation"),
         ("w4a16-tensor", "group size 0"),
         ("w8a8-g128", "not group size 128"),

@@ -1,10 +1,11 @@
 """Codes in memory: as many as fit whole into a byte, so that reading one back is a shift and a mask.
 
-For ``W[n, k]`` and ``per = {2: 4, 3: 1, 4: 2, 8: 1}[bits]`` codes to a byte,
+For ``W[n, k]`` and ``per = {2: 4, 4: 2}.get(bits, 1)`` codes to a byte,
 
     packed[n, k // per]  holds code k in bits  [bits * (k % per), bits * (k % per) + bits)
 
-Three-bit codes take a whole byte each: packed tightly they straddle bytes, which saves memory but not the time this reference is for.
+Codes of 3, 5, 6 and 7 bits take a whole byte each: packed tightly they straddle bytes, which saves memory but not the time this reference
+is for.
 The unused high codes of a row's last byte are zero.
 
 Integer products take signed codes, one to a byte at every width: ``code - 2^(bits-1)``.
@@ -15,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CODES_PER_BYTE = {2: 4, 3: 1, 4: 2, 8: 1}
+CODES_PER_BYTE = {2: 4, 3: 1, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}
 
 
 def packed_width(K: int, bits: int) -> int:
-    """Bytes in a row of ``K`` codes. Raises ValueError for a width other than 2, 3, 4, 8."""
+    """Bytes in a row of ``K`` codes. Raises ValueError for a width other than 2 to 8."""
     return -(-K // _per_byte(bits))
 
 

@@ -102,7 +102,7 @@ def bench_generation(
     """
     for name, model in models.items():
         check_setting(model.config, name, batch, prompt, new_tokens)
-    vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
+    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models.values())
     ids = torch.randint(0, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     for model in models.values():
         generate(model, ids, LEAST_NEW_TOKENS)  # warm-up: kernels are compiled, workspaces made

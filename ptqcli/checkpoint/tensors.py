@@ -233,6 +233,10 @@ class SafetensorsFolder(TensorSource):
         """
         return self._file(name).read(name)
 
+    def path(self, name: str) -> Path:
+        """The file that holds ``name``."""
+        return self._file(name).path
+
     def read_entry(self, name: str, index: int) -> Tensor:
         """Entry ``index`` of the first dimension of ``name``, read by itself. Raises PTQError as ``read``."""
         return self._file(name).read(name, index)

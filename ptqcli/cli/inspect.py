@@ -117,7 +117,7 @@ def _facts(folder: Path, config: Any, size: int, layers: Sequence[Mapping[str, A
         ("quantized", f"{len(layers)} linears, {size_text(packed)}" if layers else "nothing"),
     ]
     if layers:
-        facts.append(("unquantized", f"{size_text(size - packed)} (embeddings, output head, norms and what was left alone)"))
+        facts.append(("unquantized", f"{size_text(size - packed)} (norms, embedding and head as a rule, and what was left alone)"))
     if report:
         facts += [
             ("made from", report["source"] or "a model in memory"),

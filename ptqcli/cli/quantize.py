@@ -56,9 +56,9 @@ def command(
     """Turn MODEL into a packed checkpoint folder.
 
     MODEL is a local folder, a GGUF file or a hub id; left out, it is the small demo model that the package carries. The output head and the
-    embeddings stay as they are.
+    embedding stay as they are, unless --lm-head and --embeddings are given.
     """
-    from ptqcli.model.source import open_source
+    from ptqcli.formats.sources import open_source
     from ptqcli.pipeline.clock import Clock
     from ptqcli.pipeline.pipeline import quantize
     from ptqcli.pipeline.prepare import prepare
@@ -71,7 +71,7 @@ def command(
     folder = find_model(model)
     silence_transformers()
     target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
-    source = open_source(folder, allow_requantize) if folder.is_file() else folder
+    source = open_source(folder, allow_requantize=True) if allow_requantize else folder
     with track("block", quiet) as tracker:
         progress = QuantizeProgress(folder, words, tracker)
         run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}

@@ -150,9 +150,9 @@ FLAGS = {
         click.option(
             "--wbits",
             type=int,
-            metavar="2|3|4|8",
+            metavar="2..8",
             show_default="4; smoothquant, llm-int8: 8",
-            help="Bits per weight. Recent readers alone take 2 and 3; the plan says which.",
+            help="Bits per weight. Recent readers alone take others than 4 and 8; the plan says which.",
         ),
         click.option(
             "--group-size",
@@ -195,6 +195,8 @@ FLAGS = {
             help=f"Treat some linears otherwise: {OVERRIDE_EXAMPLES}.",
         ),
         click.option("--ignore", multiple=True, metavar="REGEX", help="Leave these linears as they are."),
+        click.option("--lm-head", metavar="W8|W4|SCHEME", help="Quantize the output head, too; a table that it shares gets a copy."),
+        click.option("--embeddings", metavar="W8|W4|SCHEME", help="Quantize the embedding, too, each row by itself."),
         click.option("--blocks", metavar="NAME", help="Which list of blocks to quantize, where it is not evident."),
     ],
     CALIBRATION: [
@@ -302,7 +304,9 @@ FLAGS = {
         ),
         OVERWRITE_FLAG,
         click.option(
-            "--allow-requantize", is_flag=True, help="Take a GGUF file whose weights are quantized already; its error adds to the new one."
+            "--allow-requantize",
+            is_flag=True,
+            help="Take a model whose weights are quantized already; its error stays, and the new one adds to it.",
         ),
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,

@@ -19,6 +19,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +142,7 @@ def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise UsageError(f"a window of {seqlen} tokens is longer than the model's {positions} positions; lower --seqlen")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     lowest, highest = int(ids.min()), int(ids.max())
     if not 0 <= lowest <= highest < vocabulary:
         raise PTQError(
@@ -167,7 +169,8 @@ def _evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
 
 def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits that predict the batch's targets, [windows, scored, vocabulary], in the model's dtype."""
-    embeddings = model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings()
+    embeddings: Tensor = next(chain(table.parameters(), table.buffers()))
     inputs = batch.inputs if embeddings.is_meta else batch.inputs.to(embeddings.device)  # on the disk, accelerate brings the two together
     logits = model(input_ids=inputs, use_cache=False).logits  # [windows, length, vocabulary]
     return logits[:, -batch.targets.shape[1] - 1 : -1]

@@ -39,6 +39,9 @@ def check_tunable(checkpoint: PackedCheckpoint, vectors: bool) -> None:
             f"{checkpoint.folder}: scales in a GGUF file are not tuned; tune those of the checkpoint that it was made from, and give that "
             "to `ptq convert --to gguf`"
         )
+    outside = next((name for name in checkpoint.schemes if checkpoint.spec(name).outside), None)
+    if outside is not None:
+        raise UsageError(f"{checkpoint.folder}: {outside} is quantized, and only scales of linears in the blocks are tuned")
     if not vectors and all(scheme.double for scheme in checkpoint.schemes.values()):
         raise UsageError(
             f"{checkpoint.folder}: doubly quantized scales do not move one by one; leave --no-norms out, and the rest is tuned"

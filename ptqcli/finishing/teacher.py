@@ -7,11 +7,8 @@ does to its logits) is run again whenever logits are asked for, by the model its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from ptqcli.calibration.hidden import HiddenStates, new_buffer
 from ptqcli.calibration.record import Recording, record_calls
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.whole import given_hidden
 from ptqcli.resources import Resources
 
 
@@ -37,7 +35,7 @@ class Teacher:
     def logits(self, chosen: Tensor) -> Tensor:
         """Those of the windows numbered ``chosen``, int64 [batch]: floating [batch, tokens, vocabulary]."""
         model = self.skeleton.model
-        with self._given(self.hidden[chosen].to(self.device)):
+        with given_hidden(self.skeleton, self.hidden[chosen].to(self.device)):
             found: Tensor = self.skeleton.kind.call(model, self.windows[chosen].to(self.device)).logits
         return found
 
@@ -77,18 +75,3 @@ class Teacher:
                 module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
         for unit in (skeleton.before, skeleton.after):
             skeleton.release(unit)
-
-    @contextmanager
-    def _given(self, hidden: Tensor) -> Iterator[None]:
-        """While inside, every block gives ``hidden``."""
-        for block, shape in zip(self.skeleton.blocks, self.skeleton.shapes, strict=True):
-            block.forward = _giving(hidden if shape.container is None else shape.container([hidden, *[None] * shape.extra_outputs]))
-        try:
-            yield
-        finally:
-            for block in self.skeleton.blocks:
-                del block.forward
-
-
-def _giving(output: Any) -> Callable[..., Any]:
-    return lambda *_, **__: output

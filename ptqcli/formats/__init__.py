@@ -58,6 +58,7 @@ class LinearSpec:
     ``Linear`` or ``Conv1D``. scale_dtype: the dtype in which its scales are stored. moving_groups: its groups are not neighbouring columns
     (act-order without static groups), so that an index is needed. signed_scales: a scale may be negative; a format whose readers do not
     take that refuses it, and the user gives ``--no-signed``. weight_dtype: the one in which its weight was stored, None if nobody knows.
+    outside: it stands in no block, as the output head does, or the embedding, whose kind is ``Embedding``.
     """
 
     name: str
@@ -70,6 +71,7 @@ class LinearSpec:
     signed_scales: bool = True
     aliases: tuple[str, ...] = ()
     weight_dtype: torch.dtype | None = None
+    outside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,8 @@ class Format(Protocol):
 
     name: as in a recipe and in FORMATS. packages: Python packages outside the core that a reader needs, each with what it is for.
     optional: last parts of names of tensors that files of other programs may lack. codebooks: whether it holds codes of codebooks, too.
-    blocks: whether it holds blocks, see ``numerics.blocks``. usual_mix: of the mixes of schemes that it has names for, that where nobody
+    blocks: whether it holds blocks, see ``numerics.blocks``. outside: whether it holds codes of output heads and embeddings.
+    usual_mix: of the mixes of schemes that it has names for, that where nobody
     names one; None where it has none. one_file: its checkpoints are one file each, made when all tensors are there (``assemble``).
     A class that derives from this one takes over what has a body here: a format that nothing else reads, under its own name.
     """
@@ -139,6 +142,7 @@ class Format(Protocol):
     optional: tuple[str, ...] = ()
     codebooks: bool = False
     blocks: bool = False
+    outside: bool = False
     one_file: bool = False
     usual_mix: str | None = None
 
@@ -288,6 +292,15 @@ def other_codes(chosen: Format, scheme: Scheme) -> str | None:
     if scheme.codebook is None or chosen.codebooks:
         return None
     return f"{chosen.name} holds integers, not codes of {scheme.codebook}; give --format bitsandbytes, or --scheme w4a16"
+
+
+def no_place(chosen: Format) -> str | None:
+    """Why ``chosen`` holds no codes of an output head or an embedding, or None if it does."""
+    if chosen.outside:
+        return None
+    if chosen.one_file:
+        return f"in {chosen.name} a mix of types, --gguf-type, says what becomes of embedding and output head"
+    return f"{chosen.name} holds codes of the linears in the blocks only, as its readers do; {DEFAULT_FORMAT} holds it"
 
 
 def _entries() -> list[EntryPoint]:

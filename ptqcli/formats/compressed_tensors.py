@@ -1,6 +1,6 @@
 """``compressed-tensors``: integer weights as transformers and vLLM read them, in two of the library's formats.
 
-``pack-quantized`` holds weight-only schemes, 2, 3, 4 or 8 bits. A linear ``m`` with ``W[out, in]`` and ``G`` groups is stored as
+``pack-quantized`` holds weight-only schemes, 2 to 8 bits. A linear ``m`` with ``W[out, in]`` and ``G`` groups is stored as
 
     m.weight_packed       int32 [out, ceil(in * bits / 32)]   codes, a bit string along each row (see ``bitstream``)
     m.weight_scale        float [out, G]                      in the model's dtype
@@ -53,6 +53,7 @@ class CompressedTensors(Format):
     """The format (``ptqcli.formats.Format``) of both kinds of file; a checkpoint may mix them."""
 
     name = NAME
+    outside = True
     packages: Mapping[str, str] = {NAME: "lets transformers load the checkpoints; ptq itself does not need it"}
 
     def refusal(self, spec: LinearSpec) -> str | None:
@@ -110,7 +111,9 @@ class CompressedTensors(Format):
         """The entry of config.json. Raises UsageError if nothing is quantized."""
         schemes = {name: spec.scheme for spec in specs for name in (spec.name, *spec.aliases)}
         conv1d = any(spec.kind == "Conv1D" for spec in specs)
-        return {"config.json": {"quantization_config": compressed_tensors_config.quantization_config(schemes, untouched, conv1d)}}
+        outside = [name for spec in specs if spec.outside for name in (spec.name, *spec.aliases)]
+        entry = compressed_tensors_config.quantization_config(schemes, untouched, conv1d, outside)
+        return {"config.json": {"quantization_config": entry}}
 
     def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Iterable[str]) -> dict[str, Scheme]:
         """The scheme of each quantized linear among ``linears``: all of it stands in ``config``.

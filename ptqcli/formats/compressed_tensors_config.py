@@ -35,11 +35,14 @@ def stored_as(scheme: Scheme) -> str:
     return PACKED if scheme.activations is None else INTEGER
 
 
-def quantization_config(schemes: Mapping[str, Scheme], ignored: Sequence[str], conv1d: bool = False) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], ignored: Sequence[str], conv1d: bool = False, outside: Sequence[str] = ()
+) -> dict[str, Any]:
     """The ``quantization_config`` entry of config.json.
 
     schemes: the scheme of each quantized linear by module name. ignored: module names of all other matrices, the output head too.
-    conv1d: some quantized linears are ``Conv1D``, so that transformers has to be stopped. Raises UsageError if nothing is quantized,
+    conv1d: some quantized linears are ``Conv1D``, so that transformers has to be stopped. outside: those in no block.
+    Raises UsageError if nothing is quantized,
     PTQError if a name stands for a quantized linear in one class of readers and for another matrix elsewhere.
     """
     if not schemes:
@@ -49,8 +52,9 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: Sequence[str], c
     names: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         names.setdefault(scheme, []).append(name)
-    # A class target reaches modules that vLLM has fused under a name of its own; with several schemes only names are exact.
-    targets = {scheme: ["Linear"] if len(names) == 1 else listed for scheme, listed in names.items()}
+    # A class target reaches modules that vLLM has fused under a name of its own; with several schemes only names are exact. Head and
+    # embedding are of other classes there.
+    targets = {scheme: ["Linear", *outside] if len(names) == 1 else listed for scheme, listed in names.items()}
     groups = {f"group_{number}": _group(scheme, targets[scheme], conv1d) for number, scheme in enumerate(names)}
     formats = {stored_as(scheme) for scheme in names}
     return {

@@ -29,6 +29,7 @@ from collections.abc import Set as AbstractSet
 from torch import nn
 
 from ptqcli.formats import LinearSpec, Reader
+from ptqcli.model.linears import EMBEDDING
 from ptqcli.numerics.scheme import WHOLE_ROW, ActivationScheme, Scheme
 
 LIBRARY = "compressed-tensors>=0.18"  # which packs 3 bits as it is done here
@@ -40,6 +41,7 @@ HUMMING, HUMMING_ZERO_POINTS = "0.25", "0.33"
 MARLIN_TILE, CUTLASS_TILE = (64, 128), (16, 16)
 
 OUTLIERS = "outlier columns: only ptqcli reads them, transformers refuses the file"
+TABLE = "a quantized embedding: ptqcli reads it; transformers fails on it, and vLLM has not been tried"
 CONV1D = "Conv1D layers: ptqcli and vLLM read them from this format, transformers does not"
 EXPANDED_AS_ONE = "transformers does not read it, since it would expand all schemes as one; ptqcli and vLLM read it"
 
@@ -60,13 +62,16 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
     found += _shape_notes(specs)
     if any(spec.kind == "Conv1D" for spec in specs):
         found.append(CONV1D)
+    if any(map(_is_table, specs)):
+        found.append(TABLE)
     return found
 
 
 def readers(specs: Sequence[LinearSpec], auto_class: str, must_expand: bool) -> list[Reader]:
     """How transformers and vLLM load such linears. must_expand: transformers cannot keep them packed in this model."""
-    if any(spec.scheme.outliers is not None for spec in specs):
-        return [Reader(name="transformers", refusal=OUTLIERS), Reader(name="vLLM", refusal=OUTLIERS)]
+    for refusal, holds in ((OUTLIERS, _has_outliers), (TABLE, _is_table)):
+        if any(map(holds, specs)):
+            return [Reader(name="transformers", refusal=refusal), Reader(name="vLLM", refusal=refusal)]
     return [_transformers(specs, auto_class, must_expand), _vllm([spec.scheme for spec in specs])]
 
 
@@ -129,8 +134,8 @@ def trial(classes: Sequence[nn.Module], specs: Sequence[LinearSpec], packed: Abs
     packed: linears whose ``weight`` is stored under another name. transformers hands every module to the model's own code for
     initial values, all of which are there already; where that code asks a packed linear for its ``weight``, loading fails.
     """
-    if any(spec.kind == "Conv1D" for spec in specs):
-        return []  # transformers is stopped before it comes to that
+    if any(spec.kind in ("Conv1D", EMBEDDING) for spec in specs):
+        return []  # transformers is stopped before it comes to that, or said to fail
     names = {name for spec in specs if spec.name in packed for name in (spec.name, *spec.aliases)}
     for model in classes:
         twin = copy.deepcopy(model)
@@ -157,6 +162,14 @@ def _initialization_failure(model: nn.Module) -> str | None:
     except Exception as error:  # noqa: BLE001  whatever a model's code raises is the answer
         return " ".join(str(error).split())[:80]
     return None
+
+
+def _has_outliers(spec: LinearSpec) -> bool:
+    return spec.scheme.outliers is not None
+
+
+def _is_table(spec: LinearSpec) -> bool:
+    return spec.kind == EMBEDDING
 
 
 def _several(specs: Sequence[LinearSpec]) -> bool:

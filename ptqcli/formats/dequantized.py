@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from torch import Tensor
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import TensorSource
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint
-from ptqcli.model.source import open_source
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+from ptqcli.model.gguf import GGUFModel, is_gguf
+from ptqcli.model.quantized import not_quantized, requantized_note
+from ptqcli.model.source import ModelFolder, ModelSource
 
 
 class DequantizedTensors(TensorSource):
-    """The tensors of a checkpoint with the weight of each quantized linear in the dtype of its scales."""
+    """The tensors of a checkpoint with the weight of each quantized linear in ``dtype``, None for that of its scales."""
 
-    def __init__(self, packed: PackedCheckpoint) -> None:
-        self._packed = packed
+    def __init__(self, packed: PackedCheckpoint, dtype: torch.dtype | None = None) -> None:
+        self._packed, self._dtype = packed, dtype
         self._linears = {f"{packed.stored_linear(name)}.weight": name for name in packed.schemes}
 
     @property
@@ -39,7 +40,9 @@ class DequantizedTensors(TensorSource):
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of ``name``."""
-        return self._packed.spec(self._linears[name]).scale_dtype if name in self._linears else self._packed.tensors.dtype(name)
+        if name not in self._linears:
+            return self._packed.tensors.dtype(name)
+        return self._dtype or self._packed.spec(self._linears[name]).scale_dtype
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``. Raises PTQError for damaged codes."""
@@ -51,14 +54,18 @@ class DequantizedTensors(TensorSource):
 
 
 class DequantizedModel:
-    """The model in a quantized checkpoint, a ``ModelSource``."""
+    """The model in a quantized checkpoint, a ``ModelSource``. dtype: as in ``DequantizedTensors``."""
 
-    def __init__(self, packed: PackedCheckpoint) -> None:
-        self._files = open_source(packed.folder, allow_requantize=True)
+    def __init__(self, packed: PackedCheckpoint, dtype: torch.dtype | None = None) -> None:
+        path = packed.folder
+        self._files: ModelSource = GGUFModel(path, allow_requantize=True) if is_gguf(path) else ModelFolder(path)
+        counts = Counter(map(str, packed.schemes.values()))
+        self.packed = packed
+        self.notes = (requantized_note(f"{packed.format.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}"),)
         self.folder: Path | None = packed.folder
         self.where, self.config = self._files.where, copy.deepcopy(self._files.config)
         self.config.quantization_config = None
-        self.tensors = DequantizedTensors(packed)
+        self.tensors = DequantizedTensors(packed, dtype)
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises PTQError when there is none."""
@@ -66,7 +73,7 @@ class DequantizedModel:
 
     def config_json(self) -> dict[str, Any]:
         """What stands in config.json, but for what tells readers that the model is quantized."""
-        return {key: value for key, value in self._files.config_json().items() if key not in QUANTIZATION_KEYS}
+        return not_quantized(self._files.config_json())
 
     def write_auxiliary(self, folder: Directory) -> None:
         """Put the files beside the weights into ``folder``."""

@@ -36,7 +36,7 @@ from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, Reader, bitstream, gptq_config, gptq_readers, joined
 from ptqcli.formats.gptq_config import V1, V2
 from ptqcli.formats.stored import DAMAGED, describe, expect_scales, expect_words, expect_writable, reach
-from ptqcli.numerics.scheme import Scheme
+from ptqcli.numerics.scheme import SUPPORTED_BITS, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 
 MULTIPLE = 32  # of inputs and outputs
@@ -162,6 +162,8 @@ def _no_place(scheme: Scheme, out_features: int, in_features: int) -> str | None
     """Why no file of this format can hold a matrix [out_features, in_features] in ``scheme``, or None."""
     if scheme.activations is not None:
         return "gptq holds weights with activations of 16 bits; give --abits 16, or --format compressed-tensors"
+    if scheme.bits not in SUPPORTED_BITS:
+        return f"gptq holds {', '.join(map(str, SUPPORTED_BITS))} bits, not {scheme.bits}; give --format compressed-tensors"
     if in_features < 1 or out_features < 1 or in_features % MULTIPLE or out_features % MULTIPLE:
         shape = f"{out_features} outputs and {in_features} inputs"
         return f"gptq packs multiples of {MULTIPLE}, not {shape}; leave it as it is (--ignore), or give --format compressed-tensors"

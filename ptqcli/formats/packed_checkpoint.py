@@ -18,7 +18,7 @@ from ptqcli.formats import Format, LinearSpec, format_of
 from ptqcli.model.classes import build_classes
 from ptqcli.model.config import build_on_meta, load_config
 from ptqcli.model.gguf import is_gguf
-from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.linears import EMBEDDING, is_linear, linear_weight
 from ptqcli.model.locate import only_file
 from ptqcli.model.names import DiskNames
 from ptqcli.numerics.scheme import Scheme
@@ -45,7 +45,7 @@ class PackedCheckpoint:
         self.folder, self.config, self.model, self.format, self.tensors = folder, config, model, stored_as, tensors
         self._stored, self._quantized = frozenset(tensors.names), set(stored_as.stored_linears(tensors.names))
         self.names = DiskNames(model, _as_plain(stored_as, tensors.names))
-        linears = {name: self._name_on_disk(name) for name, module in model.named_modules() if is_linear(module)}
+        linears = {name: self._name_on_disk(name) for name, module in model.named_modules() if self._may_have_codes(name, module)}
         self.schemes = stored_as.schemes(entry, tensors, linears)
         self._specs = {name: self._spec(name, scheme) for name, scheme in self.schemes.items()}
         self._refuse_unexpected()
@@ -101,8 +101,13 @@ class PackedCheckpoint:
             out_features=out_features,
             in_features=in_features,
             scale_dtype=scale_dtype,
-            kind=type(module).__name__,
+            kind=EMBEDDING if isinstance(module, nn.Embedding) else type(module).__name__,
+            outside=isinstance(module, nn.Embedding) or module is self.model.get_output_embeddings(),  # type: ignore[operator]
         )
+
+    def _may_have_codes(self, name: str, module: nn.Module) -> bool:
+        """An embedding is one among the linears if it is stored as such."""
+        return is_linear(module) or (isinstance(module, nn.Embedding) and self._name_on_disk(name) in self._quantized)
 
     def _tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Those of the linear ``name`` that are stored, or should be."""

@@ -17,11 +17,12 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.gguf_blocks import PLAIN_DTYPES, values_of
 from ptqcli.checkpoint.gguf_file import SUFFIX, GGUFFile, StoredTensor
 from ptqcli.checkpoint.tensors import TensorSource, refuse_not_finite
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.errors import PTQError
 from ptqcli.model.config import build_on_meta
 from ptqcli.model.gguf_architectures import architecture_of, names_in_file
 from ptqcli.model.gguf_config import ROPE_FREQS, read_config
 from ptqcli.model.gguf_tokenizer import build_tokenizer
+from ptqcli.model.quantized import already_quantized, requantized_note
 from ptqcli.untrusted import shown
 
 
@@ -122,13 +123,12 @@ class GGUFModel:
         self.where = str(path)
         self.file = GGUFFile(path)
         self.config = read_config(self.file)
+        self.notes: tuple[str, ...] = ()
         if getattr(self.config, "quantization_config", None) is not None:
+            kinds = ", ".join(sorted({tensor.kind.name for tensor in self.file.stored.values() if tensor.kind.quantized}))
             if not allow_requantize:
-                kinds = sorted({tensor.kind.name for tensor in self.file.stored.values() if tensor.kind.quantized})
-                raise UsageError(
-                    f"{path}: its weights are quantized already ({', '.join(kinds)}), and quantizing them again adds to that error; "
-                    "start from the original model, or give --allow-requantize"
-                )
+                raise already_quantized(self.where, kinds)
+            self.notes = (requantized_note(kinds),)
             del self.config.quantization_config
 
     @cached_property

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+EMBEDDING = "Embedding"  # what a table of one row a token is called, whatever its class
 TRANSPOSED = "Conv1D"  # GPT-2's own class, which stores its matrix as [in, out]
 
 

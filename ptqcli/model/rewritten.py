@@ -32,7 +32,7 @@ class RewrittenSource:
 
     def __init__(self, source: ModelSource, rewrite: Rewrite) -> None:
         self.original, self.rewrite = source, rewrite
-        self.where, self.folder = source.where, source.folder
+        self.where, self.folder, self.notes = source.where, source.folder, source.notes
         self.config = copy.deepcopy(source.config)
         for part in (self.config, self.config.get_text_config()):
             for key, value in rewrite.config.items():
@@ -73,7 +73,7 @@ class WidenedSource:
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
-        self.where, self.folder, self.config = source.where, source.folder, source.config
+        self.where, self.folder, self.config, self.notes = source.where, source.folder, source.config, source.notes
         self.tensors: TensorSource = WidenedTensors(source.tensors)
         self.tokenizer, self.config_json = source.tokenizer, source.config_json
         self.write_auxiliary, self.check_unchanged = source.write_auxiliary, source.check_unchanged

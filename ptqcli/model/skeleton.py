@@ -237,6 +237,10 @@ class Skeleton:
             self._kept[stored] = self._tensors.read(stored)
         return self._kept[stored]
 
+    def put(self, stored: str, value: Tensor) -> None:
+        """Read ``value`` in the place of the tensor ``stored`` until its unit is released."""
+        self._kept[stored] = value
+
     # Units
 
     def block_prefix(self, index: int) -> str:

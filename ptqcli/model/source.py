@@ -17,17 +17,22 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, Stamp, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.model.config import load_config, read_config
-from ptqcli.model.gguf import GGUFModel, is_gguf
 
 
 class ModelSource(Protocol):
-    """A model to quantize, wherever it is. where: what messages call it. folder: where it is on disk, None if it is not."""
+    """A model to quantize, wherever it is. where: what messages call it. folder: where it is on disk, None if it is not.
+
+    notes: what a person should know of its weights beforehand, a line each.
+    """
 
     @property
     def where(self) -> str: ...
 
     @property
     def folder(self) -> Path | None: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     @property
     def config(self) -> Any:
@@ -55,6 +60,8 @@ class ModelFolder:
 
     Raises PTQError or UsageError for one that holds no model, an adapter, or links to files that are elsewhere, see ``auxiliary_files``.
     """
+
+    notes = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder
@@ -97,6 +104,7 @@ class ModelInMemory:
 
     where = "the model in memory"
     folder: Path | None = None
+    notes = ()
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         if getattr(model, "hf_quantizer", None) is not None:
@@ -138,11 +146,3 @@ class ModelInMemory:
 
     def check_unchanged(self) -> None:
         """Nothing of it is on disk."""
-
-
-def open_source(path: Path, allow_requantize: bool = False) -> ModelSource:
-    """The model in a folder, or of a GGUF file. allow_requantize: one whose weights are quantized already is taken, too.
-
-    Raises PTQError or UsageError, see ``ModelFolder`` and ``GGUFModel``.
-    """
-    return GGUFModel(path, allow_requantize) if is_gguf(path) else ModelFolder(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptqcli.model.skeleton import Skeleton
 
@@ -23,6 +23,22 @@ def whole(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Itera
         finally:
             for unit in skeleton.units:
                 skeleton.release(unit)
+
+
+@contextmanager
+def given_hidden(skeleton: Skeleton, hidden: Tensor) -> Iterator[None]:
+    """While inside, every block gives ``hidden`` [windows, tokens, features], whatever it receives."""
+    for block, shape in zip(skeleton.blocks, skeleton.shapes, strict=True):
+        block.forward = _giving(hidden if shape.container is None else shape.container([hidden, *[None] * shape.extra_outputs]))
+    try:
+        yield
+    finally:
+        for block in skeleton.blocks:
+            del block.forward
+
+
+def _giving(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
 
 
 @contextmanager

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from ptqcli.numerics.elements import Element
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+# Widths that weights may have, too, where nothing but weights is quantized; few formats hold them.
+UNUSUAL_BITS = (5, 6, 7)
 
 WHOLE_ROW = -1  # group sizes that are no number of columns
 
@@ -144,7 +146,7 @@ class OutlierSplit:
 class Scheme:
     """Number format of one linear.
 
-    bits: code width, one of 2, 3, 4, 8, or that of the blocks. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix,
+    bits: code width, 2 to 8, or that of the blocks. group_size: columns per scale, -1 for the whole row, 0 for the whole matrix,
     AUTO_GROUP for what goes with a linear's width, which is chosen by ``resolved`` before anything is computed. symmetric: zero point fixed
     in the middle.
     activations: None leaves them in floating point. outliers: columns in 16 bit, None for none. codebook: one of CODEBOOKS, whose levels
@@ -168,8 +170,10 @@ class Scheme:
         if self.blocks is not None:
             self._check_blocks()
             return
-        if self.bits not in SUPPORTED_BITS:
-            raise UsageError(f"{self.bits} bits per weight is not supported; choose one of {SUPPORTED_BITS}")
+        if self.bits not in (SUPPORTED_BITS if self.activations is not None else (*SUPPORTED_BITS, *UNUSUAL_BITS)):
+            beside = " beside 8-bit activations" if self.bits in UNUSUAL_BITS else ""
+            widths = SUPPORTED_BITS if beside else tuple(sorted((*SUPPORTED_BITS, *UNUSUAL_BITS)))
+            raise UsageError(f"{self.bits} bits per weight is not supported{beside}; choose one of {widths}")
         if self.group_size < WHOLE_ROW and self.group_size != AUTO_GROUP:
             raise UsageError(f"group size {self.group_size} is not valid; give a positive number, or -1 for whole rows")
         if self.activations is None:

@@ -22,7 +22,7 @@ from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint, copy_a
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import UsageError
-from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
+from ptqcli.formats import Format, LinearSpec, Reader, find_format, no_place, other_codes
 from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, check_schemes, open_checkpoint
 from ptqcli.model.skeleton import Skeleton
@@ -141,6 +141,8 @@ def _plan(packed: PackedCheckpoint, skeleton: Skeleton, target: Format, scheme: 
         stored = packed.spec(name)
         dtype = target.scale_dtype(stored.scale_dtype, stored.scheme)
         spec = replace(stored, aliases=skeleton.aliases(name), scale_dtype=dtype, moving_groups=_moves_groups(packed, name))
+        if spec.outside and no_place(target) is not None:
+            raise UsageError(f"{packed.folder}: {name}: {no_place(target)}")
         reason = other_codes(target, spec.scheme) or target.refusal(spec) or _inexact(packed, stored, spec, target)
         if reason is not None:
             spec = _rounded_anew(spec, stored.scale_dtype, target, scheme, reason, packed.folder)

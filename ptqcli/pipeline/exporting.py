@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from ptqcli.errors import UsageError
+from ptqcli.formats.dequantized import DequantizedModel
 from ptqcli.formats.gguf_export import ExportPlan, plan_checkpoint, plan_model, write_gguf
 from ptqcli.formats.gguf_mix import PLAIN_REST, USUAL_MIX, find_mix
 from ptqcli.formats.gguf_writer import check_target
-from ptqcli.formats.packed_checkpoint import open_checkpoint
-from ptqcli.model.config import load_config
+from ptqcli.formats.sources import open_source
 from ptqcli.model.gguf import is_gguf
-from ptqcli.model.source import open_source
 from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.progress import Progress
 
@@ -69,6 +68,7 @@ def export(model: Path, output: Path, *, mix: str | None = None, overwrite: bool
 
 
 def _plan(model: Path, mix: str | None) -> ExportPlan:
-    if getattr(load_config(model), "quantization_config", None) is None:
-        return plan_model(open_source(model), mix or USUAL_MIX)
-    return plan_checkpoint(open_checkpoint(model), mix or PLAIN_REST)
+    source = open_source(model, allow_requantize=True)
+    if isinstance(source, DequantizedModel):
+        return plan_checkpoint(source.packed, mix or PLAIN_REST)
+    return plan_model(source, mix or USUAL_MIX)

@@ -26,6 +26,7 @@ from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import growing
 from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
+from ptqcli.pipeline.outside import OutsideWork
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import CalibrationReport, Report, TuningReport, make_report, text_report
@@ -109,10 +110,13 @@ class _Quantization:
 
     def run(self) -> None:
         """Everything up to the last tensor."""
+        outside = OutsideWork(self.state, None if self.calibration is None else self.calibration.windows, self.dtype)
+        with self.clock.measure("solve"):
+            outside.quantize_embedding()
         if self.calibration is not None:
             self._record(self.calibration.windows)
         with self.clock.measure("write"):
-            self.written.carry_over(self.skeleton.before)
+            self.written.carry_over(self.skeleton.before, outside.packed)
         solver, blocks = self.state.solver, range(len(self.skeleton.blocks))
         window, start = min(solver.window, len(blocks)), 0
         while start < len(blocks):
@@ -120,8 +124,10 @@ class _Quantization:
             final = len(indices) if indices.stop == blocks.stop else window - solver.overlap
             self._quantize_window(indices, final)
             start += final
+        with self.clock.measure("solve"):
+            outside.quantize_head()
         with self.clock.measure("write"):
-            self.written.carry_over(self.skeleton.after)
+            self.written.carry_over(self.skeleton.after, outside.packed)
 
     def tune(self) -> TuningReport:
         """Tune the scales of the checkpoint in the folder, whose tensors are all there."""

@@ -10,13 +10,16 @@ from pathlib import Path
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
 from ptqcli.estimate import LIBRARY_BYTES
+from ptqcli.formats import find_format
+from ptqcli.formats.sources import open_source
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelSource, open_source
+from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
+from ptqcli.pipeline.outside import untied, untied_note
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.rewriting import proof_bytes, rewritten
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
@@ -45,8 +48,9 @@ def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) ->
     return _planned(open_skeleton(model, recipe), recipe, resources)
 
 
-def _planned(original: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
+def _planned(opened: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
     """The model as transforms of the whole model rewrite it, and its plan."""
+    original = untied(opened, recipe)
     found = rewritten(original, recipe)
     linears, of_mix = (
         {site.name for site in found.skeleton.linears},
@@ -54,8 +58,9 @@ def _planned(original: Skeleton, recipe: Recipe, resources: Resources, choose_te
     )
     assigned = {name: scheme for name, scheme in of_mix.items() if name in linears}
     plan = make_plan(recipe, found.skeleton, resources, assigned, choose_texts)
-    plan = replace(plan, notes=(*found.left_out, *plan.notes))
-    return found.skeleton, _with_rewrites(plan, original, found.skeleton, found.rewrites, resources) if found.rewrites else plan
+    notes = () if original is opened else (untied_note(find_format(recipe.format), plan, opened, found.skeleton),)
+    plan = replace(plan, bytes_before=opened.total_bytes, notes=(*found.left_out, *notes, *plan.notes))
+    return found.skeleton, _with_rewrites(plan, opened, found.skeleton, found.rewrites, resources) if found.rewrites else plan
 
 
 def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:

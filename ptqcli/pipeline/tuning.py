@@ -26,8 +26,9 @@ from ptqcli.finishing.teacher import Teacher
 from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, Outcome, TuneScales, Tuning, check_windows, windows_at_once
 from ptqcli.formats import LinearSpec
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
+from ptqcli.formats.sources import open_source
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.model.source import ModelFolder, open_source
+from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.card import CARD_NAME, is_card, tuned_card
 from ptqcli.pipeline.folder import check_room, growing
 from ptqcli.pipeline.memory import peak_memory

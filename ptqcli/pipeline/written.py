@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +38,12 @@ class WrittenUnits:
         self._writer.write(tensors)
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
 
-    def carry_over(self, unit: Unit) -> None:
-        """Store the tensors of ``unit`` as the model has them, and release them."""
+    def carry_over(self, unit: Unit, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store the tensors of ``unit`` as the model has them, or what is ``packed`` in the place of some, and release them."""
         skeleton = self._run.skeleton
         for names in self._pieces(unit):
-            self.write({name: skeleton.read_stored(name) for name in names})
+            stored = (packed[name] if name in packed else {name: skeleton.read_stored(name)} for name in names)
+            self.write({name: tensor for tensors in stored for name, tensor in tensors.items()})
             skeleton.release(Unit(unit.name, names))
 
     def _pieces(self, unit: Unit) -> Iterator[tuple[str, ...]]:

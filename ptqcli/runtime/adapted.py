@@ -50,7 +50,8 @@ def add_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _put(model: nn.Module, adapter: Mapping[str, LowRank], where: str) -> None:
-    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = next(tensor for tensor in (*table.parameters(), *table.buffers()) if tensor.is_floating_point())
     modules = dict(model.named_modules())
     for name, low_rank in adapter.items():
         linear = modules.get(name)

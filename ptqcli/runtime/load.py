@@ -26,6 +26,7 @@ from ptqcli.model.kinds import kind_of
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.resources import open_device
 from ptqcli.runtime.adapted import adapter_folder, add_adapter
+from ptqcli.runtime.embedding import PackedEmbedding
 from ptqcli.runtime.joined import alike, joined_bias, joined_weight, same_input
 from ptqcli.runtime.layers import quantized_linear
 
@@ -88,9 +89,12 @@ class _Loader:
         self._parameters: dict[str, nn.Parameter] = {}
 
     def run(self, fuse: bool) -> None:
-        schemes = {name: scheme for name, scheme in self.checkpoint.schemes.items() if scheme.blocks is None}
-        for name in self.checkpoint.schemes.keys() - schemes.keys():
+        tables = {name for name in self.checkpoint.schemes if isinstance(self.model.get_submodule(name), nn.Embedding)}
+        schemes = {name: scheme for name, scheme in self.checkpoint.schemes.items() if scheme.blocks is None and name not in tables}
+        for name in self.checkpoint.schemes.keys() - schemes.keys() - tables:
             self._decode(name)
+        for name in tables:
+            self._embed(name)
         together = same_input(self.model, kind_of(self.checkpoint.config), schemes) if fuse else [[name] for name in schemes]
         for names in together:
             self._replace(names)
@@ -111,6 +115,13 @@ class _Loader:
             parts = JoinedLinear(layer, sizes).parts() if len(joinable) > 1 else [layer]
             for name, part in zip(joinable, parts, strict=True):
                 self.model.set_submodule(name, part)
+
+    def _embed(self, name: str) -> None:
+        """Put a table that keeps its codes in the place of an embedding."""
+        embedding, weight = self.model.get_submodule(name), self.checkpoint.weight(name)
+        assert isinstance(embedding, nn.Embedding)
+        self._check_range(f"{name}: its scales", weight.scale, weight.scheme.levels)
+        self.model.set_submodule(name, PackedEmbedding(embedding, weight.to(self.device), self.dtype))
 
     def _decode(self, name: str) -> None:
         """Fill a linear whose blocks no kernel here multiplies with what they stand for."""

@@ -13,6 +13,7 @@ import transformers
 
 from ptqcli.checkpoint import auxiliary
 from ptqcli.checkpoint.gguf_file import GGUFFile
+from ptqcli.checkpoint.scaled_floats import ScaledFloats
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model import gguf
@@ -20,6 +21,8 @@ from ptqcli.model.classes import build_classes
 from ptqcli.model.config import load_config, read_generation_config
 from ptqcli.model.gguf import is_gguf
 from ptqcli.model.kinds import kind_of
+from ptqcli.model.quantized import scaled_floats
+from ptqcli.model.source import ModelFolder
 from ptqcli.resources import free_bytes
 from ptqcli.runtime.load import load_quantized
 from ptqcli.untrusted import foreign
@@ -37,19 +40,24 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
     if is_gguf(folder):  # a GPU multiplies in 16 bit, and its kernels take nothing else
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         return load_quantized(folder, device=device, dtype=dtype, kernel=kernel, adapter=adapter)
-    if getattr(config, "quantization_config", None) is not None:
+    quantized = getattr(config, "quantization_config", None) is not None
+    scaled = scaled_floats(ModelFolder(folder)) if quantized else None
+    if quantized and scaled is None:
         return load_quantized(folder, device=device, kernel=kernel, adapter=adapter)
     if kernel != "auto":
         raise UsageError(f"{folder}: is not quantized, so it cannot run on --kernel {kernel}; leave the flag out")
     if adapter is not False:
         raise UsageError(f"{folder}: is not quantized, and adapters are added to quantized checkpoints only; leave --adapter out")
-    return _load_plain(folder, config, torch.device(device)).eval()
+    return _load_plain(folder, config, torch.device(device), scaled).eval()
 
 
-def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
-    tensors = SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
+def _load_plain(folder: Path, config: Any, device: torch.device, scaled: ScaledFloats | None) -> Any:
+    """scaled: the tensors, where they are stored as 8- or 4-bit floats, of which transformers gets the numbers."""
+    tensors = scaled or SafetensorsFolder(folder)  # says of a damaged file what is wrong with it
     classes = build_classes(config, tensors.names, config.architectures)
     name = classes.loaded_as(kind_of(config))
+    if scaled is not None:
+        return _read_numbers(folder, type(classes.built[0][0]).__name__, config, scaled, device)
     if tensors.total_bytes < free_bytes(device):
         return _read(folder, name, config).to(device)
     offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
@@ -62,12 +70,20 @@ def _load_plain(folder: Path, config: Any, device: torch.device) -> Any:
     return model
 
 
+def _read_numbers(folder: Path, name: str, config: Any, scaled: ScaledFloats, device: torch.device) -> Any:
+    needed = scaled.total_bytes
+    if needed >= free_bytes(device):
+        raise PTQError(f"{folder}: {', '.join(scaled.kinds)} take {needed / 1e9:,.1f} GB as numbers, more than is free on {device}")
+    del config.quantization_config
+    return _read(folder, name, config, state_dict={each: scaled.read(each) for each in scaled.names}).to(device)
+
+
 def _read(folder: Path, name: str, config: Any, **placed: Any) -> Any:
     """The model of ``config`` in the class ``name`` of transformers, with all its tensors from the files. placed: what says where to put
     them."""
     with foreign(f"{folder}: transformers cannot load it"):
         model, loading = getattr(transformers, name).from_pretrained(
-            folder,
+            None if "state_dict" in placed else folder,  # it takes one of both
             config=config,
             generation_config=read_generation_config(folder),
             dtype="auto",
