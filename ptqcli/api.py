@@ -15,8 +15,11 @@ from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.evaluation.encoders import EncoderEvaluation, default_windows, encoder_windows, measure_encoder
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
+from ptqcli.model.config import load_config
+from ptqcli.model.kinds import kind_of
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelInMemory, ModelSource, open_source
 from ptqcli.numerics.scheme import Scheme
@@ -181,8 +184,10 @@ def evaluate(
     kernel: str = "auto",
     adapter: str | Path | bool = False,
     data_dir: str | Path | None = None,
-) -> list[Evaluation]:
+) -> list[Evaluation] | list[EncoderEvaluation]:
     """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token.
+
+    Of an encoder it is masked perplexity and, beside a baseline, the cosine of embeddings, see ``evaluation.encoders``.
 
     model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
     texts: builtin, wikitext2, c4 or a path; one or several.
@@ -218,16 +223,18 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
-    rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources}
-    measured = measure(
-        model if folder is None else load_model(folder, place, kernel, adapter),
-        rows,
-        load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
-        seqlen,
-        stride,
-        bos=window_bos(tokenizer, bos),
-    )
-    return list(measured)
+    begin = window_bos(tokenizer, bos)
+    config = model.config if folder is None else load_config(folder)  # type: ignore[union-attr]
+    causal = kind_of(config).causal
+    # A text that is not there is told before models are loaded.
+    rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources} if causal else {}
+    loaded = model if folder is None else load_model(folder, place, kernel, adapter)
+    original = load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline
+    if causal:
+        return list(measure(loaded, rows, original, seqlen, stride, bos=begin))
+    window = seqlen or default_windows(loaded)
+    windows = {str(source): encoder_windows(str(source), tokenizer, window, searched) for source in sources}
+    return list(measure_encoder(loaded, windows, tokenizer, window, original))
 
 
 def solve(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_byte
 from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
+from ptqcli.model.positions import most_tokens
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
@@ -119,6 +119,8 @@ def make_plan(
     choose_texts: is asked for the texts where anything looks at them; None leaves them as they are asked for.
     """
     _check_solver(recipe)
+    if recipe.finish != "none":
+        check_finish(skeleton)
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     chosen = find_format(recipe.format)
@@ -165,12 +167,6 @@ def make_plan(
         readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
         adapter_bytes=adapter_bytes(recipe, linears),
     )
-
-
-def model_length(config: Any) -> int | None:
-    """The longest input that the model's config names, or None."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def _choose(
@@ -337,11 +333,17 @@ def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
 
 def _window_length(recipe: Recipe, skeleton: Skeleton) -> int:
     """Tokens in a calibration window."""
-    longest = model_length(skeleton.config)
+    longest = most_tokens(skeleton.model)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
     return seqlen
+
+
+def check_finish(skeleton: Skeleton) -> None:
+    """Raise UsageError for a model whose scales cannot be tuned as a whole."""
+    if not skeleton.kind.causal:
+        raise UsageError(f"{skeleton.where}: scales are tuned to a model's next-word logits, and the {skeleton.kind.name} has none")
 
 
 def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows: int) -> list[str]:

@@ -76,7 +76,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 REASONS = {
     "mixture of experts": r"^(tensor )?[^ :]*(expert|moe)",
     "matrices in stacks, as experts or heads": r"in stacks like this one",
-    "not a causal language model alone": r"is not a causal language model",
+    "not a causal language model alone": r"is an encoder with a decoder|is neither a causal",
     "weights assembled from several tensors": r"assembles this parameter",
     "no one list of blocks": r"of the linear weights|no list of repeated blocks|lists of blocks of similar size",
     "blocks that do not hand one state on": r"hand each block's output|hidden states|does not run up to its blocks",

@@ -191,8 +191,10 @@ def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
     import transformers
 
     kind = kind_of(config)
-    auto_class = getattr(transformers, kind.auto_class)
-    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False), stored)
+    found = getattr(transformers, kind.auto_class)
+    if issubclass(found, transformers.PreTrainedModel):
+        return _build(config, kind.auto_class, found, stored)
+    return _build(config, kind.name, lambda wanted: found.from_config(wanted, trust_remote_code=False), stored)
 
 
 def build_named_class(config: Any, name: str, stored: int) -> nn.Module | None:

@@ -85,7 +85,7 @@ class LoadedBlock:
         recording, resources = streams.recording, self.run.resources
         target, calls = streams.quantized.outputs, recording.calls[self.index]
         return CalibratedBlock(
-            self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget
+            self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget, recording.real
         )
 
     def paired(self, walk: CalibratedBlock, streams: Streams) -> PairedBlock:
