@@ -32,7 +32,7 @@ from ptqcli.runtime import load_quantized
 W8 = Scheme(8, -1)
 
 
-class Plain:
+class Plain(Format):
     """A format as another package could bring it: whole bytes, a scale a row, a file of its own beside config.json."""
 
     name = "plain-bytes"
@@ -42,9 +42,6 @@ class Plain:
 
     def refusal(self, spec: LinearSpec) -> str | None:
         return None if spec.scheme == W8 else "plain-bytes holds 8 bits with a scale a row"
-
-    def scale_dtype(self, weights: torch.dtype) -> torch.dtype:
-        return weights
 
     def fused_refusal(self, group: Mapping[str, Scheme | None]) -> str | None:
         return None
@@ -119,13 +116,17 @@ def test_a_format_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_unknown_format_is_refused_with_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, plain_bytes=f"{__name__}:PLAIN")
-    with pytest.raises(UsageError, match=r"^format 'gguf' is one file and no folder: .* write it with ptq convert --to gguf$"):
-        find_format("gguf")
     with pytest.raises(UsageError, match=r"^format 'zip' is unknown; use compressed-tensors, .*, plain-bytes$"):
         find_format("zip")
     for config, method in (({"quant_method": "zip"}, "'zip'"), ({}, "None")):
         with pytest.raises(PTQError, match=f"quant_method {method} is not read; what is read: compressed-tensors, .*, plain-bytes$"):
             format_of(config)
+
+
+def test_no_config_json_tells_of_a_format_that_is_one_file() -> None:
+    assert find_format("gguf").one_file
+    with pytest.raises(PTQError, match="quant_method 'gguf' is not read"):
+        format_of({"quant_method": "gguf"})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from commandline import Ptq, one_line
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf_models import make_case
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import correlated_layer
 from tiny import make_model, write_text
 from torch import Tensor
 
 import ptqcli
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.formats import find_format
+from ptqcli.formats import LinearSpec, find_format
 from ptqcli.formats.packed_checkpoint import open_checkpoint
-from ptqcli.numerics.ranges import WeightedBlocks
+from ptqcli.numerics.ranges import SquaredError, WeightedBlocks
 from ptqcli.numerics.scheme import BLOCKS, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.pipeline.prepare import plan_run
@@ -76,6 +79,29 @@ def test_pack_gives_what_the_gguf_package_decodes(name: str) -> None:
     assert np.array_equal(theirs, found.dequantize(torch.float32).numpy())
     assert_same_weight(GGUF.unpack("m", stored.__getitem__, scheme), found)
     assert 0 < float((torch.from_numpy(theirs) - weight).norm() / weight.norm()) < 1.2 * 0.6**scheme.bits
+
+
+@given(
+    name=st.sampled_from([*BLOCKS, "q4_0", "q8_0"]),
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 3),
+    size=st.sampled_from([0.0, 1e-6, 0.02, 3e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_unpack_is_the_inverse_of_pack(name: str, rows: int, blocks: int, size: float, seed: int) -> None:
+    """Any codes on a grid that was fitted, zeros and the ends of fp16 among the weights."""
+    scheme, generator = Scheme.parse(name), torch.Generator().manual_seed(seed)
+    columns = blocks * (32 if scheme.blocks is None else scheme.columns_per_block)
+    weight = torch.randn(rows, columns, generator=generator) * size
+    fitted = round_to_nearest(weight, scheme, torch.float16, SquaredError())
+    codes = torch.randint(scheme.levels, weight.shape, generator=generator, dtype=torch.uint8)
+    found = replace(fitted, codes=codes)
+    spec = LinearSpec(name="m", scheme=scheme, out_features=rows, in_features=columns, scale_dtype=torch.float16)
+    stored = GGUF.pack("m", found)
+    assert sum(tensor.nbytes for tensor in stored.values()) == GGUF.stored_bytes(spec)
+    back = GGUF.unpack("m", stored.__getitem__, scheme)
+    assert_same_weight(back, found)
+    assert torch.equal(GGUF.pack("m", back)[f"m.{name}"], stored[f"m.{name}"])
 
 
 def test_a_scale_that_is_no_number_is_named() -> None:
@@ -175,16 +201,16 @@ def test_the_refit_is_the_least_squares_solution(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in a mix, by GPTQ."""
+    """The demo model in a mix, by GPTQ; beside it the same mix by rounding."""
     folder = tmp_path_factory.mktemp("made")
     ptqcli.quantize(DEMO, output=folder / "out", format="gguf", gguf_type="q4_k_m", nsamples=8, seqlen=256)
+    ptqcli.convert(DEMO, "gguf", output=folder / "rounded.gguf", gguf_type="q4_k_m")
     return folder / "out"
 
 
 def test_the_folder_holds_one_file_with_the_types_of_the_mix(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == ["README.md", "demo-Q4_K_M.gguf", "ptq_report.json"]
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made / "demo-Q4_K_M.gguf").tensors}
-    ptqcli.convert(DEMO, "gguf", output=made.parent / "rounded.gguf", gguf_type="q4_k_m")
     assert types == {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made.parent / "rounded.gguf").tensors}
     assert {types["blk.0.attn_q.weight"], types["blk.3.attn_v.weight"], types["token_embd.weight"]} == {"Q4_K", "Q6_K"}
 
@@ -221,6 +247,30 @@ def test_it_is_replaced_when_it_is_asked_for_and_deterministic(made: Path, ptq: 
     (made / "other.gguf").write_bytes(b"mine")
     assert "other.gguf, which ptq quantize did not write" in one_line(ptq(*again, "--overwrite"))
     (made / "other.gguf").unlink()
+
+
+def test_the_folder_is_published_and_its_card_takes_what_was_measured(made: Path, ptq: Ptq, tmp_path: Path) -> None:
+    shown = json.loads(ptq("push", made, "me/demo", "--dry-run", "--json").out)
+    assert sorted(shown["files"]) == sorted(path.name for path in made.iterdir())
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes((made / "demo-Q4_K_M.gguf").read_bytes())
+    assert list(json.loads(ptq("push", alone, "me/demo", "--dry-run", "--json").out)["files"]) == ["alone.gguf"]
+    text = tmp_path / "text.txt"
+    text.write_text("The built-in function returns a list of names. " * 40)
+    assert ptq("eval", made, "--ppl", text, "--seqlen", "64", "--write-card").code == 0
+    assert "## Measured" in (made / "README.md").read_text()
+    assert "leave --write-card out" in one_line(ptq("eval", alone, "--no-baseline", "--ppl", text, "--seqlen", "64", "--write-card"))
+
+
+def test_a_file_is_called_by_its_model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the ending of a GGUF file that it was made of, nor by the revision of one in the hub's cache."""
+    ptqcli.quantize(made.parent / "rounded.gguf", output=tmp_path / "again", format="gguf", algo="rtn", allow_requantize=True)
+    assert (tmp_path / "again" / "rounded-Q4_K_M.gguf").is_file()
+    revision = tmp_path / "models--some--Thing-1B" / "snapshots" / "0a1b2c"
+    make_case(revision, "llama", monkeypatch)
+    ptqcli.quantize(revision, output=tmp_path / "hub", format="gguf", gguf_type="q8_0", algo="rtn")
+    assert (tmp_path / "hub" / "Thing-1B-Q8_0.gguf").is_file()
+    assert GGUFReader(tmp_path / "hub" / "Thing-1B-Q8_0.gguf").fields["general.name"].contents() == "Thing-1B"
 
 
 def test_blocks_go_to_other_formats_only_when_rounding_anew_is_asked_for(made: Path, ptq: Ptq) -> None:

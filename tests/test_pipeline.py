@@ -303,7 +303,7 @@ def test_what_cannot_work_is_refused_by_name_before_work_starts(model, tmp_path,
         ({"nsamples": 0}, "nsamples"),
         ({"seqlen": 1}, "seqlen"),
         ({"ignore": ("(",)}, "regular expression"),
-        ({"format": "gguf"}, "format"),
+        ({"format": "zip"}, "format"),
     ],
 )
 def test_a_recipe_refuses_values_that_do_not_exist(changes, message):

@@ -357,7 +357,7 @@ def test_a_transform_of_another_package_works_in_front_of_it(bench: Bench) -> No
         (
             "unknown format",
             2,
-            "format 'zip' is unknown; use compressed-tensors, gptq, gptq_v2, awq, awq_gemv, bitsandbytes, signed-bytes, torn-bytes",
+            "format 'zip' is unknown; use compressed-tensors, gptq, gptq_v2, awq, awq_gemv, bitsandbytes, gguf, signed-bytes, torn-bytes",
         ),
         ("torn", 1, "torn of the package torn-package cannot be used: ModuleNotFoundError: No module named 'no_such_module'"),
         ("torn format", 1, "format 'torn-bytes' of the package torn-package cannot be loaded: ZeroDivisionError"),

@@ -128,6 +128,7 @@ def command(
     from ptqcli.model.config import load_config
     from ptqcli.model.kinds import kind_of
     from ptqcli.pipeline.card import check_card, write_measured
+    from ptqcli.pipeline.report import folder_of
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     output = Output(as_json=as_json, quiet=quiet)
@@ -142,7 +143,7 @@ def command(
     if not causal and (write_card or stride is not None or bos != "auto"):
         raise UsageError("an encoder is measured without --write-card, --stride and --bos; leave them out")
     if write_card:
-        check_card(folder)
+        check_card(folder_of(folder))
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     if not causal:
         measure_folder(folder, reference, texts, tasks, seqlen, data_dir, place, kernel, adapter, output)
@@ -162,7 +163,7 @@ def command(
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
     if write_card:
-        write_measured(folder, results, adapter is not None)
+        write_measured(folder_of(folder), results, adapter is not None)
         output.say(f"written     {path_text(folder / CARD_NAME)}")
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}

@@ -104,7 +104,7 @@ class GGUFBlocks(Format):
         packed = PackedCheckpoint(parts.folder, parts.config, model, self, parts.tensors, {})
         plan = plan_checkpoint(packed, parts.mix or PLAIN_REST, parts.tokenizer(), parts.mix)
         kind = parts.mix or Counter(type_of(scheme) for scheme in packed.schemes.values()).most_common(1)[0][0]
-        name = f"{plan.metadata['general.name']}-{kind.upper()}{SUFFIX}"
+        name = f"{plan.metadata['general.name'].replace(' ', '-')}-{kind.upper()}{SUFFIX}"
         return Assembly(name=name, nbytes=plan.nbytes, pieces=lambda tell: gguf_pieces(plan, tell))
 
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
@@ -139,6 +139,10 @@ class GGUFBlocks(Format):
     def describe(self, specs: Sequence[LinearSpec], untouched: Sequence[str]) -> dict[str, dict[str, Any]]:
         """See ``Format``: the file says it of each tensor."""
         return {}
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """See ``Format``: such a file has no config.json."""
+        return False
 
     def schemes(self, config: Mapping[str, Any], tensors: TensorSource, linears: Mapping[str, str]) -> dict[str, Scheme]:
         """See ``Format``."""

@@ -33,6 +33,7 @@ from ptqcli.model.classes import build_classes
 from ptqcli.model.gguf import GGUFTensors
 from ptqcli.model.gguf_architectures import Architecture, architecture_of, gguf_package, names_in_file
 from ptqcli.model.gguf_config import ROPE_FREQS, full_rope, head_size, llama3_divisors, metadata_of, notes_of, read_config
+from ptqcli.model.locate import model_name
 from ptqcli.model.names import DiskNames
 from ptqcli.model.source import ModelSource
 
@@ -250,10 +251,11 @@ class _Draft:
         """The plan of a file with ``entries``."""
         made = tokenizer_keys(tokenizer, self.config.vocab_size)
         file_type = gguf_package().LlamaFileType[find_mix(_nearest_mix(mix)).file_type]
+        where = self.config.name_or_path
         metadata = {
             "general.architecture": self.architecture.name,
             "general.type": "model",
-            "general.name": Path(self.config.name_or_path or "model").name or "model",
+            "general.name": model_name(Path(where) if where else None),
             "general.file_type": int(file_type),
             "general.quantization_version": QUANTIZATION_VERSION,
             WRITER_KEY: f"{WRITER} {ptqcli.__version__}",

@@ -49,6 +49,21 @@ def only_file(folder: Path) -> Path | None:
     return files[0]
 
 
+def hub_id(folder: Path | None) -> str | None:
+    """``owner/name`` of a model that lies in the hub's cache: ``models--owner--name/snapshots/REVISION``; None for any other."""
+    if folder is None:
+        return None
+    found = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", folder.resolve().parent.parent.name)
+    return f"{found[1]}/{found[2]}" if found and folder.resolve().parent.name == "snapshots" else None
+
+
+def model_name(folder: Path | None) -> str:
+    """What a model is called: on the hub, or by its folder or file, without the owner and with nothing that no file name holds."""
+    base = hub_id(folder)
+    found = base.partition("/")[2] if base else "" if folder is None else folder.resolve().name.removesuffix(GGUF)
+    return re.sub(r"[^\w .+-]", "_", found) or "a model in memory"
+
+
 def demo_model() -> Path:
     """The folder of the demo model that the package carries."""
     folder = Path(ptqcli.__file__).parent / "demo"

@@ -22,6 +22,7 @@ from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import UsageError
 from ptqcli.formats import Reader
+from ptqcli.model.locate import hub_id, model_name
 from ptqcli.pipeline.report import REPORT_NAME, Report, TuningReport
 from ptqcli.plan import Plan
 
@@ -49,7 +50,7 @@ def is_card(text: str) -> bool:
 
 def model_card(plan: Plan, report: Report, source: Path | None) -> str:
     """The card of what ``plan`` has become. source: the folder of the model, None for one in memory."""
-    base, name = _hub_id(source), _name(source)
+    base, name = hub_id(source), model_name(source)
     schemes = ", ".join(str(scheme) for scheme in plan.schemes())
     lines = [
         "---",
@@ -123,7 +124,7 @@ def converted_card(
     if not is_card(text):
         front = ["---", "library_name: transformers", *(f"{key}: {value}" for key, value in _carried(checkpoint).items())]
         tags = ["tags:", *(f"- {tag}" for tag in ("ptqcli", "quantized", new, *schemes[1])), "---", ""]
-        return "\n".join([*front, *tags, f"# {_name(checkpoint)}, {', '.join(schemes[1])}", "", done, "", *loading]) + "\n"
+        return "\n".join([*front, *tags, f"# {model_name(checkpoint)}, {', '.join(schemes[1])}", "", done, "", *loading]) + "\n"
     lines = [_as_it_is(line, facts) for line in text.splitlines() if CONVERTED_BY not in line]
     lines = _tagged_anew(lines, [old, *schemes[0]], [new, *schemes[1]])
     if errors:
@@ -207,20 +208,6 @@ def _measured(title: str, results: Sequence[Mapping[str, Any]]) -> Iterator[str]
         if beside:
             row += f" {result['baseline_perplexity']:.4f} | {result['mean_kl']:.5f} | {result['top1_agreement']:.2%} |"
         yield row
-
-
-def _hub_id(source: Path | None) -> str | None:
-    """``owner/name`` of a model that lies in the hub's cache: ``models--owner--name/snapshots/REVISION``."""
-    if source is None:
-        return None
-    found = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", source.resolve().parent.parent.name)
-    return f"{found[1]}/{found[2]}" if found and source.resolve().parent.name == "snapshots" else None
-
-
-def _name(source: Path | None) -> str:
-    base = _hub_id(source)
-    found = base.partition("/")[2] if base else "" if source is None else source.resolve().name
-    return re.sub(r"[^\w .+-]", "_", found) or "a model in memory"
 
 
 def _front_matter(plan: Plan, base: str | None, source: Path | None) -> Iterator[str]:

@@ -151,9 +151,9 @@ def _check_names(output: Path, resolved: Path, ending: str) -> None:
 def _check_outside(output: Path, resolved: Path, model: Path | None, inputs: Sequence[Path]) -> None:
     """A checkpoint in the folder of a model would go with it when that is copied, moved or removed. A folder of texts is no such folder:
     what lies in its subfolders is not read, and it may be the one that the user works in."""
-    above = [place for place in resolved.parents if place.exists()]
+    above = [place for place in resolved.parents if os.path.exists(place)]  # also of names that are too long
     for source in filter(None, (model, *inputs)):
-        if (source / "config.json").is_file() and any(os.path.samefile(place, source) for place in above):
+        if os.path.isfile(source / "config.json") and any(os.path.samefile(place, source) for place in above):
             raise UsageError(f"{output}: lies in {source}, the folder of a model that this run reads; choose an --output outside of it")
 
 

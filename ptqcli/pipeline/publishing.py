@@ -12,7 +12,7 @@ from ptqcli.checkpoint.auxiliary import ADAPTER, TEMPLATES, auxiliary_files, bel
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.locate import HUB_ID
-from ptqcli.pipeline.report import REPORT_NAME, read_report
+from ptqcli.pipeline.report import REPORT_NAME, folder_of, read_report
 from ptqcli.untrusted import foreign
 
 # What the hub puts into a new repository by itself.
@@ -34,11 +34,17 @@ class Publication:
         return sum(self.files.values())
 
 
-def plan_publication(folder: Path, repo: str) -> Publication:
-    """What of ``folder`` would go to the repository ``repo``. Raises PTQError or UsageError for a folder that is no whole checkpoint."""
+def plan_publication(checkpoint: Path, repo: str) -> Publication:
+    """What of the folder of ``checkpoint`` would go to the repository ``repo``, or that file alone if there is nothing of ours around it.
+
+    Raises PTQError or UsageError for what is no whole checkpoint.
+    """
     if not HUB_ID.fullmatch(repo):
         raise UsageError(f"{repo}: is no name of a repository; write owner/name")
-    open_checkpoint(folder)
+    open_checkpoint(checkpoint)
+    folder = folder_of(checkpoint)
+    if folder.is_file():
+        return Publication(folder=folder.parent, repo=repo, files={folder.name: folder.stat().st_size}, left_out=())
     auxiliary_files(folder)  # refuses links that lead out of the folder
     found = {name: folder / name for name in _names(folder)}
     wanted = {name for name in found if (belongs_to_a_checkpoint(name) and not name.endswith(".tmp")) or name == REPORT_NAME}

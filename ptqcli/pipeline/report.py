@@ -224,6 +224,11 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     return report if path.parent == folder or folder.name in report.get("files", ()) else None
 
 
+def folder_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint, also where that is one file with its report beside it; a file alone is what it is."""
+    return checkpoint.parent if checkpoint.is_file() and read_report(checkpoint) is not None else checkpoint
+
+
 def _wrong(entry: Mapping[str, Any], hints: Mapping[str, Any]) -> str | None:
     """What in ``entry`` is not of the type that its key has among ``hints``; keys that are not there, or not known, may be."""
     unfit = next((key for key, hint in hints.items() if key in entry and not _fits(entry[key], hint)), None)

@@ -68,4 +68,4 @@ def test_what_llm_compressor_writes_is_as_good_here(tmp_path: Path, demo: Path, 
     folder = made(tmp_path, demo, kind)
     assert len(open_checkpoint(folder).schemes) == 28
     asked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "asym" in kind else {}  # it runs no zero points packed
-    check_perplexity(folder, by_transformers(folder, **asked), "layers.1.mlp.down_proj.weight_scale")
+    check_perplexity(folder, by_transformers(folder, **asked), ".weight_scale")

@@ -30,7 +30,7 @@ gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.loaders
 
-HELD_OUT = TEXT.read_text(encoding="utf-8")
+HELD_OUT = (ROOT / "docs" / "how-it-is-built.md").read_text(encoding="utf-8")
 SCHEMES = ("w4a16-g32", "w4a16-g64-asym", "w3a16-g32-asym", "w8a16-g32", "w4a16-row")
 
 
@@ -180,7 +180,7 @@ def test_what_its_quantizer_writes_is_as_good_here(mix: str, tmp_path: Path) -> 
 def llama_perplexity(path: Path) -> float:
     """llama.cpp's, over windows of TEXT that follow each other, in its own tokens."""
     with opened(path) as model:
-        ids = torch.tensor(model.tokenize(TEXT.read_bytes(), add_bos=False, special=False))
+        ids = torch.tensor(model.tokenize(TEXT.encode(), add_bos=False, special=False))
         windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
         losses = [torch.nn.functional.cross_entropy(logits_of(model, window.tolist())[:-1], window[1:]) for window in windows]
     return math.exp(float(torch.stack(losses).mean()))
