@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from ptqcli.calibration.record import WAY_OUT
+from ptqcli.checkpoint.auxiliary import left_out
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
@@ -368,11 +369,17 @@ def _finish_notes(recipe: Recipe, skeleton: Skeleton, windows: int, seqlen: int)
 def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
     """What is not quantized and might be thought to be."""
     notes = []
-    unused, stacked = skeleton.names.unmatched, skeleton.stacks
+    unused, stacked, folder = skeleton.names.unmatched, skeleton.stacks, skeleton.source.folder
+    left = left_out(folder) if folder is not None and folder.is_dir() else []
+    if left:
+        notes.append(f"files that do not go along, as no reader of the result knows them by their names: {listed(left)}")
     if unused:
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {listed(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {listed(list(stacked))}")
+    others = [name for name in skeleton.other_parameters if name not in stacked]
+    if others:
+        notes.append(f"parameters of the blocks that belong to no linear stay as they are: {listed(others)}")
     share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
     if share < TOLD_BELOW:
         only = "only " if share < 0.5 else ""
