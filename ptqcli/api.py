@@ -15,7 +15,7 @@ from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.evaluation.encoders import EncoderEvaluation, default_windows, encoder_windows, measure_encoder
+from ptqcli.evaluation.encoders import EncoderEvaluation, measured_encoder
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.model.config import load_config
@@ -185,9 +185,8 @@ def evaluate(
     adapter: str | Path | bool = False,
     data_dir: str | Path | None = None,
 ) -> list[Evaluation] | list[EncoderEvaluation]:
-    """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token.
-
-    Of an encoder it is masked perplexity and, beside a baseline, the cosine of embeddings, see ``evaluation.encoders``.
+    """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token;
+    of an encoder masked perplexity and the cosine of embeddings, see ``evaluation.encoders``.
 
     model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
     texts: builtin, wikitext2, c4 or a path; one or several.
@@ -223,18 +222,15 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
-    begin = window_bos(tokenizer, bos)
-    config = model.config if folder is None else load_config(folder)  # type: ignore[union-attr]
-    causal = kind_of(config).causal
+    causal = kind_of(model.config if folder is None else load_config(folder)).causal  # type: ignore[union-attr]
+    begin, names = window_bos(tokenizer, bos), list(map(str, sources))
     # A text that is not there is told before models are loaded.
-    rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources} if causal else {}
+    rows = {name: evaluation_ids(name, tokenizer, searched) for name in names} if causal else {}
     loaded = model if folder is None else load_model(folder, place, kernel, adapter)
     original = load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline
-    if causal:
-        return list(measure(loaded, rows, original, seqlen, stride, bos=begin))
-    window = seqlen or default_windows(loaded)
-    windows = {str(source): encoder_windows(str(source), tokenizer, window, searched) for source in sources}
-    return list(measure_encoder(loaded, windows, tokenizer, window, original))
+    if not causal:
+        return measured_encoder(loaded, names, tokenizer, seqlen, original, searched)
+    return list(measure(loaded, rows, original, seqlen, stride, bos=begin))
 
 
 def solve(

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 
 from ptqcli.calibration.record import WAY_OUT
-from ptqcli.checkpoint.auxiliary import left_out
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
 from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
@@ -26,6 +25,7 @@ from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_notes import check_finish, kept_notes
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
@@ -50,7 +50,7 @@ class Plan:
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards. adapter_bytes: of the adapter beside them.
     rewrites: what transforms of the whole model do, a line each.
-    readers: how other programs load the result, or why they do not.
+    readers: how other programs load the result, or why they do not; of an encoder what transformers does. writes: whether the model does.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
 
@@ -71,6 +71,7 @@ class Plan:
     rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
     adapter_bytes: int = 0
+    writes: bool = True
 
     @property
     def needs_calibration(self) -> bool:
@@ -161,11 +162,15 @@ def make_plan(
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
             *_model_notes(skeleton, linears),
+            *kept_notes(skeleton),
             *chosen.notes(specs),
             *tried,
             *([] if chosen.one_file else _fused_notes(fused)),
         ),
-        readers=tuple(chosen.readers(specs, skeleton.loaded_as, tried)),
+        readers=tuple(
+            reader for reader in chosen.readers(specs, skeleton.loaded_as, tried) if skeleton.kind.causal or reader.name == "transformers"
+        ),
+        writes=skeleton.kind.causal,
         adapter_bytes=adapter_bytes(recipe, linears),
     )
 
@@ -341,12 +346,6 @@ def _window_length(recipe: Recipe, skeleton: Skeleton) -> int:
     return seqlen
 
 
-def check_finish(skeleton: Skeleton) -> None:
-    """Raise UsageError for a model whose scales cannot be tuned as a whole."""
-    if not skeleton.kind.causal:
-        raise UsageError(f"{skeleton.where}: scales are tuned to a model's next-word logits, and the {skeleton.kind.name} has none")
-
-
 def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows: int) -> list[str]:
     """What is asked for of the calibration text although nothing looks at it."""
     usual = {entry.name: entry.default for entry in fields(Recipe)}
@@ -369,17 +368,11 @@ def _finish_notes(recipe: Recipe, skeleton: Skeleton, windows: int, seqlen: int)
 def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[str]:
     """What is not quantized and might be thought to be."""
     notes = []
-    unused, stacked, folder = skeleton.names.unmatched, skeleton.stacks, skeleton.source.folder
-    left = left_out(folder) if folder is not None and folder.is_dir() else []
-    if left:
-        notes.append(f"files that do not go along, as no reader of the result knows them by their names: {listed(left)}")
+    unused, stacked = skeleton.names.unmatched, skeleton.stacks
     if unused:
         notes.append(f"copied as they are, since the {skeleton.kind.name} has no use for them: {listed(unused)}")
     if stacked:
         notes.append(f"stacks of matrices stay as they are: {listed(list(stacked))}")
-    others = [name for name in skeleton.other_parameters if name not in stacked]
-    if others:
-        notes.append(f"parameters of the blocks that belong to no linear stay as they are: {listed(others)}")
     share = sum(linear.site.in_features * linear.site.out_features for linear in linears) / skeleton.matrix_size
     if share < TOLD_BELOW:
         only = "only " if share < 0.5 else ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from commandline import Ptq, one_line
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from tiny import byte_tokenizer
@@ -187,7 +188,9 @@ def test_statistics_are_those_of_tokens_alone(budget: int, tmp_path: Path) -> No
     seen: dict[str, list[torch.Tensor]] = {}
     first = model.bert.encoder.layer[0]
     for local in [stage[0] for stage in walk.stages]:
-        first.get_submodule(local).register_forward_pre_hook(lambda _module, args, local=local: seen.setdefault(local, []).append(args[0][0]))
+        first.get_submodule(local).register_forward_pre_hook(
+            lambda _module, args, local=local: seen.setdefault(local, []).append(args[0][0])
+        )
     for row in rows:
         model(input_ids=torch.tensor([row]))
     for stage, statistics in found.items():
@@ -225,7 +228,9 @@ def test_masked_perplexity_and_cosine_are_those_of_the_formulas(name: str, tmp_p
     model, words = make_encoder(tmp_path / "model", name), tokenizer()
     other = getattr(transformers, name).from_pretrained(tmp_path / "model").eval()
     other.base_model.encoder.layer[1].output.dense.weight.mul_(0.5)
-    rows = list(text_windows([json.loads(line)["text"] for line in write_rows(tmp_path / "text.jsonl", 9).read_text().split("\n")], words, 40))
+    rows = list(
+        text_windows([json.loads(line)["text"] for line in write_rows(tmp_path / "text.jsonl", 9).read_text().split("\n")], words, 40)
+    )
     [found] = measure_encoder(other, {"text": rows}, words, 40, model)
     generator, loss, count, cosines = torch.Generator().manual_seed(0), 0.0, 0, []
     for row in rows:
@@ -275,3 +280,29 @@ def test_accuracy_on_labelled_texts(tmp_path: Path) -> None:
     bare = make_encoder(tmp_path / "bare", "BertForMaskedLM")
     with pytest.raises(UsageError, match="has no head that gives a text a label"):
         list(measure_encoder(bare, {}, words, 40, tasks={"task": Labelled([[5, 6]], [1])}))
+
+
+def test_the_command_line_of_encoders(ptq: Ptq, tmp_path: Path) -> None:
+    make_encoder(tmp_path / "model", "BertForSequenceClassification")
+    text, task = write_rows(tmp_path / "text.jsonl"), tmp_path / "task.jsonl"
+    task.write_text('{"text": "one two", "label": 1}\n{"text": "three", "label": "LABEL_0"}')
+    out = tmp_path / "out"
+    options = ("--algo", "gptq", "--group-size", "16", "--nsamples", "8", "--seqlen", "40", "--calib", text, "--output", out)
+    said = ptq("quantize", tmp_path / "model", *options)
+    assert said.code == 0
+    assert "ptq generate" not in said.out + said.err + (out / "README.md").read_text()
+    found = json.loads(ptq("eval", out, "--ppl", text, "--task", task, "--json").out)["results"]
+    assert set(found[0]) == {"text", "tokens", "windows", "seqlen", "embedding_cosine", "lowest_cosine"}
+    assert 0.9 < found[0]["embedding_cosine"] < 1
+    assert found[1]["accuracy"] in (0.0, 0.5, 1.0)
+    assert {"accuracy", "baseline_accuracy"} <= set(found[1])
+    for line, says in (
+        (("generate", out, "text"), "is an encoder, which writes no text; measure it with ptq eval"),
+        (("eval", out, "--ppl", text, "--stride", "4"), "measured without --write-card, --stride and --bos"),
+        (("eval", out, "--ppl", text, "--task", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
+        (("quantize", tmp_path / "model", "--calib", "self", "--algo", "gptq", "--output", tmp_path / "x"), "encoder, which writes none"),
+        (("quantize", tmp_path / "model", "--finish", "kl", "--calib", text, "--output", tmp_path / "x"), "and the encoder has none"),
+    ):
+        answer = ptq(*line)
+        assert says in one_line(answer)
+        assert answer.code == 2

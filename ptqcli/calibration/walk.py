@@ -100,11 +100,11 @@ class CalibratedBlock:
     def observe(self, needs: StatisticsRequest) -> list[InputStatistics]:
         """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
         statistics = [self.empty_statistics(stage, needs) for stage in range(len(self.stages))]
+        handles = self.leaders(lambda stage, inputs: statistics[stage].add(self.tokens_of(batch, inputs)))
         for batch in range(len(self.calls)):
-            handles = self.leaders(lambda stage, inputs, batch=batch: statistics[stage].add(self.tokens_of(batch, inputs)))
             self.forward(batch)
-            for handle in handles:
-                handle.remove()
+        for handle in handles:
+            handle.remove()
         return statistics
 
     def sequential(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:

@@ -125,9 +125,7 @@ def command(
     """
     from ptqcli.calibration.bos import window_bos
     from ptqcli.evaluation.measure import measure
-    from ptqcli.model.config import load_config
-    from ptqcli.model.kinds import kind_of
-    from ptqcli.pipeline.card import check_card, write_measured
+    from ptqcli.pipeline.card import write_measured
     from ptqcli.pipeline.report import folder_of
     from ptqcli.runtime.models import load_model, load_tokenizer
 
@@ -137,13 +135,7 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
-    causal = kind_of(load_config(folder)).causal
-    if tasks and causal:
-        raise UsageError("--task takes an encoder with a head for labels, and this is a model that writes; leave it out")
-    if not causal and (write_card or stride is not None or bos != "auto"):
-        raise UsageError("an encoder is measured without --write-card, --stride and --bos; leave them out")
-    if write_card:
-        check_card(folder_of(folder))
+    causal = _is_causal(folder, bool(tasks), write_card, stride is not None or bos != "auto")
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     if not causal:
         measure_folder(folder, reference, texts, tasks, seqlen, data_dir, place, kernel, adapter, output)
@@ -168,6 +160,23 @@ def command(
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
     )
+
+
+def _is_causal(folder: Path, task: bool, write_card: bool, windows_chosen: bool) -> bool:
+    """Whether a model writes text. Raises UsageError for what is asked for and its kind has not."""
+    from ptqcli.model.config import load_config
+    from ptqcli.model.kinds import kind_of
+    from ptqcli.pipeline.card import check_card
+    from ptqcli.pipeline.report import folder_of
+
+    causal = kind_of(load_config(folder)).causal
+    if task and causal:
+        raise UsageError(f"--task takes an encoder with a head for labels, and {folder} is a model that writes; leave it out")
+    if not causal and (write_card or windows_chosen):
+        raise UsageError(f"{folder}: is an encoder, which is measured without --write-card, --stride and --bos; leave them out")
+    if write_card:
+        check_card(folder_of(folder))
+    return causal
 
 
 def _read(texts: Iterable[str], tokenizer: Any, data_dir: Path | None, output: Output) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -61,8 +62,6 @@ def command(
     continues it. TEXT is read from standard input where it is - or left out.
     """
     from ptqcli.calibration.tokens import read_tokens
-    from ptqcli.model.config import load_config
-    from ptqcli.model.kinds import kind_of
     from ptqcli.runtime.models import load_model, load_tokenizer
 
     if raw and system is not None:
@@ -73,9 +72,7 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
-    kind = kind_of(load_config(folder))
-    if not kind.causal:
-        raise UsageError(f"{folder}: is an {kind.name}, which writes no text; measure it with ptq eval {folder}")
+    _refuse_encoder(folder)
     tokenizer = load_tokenizer(folder)
     chat = not raw and tokenizer.chat_template is not None
     if system is not None and not chat:
@@ -104,6 +101,15 @@ def command(
             "answer": tokenizer.decode(sequence[used:], skip_special_tokens=True),
         }
     )
+
+
+def _refuse_encoder(folder: Path) -> None:
+    from ptqcli.model.config import load_config
+    from ptqcli.model.kinds import kind_of
+
+    kind = kind_of(load_config(folder))
+    if not kind.causal:
+        raise UsageError(f"{folder}: is an {kind.name}, which writes no text; measure it with ptq eval {folder}")
 
 
 def _standard_input() -> str:

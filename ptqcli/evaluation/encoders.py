@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def measure_encoder(
             check_fits(each, torch.tensor([token for row in rows for token in row]), max(map(len, rows)))
     for text, rows in texts.items():
         hidden = _hidden_places(rows, tokenizer) if _has_words(model) and tokenizer.mask_token_id is not None else None
-        sums = _sums(models, rows, hidden, tokenizer.mask_token_id, lambda done, total, text=text: on_window and on_window(text, done, total))
-        yield _evaluation(text, rows, seqlen, hidden, *sums)
+        step = partial(on_window, text) if on_window else None
+        yield _evaluation(text, rows, seqlen, hidden, *_sums(models, rows, hidden, tokenizer.mask_token_id, step))
     for name, task in (tasks or {}).items():
         shares = [_accuracy(each, task, name) for each in models]
         yield EncoderEvaluation(
@@ -146,6 +147,15 @@ def encoder_windows(source: str, tokenizer: Any, seqlen: int, data_dir: Path | N
     return found
 
 
+def measured_encoder(
+    model: Any, sources: Sequence[str], tokenizer: Any, seqlen: int | None, baseline: Any, data_dir: Path | None
+) -> list[EncoderEvaluation]:
+    """As ``measure_encoder``, of texts by their names; seqlen: None for the usual one."""
+    window = seqlen or default_windows(model)
+    texts = {source: encoder_windows(source, tokenizer, window, data_dir) for source in sources}
+    return list(measure_encoder(model, texts, tokenizer, window, baseline))
+
+
 def _has_words(model: Any) -> bool:
     return model.get_output_embeddings() is not None
 
@@ -164,7 +174,11 @@ def _hidden_places(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[Tensor
 
 @torch.no_grad()
 def _sums(
-    models: Sequence[Any], rows: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None, mask: int | None, step: Callable[[int, int], Any]
+    models: Sequence[Any],
+    rows: Sequence[Sequence[int]],
+    hidden: Sequence[Tensor] | None,
+    mask: int | None,
+    step: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Losses of each model over the hidden places, float64 [models], and the cosine of each row, float64 [rows], of two models."""
     losses, cosines = torch.zeros(len(models), dtype=torch.float64), [torch.empty(0, dtype=torch.float64)]
@@ -177,7 +191,8 @@ def _sums(
             if len(models) > 1:
                 one, other = (_embeddings(model, ids) for model in models)
                 cosines.append(F.cosine_similarity(one, other, dim=-1))
-            step(stop, len(rows))
+            if step:
+                step(stop, len(rows))
     if not all(bool(torch.isfinite(found).all()) for found in (losses, *cosines)):
         raise PTQError("the model gives nan or infinity; its weights are damaged or overflow their dtype")
     return losses, torch.cat(cosines)

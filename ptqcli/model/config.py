@@ -43,6 +43,9 @@ NUMBER_KEYS = (
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_return_sequences",
 )  # fmt: skip
 
+# How transformers writes what JSON has no number for; state-space models have such a limit of a time step.
+INFINITIES: tuple[dict[str, str], ...] = ({"__float__": "Infinity"}, {"__float__": "-Infinity"})
+
 # Counts, by the form of their names. transformers makes a kind for each layer, a name for each label and the like while it reads the file.
 COUNTS = re.compile(r"num_|n_(layer|head|label)|(.*_)?(layers|depths?)$")
 MOST_COUNT = 100_000
@@ -102,7 +105,7 @@ def _data(value: Any, config_class: type) -> Any:
     """``value`` without keys that select code, at any depth."""
     if isinstance(value, list):
         return [_data(entry, config_class) for entry in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or value in INFINITIES:
         return value
     return {
         key: entry if key == "quantization_config" else _data(entry, config_class)

@@ -87,7 +87,7 @@ def _own_class(config: Any, name: str | None) -> str | None:
     """``name``, if transformers has a model class of that name for ``config``."""
     import transformers
 
-    found = getattr(transformers, name, None) if name else None
+    found: Any = getattr(transformers, name, None) if name else None
     model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return name if model and found.config_class is type(config) else None
 

@@ -36,7 +36,7 @@ from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import REPORT_NAME, TuningReport, read_report, read_source
 from ptqcli.pipeline.texts import TextMaker
-from ptqcli.plan import check_finish
+from ptqcli.plan_notes import check_finish
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
