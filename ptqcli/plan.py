@@ -24,6 +24,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
+from ptqcli.plan_experts import check_experts, expert_notes, routing_reason
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
 from ptqcli.plan_notes import check_finish, kept_notes
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
@@ -34,7 +35,8 @@ from ptqcli.solvers.per_matrix import as_block_solver
 
 DEFAULT_SEQLEN = 2048
 
-CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos")  # of a recipe
+# of a recipe
+CALIBRATION_FIELDS = ("sequential", "calib", "nsamples", "seqlen", "seed", "bos", "expert_calibration", "min_expert_tokens")
 TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 
 
@@ -134,8 +136,8 @@ def make_plan(
     check_parallel(linears, skeleton, recipe.for_tensor_parallel)
     plain = skeleton.plain_names(linear.name for linear in linears)
     _check_format(chosen, linears, plain, skeleton)
-    fused = _fused_schemes(linears, skeleton)
-    _check_fused(chosen, fused)
+    fused = _checked_fused(chosen, linears, skeleton)
+    check_experts(recipe, linears, skeleton)
     seqlen = _window_length(recipe, skeleton)
     if needs_calibration(recipe, linears):
         _check_hidden_states(skeleton)
@@ -159,6 +161,7 @@ def make_plan(
         notes=(
             *group_notes(linears, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),
+            *expert_notes(recipe, linears, skeleton),
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
             *_model_notes(skeleton, linears),
@@ -186,7 +189,7 @@ def _choose(
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name, hits)
         scheme = assigned.get(site.name, scheme)
-        reason = reason or _obstacle(site, skeleton) or too_narrow(scheme, site)
+        reason = reason or _obstacle(site, skeleton) or routing_reason(site, skeleton, recipe, hits) or too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
@@ -303,17 +306,15 @@ def _planned_stages(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> tup
     return tuple(blocks)
 
 
-def _fused_schemes(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[dict[str, Scheme | None]]:
+def _checked_fused(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[dict[str, Scheme | None]]:
     """The schemes of linears that read one tensor inside one module, None for one that stays as it is."""
     schemes = {linear.name: linear.scheme for linear in linears}
-    return [{name: schemes.get(name) for name in group} for group in skeleton.fused_groups]
-
-
-def _check_fused(chosen: Format, fused: Sequence[Mapping[str, Scheme | None]]) -> None:
+    fused = [{name: schemes.get(name) for name in group} for group in skeleton.fused_groups]
     for group in fused:
         reason = chosen.fused_refusal(group)
         if reason is not None:
             raise UsageError(reason)
+    return fused
 
 
 def _check_hidden_states(skeleton: Skeleton) -> None:

@@ -40,6 +40,7 @@ ACTIVATION_SCALES = {
 }
 
 FINISHES = ("none", "kl")
+EXPERT_CALIBRATIONS = ("routed", "all")
 
 OUTLIER_KINDS = ("none", "dynamic", "static")
 
@@ -108,6 +109,8 @@ class Recipe:
     ``calibration.sources``. nsamples windows (None: 128, or fewer where the model writes them) of seqlen tokens (None: what the model
     allows, 2048 at most), drawn with seed. bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which
     is what the tokenizer does.
+    expert_calibration: routed takes the statistics of an expert from the tokens that are routed to it, all from every token.
+    min_expert_tokens: one that saw fewer gets the statistics of its block's experts together, see ``calibration.routed``; 0 for never.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. gguf_type: a mix of block types, such as q4_k_m, in place of bits and
     groups, of the format gguf (None: q4_k_m, unless bits or a scheme are given). for_tensor_parallel: GPUs that a server will cut
@@ -133,6 +136,8 @@ class Recipe:
     seqlen: int | None = None
     seed: int = 0
     bos: str = "auto"
+    expert_calibration: str = "routed"
+    min_expert_tokens: int = 32
     ignore: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     format: str = DEFAULT_FORMAT
@@ -157,6 +162,10 @@ class Recipe:
         if self.seqlen is not None and self.seqlen < 2:
             raise UsageError(f"seqlen {self.seqlen} is not valid; give at least 2 tokens")
         check_bos(self.bos)
+        if self.expert_calibration not in EXPERT_CALIBRATIONS:
+            raise UsageError(f"expert calibration '{self.expert_calibration}' is unknown; use {' or '.join(EXPERT_CALIBRATIONS)}")
+        if self.min_expert_tokens < 0:
+            raise UsageError(f"min expert tokens {self.min_expert_tokens} is not valid; give 0 or more")
         if self.for_tensor_parallel < 1:
             raise UsageError(f"for tensor parallel {self.for_tensor_parallel} is not valid; give the number of GPUs, 1 or more")
         self._check_afterwards()

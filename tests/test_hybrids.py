@@ -1,4 +1,4 @@
-"""Blocks of several kinds beside each other: state spaces, convolutions, linear attention. What is a linear is quantized, the rest arrives."""
+"""Blocks with state spaces or convolutions: what is a linear is quantized, the rest arrives, and so does what no class builds."""
 
 from __future__ import annotations
 

@@ -98,12 +98,13 @@ def shapes_of(folder: Path) -> list[tuple[Shape, Scheme]]:
     folder is no quantized model, cannot be understood or has no such linear.
     """
     packed = open_checkpoint(folder)
-    if not packed.schemes and is_gguf(folder):
+    schemes = {name: scheme for name, scheme in packed.schemes.items() if scheme.blocks is None}  # no kernel multiplies others
+    if not schemes and is_gguf(folder):
         raise UsageError(f"{decoded_note(folder)}, so it has no kernels of its own; give --only model, or --shapes for kernels")
-    if not packed.schemes:
+    if not schemes:
         raise UsageError(f"{folder}: config.json names no linear of the model as quantized, so there is nothing to time")
     found: dict[tuple[int, int, Scheme], list[str]] = {}
-    for names in same_input(packed.model, kind_of(packed.config), packed.schemes):
+    for names in same_input(packed.model, kind_of(packed.config), schemes):
         for scheme in dict.fromkeys(packed.schemes[name] for name in names):
             alike = [packed.spec(name) for name in names if packed.schemes[name] == scheme]
             key = (alike[0].in_features, sum(spec.out_features for spec in alike), scheme)

@@ -206,11 +206,14 @@ class InputStatistics:
             hessian=Hessian.zeros(features, device) if needs.hessian else None,
             stride=-(-tokens // SAMPLED_TOKENS) if needs.samples else 0,
             sums=torch.zeros(features, device=device) if needs.sums else None,
+            samples=[torch.empty(0, features, device=device)] if needs.samples else [],
         )
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs, floating [..., in]."""
         rows = inputs.reshape(-1, inputs.shape[-1])  # [tokens, in]
+        if not len(rows):  # an expert to which no token is routed
+            return
         if self.largest is not None and self.summed is not None:
             magnitudes = rows.abs().float()
             torch.maximum(self.largest, magnitudes.amax(dim=0), out=self.largest)

@@ -10,7 +10,7 @@ the block is instead run again from its start up to each stage (same results, up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.modes import Modes, outside_modes, switch_with_modes
 from ptqcli.calibration.record import BlockCall
+from ptqcli.calibration.routed import feed_all
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.model.discovery import StopForward
 from ptqcli.model.linears import is_linear, linear_input, linear_weight
@@ -33,7 +34,7 @@ class CalibratedBlock:
     real: bool [windows, tokens], the places that hold a token, which alone count in statistics; None where all do.
     ``observe`` only looks. ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its
     weights are expected to be replaced when the walk goes on. Afterwards ``target`` holds the outputs of the block with the replaced
-    weights. Call under ``torch.no_grad``.
+    weights. fed: local names of modules of so many experts, each of which is to be seen with all tokens. Call under ``torch.no_grad``.
     """
 
     def __init__(
@@ -46,8 +47,13 @@ class CalibratedBlock:
         target: Tensor,
         device: torch.device,
         budget: int,
+<<<<<<< HEAD
         real: Tensor | None = None,
+=======
+        fed: Mapping[str, int] | None = None,
+>>>>>>> main
     ) -> None:
+        self.fed = fed or {}
         self.block, self.stages, self.calls, self.batches, self.device = block, stages, calls, batches, device
         self.source, self.target, self.real = source, target, real
         self.suspended_fits = self.bytes_asleep() <= budget
@@ -77,7 +83,8 @@ class CalibratedBlock:
             return lambda _module, args, kwargs: hook(stage, linear_input(args, kwargs))
 
         leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
-        return [leader.register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index, leader in enumerate(leaders)]
+        handles = [leader.register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index, leader in enumerate(leaders)]
+        return [*handles, *(feed_all(self.block.get_submodule(local), local, count) for local, count in self.fed.items())]
 
     def features(self, stage: int) -> int:
         """Channels of the input of ``stage``."""
@@ -100,12 +107,33 @@ class CalibratedBlock:
     def observe(self, needs: StatisticsRequest) -> list[InputStatistics]:
         """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
         statistics = [self.empty_statistics(stage, needs) for stage in range(len(self.stages))]
+<<<<<<< HEAD
         handles = self.leaders(lambda stage, inputs: statistics[stage].add(self.tokens_of(batch, inputs)))
+=======
+        self._observe(dict(enumerate(statistics)))
+        return statistics
+
+    def pooled(self, groups: Sequence[Sequence[int]], needs: StatisticsRequest) -> list[InputStatistics]:
+        """As ``observe``, but one for the stages of each group together, whose inputs have as many channels."""
+        statistics = [self.empty_statistics(group[0], needs) for group in groups]
+        self._observe({stage: pooled for group, pooled in zip(groups, statistics, strict=True) for stage in group})
+        return statistics
+
+    def _observe(self, statistics: Mapping[int, InputStatistics]) -> None:
+        seen: set[int] = set()  # in this batch: experts that are fed all tokens run on theirs once more
+
+        def add(stage: int, inputs: Tensor) -> None:
+            if stage in statistics and not (self.fed and stage in seen):
+                statistics[stage].add(inputs)
+            seen.add(stage)
+
+        handles = self.leaders(add)
+>>>>>>> main
         for batch in range(len(self.calls)):
+            seen.clear()
             self.forward(batch)
         for handle in handles:
             handle.remove()
-        return statistics
 
     def sequential(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""

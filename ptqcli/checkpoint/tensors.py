@@ -71,6 +71,10 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor ``name`` in its stored dtype and shape, on the CPU and in memory of its own."""
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """Entry ``index`` of the first dimension of ``name``, as ``read`` gives the whole."""
+        return self.read(name)[index]
+
     def nbytes(self, name: str) -> int:
         """Bytes that ``name`` takes on disk and, once read, in memory."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
@@ -178,6 +182,10 @@ class WidenedTensors(TensorSource):
         """The tensor ``name`` in that dtype."""
         return self._stored.read(name).to(self.dtype(name))
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """Entry ``index`` of the first dimension of ``name``, in that dtype."""
+        return self._stored.read_entry(name, index).to(self.dtype(name))
+
 
 class SafetensorsFolder(TensorSource):
     """Tensors of a folder of safetensors files. Opening checks every header; no tensor is read before ``read``.
@@ -224,6 +232,10 @@ class SafetensorsFolder(TensorSource):
         Raises PTQError if its file has become shorter since it was opened, or if it holds NaN or infinity.
         """
         return self._file(name).read(name)
+
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """Entry ``index`` of the first dimension of ``name``, read by itself. Raises PTQError as ``read``."""
+        return self._file(name).read(name, index)
 
     def _file(self, name: str) -> _File:
         if name not in self._files:
@@ -281,9 +293,9 @@ class _File:
             raise PTQError(f"{self.path}: tensor {name} has dtype {described.get_dtype()}, which is not supported")
         return tuple(described.get_shape()), DTYPES[described.get_dtype()]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, entry: int | None = None) -> Tensor:
         try:
-            tensor: Tensor = self._opened.get_tensor(name)
+            tensor: Tensor = self._opened.get_tensor(name) if entry is None else self._opened.get_slice(name)[entry]
         except (SafetensorError, OSError) as error:
             raise PTQError(f"{self.path}: tensor {name} cannot be read any more; has the file changed? ({one_line(error)})") from error
         refuse_not_finite(tensor, f"{self.path}: tensor {name}")

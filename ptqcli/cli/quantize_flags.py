@@ -209,6 +209,20 @@ FLAGS = {
         click.option("--nsamples", type=int, metavar="N", show_default="128; self: 16,384 tokens", help="Calibration windows."),
         SEQLEN_FLAG,
         click.option(
+            "--expert-calibration",
+            metavar="routed|all",
+            show_default="routed",
+            shell_complete=completion.names(lambda: ("routed", "all")),
+            help="Which tokens the experts of a mixture are calibrated on: those that are routed to each, or every token (slower).",
+        ),
+        click.option(
+            "--min-expert-tokens",
+            type=int,
+            metavar="N",
+            show_default="32",
+            help="An expert that fewer tokens reach is calibrated on those of all experts of its block; 0: never.",
+        ),
+        click.option(
             "--bos",
             metavar="auto|yes|no",
             show_default="auto",

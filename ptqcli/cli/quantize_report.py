@@ -128,11 +128,13 @@ def _handled(report: Report) -> list[tuple[str, str]]:
     """What the solver had to handle anywhere, one row for all layers; nothing if there was nothing."""
     raised = sum(layer.damp_raised for layer in report.layers)
     unreached = [layer.name for layer in report.layers if layer.inputs_all_zero]
+    pooled = [layer.name for layer in report.layers if layer.pooled]
     inputs = sum(layer.never_activated for layer in report.layers if not layer.inputs_all_zero)
     groups = sum(layer.zero_groups for layer in report.layers)
     found = [
         f"damping raised in {raised} linears" if raised else "",
         f"{len(unreached)} linears rounded to nearest, since all their inputs were zero (first {unreached[0]})" if unreached else "",
+        f"{len(pooled)} linears of experts with the statistics of all, since few tokens reached them (first {pooled[0]})" if pooled else "",
         f"{inputs} input columns never activated" if inputs else "",
         f"{groups} groups of zeros" if groups else "",
     ]

@@ -51,6 +51,8 @@ def fold_row(fold: Mapping[str, Any]) -> tuple[str, str, str]:
 def _remarks(layer: Mapping[str, Any]) -> Iterator[str]:
     if layer.get("rounded_anew") is not None:
         yield f"then rounded anew, at an error of {layer['rounded_anew']:.4f} of its weights"
+    if layer.get("tokens") is not None:
+        yield f"{layer['tokens']:,} tokens" + (", so the statistics of all experts" if layer.get("pooled") else "")
     if layer.get("outlier_share") is not None:
         yield f"{layer['outlier_share']:.2%} outlier columns"
     if layer.get("inputs_all_zero"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import ModelKind
 from ptqcli.model.linears import is_linear, linear_input, linear_weight
+from ptqcli.model.mixtures import Mixture, find_mixtures, with_all_experts
 from ptqcli.untrusted import one_line
 
 # Windows and tokens of the probe; more than one, so that code which treats single-token decoding apart is not taken, and two different
@@ -30,6 +31,7 @@ class BlockShape:
     container / extra_outputs: how the block returns its hidden states: as the first of a tuple or list, or alone (None). hidden: their
     shape behind it, of PROBE_WINDOWS windows of PROBE_TOKENS tokens; None if it did not run. unused: linears that did not run. repeated:
     linears that ran more than once. read: linears whose weight other code has asked for, so that no other layer can take their place.
+    mixtures: experts, to which tokens are routed; those that the probe was not routed to have their places in the stages all the same.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -39,6 +41,7 @@ class BlockShape:
     unused: tuple[str, ...]
     repeated: tuple[str, ...]
     read: tuple[str, ...]
+    mixtures: tuple[Mixture, ...] = ()
 
     @property
     def fused_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -73,18 +76,23 @@ class Probe:
         stages: dict[tuple[int, int], list[str]] = {}
         for local, tensor, version in calls:
             stages.setdefault((id(tensor), version), []).append(local)
-        linears = [local for local, module in self.model.get_submodule(block).named_modules() if is_linear(module)]
+        module = self.model.get_submodule(block)
+        mixtures = find_mixtures(module, names)
+        completed = with_all_experts(tuple(tuple(stage) for stage in stages.values()), mixtures)
+        placed = {local for stage in completed for local in stage}
+        linears = [local for local, inner in module.named_modules() if is_linear(inner)]
         output: Any = self.outputs.get(block)
         container = next((kind for kind in (tuple, list) if isinstance(output, kind)), None)
         hidden = first_output(output)
         return BlockShape(
-            stages=tuple(tuple(stage) for stage in stages.values()),
+            stages=completed,
             container=container,
             extra_outputs=0 if container is None else len(output) - 1,
             hidden=tuple(hidden.shape) if isinstance(hidden, Tensor) else None,
-            unused=tuple(local for local in linears if local not in names),
+            unused=tuple(local for local in linears if local not in placed),
             repeated=tuple(local for local in linears if names.count(local) > 1),
             read=tuple(local for local in linears if prefix + local in self.read),
+            mixtures=tuple(mixtures),
         )
 
     def behind(self, block: str) -> frozenset[str]:

@@ -19,13 +19,13 @@ class DiskNames:
     def __init__(self, model: nn.Module, stored: Sequence[str]) -> None:
         memory = set(model.state_dict())
         prefix = getattr(model, "base_model_prefix", "") + "."
-        renamings, conversions = _declared_renamings(model)
+        renamings, conversions = declared_changes(model)
         self._disk: dict[str, str] = {}
         self.unmatched: list[str] = []
         self._assembled: list[str] = []
         self._twice: list[tuple[str, str, str]] = []  # parameter, and the two tensors that are stored for it
         for name in stored:
-            target = next((t for t in _candidates(name, prefix, renamings) if t in memory), None)
+            target = next((t for t in candidates(name, prefix, renamings) if t in memory), None)
             if target in self._disk:
                 self._twice.append((target, self._disk[target], name))
             elif target is not None:
@@ -61,7 +61,8 @@ class DiskNames:
         return list(self._disk.items())
 
 
-def _declared_renamings(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def declared_changes(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What transformers does with the tensors of a file on loading it as ``model``: renamings, and converters, which make others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -79,7 +80,8 @@ def _same_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, source
 
 
-def _candidates(name: str, prefix: str, renamings: Sequence[Any]) -> Iterator[str]:
+def candidates(name: str, prefix: str, renamings: Sequence[Any]) -> Iterator[str]:
+    """What the stored tensor ``name`` may be called in the model; prefix: of its base model, with the dot."""
     renamed = name
     for renaming in renamings:
         renamed = renaming.rename_source_key(renamed)[0]

@@ -19,10 +19,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ptqcli.checkpoint.tensors import FLOATING
+from ptqcli.checkpoint.stacked import UnstackedTensors
+from ptqcli.checkpoint.tensors import FLOATING, TensorSource
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.classes import build_classes
 from ptqcli.model.discovery import Probe, find_blocks, linear_size, listed, probe_model
+from ptqcli.model.experts import stacked_parameters
 from ptqcli.model.kinds import kind_of
 from ptqcli.model.linears import LinearSite, is_linear, linear_weight
 from ptqcli.model.names import DiskNames
@@ -49,9 +51,11 @@ class Skeleton:
         if getattr(self.config, "quantization_config", None) is not None:
             raise PTQError(f"{self.where}: is already quantized; start from the original model")
         self.kind = kind_of(self.config)
-        self._tensors = source.tensors
+        self._tensors: TensorSource = source.tensors
         self._kept: dict[str, Tensor] = {}  # stored tensors of the units at work
         classes = build_classes(self.config, self._tensors.names, source.config_json().get("architectures"))
+        if classes.cut:
+            self._tensors = UnstackedTensors(source.tensors, classes.cut)
         self.classes, self.unbuilt, self.loaded_as = classes.built, classes.unbuilt, classes.loaded_as(self.kind)
         self.model, self.names = self.classes[0]
         self.names.refuse_assembled()
@@ -89,13 +93,8 @@ class Skeleton:
 
     @cached_property
     def stacks(self) -> dict[str, int]:
-        """Size of each parameter that is a stack of matrices, as those of fused experts are; kernels of convolutions are none."""
-        convolutions = (nn.Conv1d, nn.ConvTranspose1d)
-        return {
-            name: parameter.numel()
-            for name, parameter in self.model.named_parameters()
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(_owner(self.model, name)[0], convolutions)
-        }
+        """Size of each parameter that is a stack of matrices and has stayed one."""
+        return {name: parameter.numel() for name, parameter in stacked_parameters(self.model).items()}
 
     @cached_property
     def other_parameters(self) -> list[str]:
@@ -119,7 +118,7 @@ class Skeleton:
             largest = max(self.stacks, key=lambda name: self.stacks[name])
             raise PTQError(
                 f"{largest}: {share:.0%} of the weights in the model's matrices are in stacks like this one of "
-                f"{list(self.model.get_parameter(largest).shape)}, as fused experts are, which are not supported yet"
+                f"{list(self.model.get_parameter(largest).shape)}, whose matrices are not multiplied one by one, or not stored so that they can be"
             )
 
     def _refuse_few(self, probe: Probe) -> None:

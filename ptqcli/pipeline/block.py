@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ptqcli.calibration.routed import Pool
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
@@ -107,12 +108,19 @@ class WindowWork:
 
     def _calibrated_stages(self, block: LoadedBlock, streams: Streams, source: Tensor) -> Iterator[Stage]:
         walk, seen = block.walk(streams, source), block.statistics
-        for number, statistics in self._passes(block, walk, streams, source):
+        passes, pool = self._passes(block, walk, streams, source)
+        for number, own in passes:
+            pooled = pool.in_place_of(number, own)
+            if number in pool.experts:
+                block.seen |= dict.fromkeys(block.stages[number], (own.tokens, pooled is not None))
+            statistics = own if pooled is None else pooled
             statistics.check_finite(f"{block.prefix}.{block.stages[number][0]}")
             yield self._stage(block, block.stages[number], statistics)
         block.statistics, self._tasks = seen, {}
 
-    def _passes(self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor) -> Iterator[tuple[int, InputStatistics]]:
+    def _passes(
+        self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor
+    ) -> tuple[Iterator[tuple[int, InputStatistics]], Pool]:
         wanted, sequential = self._run.solver_needs(), self._run.plan.recipe.sequential
         transforms = self._run.transforms if not self._prepared else ()
         statistics = (
@@ -120,9 +128,10 @@ class WindowWork:
         )
         if transforms:
             statistics = block.transform(streams, source, statistics)
+        pool = Pool(walk, block.mixtures, wanted, self._run.plan.recipe.min_expert_tokens)
         if wanted.pairs:
-            return block.paired(walk, streams).sequential(wanted)
-        return walk.sequential(wanted) if sequential else walk.at_once(statistics)
+            return block.paired(walk, streams).sequential(wanted), pool
+        return walk.sequential(wanted) if sequential else walk.at_once(statistics), pool
 
     def _prepare(self) -> None:
         """Transform all blocks, each behind the ones before it, and note what they receive."""

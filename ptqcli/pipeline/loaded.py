@@ -73,6 +73,8 @@ class LoadedBlock:
         self.stages = run.plan.stages[index]
         self.planned = {linear.name: linear for linear in run.plan.linears if linear.site.block == index}
         self.folded: FoldedBlock | None = None
+        self.mixtures = run.skeleton.shapes[index].mixtures
+        self.seen: dict[str, tuple[int, bool]] = {}  # linears of experts: tokens that reached them, and whether they were pooled
         self.statistics: dict[str, InputStatistics] = {}  # of the inputs of linears, by local name, while they are needed
         self.writers: Mapping[str, float] = {}  # into the residual stream, where somebody has asked
         self._finished: dict[str, Tensor] = {}  # what is stored for the block, as far as it differs from the model file
@@ -84,8 +86,13 @@ class LoadedBlock:
         assert self.block is not None
         recording, resources = streams.recording, self.run.resources
         target, calls = streams.quantized.outputs, recording.calls[self.index]
+        fed = {mixture.path: mixture.count for mixture in self.mixtures} if self.run.plan.recipe.expert_calibration == "all" else {}
         return CalibratedBlock(
+<<<<<<< HEAD
             self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget, recording.real
+=======
+            self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget, fed
+>>>>>>> main
         )
 
     def paired(self, walk: CalibratedBlock, streams: Streams) -> PairedBlock:
@@ -175,12 +182,15 @@ class LoadedBlock:
 
     def _note(self, linear: PlannedLinear, solution: Solution, error: float, corrected: float | None, bits: int) -> None:
         outliers, seen = solution.notes.outlier_columns, self.statistics.get(linear.site.local)
+        tokens, pooled = self.seen.get(linear.site.local, (None, False))
         self._layers[linear.name] = LayerReport(
             name=linear.name,
             scheme=str(linear.scheme),
             bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
             relative_error=error,
             adapter_error=corrected,
+            tokens=tokens,
+            pooled=pooled,
             inputs_all_zero=seen is not None and seen.all_zero,
             outlier_share=None if outliers is None else outliers / linear.site.in_features,
             **asdict(solution.notes),

@@ -34,7 +34,9 @@ class LayerReport:
     linear, its inputs rounded where they will be; with an algorithm that needs no calibration, ``|W - W'|_F / |W|_F``. inputs_all_zero:
     calibration saw no other input, so that whatever the solver, each weight was rounded to nearest. adapter_error: as relative_error, with
     the adapter, None without one. rounded_anew: ``|W' - W|_F / |W|_F`` from what the codes stood for before `ptq convert --requantize`
-    rounded them once more; relative_error is still that of the run before. The other fields are those of ``solvers.SolveNotes``."""
+    rounded them once more; relative_error is still that of the run before. tokens: how many reached it in calibration, if it is of an
+    expert; pooled: these were too few, and it got the statistics of all experts of its block. The other fields are those of
+    ``solvers.SolveNotes``."""
 
     name: str
     scheme: str
@@ -52,6 +54,8 @@ class LayerReport:
     inputs_all_zero: bool = False
     adapter_error: float | None = None
     rounded_anew: float | None = None
+    tokens: int | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

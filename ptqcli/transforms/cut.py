@@ -16,7 +16,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ptqcli.model.choices import each_on_all
+from ptqcli.model.discovery import StopForward
 from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.model.stacks import experts_of
 
 # Runs a twin of the module on a few tokens, floating arguments cast to the dtype; gives the output.
 Run: TypeAlias = Callable[[nn.Module, torch.dtype], Tensor]
@@ -29,7 +32,7 @@ LARGEST_WEIGHT = 4
 OTHER_PATH = "the block takes another path when its output is scaled"
 
 
-class CutError(Exception):
+class CutError(StopForward):
     """Why nothing can be found out about a cut module, or about the module as a whole."""
 
 
@@ -53,6 +56,9 @@ class CutModule:
         self.twin = without_weights(module, self.generator)
         self.linears = {name for name, inner in self.twin.named_modules() if is_linear(inner)}
         for name, inner in self.twin.named_modules():
+            experts = experts_of(inner)
+            if experts is not None:
+                inner.forward = partial(_unrouted, inner, experts)
             if name in self.linears:
                 inner.forward = partial(_empty_result, linear_weight(inner).shape[0])
             if name in self.linears or _is_leaf(inner):
@@ -153,6 +159,12 @@ def _is_leaf(module: nn.Module) -> bool:
     """Whether all parameters below ``module`` are its own, and there are some."""
     own = len(list(module.parameters(recurse=False)))
     return own > 0 and own == len(list(module.parameters()))
+
+
+def _unrouted(module: nn.Module, experts: int, *args: Any, **kwargs: Any) -> Any:
+    """Every expert on all tokens, added up: so each is reached, and none on a way that depends on values."""
+    outputs = list(each_on_all(module, experts, args, kwargs))
+    return sum(outputs[1:], outputs[0]) if outputs else type(module).forward(module, *args, **kwargs)
 
 
 def _empty_result(out_features: int, *args: Tensor, **kwargs: Tensor) -> Tensor:

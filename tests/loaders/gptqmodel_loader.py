@@ -93,7 +93,7 @@ def made_by_gptqmodel(folder: Path, settings: Mapping[str, Any]) -> Path:
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(str(DEMO), QuantizeConfig(**settings), device="cpu", dtype=torch.float16)
-    samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tiny.token_ids(count=64, batch=8)]
+    samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tiny.token_ids(count=32, batch=4)]
     with inside(folder):  # it writes a log wherever it is called
         model.quantize(samples, batch_size=4, backend=BACKEND.TORCH)
         model.save(str(folder / "made"))
