@@ -26,7 +26,7 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_experts import check_experts, expert_notes, routing_reason
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
-from ptqcli.plan_notes import check_finish, kept_notes
+from ptqcli.plan_notes import check_kind, kept_notes, known_readers
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
@@ -123,8 +123,7 @@ def make_plan(
     choose_texts: is asked for the texts where anything looks at them; None leaves them as they are asked for.
     """
     _check_solver(recipe)
-    if recipe.finish != "none":
-        check_finish(skeleton)
+    check_kind(recipe, skeleton)
     outside = _outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     chosen = find_format(recipe.format)
@@ -139,11 +138,9 @@ def make_plan(
     fused = _checked_fused(chosen, linears, skeleton)
     check_experts(recipe, linears, skeleton)
     seqlen = _window_length(recipe, skeleton)
-    if needs_calibration(recipe, linears):
-        _check_hidden_states(skeleton)
+    texts = _texts(recipe, linears, skeleton, choose_texts, seqlen)
     specs = [linear.spec for linear in linears]
     tried = chosen.trial([model for model, _ in skeleton.classes], specs)
-    texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
@@ -165,14 +162,11 @@ def make_plan(
             *texts.notes,
             *_finish_notes(recipe, skeleton, texts.windows, seqlen),
             *_model_notes(skeleton, linears),
-            *kept_notes(skeleton),
             *chosen.notes(specs),
             *tried,
             *([] if chosen.one_file else _fused_notes(fused)),
         ),
-        readers=tuple(
-            reader for reader in chosen.readers(specs, skeleton.loaded_as, tried) if skeleton.kind.causal or reader.name == "transformers"
-        ),
+        readers=known_readers(chosen, specs, skeleton, tried),
         writes=skeleton.kind.causal,
         adapter_bytes=adapter_bytes(recipe, linears),
     )
@@ -317,6 +311,13 @@ def _checked_fused(chosen: Format, linears: Sequence[PlannedLinear], skeleton: S
     return fused
 
 
+def _texts(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, choose: ChooseTexts | None, seqlen: int) -> PlannedTexts:
+    if not needs_calibration(recipe, linears):
+        return PlannedTexts(shares=())
+    _check_hidden_states(skeleton)
+    return (choose or partial(texts_as_asked, recipe))(seqlen)
+
+
 def _check_hidden_states(skeleton: Skeleton) -> None:
     """Calibration keeps what is between the blocks as [windows, tokens, features]."""
     for index, shape in enumerate(skeleton.shapes):
@@ -383,7 +384,7 @@ def _model_notes(skeleton: Skeleton, linears: Sequence[PlannedLinear]) -> list[s
         notes.append(f"{what}; load it as {skeleton.loaded_as}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
-    return notes
+    return notes + kept_notes(skeleton)
 
 
 def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:

@@ -181,7 +181,7 @@ def test_statistics_are_those_of_tokens_alone(budget: int, tmp_path: Path) -> No
     block = skeleton.load_block(0, CPU, torch.float32)
     states = recording.hidden
     walk = CalibratedBlock(
-        block, skeleton.shapes[0].stages, recording.calls[0], recording.batches, states, states.clone(), CPU, budget, recording.real
+        block, skeleton.shapes[0].stages, recording.calls[0], recording.batches, states, states.clone(), CPU, budget, real=recording.real
     )
     needs = StatisticsRequest(hessian=True, magnitudes=True, samples=True, sums=True)
     found = {walk.stages[stage]: statistics for stage, statistics in walk.sequential(needs)}

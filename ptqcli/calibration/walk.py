@@ -47,11 +47,8 @@ class CalibratedBlock:
         target: Tensor,
         device: torch.device,
         budget: int,
-<<<<<<< HEAD
-        real: Tensor | None = None,
-=======
         fed: Mapping[str, int] | None = None,
->>>>>>> main
+        real: Tensor | None = None,
     ) -> None:
         self.fed = fed or {}
         self.block, self.stages, self.calls, self.batches, self.device = block, stages, calls, batches, device
@@ -107,9 +104,6 @@ class CalibratedBlock:
     def observe(self, needs: StatisticsRequest) -> list[InputStatistics]:
         """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
         statistics = [self.empty_statistics(stage, needs) for stage in range(len(self.stages))]
-<<<<<<< HEAD
-        handles = self.leaders(lambda stage, inputs: statistics[stage].add(self.tokens_of(batch, inputs)))
-=======
         self._observe(dict(enumerate(statistics)))
         return statistics
 
@@ -124,11 +118,10 @@ class CalibratedBlock:
 
         def add(stage: int, inputs: Tensor) -> None:
             if stage in statistics and not (self.fed and stage in seen):
-                statistics[stage].add(inputs)
+                statistics[stage].add(self.tokens_of(batch, inputs))
             seen.add(stage)
 
         handles = self.leaders(add)
->>>>>>> main
         for batch in range(len(self.calls)):
             seen.clear()
             self.forward(batch)
