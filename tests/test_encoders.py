@@ -19,7 +19,7 @@ from tokenizers import processors
 
 import ptqcli
 from ptqcli.calibration.padded import joined, marks, padded_windows, text_windows
-from ptqcli.calibration.record import record_calls
+from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.checkpoint.tensors import SafetensorsFolder
@@ -142,6 +142,42 @@ def test_an_encoder_is_quantized_and_loads_in_its_own_class(name: str, algo: str
     if not name.startswith("ModernBert"):  # which fills weights that are not there any more when it loads; the plan says so
         loaded = getattr(transformers, name).from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(answer(loaded), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("algo", "more"), [("gptq", {"target": "original"}), ("autoround", {"iters": 40}), ("awq+gptq", {})])
+@torch.no_grad()
+def test_what_stands_behind_a_short_text_counts_nowhere(
+    algo: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever hidden states a block gives there, the codes are the same; the twin, whose tokens differ, has others."""
+    make_encoder(tmp_path / "model", "BertForMaskedLM")
+    text = str(write_rows(tmp_path / "text.jsonl"))
+    request = {"algo": algo, "calib": text, "nsamples": 8, "seqlen": 40, "group_size": 16, **more}
+    run = BlockCall.run
+
+    def noisy(places: bool) -> Any:
+        def disturbed(call: BlockCall, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            behind = run(call, block, hidden)
+            mask = next(
+                (value for value in (*call.args, *call.kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() == 4), None
+            )
+            seen = (
+                torch.ones(behind.shape[:2], dtype=torch.bool) if mask is None else mask[:, 0, 0].bool()
+            )  # of windows without padding none
+            return behind + 3 * (seen if places else ~seen).unsqueeze(-1)
+
+        return disturbed
+
+    codes = []
+    for number, disturbed in enumerate((None, noisy(False), noisy(True))):
+        if disturbed is not None:
+            monkeypatch.setattr(BlockCall, "run", disturbed)
+        ptqcli.quantize(tmp_path / "model", output=tmp_path / str(number), **request)
+        reader = SafetensorsFolder(tmp_path / str(number))
+        codes.append({name: reader.read(name) for name in reader.names if "layer.1." in name and name.endswith("weight_packed")})
+    assert len(codes[0]) == 6
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+    assert not all(torch.equal(codes[0][name], codes[2][name]) for name in codes[0])
 
 
 def test_texts_stand_alone_between_their_marks() -> None:
