@@ -19,7 +19,7 @@ from ptqcli.evaluation.encoders import EncoderEvaluation, measured_encoder
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.model.config import load_config
-from ptqcli.model.kinds import kind_of
+from ptqcli.model.kinds import is_encoder
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelInMemory, ModelSource, open_source
 from ptqcli.numerics.scheme import Scheme
@@ -222,7 +222,7 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
-    causal = kind_of(model.config if folder is None else load_config(folder)).causal  # type: ignore[union-attr]
+    causal = not is_encoder(model.config if folder is None else load_config(folder))  # type: ignore[union-attr]
     begin, names = window_bos(tokenizer, bos), list(map(str, sources))
     # A text that is not there is told before models are loaded.
     rows = {name: evaluation_ids(name, tokenizer, searched) for name in names} if causal else {}

@@ -48,7 +48,7 @@ from transformers.models.auto import modeling_auto
 import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
-from ptqcli.model.kinds import kind_of
+from ptqcli.model.kinds import is_encoder, kind_of
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
@@ -192,7 +192,9 @@ def draw(model: torch.nn.Module) -> None:
 def run(model: Any) -> torch.Tensor:
     """Logits of 24 tokens in two windows, float32 [2, 24, words]."""
     ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
-    return kind_of(model.config).answer(model, ids).float()
+    encoder = is_encoder(model.config)
+    logits: torch.Tensor = model(input_ids=ids)[0] if encoder else model(input_ids=ids, use_cache=False).logits
+    return logits.float()
 
 
 def auto_class(config: Any) -> Any:

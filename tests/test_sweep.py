@@ -19,7 +19,7 @@ GPTQ = {"gptq": REQUESTS["gptq"]}
     [
         ("zamba", "right", ""),  # blocks of two classes, one of them shared
         ("rwkv", "dequantize only", "RwkvForCausalLM does not take packed weights"),  # weights that the model itself changes
-        ("mixtral", "refused", "mixture of experts"),
+        ("mixtral", "right", ""),
         ("xlm", "refused", "blocks that do not hand one state on"),
     ],
 )

@@ -165,11 +165,11 @@ def command(
 def _is_causal(folder: Path, task: bool, write_card: bool, windows_chosen: bool) -> bool:
     """Whether a model writes text. Raises UsageError for what is asked for and its kind has not."""
     from ptqcli.model.config import load_config
-    from ptqcli.model.kinds import kind_of
+    from ptqcli.model.kinds import is_encoder
     from ptqcli.pipeline.card import check_card
     from ptqcli.pipeline.report import folder_of
 
-    causal = kind_of(load_config(folder)).causal
+    causal = not is_encoder(load_config(folder))
     if task and causal:
         raise UsageError(f"--task takes an encoder with a head for labels, and {folder} is a model that writes; leave it out")
     if not causal and (write_card or windows_chosen):

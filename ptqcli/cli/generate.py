@@ -105,11 +105,10 @@ def command(
 
 def _refuse_encoder(folder: Path) -> None:
     from ptqcli.model.config import load_config
-    from ptqcli.model.kinds import kind_of
+    from ptqcli.model.kinds import is_encoder
 
-    kind = kind_of(load_config(folder))
-    if not kind.causal:
-        raise UsageError(f"{folder}: is an {kind.name}, which writes no text; measure it with ptq eval {folder}")
+    if is_encoder(load_config(folder)):
+        raise UsageError(f"{folder}: is an encoder, which writes no text; measure it with ptq eval {folder}")
 
 
 def _standard_input() -> str:

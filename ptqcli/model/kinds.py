@@ -50,6 +50,17 @@ class ModelKind:
 CAUSAL = ModelKind(name="causal language model", auto_class="AutoModelForCausalLM", causal=True)
 
 
+def is_encoder(config: Any) -> bool:
+    """Whether ``config`` describes an encoder alone, whose tokens see what follows them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    causal, masked = (_class_of(config, mapping) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING))
+    if masked is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    named = _named(config)
+    return causal is None or (named != causal and not (named is None and getattr(config, "is_decoder", False)))
+
+
 def kind_of(config: Any) -> ModelKind:
     """The kind of the model that ``config`` describes. Raises PTQError for one that is not supported."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -60,12 +71,11 @@ def kind_of(config: Any) -> ModelKind:
             f"{where}: a model of type {config.model_type} is an encoder with a decoder, which is not supported: calibration has one stack "
             "of blocks and one text, and such a model takes two of each"
         )
-    named = (config.architectures or [None])[0]
-    causal, masked = (_class_of(config, mapping) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING))
-    if causal is not None and (masked is None or named == causal or (named is None and getattr(config, "is_decoder", False))):
+    if is_encoder(config):
+        usual = _class_of(config, MODEL_FOR_MASKED_LM_MAPPING)
+        return ModelKind(name="encoder", auto_class=_own_class(config, _named(config)) or str(usual), causal=False)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return CAUSAL
-    if masked is not None:
-        return ModelKind(name="encoder", auto_class=_own_class(config, named) or masked, causal=False)
     with_images = _auto_class_with_images(config)
     if with_images is not None:
         return ModelKind(name="language model with images or sound", auto_class=with_images, causal=True)
@@ -73,6 +83,11 @@ def kind_of(config: Any) -> ModelKind:
         f"{where}: a model of type {config.model_type} is neither a {CAUSAL.name}, with or without images, nor an encoder with a class for "
         "masked words, which is all that is supported"
     )
+
+
+def _named(config: Any) -> str | None:
+    """The class that config.json names."""
+    return (config.architectures or [None])[0]
 
 
 def _class_of(config: Any, mapping: Any) -> str | None:
