@@ -15,9 +15,12 @@ from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.evaluation.encoders import EncoderEvaluation, measured_encoder
 from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.formats.sources import open_source
+from ptqcli.model.config import load_config
+from ptqcli.model.kinds import is_encoder
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
@@ -182,8 +185,9 @@ def evaluate(
     kernel: str = "auto",
     adapter: str | Path | bool = False,
     data_dir: str | Path | None = None,
-) -> list[Evaluation]:
-    """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token.
+) -> list[Evaluation] | list[EncoderEvaluation]:
+    """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token;
+    of an encoder masked perplexity and the cosine of embeddings, see ``evaluation.encoders``.
 
     model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
     texts: builtin, wikitext2, c4 or a path; one or several.
@@ -219,16 +223,15 @@ def evaluate(
     elif tokenizer is None:
         raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
     place = open_device(device)
-    rows = {str(source): evaluation_ids(str(source), tokenizer, searched) for source in sources}
-    measured = measure(
-        model if folder is None else load_model(folder, place, kernel, adapter),
-        rows,
-        load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline,
-        seqlen,
-        stride,
-        bos=window_bos(tokenizer, bos),
-    )
-    return list(measured)
+    causal = not is_encoder(model.config if folder is None else load_config(folder))  # type: ignore[union-attr]
+    begin, names = window_bos(tokenizer, bos), list(map(str, sources))
+    # A text that is not there is told before models are loaded.
+    rows = {name: evaluation_ids(name, tokenizer, searched) for name in names} if causal else {}
+    loaded = model if folder is None else load_model(folder, place, kernel, adapter)
+    original = load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline
+    if not causal:
+        return measured_encoder(loaded, names, tokenizer, seqlen, original, searched)
+    return list(measure(loaded, rows, original, seqlen, stride, bos=begin))
 
 
 def solve(

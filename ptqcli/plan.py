@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
 
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
@@ -18,12 +17,14 @@ from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_byte
 from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
+from ptqcli.model.positions import most_tokens
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_experts import check_experts, expert_notes, routing_reason, unread_experts, with_refusal
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_notes import check_kind, kept_notes, known_readers
 from ptqcli.plan_outside import check_patterns_match, linears_outside, outside_notes, planned_outside
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
@@ -50,7 +51,7 @@ class Plan:
     fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards. adapter_bytes: of the adapter beside them.
     rewrites: what transforms of the whole model do, a line each.
-    readers: how other programs load the result, or why they do not.
+    readers: how other programs load the result, or why they do not; of an encoder what transformers does. writes: whether the model does.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
     adapter_bytes: int = 0
+    writes: bool = True
 
     @property
     def needs_calibration(self) -> bool:
@@ -120,6 +122,7 @@ def make_plan(
     choose_texts: is asked for the texts where anything looks at them; None leaves them as they are asked for.
     """
     _check_solver(recipe)
+    check_kind(recipe, skeleton)
     outside = linears_outside(skeleton)
     hits = found(recipe.patterns, [*(site.name for site in skeleton.linears), *outside])
     chosen = find_format(recipe.format)
@@ -134,11 +137,9 @@ def make_plan(
     fused = _checked_fused(chosen, inside, skeleton)
     check_experts(recipe, inside, skeleton)
     seqlen = _window_length(recipe, skeleton)
-    if needs_calibration(recipe, linears):
-        _check_hidden_states(skeleton)
+    texts = _texts(recipe, linears, skeleton, choose_texts, seqlen)
     specs = [linear.spec for linear in linears]
     tried, unread = chosen.trial([model for model, _ in skeleton.classes], specs), unread_experts(chosen, linears, skeleton)
-    texts = (choose_texts or partial(texts_as_asked, recipe))(seqlen) if needs_calibration(recipe, linears) else PlannedTexts(shares=())
     return Plan(
         recipe=recipe,
         linears=tuple(linears),
@@ -163,7 +164,8 @@ def make_plan(
             *[*chosen.notes(specs), *tried, *unread],
             *([] if chosen.one_file else _fused_notes(fused)),
         ),
-        readers=with_refusal(chosen.readers(specs, skeleton.loaded_as, tried), unread),
+        readers=with_refusal(known_readers(chosen, specs, skeleton, tried), unread),
+        writes=skeleton.kind.causal,
         adapter_bytes=adapter_bytes(recipe, linears),
     )
 
@@ -171,12 +173,6 @@ def make_plan(
 def _check_any(linears: Sequence[PlannedLinear]) -> None:
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
-
-
-def model_length(config: Any) -> int | None:
-    """The longest input that the model's config names, or None."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def _choose(
@@ -288,6 +284,13 @@ def _checked_fused(chosen: Format, linears: Sequence[PlannedLinear], skeleton: S
     return fused
 
 
+def _texts(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, choose: ChooseTexts | None, seqlen: int) -> PlannedTexts:
+    if not needs_calibration(recipe, linears):
+        return PlannedTexts(shares=())
+    _check_hidden_states(skeleton)
+    return (choose or partial(texts_as_asked, recipe))(seqlen)
+
+
 def _check_hidden_states(skeleton: Skeleton) -> None:
     """Calibration keeps what is between the blocks as [windows, tokens, features]."""
     for index, shape in enumerate(skeleton.shapes):
@@ -311,7 +314,7 @@ def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:
 
 def _window_length(recipe: Recipe, skeleton: Skeleton) -> int:
     """Tokens in a calibration window."""
-    longest = model_length(skeleton.config)
+    longest = most_tokens(skeleton.model)
     seqlen = recipe.seqlen or min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
@@ -355,7 +358,7 @@ def _model_notes(recipe: Recipe, skeleton: Skeleton, linears: Sequence[PlannedLi
         notes.append(f"{what}; load it as {skeleton.loaded_as}")
     if skeleton.unbuilt:
         notes.append(f"{skeleton.unbuilt}; what is written about its parts goes by the names of the stored tensors")
-    return notes
+    return notes + kept_notes(skeleton)
 
 
 def _by_reason(skipped: Sequence[tuple[str, str]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear, needs_calibration
-from ptqcli.formats import Format, Reader
+from ptqcli.formats import DEFAULT_FORMAT, Format, Reader
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.stacks import experts_of, separated
@@ -14,7 +14,7 @@ from ptqcli.patterns import Hits
 from ptqcli.recipe import Recipe
 from ptqcli.solvers.per_matrix import as_block_solver
 
-ASSEMBLED = "symmetric scheme of weights alone, as is all else, in compressed-tensors"
+ASSEMBLED = f"symmetric scheme of weights alone, as is all else, in {DEFAULT_FORMAT}"
 
 
 def routing_reason(site: LinearSite, skeleton: Skeleton, recipe: Recipe, hits: Hits) -> str | None:

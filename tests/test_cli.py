@@ -244,8 +244,8 @@ CONFIGS = {
     "dtype": ({"dtype": "float99"}, "transformers cannot"),
     "quantization": ({"quantization_config": "yes"}, "transformers cannot read it"),
     "code": ({"model_type": "its_own", "auto_map": {"AutoConfig": "own.Config"}}, "Python code from its folder, which is never run"),
-    "no language model": ({"model_type": "vit"}, "type vit is not a causal language model"),
-    "encoder-decoder": ({"model_type": "whisper"}, "type whisper is not a causal language model"),
+    "no language model": ({"model_type": "vit"}, "type vit is neither a causal language model, with or without images, nor an encoder"),
+    "encoder-decoder": ({"model_type": "whisper"}, "type whisper is an encoder with a decoder, which is not supported"),
 }
 
 

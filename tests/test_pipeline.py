@@ -566,5 +566,5 @@ def test_the_plan_names_what_servers_run_as_one_matrix(model):
 
 
 def test_another_kind_of_model_is_refused():
-    with pytest.raises(PTQError, match="a model of type t5 is not a causal language model"):
+    with pytest.raises(PTQError, match="a model of type t5 is an encoder with a decoder, which is not supported"):
         kind_of(T5Config())

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -632,3 +633,13 @@ def test_a_text_longer_than_the_model_brings_no_warning(
     assert not caplog.records
     tokenizer(words(0, 100))
     assert "longer than the specified maximum" in caplog.text
+
+
+def test_no_token_of_a_tokenizer_is_assumed() -> None:
+    """Short texts fill a window together, with the end-of-text token behind each where the tokenizer has one."""
+    with_end, bare = byte_tokenizer(), byte_tokenizer()
+    bare.eos_token = bare.bos_token = bare.pad_token = None
+    texts = ["ab", "ab", "ab", "ab"]
+    a, b = bare("ab", add_special_tokens=False)["input_ids"]
+    assert calibration_windows(texts, bare, 1, 8, 0).tolist() == [[a, b] * 4]
+    assert calibration_windows(texts, with_end, 1, 12, 0).tolist() == [[a, b, with_end.eos_token_id] * 4]

@@ -235,7 +235,7 @@ def _raw_wikitext(path: Path, rows: Rows) -> Iterator[str]:
 
 def _json(path: Path, rows: Rows) -> Iterator[str]:
     column, undecided = None, []
-    for where, row in _json_rows(path):
+    for where, row in json_rows(path):
         if not isinstance(row, (dict, NoneType)):
             raise PTQError(f'{where}: not a JSON object; it must look like {{"text": "..."}}')
         if column is None:
@@ -267,7 +267,7 @@ def _holding_text(row: Mapping[str, object]) -> dict[str, bool]:
     return {name: isinstance(value, str) or (name == "text" and value is None) for name, value in row.items()}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Pairs of a place in the file and the value there: a line, or a row of the array that the file is."""
     with _open(path) as file:
         lines = _lines(file, str(path))

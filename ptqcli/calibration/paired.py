@@ -88,11 +88,13 @@ class PairedBlock:
                 f"{where}: does not see each token once, so its inputs cannot "
                 "be paired with those in the original model; use --target quantized"
             )
-        held = torch.tensor([is_held_out(window, windows) for window in range(start, stop)]).repeat_interleave(tokens)
-        statistics.add(x)
+        held = torch.tensor([is_held_out(window, windows) for window in range(start, stop)]).repeat_interleave(tokens).to(x.device)
         assert statistics.pairs is not None
         drift = self._drift[batch].reshape(count, -1) if statistics.pairs.drift is not None else None
-        statistics.pairs.add(x, f, drift, held.to(x.device))
+        x, f, held = (self.quantized.tokens_of(batch, rows) for rows in (x, f, held.unsqueeze(1)))
+        drift = None if drift is None else self.quantized.tokens_of(batch, drift)
+        statistics.add(x)
+        statistics.pairs.add(x, f, drift, held.squeeze(1))
 
     def _suspended(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         batches = len(self.quantized.calls)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ptqcli.errors import PTQError
 from ptqcli.model.discovery import BlockShape, StopForward, first_output
+from ptqcli.model.kinds import PADDING
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.untrusted import one_line
 
@@ -61,15 +62,20 @@ class BlockCall:
 class Excerpt:
     """A few windows, or their beginnings, on which a block can be run on its own, again and again.
 
-    windows: their numbers. tokens: how many of each. calls: how the model calls each of its blocks on them.
+    windows: their numbers. tokens: how many of each. calls: how the model calls each of its blocks on them. real: bool [windows, tokens],
+    the places that hold a token, None where all do.
     """
 
     windows: tuple[int, ...]
     tokens: int
     calls: list[BlockCall]
+    real: Tensor | None = None
 
     def hidden(self, states: Tensor) -> Tensor:
-        """Its part of the hidden states [windows, tokens, features]; in a causal model beginnings do not depend on what follows them."""
+        """Its part of the hidden states [windows, tokens, features].
+
+        Where tokens see what follows them, those of a beginning are not what the model makes of it alone, but still such as a block gets.
+        """
         return states[list(self.windows), : self.tokens]
 
 
@@ -77,13 +83,14 @@ class Excerpt:
 class Recording:
     """Hidden states before the first block, [windows, tokens, features], and the calls of every block: calls[block][batch].
 
-    batches: windows [start, stop) of each. excerpts: by the names under which they were asked for.
+    batches: windows [start, stop) of each. excerpts: by the names under which they were asked for. real: as in ``Excerpt``, on the CPU.
     """
 
     hidden: Tensor
     calls: list[list[BlockCall]]
     batches: list[tuple[int, int]]
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
+    real: Tensor | None = None
 
 
 def record_calls(
@@ -97,6 +104,7 @@ def record_calls(
 ) -> Recording:
     """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them.
 
+    An encoder's windows may end in PADDING.
     make_buffer: gives the tensor that takes the hidden states. excerpts: name -> (numbers of the windows, tokens of each) of the excerpts
     to record as well.
     """
@@ -113,10 +121,22 @@ def record_calls(
                 block_calls.append(_shared(block_calls[0], call) if block_calls else call)
         recorded = {}
         for name, (numbers, tokens) in (excerpts or {}).items():
-            _, excerpt_calls = _record_batch(skeleton, model, windows[list(numbers), :tokens].to(device))
-            recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls)
+            part = windows[list(numbers), :tokens]
+            _, excerpt_calls = _record_batch(skeleton, model, part.to(device))
+            recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls, _real(part))
     assert states is not None
-    return Recording(hidden=states, calls=calls, batches=batches, excerpts=recorded)
+    return Recording(hidden=states, calls=calls, batches=batches, excerpts=recorded, real=_real(windows))
+
+
+def _real(windows: Tensor) -> Tensor | None:
+    """The places that hold a token, bool [windows, tokens]; None where all do."""
+    real = windows != PADDING
+    return None if bool(real.all()) else real
+
+
+def without_padding(states: Tensor, real: Tensor | None) -> Tensor:
+    """``states`` [windows, tokens, features] with zeros in the places that hold no token, so that they count in no difference."""
+    return states if real is None else states.where(real.unsqueeze(-1).to(states.device), 0)
 
 
 def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:

@@ -31,6 +31,7 @@ class CalibratedBlock:
 
     stages: local names of the linears to solve, those that read one tensor together, in running order. source: hidden states before the
     block, [windows, tokens, features]; target: where those behind it go, the same tensor where the earlier ones are not needed again.
+    real: bool [windows, tokens], the places that hold a token, which alone count in statistics; None where all do.
     ``observe`` only looks. ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its
     weights are expected to be replaced when the walk goes on. Afterwards ``target`` holds the outputs of the block with the replaced
     weights. fed: local names of modules of so many experts, each of which is to be seen with all tokens. Call under ``torch.no_grad``.
@@ -47,10 +48,11 @@ class CalibratedBlock:
         device: torch.device,
         budget: int,
         fed: Mapping[str, int] | None = None,
+        real: Tensor | None = None,
     ) -> None:
         self.fed = fed or {}
         self.block, self.stages, self.calls, self.batches, self.device = block, stages, calls, batches, device
-        self.source, self.target = source, target
+        self.source, self.target, self.real = source, target, real
         self.suspended_fits = self.bytes_asleep() <= budget
 
     def bytes_asleep(self) -> int:
@@ -88,7 +90,16 @@ class CalibratedBlock:
     def empty_statistics(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
         """Statistics of nothing yet of the input of ``stage``."""
         windows, tokens, _features = self.source.shape
-        return InputStatistics.empty(self.features(stage), needs, windows * tokens, self.device)
+        count = windows * tokens if self.real is None else int(self.real.sum())
+        return InputStatistics.empty(self.features(stage), needs, count, self.device)
+
+    def tokens_of(self, batch: int, inputs: Tensor) -> Tensor:
+        """The rows of a linear's ``inputs`` [..., in] that belong to tokens; all of what is not one row a place, such as positions."""
+        if self.real is None:
+            return inputs
+        real = self.real[slice(*self.batches[batch])].flatten().to(inputs.device)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return rows[real] if len(rows) == len(real) else rows
 
     def observe(self, needs: StatisticsRequest) -> list[InputStatistics]:
         """Statistics of all stages, taken from the block as it is, in one pass; the target stays as it is."""
@@ -107,7 +118,7 @@ class CalibratedBlock:
 
         def add(stage: int, inputs: Tensor) -> None:
             if stage in statistics and not (self.fed and stage in seen):
-                statistics[stage].add(inputs)
+                statistics[stage].add(self.tokens_of(batch, inputs))
             seen.add(stage)
 
         handles = self.leaders(add)
@@ -138,8 +149,8 @@ class CalibratedBlock:
             lanes.start()
             for stage in range(len(self.stages)):
                 statistics = self.empty_statistics(stage, needs)
-                for inputs in lanes.inputs_of(stage):
-                    statistics.add(inputs)
+                for batch, inputs in lanes.waiting_inputs(stage):
+                    statistics.add(self.tokens_of(batch, inputs))
                 yield stage, statistics
                 lanes.pass_stage(stage)
         finally:
@@ -157,7 +168,7 @@ class CalibratedBlock:
     def _run_until(self, stage: int, statistics: InputStatistics) -> None:
         def hook(reached: int, inputs: Tensor) -> None:
             if reached == stage:
-                statistics.add(inputs)
+                statistics.add(self.tokens_of(batch, inputs))
                 raise StopForward
 
         handles = self.leaders(hook)
@@ -191,13 +202,8 @@ class Lanes:
         if stage not in self._solved:
             switch_with_modes(greenlet.getcurrent().parent.switch, self._outside, (stage, inputs))
 
-    def inputs_of(self, stage: int) -> Iterator[Tensor]:
-        """The inputs of ``stage`` in all batches that sleep before it, in the order of the batches."""
-        for _batch, inputs in self.waiting_inputs(stage):
-            yield inputs
-
     def waiting_inputs(self, stage: int) -> Iterator[tuple[int, Tensor]]:
-        """The same with the numbers of the batches."""
+        """(batch, input of ``stage``) of all batches that sleep before it, in the order of the batches."""
         for batch in self._waiting(stage):
             yield batch, self._asleep[batch][1]
 

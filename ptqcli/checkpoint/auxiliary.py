@@ -1,7 +1,8 @@
 """The files beside the weights that make a folder a model folder, each known by its name.
 
-What is not known is not copied: to some reader it would mean another kind of folder (an adapter, a second copy of the weights, the modules
-of another library), and nobody would see that it no longer fits the weights.
+What is not known is not copied: to some reader it would mean another kind of folder (an adapter, a second copy of the weights), and nobody
+would see that it no longer fits the weights. ``left_out`` names it. The modules that sentence-transformers runs behind a model do fit: they
+pool what it gives.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ptqcli.untrusted import foreign
 
 TEMPLATES = "additional_chat_templates"
 ADAPTER = "adapter"  # folder in a checkpoint that holds an adapter for it
+MODULES = "[0-9]_*"  # folders of sentence-transformers: 1_Pooling, 2_Dense
 
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -29,6 +31,7 @@ AUXILIARY_FILES = (
     "emoji.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer",
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "audio_tokenizer_config.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja",
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", f"{MODULES}/config.json", f"{MODULES}/model.safetensors",
     *LICENCES,
 )  # fmt: skip
 
@@ -45,6 +48,26 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 def belongs_to_a_checkpoint(name: str) -> bool:
     """Whether a file of this name may have been written by `ptq quantize`, some under a temporary name first."""
     return _matches(name, AUXILIARY_FILES) or _matches(name.removesuffix(".tmp"), WRITTEN_FILES)
+
+
+def is_folder_of_a_checkpoint(name: str) -> bool:
+    """Whether a folder of this name may stand in what `ptq quantize` has written."""
+    return any(fnmatch(name, pattern) for pattern in (TEMPLATES, ADAPTER, MODULES))
+
+
+def left_out(folder: Path) -> list[str]:
+    """What lies in a model folder and does not go along: neither weights nor a file that is known, sorted; a folder ends in ``/``.
+
+    Hidden ones, which belong to no model, and the card, which is written anew, are not named.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        known = is_folder_of_a_checkpoint(path.name) if path.is_dir() else belongs_to_a_checkpoint(path.name)
+        inside = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() and known else []
+        if not known and not path.name.startswith("."):
+            found.append(f"{path.name}/" if path.is_dir() else path.name)
+        found += [name for entry in inside if not belongs_to_a_checkpoint(name := f"{path.name}/{entry.name}")]
+    return found
 
 
 def is_licence(name: str) -> bool:
@@ -94,7 +117,8 @@ def copy_auxiliary_files(source: Path, names: Sequence[str], target: Directory) 
 
 
 def _files(folder: Path) -> list[str]:
-    found = [path for place in (folder, folder / TEMPLATES) if place.is_dir() for path in place.iterdir() if path.is_file()]
+    places = [folder, folder / TEMPLATES, *folder.glob(MODULES)]
+    found = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()]
     return sorted(str(path.relative_to(folder)) for path in found)
 
 

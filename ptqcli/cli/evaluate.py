@@ -11,12 +11,13 @@ import click
 
 from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text
+from ptqcli.cli.evaluate_encoder import measure_folder
 from ptqcli.cli.load import silence_transformers, tell_decoded
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.cli.report import baseline_of
-from ptqcli.errors import PTQError
+from ptqcli.errors import PTQError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +85,14 @@ class AdapterPath(NamedPath):
     shell_complete=completion.model,
     help="Compare with this model.",
 )
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    type=NamedPath(),
+    metavar="FILE.jsonl",
+    help='Of an encoder with a head for labels: accuracy on rows {"text": ..., "label": ...}; may be given several times.',
+)
 @click.option("--write-card", is_flag=True, help="Put the numbers into the model card of CHECKPOINT.")
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
@@ -99,6 +108,7 @@ def command(
     bos: str,
     adapter: Path | bool | None,
     baseline: str | None,
+    tasks: tuple[Path, ...],
     write_card: bool,
     no_baseline: bool,
     data_dir: Path | None,
@@ -110,11 +120,12 @@ def command(
     """Measure how good CHECKPOINT is, beside the original.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id; left out, it is the newest one here.
-    Its packed weights are used as they are.
+    Its packed weights are used as they are. An encoder is measured on masked words, by the cosine of its embeddings with the original's,
+    and on labelled texts (--task).
     """
     from ptqcli.calibration.bos import window_bos
     from ptqcli.evaluation.measure import measure
-    from ptqcli.pipeline.card import check_card, write_measured
+    from ptqcli.pipeline.card import write_measured
     from ptqcli.pipeline.report import folder_of
     from ptqcli.runtime.models import load_model, load_tokenizer
 
@@ -124,9 +135,11 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
-    if write_card:
-        check_card(folder_of(folder))
+    causal = _is_causal(folder, bool(tasks), write_card, stride is not None or bos != "auto")
     reference = None if no_baseline else baseline_of(folder, baseline, output)
+    if not causal:
+        measure_folder(folder, reference, texts, tasks, seqlen, data_dir, place, kernel, adapter, output)
+        return
     tokenizer = load_tokenizer(folder)
     begin = window_bos(tokenizer, bos)
     rows = _read(texts, tokenizer, data_dir, output)  # a text that is not there is told before models are loaded
@@ -147,6 +160,23 @@ def command(
     output.result(
         {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
     )
+
+
+def _is_causal(folder: Path, task: bool, write_card: bool, windows_chosen: bool) -> bool:
+    """Whether a model writes text. Raises UsageError for what is asked for and its kind has not."""
+    from ptqcli.model.config import load_config
+    from ptqcli.model.kinds import is_encoder
+    from ptqcli.pipeline.card import check_card
+    from ptqcli.pipeline.report import folder_of
+
+    causal = not is_encoder(load_config(folder))
+    if task and causal:
+        raise UsageError(f"--task takes an encoder with a head for labels, and {folder} is a model that writes; leave it out")
+    if not causal and (write_card or windows_chosen):
+        raise UsageError(f"{folder}: is an encoder, which is measured without --write-card, --stride and --bos; leave them out")
+    if write_card:
+        check_card(folder_of(folder))
+    return causal
 
 
 def _read(texts: Iterable[str], tokenizer: Any, data_dir: Path | None, output: Output) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -71,6 +72,7 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
+    _refuse_encoder(folder)
     tokenizer = load_tokenizer(folder)
     chat = not raw and tokenizer.chat_template is not None
     if system is not None and not chat:
@@ -99,6 +101,14 @@ def command(
             "answer": tokenizer.decode(sequence[used:], skip_special_tokens=True),
         }
     )
+
+
+def _refuse_encoder(folder: Path) -> None:
+    from ptqcli.model.config import load_config
+    from ptqcli.model.kinds import is_encoder
+
+    if is_encoder(load_config(folder)):
+        raise UsageError(f"{folder}: is an encoder, which writes no text; measure it with ptq eval {folder}")
 
 
 def _standard_input() -> str:

@@ -201,16 +201,17 @@ def show_report(report: Report, words: Output) -> None:
         ]
     )
     words.say()
-    words.facts(next_steps(path_text(Path(report.output)), report.readers, bool(report.recipe["adapter_rank"])))
+    words.facts(next_steps(path_text(Path(report.output)), report.readers, bool(report.recipe["adapter_rank"]), report.writes))
 
 
-def next_steps(folder: str, readers: Sequence[Reader], adapter: bool) -> Iterator[tuple[str, str]]:
-    """What a person types next."""
+def next_steps(folder: str, readers: Sequence[Reader], adapter: bool, writes: bool = True) -> Iterator[tuple[str, str]]:
+    """What a person types next. writes: whether the model does."""
     quoted = shlex.quote(folder)
     yield "measure it", f"ptq eval {quoted}"
     if adapter:
         yield "with adapter", f"ptq eval {quoted} --adapter"
-    yield "let it speak", f'ptq generate {quoted} "text"'
+    if writes:
+        yield "let it speak", f'ptq generate {quoted} "text"'
     for reader in readers:
         if reader.refusal is not None:
             yield f"not in {reader.name}", reader.refusal

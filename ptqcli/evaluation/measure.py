@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptqcli.evaluation.divergence import compare
 from ptqcli.evaluation.perplexity import perplexity
+from ptqcli.model.positions import most_tokens
 
 PUBLISHED_SEQLEN = 2048  # window of the published WikiText-2 tables
 
@@ -77,5 +78,4 @@ def measure(
 
 def default_seqlen(model: Any) -> int:
     """The published window, or all positions of a model that has fewer."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PUBLISHED_SEQLEN
-    return min(PUBLISHED_SEQLEN, int(positions))
+    return min(PUBLISHED_SEQLEN, most_tokens(model) or PUBLISHED_SEQLEN)

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.windows import Batch, Window, batches, plan_windows
+from ptqcli.model.positions import most_tokens
 from ptqcli.runtime.layers import expanding, mixes_tokens
 
 Progress = Callable[[int, int], None]
@@ -106,14 +107,14 @@ def sum_over_windows(
     """
     longest = max(window.length for window in windows) + (bos is not None)
     for model in models:
-        _check_fits(model, ids, longest)
+        check_fits(model, ids, longest)
     if batch_size is None:  # windows that run together must not change each other
         batch_size = 1 if any(map(mixes_tokens, models)) else max(1, TOKENS_PER_BATCH // longest)
     elif batch_size < 1:
         raise UsageError(f"a batch of {batch_size} windows does not work; give 1 or more")
     sums: list[Tensor] = []
     done = 0
-    with _evaluating(models):
+    with evaluating(models):
         for batch in batches(ids, windows, batch_size, bos):
             logits = [_scored_logits(model, batch) for model in models]
             sums.append(_finite(torch.stack([measure(*rows) for rows in _row_chunks(batch, logits)]).sum(0), batch))
@@ -138,8 +139,9 @@ def result(loss: float, windows: list[Window], seqlen: int, stride: int | None, 
     )
 
 
-def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
+    """Raise UsageError for windows that are too long, PTQError for ids that the model does not have."""
+    positions = most_tokens(model)
     if positions is not None and seqlen > positions:
         raise UsageError(f"a window of {seqlen} tokens is longer than the model's {positions} positions; lower --seqlen")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -152,7 +154,7 @@ def _check_fits(model: PreTrainedModel, ids: Tensor, seqlen: int) -> None:
 
 
 @contextmanager
-def _evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
+def evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
     """No gradients and no dropout, and one kernel for any number of tokens; each model's mode comes back at the end."""
     modes = [model.training for model in models]
     for model in models:

@@ -43,6 +43,9 @@ NUMBER_KEYS = (
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "num_beams", "num_return_sequences",
 )  # fmt: skip
 
+# How transformers writes what JSON has no number for; state-space models have such a limit of a time step.
+INFINITIES: tuple[dict[str, str], ...] = ({"__float__": "Infinity"}, {"__float__": "-Infinity"})
+
 # Counts, by the form of their names. transformers makes a kind for each layer, a name for each label and the like while it reads the file.
 COUNTS = re.compile(r"num_|n_(layer|head|label)|(.*_)?(layers|depths?)$")
 MOST_COUNT = 100_000
@@ -102,7 +105,7 @@ def _data(value: Any, config_class: type) -> Any:
     """``value`` without keys that select code, at any depth."""
     if isinstance(value, list):
         return [_data(entry, config_class) for entry in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or value in INFINITIES:
         return value
     return {
         key: entry if key == "quantization_config" else _data(entry, config_class)
@@ -191,8 +194,10 @@ def build_on_meta(config: Any, stored: int | None = None) -> nn.Module:
     import transformers
 
     kind = kind_of(config)
-    auto_class = getattr(transformers, kind.auto_class)
-    return _build(config, kind.name, lambda wanted: auto_class.from_config(wanted, trust_remote_code=False), stored)
+    found = getattr(transformers, kind.auto_class)
+    if issubclass(found, transformers.PreTrainedModel):
+        return _build(config, kind.auto_class, found, stored)
+    return _build(config, kind.name, lambda wanted: found.from_config(wanted, trust_remote_code=False), stored)
 
 
 def build_named_class(config: Any, name: str, stored: int) -> nn.Module | None:

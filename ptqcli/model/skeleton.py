@@ -97,6 +97,16 @@ class Skeleton:
         return {name: parameter.numel() for name, parameter in stacked_parameters(self.model).items()}
 
     @cached_property
+    def other_parameters(self) -> list[str]:
+        """Parameters of the blocks that are more than a row and belong to no linear, such as kernels of convolutions, tables, states."""
+        return [
+            f"{self.block_prefix(index)}.{name}"
+            for index, block in enumerate(self.blocks)
+            for name, parameter in block.named_parameters()
+            if parameter.dim() > 1 and not is_linear(_owner(block, name)[0])
+        ]
+
+    @cached_property
     def matrix_size(self) -> int:
         """Weights in all matrices of the model, stacks too; neither embeddings nor the output head."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]

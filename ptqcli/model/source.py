@@ -110,6 +110,8 @@ class ModelInMemory:
         if getattr(model, "hf_quantizer", None) is not None:
             raise PTQError(f"{self.where} is quantized already; start from the original")
         self.config = copy.deepcopy(model.config)
+        if type(model).__module__.startswith("transformers."):
+            self.config.architectures = [type(model).__name__]
         self._model, self._tokenizer = model, tokenizer
 
     @cached_property

@@ -68,7 +68,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         "",
         "## Loading it",
         "",
-        *_loading(plan.readers),
+        *_loading(plan.readers, plan.writes),
         *_adapter(plan),
         WORST,
         "",
@@ -258,7 +258,7 @@ def _facts(plan: Plan, report: Report, base: str) -> Iterator[tuple[str, str]]:
     yield "made with", f"ptqcli {ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
+def _loading(readers: tuple[Reader, ...], writes: bool = True) -> Iterator[str]:
     for reader in readers:
         if reader.refusal is not None:
             yield f"{reader.name} does not load it: {reader.refusal}."
@@ -267,7 +267,8 @@ def _loading(readers: tuple[Reader, ...]) -> Iterator[str]:
         install = f" (`{reader.install}`)" if reader.needs else ""
         yield from (f"In {reader.name}{install}:", "", f"```{reader.language}")
         yield from (reader.code_for(FOLDER), "```", "")
-    yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", f'ptq generate {FOLDER} "text"', "```", "")
+    speaking = [f'ptq generate {FOLDER} "text"'] if writes else []
+    yield from ("In ptqcli:", "", "```sh", f"ptq eval {FOLDER} --ppl wikitext2", *speaking, "```", "")
 
 
 def _adapter(plan: Plan) -> Iterator[str]:

@@ -88,7 +88,16 @@ class LoadedBlock:
         target, calls = streams.quantized.outputs, recording.calls[self.index]
         fed = {mixture.path: mixture.count for mixture in self.mixtures} if self.run.plan.recipe.expert_calibration == "all" else {}
         return CalibratedBlock(
-            self.block, self.stages, calls, recording.batches, source, target, resources.device, resources.activation_budget, fed
+            self.block,
+            self.stages,
+            calls,
+            recording.batches,
+            source,
+            target,
+            resources.device,
+            resources.activation_budget,
+            fed,
+            recording.real,
         )
 
     def paired(self, walk: CalibratedBlock, streams: Streams) -> PairedBlock:

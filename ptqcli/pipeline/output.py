@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ptqcli
 from ptqcli.calibration.hidden import ACTIVATIONS
-from ptqcli.checkpoint.auxiliary import ADAPTER, TEMPLATES, belongs_to_a_checkpoint
+from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint, is_folder_of_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline.card import CARD_NAME, is_card
@@ -100,7 +100,7 @@ def is_written_into(output: Path) -> bool:
 def foreign_names(folder: Directory) -> Iterator[str]:
     """What `ptq quantize` cannot have written into ``folder``, going by the names."""
     for name in folder.names():
-        if name in (f"{TEMPLATES}/", f"{ADAPTER}/"):
+        if name.endswith("/") and is_folder_of_a_checkpoint(name[:-1]):
             inside = Directory(name[:-1], folder)
             try:
                 yield from (f"{name}{leaf}" for leaf in inside.names() if not belongs_to_a_checkpoint(f"{name}{leaf}"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptqcli.checkpoint.auxiliary import ADAPTER, TEMPLATES, auxiliary_files, belongs_to_a_checkpoint
+from ptqcli.checkpoint.auxiliary import auxiliary_files, belongs_to_a_checkpoint, is_folder_of_a_checkpoint
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.locate import HUB_ID
@@ -87,7 +87,7 @@ def publish(
 
 
 def _names(folder: Path) -> list[str]:
-    places = (folder, folder / TEMPLATES, folder / ADAPTER)
+    places = (folder, *(path for path in folder.iterdir() if path.is_dir() and is_folder_of_a_checkpoint(path.name)))
     return sorted(str(path.relative_to(folder)) for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
 
 

@@ -152,7 +152,8 @@ class Report:
     layers are those before it.
     readers: how other programs load the checkpoint, which its model card tells. files: what is in the folder beside the report and the
     card; anything else in it is not ours to replace.
-    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers.
+    output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers, and
+    writes, whether the model writes text.
     """
 
     source: str | None
@@ -166,6 +167,7 @@ class Report:
     folds: list[FoldReport] = field(default_factory=list)
     rewritten: RewriteReport | None = None
     readers: tuple[Reader, ...] = ()
+    writes: bool = True
     files: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
     tuning: TuningReport | None = None
@@ -180,7 +182,7 @@ class Report:
 
     def stored(self) -> dict[str, Any]:
         """What is written beside the checkpoint: the same bytes for the same work."""
-        volatile = ("readers", "output", "seconds", "peak_memory_bytes", "seconds_by_step")
+        volatile = ("readers", "writes", "output", "seconds", "peak_memory_bytes", "seconds_by_step")
         return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
 
 
@@ -206,6 +208,7 @@ def make_report(
         error_kind="output" if plan.needs_calibration else "weight",
         folds=folds,
         readers=plan.readers,
+        writes=plan.writes,
         calibration=calibration,
     )
 

@@ -104,5 +104,4 @@ def logits_moved(source: ModelSource, blocks: str | None, device: torch.device) 
 def logits(skeleton: Skeleton, ids: Tensor, device: torch.device) -> Tensor:
     """What the model says to ``ids``, int64 [windows, tokens], with one block's weights in memory at a time; in the dtype of the proof."""
     with walked(skeleton, device, PROOF_DTYPE) as model:
-        found: Tensor = skeleton.kind.call(model, ids.to(device)).logits
-    return found
+        return skeleton.kind.answer(model, ids.to(device))

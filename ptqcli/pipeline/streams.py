@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.calibration.hidden import HiddenStates, new_buffer
-from ptqcli.calibration.record import Recording, record_calls
+from ptqcli.calibration.record import Recording, record_calls, without_padding
 from ptqcli.errors import PTQError
 from ptqcli.estimate import TRIED_TOKENS
 from ptqcli.model.skeleton import Skeleton
@@ -62,7 +62,8 @@ class Streams:
         hidden, call = excerpt.hidden(states).to(self.resources.device), excerpt.calls[index]
 
         def run(block: nn.Module, dtype: torch.dtype) -> Tensor:
-            return call.cast(dtype).run(block, hidden.to(dtype, copy=True))  # a copy: a block may change its input in place
+            behind = call.cast(dtype).run(block, hidden.to(dtype, copy=True))  # a copy: a block may change its input in place
+            return without_padding(behind, excerpt.real)
 
         return run
 
@@ -101,9 +102,14 @@ class WindowBatches:
         streams, device = self._streams, self._streams.resources.device
         number = self.windows.index(windows) if isinstance(windows, range) else 0
         chosen = slice(windows.start, windows.stop) if isinstance(windows, range) else list(windows)
-        targets = None if streams.original is None else streams.original.outputs[chosen].to(device, copy=True)
+        real = None if streams.recording.real is None else streams.recording.real[chosen]
+        targets = None if streams.original is None else without_padding(streams.original.outputs[chosen].to(device, copy=True), real)
         inputs = streams.quantized.inputs[chosen].to(device, copy=True)
-        return Batch(inputs, targets, partial(streams.forward, self._indices, number))
+
+        def run(blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+            return without_padding(streams.forward(self._indices, number, blocks, hidden), real)
+
+        return Batch(inputs, targets, run)
 
 
 def record(

@@ -26,6 +26,7 @@ from ptqcli.calibration.chat import chat_writer
 from ptqcli.calibration.familiar import Familiarity, familiarity, looked_at
 from ptqcli.calibration.general import find_general
 from ptqcli.calibration.own_text import Sampling, prompts, write_tokens
+from ptqcli.calibration.padded import joined, padded_windows
 from ptqcli.calibration.rows import Rows
 from ptqcli.calibration.sources import AUTO, BUILTIN, SELF, Share
 from ptqcli.calibration.text import calibration_windows, documents
@@ -153,7 +154,7 @@ class TextMaker:
         known = {share: texts.known or self._known(windows) for share, windows in read.items()}
         tokens = 0 if rehearsal else own_tokens(texts.shares, seqlen)
         parts = [read[share] if share in read else self._write(share, seqlen) for share in texts.shares if share in read or tokens]
-        windows = torch.cat(parts) if parts else torch.empty(0, seqlen, dtype=torch.long)
+        windows = joined(parts) if parts else torch.empty(0, seqlen, dtype=torch.long)
         if len(parts) > 1:  # so that every excerpt has some of each
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.recipe.seed))]
         return CalibrationSet(
@@ -171,7 +172,11 @@ class TextMaker:
             self.progress.phase(f"reading calibration text from {share.source}")
             self._rows.column = None  # that of the text before
             texts, count = documents(share.source, "calibration", self.data_dir, self._rows), share.windows or 0
-            self._read_before[share] = calibration_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed, self._bos)
+            if self.skeleton.kind.causal:
+                windows = calibration_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed, self._bos)
+            else:
+                windows = padded_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed)
+            self._read_before[share] = windows
         return self._read_before[share]
 
     def _write(self, share: Share, seqlen: int) -> Tensor:
@@ -202,7 +207,12 @@ class TextMaker:
         return _windows(tokens, room, bos)
 
     def _known(self, windows: Tensor) -> Familiarity | None:
-        """How well the model knows ``windows``; None, too, where its code fails: what is wrong, the run itself will say by name."""
+        """How well the model knows ``windows``, None for an encoder, which expects no next word.
+
+        None, too, where its code fails: what is wrong, the run itself will say by name.
+        """
+        if not self.skeleton.kind.causal:
+            return None
         self.progress.phase("measuring whether the model knows the text")
         device = self.resources.device
         try:
@@ -225,7 +235,8 @@ class TextMaker:
 
     @property
     def _bos(self) -> int | None:
-        return window_bos(self._tokenizer, self.recipe.bos)
+        """The token before each window; an encoder's stand between the marks of its tokenizer."""
+        return window_bos(self._tokenizer, self.recipe.bos) if self.skeleton.kind.causal else None
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -27,6 +27,7 @@ from ptqcli.finishing.tune_scales import EVALUATIONS, WINDOWS, Outcome, TuneScal
 from ptqcli.formats import LinearSpec
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.formats.sources import open_source
+from ptqcli.model.positions import most_tokens
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelFolder
 from ptqcli.pipeline.card import CARD_NAME, is_card, tuned_card
@@ -36,7 +37,7 @@ from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import REPORT_NAME, TuningReport, read_report, read_source
 from ptqcli.pipeline.texts import TextMaker
-from ptqcli.plan import model_length
+from ptqcli.plan_notes import check_finish
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
@@ -189,7 +190,8 @@ def _plan(
     choose_texts: ChooseTexts,
     resources: Resources,
 ) -> TuningPlan:
-    longest = model_length(skeleton.config)
+    check_finish(skeleton)
+    longest = most_tokens(skeleton.model)
     seqlen = request.seqlen or min(LONGEST_WINDOW, longest or LONGEST_WINDOW)
     if longest is not None and seqlen > longest:
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")

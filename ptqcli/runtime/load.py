@@ -54,7 +54,9 @@ def load_quantized(
     checkpoint = open_checkpoint(path, dtype)
     model: Any = checkpoint.model
     _Loader(checkpoint, place, kernel).run(fuse)
-    model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
+    written = read_generation_config(checkpoint.folder)
+    if written is not None:
+        model.generation_config = written
     model.hf_quantizer = _Packed(checkpoint)
     added = adapter_folder(checkpoint.folder, adapter)
     if added is not None:

@@ -118,8 +118,7 @@ def _probe(skeleton: Skeleton) -> Callable[[nn.Module, torch.dtype], Tensor]:
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
 
     def run(twin: nn.Module, _dtype: torch.dtype) -> Tensor:
-        logits: Tensor = skeleton.kind.call(twin, ids).logits
-        return logits
+        return skeleton.kind.answer(twin, ids)
 
     return run
 

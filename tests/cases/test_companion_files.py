@@ -11,7 +11,7 @@ import transformers
 from commandline import Ptq, one_line
 from tiny import make_model
 
-from ptqcli.checkpoint.auxiliary import AUXILIARY_FILES, auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files
+from ptqcli.checkpoint.auxiliary import AUXILIARY_FILES, auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files, left_out
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.pipeline import quantize
@@ -32,8 +32,6 @@ MISLEADING = {
     "quant_config.json": "already quantized, says an old AWQ reader",
     "quantize_config.json": "already quantized, says an old GPTQ reader",
     "hf_quant_config.json": "already quantized, says vLLM",
-    "modules.json": "a sentence embedding model",
-    "config_sentence_transformers.json": "a sentence embedding model",
     "model_index.json": "a pipeline of diffusers",
     "params.json": "weights in Mistral's own form",
     "consolidated.safetensors": "weights in Mistral's own form",
@@ -45,7 +43,7 @@ MISLEADING = {
     "results.json": "figures of the original",
     "notes.txt": "notes",
     "generation_config_old.json": "nothing",
-    "1_Pooling/config.json": "a pooling layer",
+    "1_Pooling/pytorch_model.bin": "a pickle",
     "onnx/model.onnx": "another format",
     "additional_chat_templates/notes.md": "nothing",
     ".gitattributes": "a repository",
@@ -54,6 +52,8 @@ WANTED = {
     "tokenizer.model": "a vocabulary", "vocab.json": "{}", "merges.txt": "a b", "qwen.tiktoken": "ranks", "tekken.json": "{}",
     "chat_template.jinja": "{{ messages }}", "additional_chat_templates/tool_use.jinja": "{{ tools }}", "added_tokens.json": "{}",
     "preprocessor_config.json": "{}", "processor_config.json": "{}", "video_preprocessor_config.json": "{}",
+    "modules.json": "a sentence encoder", "config_sentence_transformers.json": "{}", "sentence_bert_config.json": "{}",
+    "1_Pooling/config.json": "how it pools", "2_Dense/config.json": "its last layer", "2_Dense/model.safetensors": "that one's weights",
     "LICENSE": "terms", "LICENSE.md": "terms", "NOTICE.txt": "terms", "USE_POLICY.md": "terms",
 }  # fmt: skip
 
@@ -64,10 +64,14 @@ def test_only_known_files_go_along(model: Path, tmp_path: Path) -> None:
     for name, content in {**MISLEADING, **WANTED}.items():
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(content)
-    quantize(model, PLAIN, tmp_path / "out")
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert found == {*own, *WANTED, "ptq_report.json", "README.md"}
-    assert {name: (tmp_path / "out" / name).read_text() for name in WANTED} == WANTED
+    for overwrite in (False, True):  # what is written can be replaced
+        quantize(model, PLAIN, tmp_path / "out", overwrite=overwrite)
+        found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert found == {*own, *WANTED, "ptq_report.json", "README.md"}
+        assert {name: (tmp_path / "out" / name).read_text() for name in WANTED} == WANTED
+    named = {"onnx/" if name.startswith("onnx/") else name for name in MISLEADING if not name.startswith(".")}
+    written_anew = {"quantize_config.json"}  # of some formats
+    assert set(left_out(model)) == named - written_anew
 
 
 def test_every_vocabulary_of_transformers_goes_along(tmp_path: Path) -> None:
@@ -87,7 +91,7 @@ def test_every_vocabulary_of_transformers_goes_along(tmp_path: Path) -> None:
 
 def test_the_names_of_files_that_are_written_are_known() -> None:
     """Or a finished checkpoint could not be replaced. A pattern does not reach into folders."""
-    assert all(belongs_to_a_checkpoint(name.replace("*", "x")) for name in AUXILIARY_FILES)
+    assert all(belongs_to_a_checkpoint(name.replace("[0-9]", "1").replace("*", "x")) for name in AUXILIARY_FILES)
     assert not any(belongs_to_a_checkpoint(name) for name in ("LICENSE/thesis", "a/tokenizer.json", "thesis.tmp", "x.safetensors"))
 
 

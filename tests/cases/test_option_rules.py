@@ -75,7 +75,7 @@ def test_no_option_of_any_part_is_ignored() -> None:
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--override lm_head:bits=8", "override 'lm_head' matches lm_head, a linear outside the blocks, which --lm-head W8 and the like quantize"),
+        ("--override lm_head:bits=8", "'lm_head' matches lm_head, a linear outside the blocks, which --lm-head W8 and the like quantize"),
         ("--override head:bits=8,group=32", "matches lm_head, a linear outside the blocks"),
         ("--override embed_tokens:bits=8", "matches model.embed_tokens of class Embedding; only linears in the blocks are quantized"),
         ("--override input_layernorm:asym", "matches model.layers.0.input_layernorm of class LlamaRMSNorm; only linears in the blocks"),
