@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptqcli.errors import UsageError
-from ptqcli.estimate import PlannedLinear, needs_calibration
+from ptqcli.estimate import PlannedLinear, expert_linears, needs_calibration
 from ptqcli.formats import DEFAULT_FORMAT, Format, Reader
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.skeleton import Skeleton
@@ -29,7 +29,7 @@ def routing_reason(site: LinearSite, skeleton: Skeleton, recipe: Recipe, hits: H
 
 def check_experts(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> None:
     """Raises UsageError for a solver that pairs the inputs of both models, where these route a token to different experts."""
-    experts = _experts(linears, skeleton)
+    experts = expert_linears(linears, skeleton)
     if experts and as_block_solver(recipe.solver()).needs.pairs:
         raise UsageError(
             f"{experts[0].name}: which tokens reach an expert is not the same in both models, so target original has nothing to pair; "
@@ -44,7 +44,7 @@ def check_experts(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Sk
 
 def expert_notes(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[str]:
     """How experts are calibrated."""
-    experts = _experts(linears, skeleton)
+    experts = expert_linears(linears, skeleton)
     if not experts or not needs_calibration(recipe, linears):
         return []
     seen = "the tokens that are routed to it" if recipe.expert_calibration == "routed" else "every token"
@@ -71,8 +71,3 @@ def unread_experts(chosen: Format, linears: Sequence[PlannedLinear], skeleton: S
     if whole and chosen.assembled_by_transformers([linear.spec for linear in linears]):
         return []
     return [f"transformers does not put experts together ({stacks[0].name}) unless all are in one {ASSEMBLED}; ptqcli reads them"]
-
-
-def _experts(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[PlannedLinear]:
-    inside = [{local for mixture in shape.mixtures for alike in mixture.alike for local in alike} for shape in skeleton.shapes]
-    return [linear for linear in linears if linear.site.local in inside[linear.site.block]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import tiny
@@ -14,10 +15,12 @@ from test_mixtures import quantized, recipe_for, truth
 from tiny import make_model, token_ids, write_text
 from torch import nn
 
+from ptqcli import estimate
 from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.routed import Pool
 from ptqcli.calibration.statistics import StatisticsRequest
 from ptqcli.calibration.text import evaluation_ids
+from ptqcli.calibration.together import BlockTogether, Together, steps_of
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.checkpoint.auxiliary import load_tokenizer
 from ptqcli.errors import PTQError, UsageError
@@ -28,6 +31,7 @@ from ptqcli.model.stacks import Linears, Watched
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.recipe import Override
 from ptqcli.resources import Resources
+from ptqcli.solvers.gptq import GPTQ
 
 CPU = torch.device("cpu")
 
@@ -171,7 +175,7 @@ def test_pooled_statistics_are_the_sums_over_all_experts(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("fits", [True, False])
 def test_fed_experts_see_every_token_and_the_outputs_stay_routed(fits, tmp_path):
-    walk, _ = walk_of(tmp_path / "fed", "mixtral", fed=True)
+    walk, mixtures = walk_of(tmp_path / "fed", "mixtral", fed=True)
     routed, _ = walk_of(tmp_path / "routed", "mixtral")
     walk.suspended_fits = fits
     seen = []
@@ -180,7 +184,8 @@ def test_fed_experts_see_every_token_and_the_outputs_stay_routed(fits, tmp_path)
     handle.remove()
     x = torch.cat(seen).double()
     needs = StatisticsRequest(hessian=True)
-    for statistics in (dict(walk.sequential(needs)), dict(enumerate(walk.observe(needs)))):
+    walked = chain.from_iterable(BlockTogether(walk, steps_of(walk.block, walk.stages, mixtures, lambda _stage: 3)).sequential(needs))
+    for statistics in (dict(walked), dict(enumerate(walk.observe(needs)))):
         for number, stage in enumerate(walk.stages):
             if stage[0].endswith("w1"):
                 torch.testing.assert_close(statistics[number].hessian.matrix.double(), x.t() @ x, rtol=1e-4, atol=1e-3)
@@ -190,6 +195,62 @@ def test_fed_experts_see_every_token_and_the_outputs_stay_routed(fits, tmp_path)
                 bound = 1e-4 * float(hessian.abs().max())
                 torch.testing.assert_close(statistics[number + 1].hessian.matrix.double(), hessian, rtol=1e-4, atol=bound)
     torch.testing.assert_close(walk.target, routed.target)
+
+
+def replaced(walk: CalibratedBlock, number: int) -> None:
+    """Other weights for a stage, as quantizing makes them; the same ones each time."""
+    generator = torch.Generator().manual_seed(number)
+    for local in walk.stages[number]:
+        weight = walk.block.get_submodule(local).weight
+        weight.data = weight + 0.1 * torch.randn(weight.shape, generator=generator)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_experts_seen_together_are_seen_as_one_after_the_other(kind, fits, most, tmp_path):
+    """Each reads what its own earlier linears make of the tokens, with the weights that these have got."""
+    needs = StatisticsRequest(hessian=True)
+    walks = []
+    for name in ("alone", "together"):
+        walk, mixtures = walk_of(tmp_path / name, kind)
+        steps = steps_of(walk.block, walk.stages, mixtures, lambda _stage: most)
+        walks.append((walk, BlockTogether(walk, steps), steps))
+    (alone, _, _), (walk, together, steps) = walks
+    walk.suspended_fits = fits
+    groups = [step for step in steps if isinstance(step, Together)]
+    assert {len(step.stages) for step in groups} == ({EXPERTS} if most > EXPERTS else {most, EXPERTS % most or most})
+    assert sorted(stage for step in groups for stage in step.stages) == sorted(set(range(len(walk.stages))) - {*steps})
+    expected, found = {}, {}
+    for number, statistics in alone.sequential(needs):
+        expected[number] = statistics.hessian.matrix
+        replaced(alone, number)
+    for step in together.sequential(needs):
+        for number, statistics in step:
+            found[number] = statistics.hessian.matrix
+            replaced(walk, number)
+    assert found.keys() == expected.keys()
+    for number, matrix in expected.items():
+        torch.testing.assert_close(found[number], matrix, rtol=1e-5, atol=1e-5 * float(matrix.abs().max()))
+    torch.testing.assert_close(walk.target, alone.target)
+
+
+@pytest.mark.parametrize("algo", ["gptq", "awq+gptq", "obq", "rtn"])
+def test_solving_together_is_solving_one_by_one(algo, tmp_path, monkeypatch):
+    """However many experts are solved at a time, the file is the same."""
+    calls = []
+    solve_alike = GPTQ.solve_alike
+    monkeypatch.setattr(GPTQ, "solve_alike", lambda *given: calls.append(len(given[1])) or solve_alike(*given))
+    files = []
+    for most in (1, 3, 8):
+        calls.clear()
+        monkeypatch.setattr(estimate, "MOST_EXPERTS", most)
+        quantized(tmp_path / str(most), "mixtral", algo)
+        files.append((tmp_path / str(most) / "out" / "model.safetensors").read_bytes())
+        if "gptq" in algo:
+            assert max(calls) == min(most, EXPERTS)
+    assert files[0] == files[1] == files[2]
 
 
 def test_experts_that_few_tokens_reach_are_told_and_counted(tmp_path):

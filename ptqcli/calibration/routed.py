@@ -60,7 +60,7 @@ def feed_all(experts: nn.Module, name: str, count: int) -> Any:
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not sum(1 for _output in each_on_all(module, count, args, kwargs)):
+        if not sum(1 for _output in each_on_all(module, range(count), args, kwargs)):
             raise PTQError(f"{name}: is not told by numbers which expert gets which token; use --expert-calibration routed")
 
     return experts.register_forward_pre_hook(before, with_kwargs=True)

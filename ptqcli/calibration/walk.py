@@ -10,7 +10,7 @@ the block is instead run again from its start up to each stage (same results, up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,7 +34,8 @@ class CalibratedBlock:
     real: bool [windows, tokens], the places that hold a token, which alone count in statistics; None where all do.
     ``observe`` only looks. ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its
     weights are expected to be replaced when the walk goes on. Afterwards ``target`` holds the outputs of the block with the replaced
-    weights. fed: local names of modules of so many experts, each of which is to be seen with all tokens. Call under ``torch.no_grad``.
+    weights. fed: local names of modules of so many experts, each of which is to be seen with all tokens by ``observe`` and ``pooled``.
+    Call under ``torch.no_grad``.
     """
 
     def __init__(
@@ -73,15 +74,16 @@ class CalibratedBlock:
         start, stop = self.batches[batch]
         self.target[start:stop] = self.forward(batch).to(self.target.device)
 
-    def leaders(self, hook: Callable[[int, Tensor], None]) -> list[Any]:
-        """Have ``hook`` called with (stage, its input) in front of each stage; gives what takes that back."""
+    def leaders(self, hook: Callable[[int, Tensor], None], stages: Sequence[int] | None = None) -> list[Any]:
+        """Have ``hook`` called with (stage, its input) in front of each of ``stages``, all if None; gives what takes that back."""
 
         def pre_hook(stage: int) -> Callable[..., None]:
             return lambda _module, args, kwargs: hook(stage, linear_input(args, kwargs))
 
-        leaders = [self.block.get_submodule(stage[0]) for stage in self.stages]
-        handles = [leader.register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index, leader in enumerate(leaders)]
-        return [*handles, *(feed_all(self.block.get_submodule(local), local, count) for local, count in self.fed.items())]
+        leaders = {
+            index: self.block.get_submodule(self.stages[index][0]) for index in (range(len(self.stages)) if stages is None else stages)
+        }
+        return [leader.register_forward_pre_hook(pre_hook(index), with_kwargs=True) for index, leader in leaders.items()]
 
     def features(self, stage: int) -> int:
         """Channels of the input of ``stage``."""
@@ -121,7 +123,7 @@ class CalibratedBlock:
                 statistics[stage].add(self.tokens_of(batch, inputs))
             seen.add(stage)
 
-        handles = self.leaders(add)
+        handles = [*self.leaders(add), *(feed_all(self.block.get_submodule(local), local, count) for local, count in self.fed.items())]
         for batch in range(len(self.calls)):
             seen.clear()
             self.forward(batch)
@@ -161,17 +163,18 @@ class CalibratedBlock:
     def _repeated(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         for stage in range(len(self.stages)):
             statistics = self.empty_statistics(stage, needs)
-            self._run_until(stage, statistics)
+            self.run_until(stage, statistics)
             yield stage, statistics
         self.advance()
 
-    def _run_until(self, stage: int, statistics: InputStatistics) -> None:
-        def hook(reached: int, inputs: Tensor) -> None:
-            if reached == stage:
-                statistics.add(self.tokens_of(batch, inputs))
-                raise StopForward
+    def run_until(self, stage: int, statistics: InputStatistics) -> None:
+        """Add the inputs of ``stage``, for which every batch runs up to there."""
 
-        handles = self.leaders(hook)
+        def hook(reached: int, inputs: Tensor) -> None:
+            statistics.add(self.tokens_of(batch, inputs))
+            raise StopForward
+
+        handles = self.leaders(hook, [stage])
         for batch in range(len(self.calls)):
             with suppress(StopForward):
                 self.forward(batch)
@@ -188,8 +191,8 @@ class Lanes:
     def __init__(self, run: Callable[[int], None], count: int, resuming: Callable[[int], None] = lambda batch: None) -> None:
         self._resuming = resuming
         self._greenlets = [greenlet(run) for _ in range(count)]
-        self._asleep: dict[int, tuple[int, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
-        self._solved: set[int] = set()
+        self._asleep: dict[int, tuple[Hashable, Tensor]] = {}  # batch -> the stage before which it sleeps, and that stage's input
+        self._solved: set[Hashable] = set()
         self._outside: tuple[bool, Modes] = outside_modes()  # of whoever resumed a batch last
 
     def start(self) -> None:
@@ -197,30 +200,35 @@ class Lanes:
         for batch in range(len(self._greenlets)):
             self._resume(batch, batch)
 
-    def pause(self, stage: int, inputs: Tensor) -> None:
+    def passed(self, stage: Hashable) -> bool:
+        """Whether ``stage`` has its codes."""
+        return stage in self._solved
+
+    def pause(self, stage: Hashable, inputs: Tensor) -> None:
         """Called inside a batch's forward pass when it comes to ``stage``: sleep if the stage is not solved yet."""
         if stage not in self._solved:
             switch_with_modes(greenlet.getcurrent().parent.switch, self._outside, (stage, inputs))
 
-    def waiting_inputs(self, stage: int) -> Iterator[tuple[int, Tensor]]:
+    def waiting_inputs(self, stage: Hashable) -> Iterator[tuple[int, Tensor]]:
         """(batch, input of ``stage``) of all batches that sleep before it, in the order of the batches."""
         for batch in self._waiting(stage):
             yield batch, self._asleep[batch][1]
 
-    def pass_stage(self, stage: int) -> None:
+    def pass_stage(self, stage: Hashable) -> None:
         """``stage`` has its codes: wake the batches that waited for them, up to their next stage or the end of the block."""
         self._solved.add(stage)
         for batch in self._waiting(stage):
             self._resume(batch)
 
     def stop(self) -> None:
-        """End batches that never came to their end, after an error or an interruption."""
+        """End batches that never came to their end, after an error or an interruption. Whoever calls keeps the modes that it has."""
+        outside = Modes.now()
         for lane in self._greenlets:
             if lane and not lane.dead:
                 lane.throw()
-        self._outside[1].restore()
+        outside.restore()
 
-    def _waiting(self, stage: int) -> list[int]:
+    def _waiting(self, stage: Hashable) -> list[int]:
         return sorted(batch for batch, (where, _) in self._asleep.items() if where == stage)
 
     def _resume(self, batch: int, *first: int) -> None:

@@ -6,20 +6,20 @@ choice of each token, as their weights do, has the same shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def each_on_all(experts: nn.Module, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """What ``experts`` returns, called with these arguments, when all tokens choose the first expert, the second, and so on.
+def each_on_all(experts: nn.Module, numbers: Iterable[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """What ``experts`` returns, called with these arguments, when all tokens choose the first expert of ``numbers``, the next, and so on.
 
     Its own hooks are not called. Nothing comes where no argument says which expert gets which token.
     """
     shapes = {value.shape for value in (*args, *kwargs.values()) if _is_choice(value)}
-    for number in range(count if shapes else 0):
+    for number in numbers if shapes else ():
         chosen = [_first_choice(value, shapes, number) for value in args]
         yield type(experts).forward(experts, *chosen, **{key: _first_choice(value, shapes, number) for key, value in kwargs.items()})
 

@@ -11,7 +11,8 @@ own code runs as it is, while each product is made by a linear, whatever that is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -105,6 +106,19 @@ def experts_of(module: nn.Module) -> int | None:
     return None if found is None else found.shape[0]
 
 
+@contextmanager
+def experts_alone(module: nn.Module, numbers: Collection[int]) -> Iterator[None]:
+    """Have ``module``, of which experts were separated, run those of ``numbers`` alone: products of the others are zeros."""
+    stacks = [value for value in vars(module).values() if isinstance(value, Linears)]
+    for stack in stacks:
+        stack.alone = numbers
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.alone = None
+
+
 def linear_path(index: int, part: str) -> str:
     """Where a linear of matrix number ``index`` is, below the module that had the parameter."""
     return f"{index}.{part}" if part else str(index)
@@ -173,6 +187,7 @@ class Linears(Matrices):
     ) -> None:
         super().__init__(shape)
         self.owner, self.name, self.parts, self.turned, self.declared = owner, name, parts, turned, declared
+        self.alone: Collection[int] | None = None  # see ``experts_alone``
 
     @property
     def linears(self) -> list[str]:
@@ -184,7 +199,10 @@ class Linears(Matrices):
         """What the linears return."""
         if turned != self.turned:
             self.other("is multiplied from two sides")
-        outputs = [self.owner.get_submodule(linear_path(index % self.shape[0], part))(x) for part in self.parts]
+        index %= self.shape[0]
+        if self.alone is not None and index not in self.alone:
+            return x.new_zeros(*x.shape[:-1], self.shape[2 if turned else 1])
+        outputs = [self.owner.get_submodule(linear_path(index, part))(x) for part in self.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def other(self, what: str) -> NoReturn:

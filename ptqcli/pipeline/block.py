@@ -7,7 +7,8 @@ the whole window transformed beforehand, with the samples of every input from wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,15 @@ from torch import Tensor, nn
 
 from ptqcli.calibration.routed import Pool
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
+from ptqcli.calibration.together import BlockTogether, steps_of
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.streams import Streams, WindowBatches
 from ptqcli.solvers import LinearTask, Solution, Stage
+
+# Stages that are solved together, by their numbers, with what was seen of their inputs.
+Steps = Generator[list[tuple[int, InputStatistics]], None, None]
 
 
 class WindowWork:
@@ -54,11 +59,16 @@ class WindowWork:
         return WindowBatches(self._streams, [block.index for block in self._blocks])
 
     def stages(self) -> Iterator[Stage]:
-        """Every stage with its statistics, after all earlier stages have been placed."""
+        """Every stage with its statistics, after all earlier stages have been placed, but for the same linears of other experts."""
+        for stages in self.alike_stages():
+            yield from stages
+
+    def alike_stages(self) -> Iterator[Sequence[Stage]]:
+        """The stages, those of the same linears of several experts together."""
         for number, block in enumerate(self._blocks):
             if self._run.streams is None:
                 for stage in block.stages:
-                    yield self._stage(block, stage, None)
+                    yield self._stages(block, [(stage, None)])
             else:
                 yield from self._calibrated_stages(block, self._run.streams, self._source(number))
         self._walked = True
@@ -101,26 +111,35 @@ class WindowWork:
         """Hidden states before block ``number`` of the window: behind the first, they have been written by the one before it."""
         return self._streams.quantized.outputs if number else self._streams.quantized.inputs
 
-    def _stage(self, block: LoadedBlock, locals_: Sequence[str], statistics: InputStatistics | None) -> Stage:
-        block.statistics = {} if statistics is None else dict.fromkeys(locals_, statistics)
-        self._tasks = {f"{block.prefix}.{local}": block.task(f"{block.prefix}.{local}") for local in locals_}
-        return Stage(tuple(self._tasks.values()), statistics)
+    def _stages(self, block: LoadedBlock, stages: Sequence[tuple[Sequence[str], InputStatistics | None]]) -> list[Stage]:
+        block.statistics = {local: seen for locals_, seen in stages for local in locals_ if seen is not None}
+        made = []
+        self._tasks = {}
+        for locals_, seen in stages:
+            tasks = {f"{block.prefix}.{local}": block.task(f"{block.prefix}.{local}") for local in locals_}
+            self._tasks |= tasks
+            made.append(Stage(tuple(tasks.values()), seen))
+        return made
 
-    def _calibrated_stages(self, block: LoadedBlock, streams: Streams, source: Tensor) -> Iterator[Stage]:
+    def _calibrated_stages(self, block: LoadedBlock, streams: Streams, source: Tensor) -> Iterator[Sequence[Stage]]:
         walk, seen = block.walk(streams, source), block.statistics
         passes, pool = self._passes(block, walk, streams, source)
-        for number, own in passes:
-            pooled = pool.in_place_of(number, own)
-            if number in pool.experts:
-                block.seen |= dict.fromkeys(block.stages[number], (own.tokens, pooled is not None))
-            statistics = own if pooled is None else pooled
-            statistics.check_finite(f"{block.prefix}.{block.stages[number][0]}")
-            yield self._stage(block, block.stages[number], statistics)
+        with closing(passes):  # what sleeps in it ends here, also after an error
+            for step in passes:
+                stages = [(block.stages[number], self._statistics(block, number, own, pool)) for number, own in step]
+                yield self._stages(block, stages)
         block.statistics, self._tasks = seen, {}
 
-    def _passes(
-        self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor
-    ) -> tuple[Iterator[tuple[int, InputStatistics]], Pool]:
+    def _statistics(self, block: LoadedBlock, number: int, own: InputStatistics, pool: Pool) -> InputStatistics:
+        """Those of a stage, or of all experts. Raises PTQError for such as are not finite."""
+        pooled = pool.in_place_of(number, own)
+        if number in pool.experts:
+            block.seen |= dict.fromkeys(block.stages[number], (own.tokens, pooled is not None))
+        statistics = own if pooled is None else pooled
+        statistics.check_finite(f"{block.prefix}.{block.stages[number][0]}")
+        return statistics
+
+    def _passes(self, block: LoadedBlock, walk: CalibratedBlock, streams: Streams, source: Tensor) -> tuple[Steps, Pool]:
         wanted, sequential = self._run.solver_needs(), self._run.plan.recipe.sequential
         transforms = self._run.transforms if not self._prepared else ()
         statistics = (
@@ -130,8 +149,10 @@ class WindowWork:
             statistics = block.transform(streams, source, statistics)
         pool = Pool(walk, block.mixtures, wanted, self._run.plan.recipe.min_expert_tokens)
         if wanted.pairs:
-            return block.paired(walk, streams).sequential(wanted), pool
-        return walk.sequential(wanted) if sequential else walk.at_once(statistics), pool
+            return ([step] for step in block.paired(walk, streams).sequential(wanted)), pool
+        if not sequential:
+            return ([step] for step in walk.at_once(statistics)), pool
+        return BlockTogether(walk, steps_of(walk.block, walk.stages, block.mixtures, block.at_once)).sequential(wanted), pool
 
     def _prepare(self) -> None:
         """Transform all blocks, each behind the ones before it, and note what they receive."""

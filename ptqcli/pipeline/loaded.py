@@ -15,7 +15,7 @@ from ptqcli.calibration.paired import PairedBlock
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
-from ptqcli.estimate import PlannedLinear
+from ptqcli.estimate import PlannedLinear, experts_at_once
 from ptqcli.formats import Format
 from ptqcli.model.linears import rows_first
 from ptqcli.model.skeleton import Skeleton
@@ -99,6 +99,12 @@ class LoadedBlock:
             fed,
             recording.real,
         )
+
+    def at_once(self, stage: int) -> int:
+        """How many experts can have their codes for linears like those of ``stage`` chosen together."""
+        plan = self.run.plan
+        linears = [self.planned[f"{self.prefix}.{local}"] for local in self.stages[stage]]
+        return max(1, min(experts_at_once(plan.recipe, linear, self.run.resources) for linear in linears))
 
     def paired(self, walk: CalibratedBlock, streams: Streams) -> PairedBlock:
         """The block as ``walk`` runs it, side by side with itself as it is now, which stays so, on the original model's hidden states."""

@@ -71,6 +71,15 @@ class Solution:
     aimed: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class AlikeMatrix:
+    """One of several matrices of a shape that are solved together. weight, prepared, ranges: as in ``MatrixSolver.solve``."""
+
+    weight: Tensor
+    prepared: Any
+    ranges: RangeSearch | None = None
+
+
 class MatrixSolver(Protocol):
     """Chooses codes for one matrix at a time."""
 
@@ -119,6 +128,12 @@ class MatrixSolver(Protocol):
 
         ranges: fits the grids; None for the solver's own.
         """
+
+    def solve_alike(
+        self, matrices: Sequence[AlikeMatrix], scheme: Scheme, scale_dtype: torch.dtype, progress: OnProgress = ignore_progress
+    ) -> list[Solution]:
+        """Codes for matrices of one shape, such as those of experts; as it stands, one after the other."""
+        return [self.solve(each.weight, each.prepared, scheme, scale_dtype, each.ranges, progress) for each in matrices]
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
         """Peak memory of solving one matrix, beyond the matrix, its codes and the Hessian. As it stands, that of fitting a grid."""
@@ -215,10 +230,14 @@ class BlockWork(Protocol):
         """What the solver wants to find again in the next window."""
 
     def stages(self) -> Iterator[Stage]:
-        """The stages in the order in which they run; each is seen after all earlier ones have been placed.
+        """The stages in the order in which they run; each is seen after all earlier ones have been placed, but for those of other experts,
+        on which it does not depend.
 
         A solver that works on batches, too, asks for them first.
         """
+
+    def alike_stages(self) -> Iterator[Sequence[Stage]]:
+        """The stages, those together that are the same linears of several experts. Each of them has as many linears, of the same shapes."""
 
     def batches(self) -> CalibrationBatches:
         """The hidden states before the window, to run through it."""

@@ -49,10 +49,11 @@ from ptqcli.numerics.ranges import RangeSearch, WeightedBlocks, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import check_choices, option
-from ptqcli.solvers import MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
+from ptqcli.solvers import AlikeMatrix, MatrixSolver, OnProgress, Solution, SolveNotes, ignore_progress
 from ptqcli.solvers.bias import CorrectsBias, bias_option
+from ptqcli.solvers.columns import one_of, round_in_order, side_by_side
 from ptqcli.solvers.damping import check_damp, damp_option, factorise
-from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
+from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished_alike
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
 
@@ -150,54 +151,58 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         progress: OnProgress = ignore_progress,
     ) -> Solution:
         """Codes for ``weight``, float32 or float64 [out, in]. Raises UsageError if the group size does not divide ``in``."""
-        quantized, zero_groups = self._best(weight, prepared, scheme, scale_dtype, self._searches(scheme, prepared, ranges))
-        if prepared.hessian is not None:
-            quantized = polished(weight, prepared.hessian, quantized, self.rounds, takes_sign(scheme, self.signed))
-        notes = SolveNotes(
-            never_activated=prepared.never_activated,
-            zero_groups=zero_groups,
-            damp=prepared.damp,
-            damp_raised=prepared.damp_raised,
-        )
-        return Solution(quantized, notes)
+        [solution] = self.solve_alike([AlikeMatrix(weight, prepared, ranges)], scheme, scale_dtype, progress)
+        return solution
 
-    def _searches(self, scheme: Scheme, factor: Factor, ranges: RangeSearch | None) -> Sequence[RangeSearch]:
+    def solve_alike(
+        self, matrices: Sequence[AlikeMatrix], scheme: Scheme, scale_dtype: torch.dtype, progress: OnProgress = ignore_progress
+    ) -> list[Solution]:
+        """Codes for matrices of one shape, each of which goes through the loops over columns beside the others."""
+        found = self._best(matrices, scheme, scale_dtype)
+        quantized = [one.result() for one in found]
+        if self.rounds:
+            hessians = [matrix.prepared.hessian for matrix in matrices]
+            weights = [matrix.weight for matrix in matrices]
+            quantized = polished_alike(weights, hessians, quantized, self.rounds, takes_sign(scheme, self.signed))
+        return [
+            Solution(
+                codes,
+                SolveNotes(
+                    never_activated=matrix.prepared.never_activated,
+                    zero_groups=one.zero_groups,
+                    damp=matrix.prepared.damp,
+                    damp_raised=matrix.prepared.damp_raised,
+                ),
+            )
+            for codes, one, matrix in zip(quantized, found, matrices, strict=True)
+        ]
+
+    def _searches(self, scheme: Scheme, matrix: AlikeMatrix) -> Sequence[RangeSearch]:
         """What fits the grids; every row has the better of them."""
         if scheme.blocks is not None:
-            return (ranges or WeightedBlocks(), WeightedBlocks(factor.importance))
-        return (ranges,) if ranges else self.searches
+            return (matrix.ranges or WeightedBlocks(), WeightedBlocks(matrix.prepared.importance))
+        return (matrix.ranges,) if matrix.ranges else self.searches
 
-    def _best(
-        self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, searches: Sequence[RangeSearch]
-    ) -> tuple[QuantizedWeight, int]:
-        """What error feedback gives with the one of ``searches`` that leaves a row the least error, and the number of groups of zeros."""
-        best: QuantizedWeight | None = None
-        least = zero_groups = None
-        for ranges in searches:
-            work = self._fed_back(weight, factor, scheme, scale_dtype, ranges)
-            found, error = work.result(moving_groups=work.moving), work.row_errors(factor.pivots)
-            if not scheme.rows_stand_alone:
-                error = error.sum().expand_as(error)
-            if best is None or least is None:
-                best, least, zero_groups = found, error, work.zero_groups()
-                continue
-            better = error < least
-            best = _rows_of(found, best, better) if scheme.rows_stand_alone else (found if bool(better.all()) else best)
-            least = torch.minimum(error, least)
-        assert best is not None
-        assert zero_groups is not None
-        return best, zero_groups
+    def _best(self, matrices: Sequence[AlikeMatrix], scheme: Scheme, scale_dtype: torch.dtype) -> list[_Best]:
+        """What error feedback gives each matrix, with the one of its searches that leaves a row the least error."""
+        searches = [self._searches(scheme, matrix) for matrix in matrices]
+        best = [_Best(scheme) for _ in matrices]
+        for number in range(max(map(len, searches))):
+            chosen = [which for which, each in enumerate(searches) if number < len(each)]
+            works = [self._columns(matrices[which], scheme, scale_dtype, searches[which][number]) for which in chosen]
+            _run(works, 0, matrices[0].weight.shape[1])
+            for which, work in zip(chosen, works, strict=True):
+                best[which].take(work)
+        return best
 
-    def _fed_back(self, weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> _Columns:
-        """The matrix with all of its columns rounded."""
-        groups = scheme.group_count(weight.shape[1])
+    def _columns(self, matrix: AlikeMatrix, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> _Columns:
+        groups = scheme.group_count(matrix.weight.shape[1])
         # One group for the whole row needs no index, whatever the order: its grid is the same either way.
         fixed = (self.act_order and (self.static_groups or groups == 1)) or scheme.fitted_together
-        work = _Columns(weight, factor, scheme, scale_dtype, ranges)
+        work = _Columns(matrix.weight, matrix.prepared, scheme, scale_dtype, ranges)
         work.moving = self.act_order and not fixed
         if fixed:
             work.fit_beforehand()
-        work.run(0, weight.shape[1])
         return work
 
     def workspace_bytes(self, out_features: int, in_features: int) -> int:
@@ -207,6 +212,36 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         solve = 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
         polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)
         return max(solve, polish) if self.rounds else solve
+
+
+class _Best:
+    """The codes of one matrix, each row with the better ones of what was found so far."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.quantized: QuantizedWeight | None = None
+        self.least: Tensor | None = None  # [out]
+        self.zero_groups = 0
+
+    def take(self, work: _Columns) -> None:
+        """Rows of ``work`` where they leave less error."""
+        found, error = work.result(moving_groups=work.moving), work.row_errors()
+        if not self.scheme.rows_stand_alone:
+            error = error.sum().expand_as(error)
+        if self.quantized is None or self.least is None:
+            self.quantized, self.least, self.zero_groups = found, error, work.zero_groups()
+            return
+        better = error < self.least
+        if self.scheme.rows_stand_alone:
+            self.quantized = _rows_of(found, self.quantized, better)
+        elif bool(better.all()):
+            self.quantized = found
+        self.least = torch.minimum(error, self.least)
+
+    def result(self) -> QuantizedWeight:
+        """The codes."""
+        assert self.quantized is not None
+        return self.quantized
 
 
 def _rows_of(one: QuantizedWeight, other: QuantizedWeight, wanted: Tensor) -> QuantizedWeight:
@@ -230,7 +265,7 @@ class _Columns:
         self.element = scheme.element
         self.group = scheme.columns_per_group(in_features)
         self.order = factor.order
-        self.feedback = factor.feedback.to(weight.dtype)
+        self.feedback, self.pivots = factor.feedback.to(weight.dtype), factor.pivots
         self.weight = weight.t().contiguous()[factor.order]  # [in, out]; gathered as whole rows
         self.target = self.weight.clone()
         self.error = torch.empty_like(self.weight)
@@ -255,19 +290,21 @@ class _Columns:
         self.group_of = [column // self.group for column in self.order.tolist()]
         self.fitted = True
 
-    def run(self, low: int, high: int) -> None:
-        """Round the columns low..high; their targets already hold the feedback of everything before ``low``."""
+    def enter(self, low: int, high: int) -> None:
+        """Fit the grid of the columns low..high if they are a group; their targets already hold the feedback of everything before."""
         if not self.fitted and high - low == self.group:
             self._fit(low // self.group, self._left_by_feedback(low, low + self.group))
-        if high - low <= LEAF and (self.fitted or high - low <= self.group):
-            self._round(low, high)
-            return
-        middle = self._cut(low, high)
-        self.run(low, middle)
-        self.target[middle:high].addmm_(self.feedback[low:middle, middle:high].t(), self.error[low:middle])
-        self.run(middle, high)
 
-    def _cut(self, low: int, high: int) -> int:
+    def rounds(self, low: int, high: int) -> bool:
+        """Whether the columns low..high are few enough to be rounded, on one grid."""
+        return high - low <= LEAF and (self.fitted or high - low <= self.group)
+
+    def feed(self, low: int, middle: int, high: int) -> None:
+        """Add the feedback of the columns low..middle to the targets up to ``high``."""
+        self.target[middle:high].addmm_(self.feedback[low:middle, middle:high].t(), self.error[low:middle])
+
+    def cut(self, low: int, high: int) -> int:
+        """Where the columns low..high are halved, at the end of a group where their grids are not there yet."""
         if not self.fitted and high - low > self.group:
             return low + (high - low) // self.group // 2 * self.group
         return low + max(LEAF, (high - low) // 2 // LEAF * LEAF)
@@ -290,21 +327,9 @@ class _Columns:
         self.grid = self.ranges.fit(rows, self.scheme, self.scale_dtype)
         self.scale, self.zero = (each.view(-1, len(self.scale)).t().contiguous() for each in (self.grid.scale, self.grid.zero))
 
-    def _round(self, low: int, high: int) -> None:
-        earlier = self.error[low:high].t()  # [out, columns]
-        feedback = self.feedback[low:high, low:high].t().contiguous()
-        for position in range(low, high):
-            target, done = self.target[position], position - low
-            if done:
-                target.addmv_(earlier[:, :done], feedback[done, :done])
-            grid = Grid(self.element, self.scale[self.group_of[position]], self.zero[self.group_of[position]])
-            codes = grid.nearest(target)
-            self.codes[position] = codes
-            grid.subtract(codes, self.weight[position], out=self.error[position])
-
-    def row_errors(self, pivots: Tensor) -> Tensor:
+    def row_errors(self) -> Tensor:
         """``|E R|^2`` of each row, [out]: ``(E R)_j = R_jj (t_j - w'_j)``, and all targets are there."""
-        miss = (self.target - self.weight).add_(self.error).mul_(pivots.to(self.target).unsqueeze(1))
+        miss = (self.target - self.weight).add_(self.error).mul_(self.pivots.to(self.target).unsqueeze(1))
         return miss.square_().sum(dim=0)
 
     def zero_groups(self) -> int:
@@ -323,3 +348,37 @@ class _Columns:
             g_idx[self.order] = torch.tensor(self.group_of, dtype=torch.int32, device=codes.device)
         grid = self.grid or Grid(self.element, self.scale.t().contiguous(), self.zero.t().contiguous())
         return replace(QuantizedWeight.on_grid(codes.t().contiguous(), grid, self.scheme, self.scale_dtype), g_idx=g_idx)
+
+
+def _run(works: Sequence[_Columns], low: int, high: int) -> None:
+    """Round the columns low..high of matrices of one shape."""
+    for work in works:
+        work.enter(low, high)
+    if works[0].rounds(low, high):
+        _round(works, low, high)
+        return
+    middle = works[0].cut(low, high)
+    _run(works, low, middle)
+    for work in works:
+        work.feed(low, middle, high)
+    _run(works, middle, high)
+
+
+def _round(works: Sequence[_Columns], low: int, high: int) -> None:
+    place = slice(low, high)
+    coupling = side_by_side([work.feedback[place, place].t().contiguous() for work in works], 0)
+    groups = [work.group_of[place] for work in works]
+    target, base, scale, zero = (
+        side_by_side(columns, 1)
+        for columns in (
+            [work.target[place] for work in works],
+            [work.weight[place] for work in works],
+            [work.scale[group] for work, group in zip(works, groups, strict=True)],
+            [work.zero[group] for work, group in zip(works, groups, strict=True)],
+        )
+    )
+    codes, error = round_in_order(target, coupling, base, scale, zero, works[0].element)
+    for number, work in enumerate(works):
+        work.codes[place], work.error[place] = one_of(codes, number, 1), one_of(error, number, 1)
+        if len(works) > 1:
+            work.target[place] = target[:, number]

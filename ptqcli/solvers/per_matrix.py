@@ -7,7 +7,9 @@ static split takes out of the matrix before the solver sees it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,7 +20,7 @@ from ptqcli.numerics.activations import static_scale
 from ptqcli.numerics.ranges import RangeSearch
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import OutlierColumns, QuantizedWeight
-from ptqcli.solvers import BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
+from ptqcli.solvers import AlikeMatrix, BlockSolver, BlockWork, LinearTask, MatrixSolver, OnProgress, Solution, SolveNotes, Stage
 from ptqcli.solvers.bias import centred, corrected_bias, corrected_towards
 from ptqcli.solvers.target import Factors, Moments, Targeted, aim_at
 
@@ -43,11 +45,16 @@ class PerMatrix(BlockSolver):
 
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
-        for stage in work.stages():
-            stage_work = StageWork(self.solver, stage)
-            for task in stage.linears:
-                name = task.name
-                work.place(name, stage_work.solve(task, lambda done, total, name=name: work.progress(name, done, total)))  # type: ignore[misc]
+        for stages in work.alike_stages():
+            works = [StageWork(self.solver, stage) for stage in stages]
+            for tasks in zip_longest(*(stage.linears for stage in stages)):
+                self._place(work, [(each, task) for each, task in zip(works, tasks, strict=True) if task is not None])
+
+    def _place(self, work: BlockWork, tasks: Sequence[tuple[StageWork, LinearTask]]) -> None:
+        """Solve one linear, or the same linear of several experts."""
+        name = tasks[0][1].name
+        for (_, task), solution in zip(tasks, solve_alike(tasks, lambda done, total: work.progress(name, done, total)), strict=True):
+            work.place(task.name, solution)
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Columns that are taken out before the solver works have no place in the closed form of the target."""
@@ -82,6 +89,18 @@ def statistics_for(scheme: Scheme) -> StatisticsRequest:
     return StatisticsRequest(magnitudes=static or scheme.outliers is not None)
 
 
+def solve_alike(tasks: Sequence[tuple[StageWork, LinearTask]], progress: OnProgress) -> list[Solution]:
+    """The solutions of ``tasks``, together where they are alike and all that is asked for are codes."""
+    first, task = tasks[0]
+    like = {(each.scheme, each.scale_dtype, each.weight.shape) for _, each in tasks}
+    matrices = [work.matrix(each) for work, each in tasks] if len(tasks) > 1 and len(like) == 1 else [None]
+    together = [matrix for matrix in matrices if matrix is not None]
+    if len(together) < len(tasks):
+        return [work.solve(each, progress) for work, each in tasks]
+    solutions = first.solver.solve_alike(together, task.scheme, task.scale_dtype, progress)
+    return [work.with_input_scale(each, solution) for (work, each), solution in zip(tasks, solutions, strict=True)]
+
+
 class StageWork:
     """The linears of one stage; what they share is prepared once for each set of columns that a split takes out."""
 
@@ -93,7 +112,7 @@ class StageWork:
 
     def solve(self, task: LinearTask, progress: OnProgress) -> Solution:
         """Codes, static input scale and outlier columns of ``task``."""
-        split, activations = task.scheme.outliers, task.scheme.activations
+        split = task.scheme.outliers
         outliers = None if split is None else self._largest() > split.threshold  # bool [in]
         if split is None or outliers is None or split.dynamic:
             solution = self._codes(task, task.weight, None, progress)
@@ -102,10 +121,21 @@ class StageWork:
             solution = replace(solution, weight=_with_gaps(solution.weight, outliers))
         if outliers is not None:
             solution = _with_outliers(solution, task, outliers)
-        if activations is not None and not activations.dynamic:
-            scale = static_scale(self._largest(), task.scale_dtype)
-            solution = replace(solution, weight=replace(solution.weight, input_scale=scale))
-        return solution
+        return self.with_input_scale(task, solution)
+
+    def with_input_scale(self, task: LinearTask, solution: Solution) -> Solution:
+        """``solution`` with the scale of the inputs, where the scheme has one that is known beforehand."""
+        activations = task.scheme.activations
+        if activations is None or activations.dynamic:
+            return solution
+        scale = static_scale(self._largest(), task.scale_dtype)
+        return replace(solution, weight=replace(solution.weight, input_scale=scale))
+
+    def matrix(self, task: LinearTask) -> AlikeMatrix | None:
+        """``task`` as a matrix solver sees it, None where more is to be done than to choose codes for it."""
+        if task.scheme.outliers is not None or self.solver.aim is not None or self._corrects(task, None):
+            return None
+        return AlikeMatrix(task.weight, self._prepare(None, False), task.ranges)
 
     def _codes(self, task: LinearTask, weight: Tensor, threshold: float | None, progress: OnProgress) -> Solution:
         if weight.shape[1] == 0:

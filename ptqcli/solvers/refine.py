@@ -30,7 +30,7 @@ times the work; new zero points, with which a row's system would be twice as wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -38,11 +38,11 @@ import torch
 from torch import Tensor
 
 from ptqcli.errors import UsageError
-from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.ranges import SMALLEST_SCALE
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import option
+from ptqcli.solvers.columns import one_of, round_in_order, side_by_side
 
 # Columns of the descent whose share of H E^T comes of one product. At 4096 rows and columns 64 took a tenth longer, 256 as long.
 BLOCK = 128
@@ -88,14 +88,22 @@ def polished(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, rounds
     weight: float32 or float64 [out, in]. hessian: the damped one [in, in], positive definite. rounds: of refit and descent. signed:
     whether a scale may become negative.
     """
+    return polished_alike([weight], [hessian], [quantized], rounds, signed)[0]
+
+
+def polished_alike(
+    weights: Sequence[Tensor], hessians: Sequence[Tensor], quantized: Sequence[QuantizedWeight], rounds: int, signed: bool = True
+) -> list[QuantizedWeight]:
+    """``polished`` of matrices of one shape and scheme; descent takes their columns side by side."""
     if not rounds:
-        return quantized
-    work = _refinement(weight, hessian, quantized, signed)
+        return list(quantized)
+    works = [_refinement(*given, signed) for given in zip(weights, hessians, quantized, strict=True)]
     for _ in range(rounds):
-        if not quantized.scheme.double:
-            work.refit()
-        work.descend()
-    return work.result()
+        for work in works:
+            if not work.quantized.scheme.double:
+                work.refit()
+        descend(works)
+    return [work.result() for work in works]
 
 
 def _refinement(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, signed: bool) -> Refinement:
@@ -173,27 +181,6 @@ class Refinement:
         size = new.abs() if self.signed else new
         return size >= SMALLEST_SCALE.get(dtype, torch.finfo(dtype).tiny)
 
-    def descend(self) -> None:
-        """Each column once takes the codes that are best for the others as they stand."""
-        for columns in self.order.split(BLOCK):
-            self._descend(columns)
-
-    def _descend(self, columns: Tensor) -> None:
-        groups, diagonal = columns // self.group, self.hessian.diagonal()[columns].unsqueeze(1)
-        H, scale, zero = self.hessian[columns], self.scale[groups], self.zero[groups]  # [block, in], [block, out]
-        now = self.weight[columns] - self.error[columns]  # w'
-        target = torch.addcdiv(now, H @ self.error, diagonal)
-        coupling = H[:, columns] / diagonal  # [block, block]
-        change, codes = torch.empty_like(now), torch.empty_like(now)
-        for j, t in enumerate(target):
-            if j:
-                t.addmv_(change[:j].t(), coupling[j, :j])
-            grid = Grid(self.element, scale[j], zero[j])
-            codes[j] = grid.nearest(t)
-            grid.subtract(codes[j], now[j], out=change[j])
-        self.error[columns] += change
-        self.codes[columns] = codes
-
     def result(self) -> QuantizedWeight:
         """Codes and scales, columns back in their original order."""
         codes = self.codes.to(torch.uint8)
@@ -201,6 +188,27 @@ class Refinement:
             codes = torch.empty_like(codes).index_copy_(0, self.place, codes)
         scale = self.scale.t().to(self.quantized.scale.dtype)
         return replace(self.quantized, codes=codes.t().contiguous(), scale=scale.contiguous())
+
+
+def descend(works: Sequence[Refinement]) -> None:
+    """Each column once takes the codes that are best for the others as they stand, in matrices of one shape side by side."""
+    for columns in zip(*(work.order.split(BLOCK) for work in works), strict=True):
+        parts = [_block(work, own) for work, own in zip(works, columns, strict=True)]
+        coupling, *rest = zip(*parts, strict=True)
+        target, now, scale, zero = (side_by_side(each, 1) for each in rest)
+        codes, change = round_in_order(target, side_by_side(coupling, 0), now, scale, zero, works[0].element)
+        for number, (work, own) in enumerate(zip(works, columns, strict=True)):
+            work.error[own] += one_of(change, number, 1)
+            work.codes[own] = one_of(codes, number, 1)
+
+
+def _block(work: Refinement, columns: Tensor) -> tuple[Tensor, ...]:
+    """Of some columns of one matrix: how they hang together, their best values if none of them moved, those that they have, their grids."""
+    groups, diagonal = columns // work.group, work.hessian.diagonal()[columns].unsqueeze(1)
+    H = work.hessian[columns]  # [block, in]
+    now = work.weight[columns] - work.error[columns]  # w'
+    target = torch.addcdiv(now, H @ work.error, diagonal)
+    return H[:, columns] / diagonal, target, now, work.scale[groups], work.zero[groups]
 
 
 def stepped(A: Tensor, b: Tensor, old: Tensor, dtype: torch.dtype, usable: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -163,7 +163,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _unrouted(module: nn.Module, experts: int, *args: Any, **kwargs: Any) -> Any:
     """Every expert on all tokens, added up: so each is reached, and none on a way that depends on values."""
-    outputs = list(each_on_all(module, experts, args, kwargs))
+    outputs = list(each_on_all(module, range(experts), args, kwargs))
     return sum(outputs[1:], outputs[0]) if outputs else type(module).forward(module, *args, **kwargs)
 
 
