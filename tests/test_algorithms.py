@@ -511,6 +511,9 @@ class Placed:
     linears: tuple[LinearTask, ...]
     inputs: Tensor
 
+    def alike_stages(self) -> Iterator[list[Stage]]:
+        return ([stage] for stage in self.stages())
+
     def stages(self) -> Iterator[Stage]:
         statistics = InputStatistics.empty(
             self.inputs.shape[1], StatisticsRequest(hessian=True, magnitudes=True, samples=True), len(self.inputs), torch.device("cpu")

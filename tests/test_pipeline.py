@@ -295,7 +295,7 @@ def test_what_cannot_work_is_refused_by_name_before_work_starts(model, tmp_path,
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"wbits": 5}, "5 bits"),
+        ({"wbits": 9}, "9 bits"),
         ({"group_size": 0}, "group size 0"),
         ({"algo": "magic"}, "algorithm 'magic' is unknown"),
         ({"damp": -1.0}, "damp"),
