@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear, expert_linears, needs_calibration
@@ -70,4 +71,13 @@ def unread_experts(chosen: Format, linears: Sequence[PlannedLinear], skeleton: S
     whole = names.issuperset(linear for stack in stacks for linear in stack.linears)
     if whole and chosen.assembled_by_transformers([linear.spec for linear in linears]):
         return []
-    return [f"transformers does not put experts together ({stacks[0].name}) unless all are in one {ASSEMBLED}; ptqcli reads them"]
+    advice = _one_size(chosen, linears) if whole else ""
+    return [f"transformers does not put experts together ({stacks[0].name}) unless all are in one {ASSEMBLED}; {advice}ptqcli reads them"]
+
+
+def _one_size(chosen: Format, linears: Sequence[PlannedLinear]) -> str:
+    """What to give where nothing but the group sizes, chosen for each width, keeps transformers from reading the experts."""
+    smallest = min(linear.scheme.group_size for linear in linears)
+    alike = [replace(linear.spec, scheme=replace(linear.scheme, group_size=smallest)) for linear in linears]
+    readable = smallest > 0 and chosen.assembled_by_transformers(alike)
+    return f"it does with --group-size {smallest}; " if readable else ""

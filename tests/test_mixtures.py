@@ -126,6 +126,7 @@ def test_transformers_reads_experts_in_one_scheme_and_the_plan_says_where_it_doe
             ({"overrides": (Override(pattern=r"layers\.0\.", bits=8),)}, "unless all are in one symmetric scheme"),
             ({"ignore": (r"experts\.0\.",)}, "unless all are in one symmetric scheme"),
             ({"format": "gptq"}, "unless all are in one symmetric scheme"),
+            ({"overrides": (Override(pattern=r"w2", group_size=16),), "group_size": 32}, "it does with --group-size 16"),
         ]
     ):
         other = quantize(tmp_path / "model", recipe_for(tmp_path, "rtn", **changes), tmp_path / str(number))
