@@ -51,6 +51,7 @@ def quantize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     allow_requantize: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     batch_size: int | None = None,
@@ -63,7 +64,8 @@ def quantize(
 
     model: a local folder, a GGUF file, a hub id, or a transformers model in memory, which stays as it is; its tokenizer is then given by
     ``tokenizer``. allow_requantize: one whose weights are quantized already is taken, too; FP8 always is.
-    output: where the checkpoint goes; what is there is kept, but for an earlier checkpoint if ``overwrite``.
+    output: where the checkpoint goes; what is there is kept, but for an earlier checkpoint if ``overwrite``. A run that was ended is gone
+    on from by the same call, unless ``restart``; not one of a model in memory.
     recipe: a ``Recipe``, the name of a shipped one (`ptq recipes`), or a YAML file; None for the defaults.
     changes: keys as in a YAML file, which win over the recipe: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``,
     ``damp=0.1``, ``gptq={"damp": 0.1}``.
@@ -74,13 +76,14 @@ def quantize(
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
     """
     target = as_path(output, "output")
-    for name, switch in (("overwrite", overwrite), ("allow_requantize", allow_requantize)):
+    for name, switch in (("overwrite", overwrite), ("restart", restart), ("allow_requantize", allow_requantize)):
         check_argument(switch, name, bool)
     return pipeline.quantize(
         _source(model, tokenizer, allow_requantize),
         _recipe(recipe, changes),
         target,
         overwrite=overwrite,
+        restart=restart,
         resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
         data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
         progress=progress,

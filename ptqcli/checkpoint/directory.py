@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -125,22 +125,31 @@ class Directory:
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
 
+    def adopt(self, name: str, digest: str) -> None:
+        """Take a file that an earlier run has made, of this SHA-256, for one that was made here."""
+        self.made[name] = digest
+
     def check(self) -> None:
         """Compare every file that was made here with what was written. Raises PTQError, naming it, for one that is gone or differs."""
         for name in self.made:
-            digest = hashlib.sha256()
-            try:
-                for piece in self.pieces(name):
-                    digest.update(piece)
-            except FileNotFoundError as error:
-                raise PTQError(f"{self.path / name}: has gone while the run was at work; run it again") from error
-            self._compare(name, digest.hexdigest())
+            self.check_file(name)
         for folder in self._inside.values():
             folder.check()
 
-    def _compare(self, name: str, digest: str) -> None:
+    def check_file(self, name: str, advice: str = "; run it again") -> None:
+        """``check`` of one file. advice: ends the message for one that is gone or differs."""
+        digest = hashlib.sha256()
+        try:
+            for piece in self.pieces(name):
+                digest.update(piece)
+        except FileNotFoundError as error:
+            raise PTQError(f"{self.path / name}: has gone since it was written{advice}") from error
+        self._compare(name, digest.hexdigest(), advice)
+
+    def _compare(self, name: str, digest: str, advice: str = "; run it again") -> None:
         if digest != self.made[name]:
-            raise PTQError(f"{self.path / name}: does not hold what was written; the disk is failing or another program writes there")
+            wrong = "does not hold what was written; the disk is failing or another program writes there"
+            raise PTQError(f"{self.path / name}: {wrong}{advice}")
 
     def rename(self, old: str, new: str, replaced: tuple[int, int] | None = None) -> None:
         """Rename what is called ``old``. Raises FileExistsError if there is anything that is called ``new``, but for what has the identity
@@ -170,8 +179,8 @@ class Directory:
         """The names of all files that were made here, sorted; those in a folder that was made begin with its name."""
         return sorted([*self.made, *(f"{name}/{leaf}" for name, folder in self._inside.items() for leaf in folder.made)])
 
-    def remove_made(self) -> None:
-        """Remove what was made here, the latest first, and nothing else."""
+    def remove_made(self, but: Collection[str] = ()) -> None:
+        """Remove what was made here, the latest first, and nothing else. but: files that stay."""
         for folder in self._inside.values():
             folder.remove_made()
         for name in self._folders:
@@ -179,7 +188,7 @@ class Directory:
             if identity is not None:
                 self.remove_folder(name, identity)
         for name in reversed(list(self.made)):
-            if self.made[name] != ASKED_FOR or self._is_empty_file(name):
+            if name not in but and (self.made[name] != ASKED_FOR or self._is_empty_file(name)):
                 self.remove(name)
 
     def _is_empty_file(self, name: str) -> bool:

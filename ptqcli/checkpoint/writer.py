@@ -11,7 +11,7 @@ name and follows a link that lies there, and so that their SHA-256 is known befo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,15 @@ class CheckpointWriter:
     ``write`` stores one shard, or several where the tensors exceed ``max_shard_bytes``, and each is final: ``finish`` only renames them
     and writes the index, last of all. Until then the folder does not pass for a checkpoint. Together smaller than JOIN_BELOW, and than
     ``max_shard_bytes``, they are joined into one file. The same tensors in the same parts give the same files.
-    Raises PTQError if the folder already holds safetensors files.
+    Raises PTQError if the folder already holds safetensors files, but for ``known`` ones.
     """
 
-    def __init__(self, folder: Directory, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(self, folder: Directory, max_shard_bytes: int = DEFAULT_SHARD_BYTES, known: Collection[str] = ()) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
         self._shards: list[_Shard] = []
         self._written: set[str] = set()
-        present = [name for name in folder.names() if name.endswith(".safetensors")]
+        present = [name for name in folder.names() if name.endswith(".safetensors") and name not in known]
         if present:
             raise PTQError(f"{folder.path} already holds {present[0]}; choose another folder")
 
@@ -77,11 +77,24 @@ class CheckpointWriter:
             written.append(self.folder.path / shard.file)
         return written
 
-    def finish(self) -> list[Path]:
-        """Give the shards their names: ``model.safetensors``, or numbered ones with an index. Returns their paths."""
+    @property
+    def shards(self) -> list[tuple[str, dict[str, int]]]:
+        """Every finished file and the bytes of each tensor in it."""
+        return [(shard.file, shard.sizes) for shard in self._shards]
+
+    def restore(self, shards: Sequence[tuple[str, dict[str, int]]]) -> None:
+        """Go on behind files that another writer has finished here."""
+        self._shards = [_Shard(file, sizes) for file, sizes in shards]
+        self._written = {name for shard in self._shards for name in shard.sizes}
+
+    def finish(self, joined: Callable[[], None] = lambda: None) -> list[Path]:
+        """Give the shards their names: ``model.safetensors``, or numbered ones with an index. Returns their paths.
+
+        joined: is called when one file has taken the place of several, which are still there.
+        """
         total = sum(size for shard in self._shards for size in shard.sizes.values())
         if len(self._shards) > 1 and total < JOIN_BELOW and total <= self.max_shard_bytes:
-            self._join()
+            self._join(joined)
         count = len(self._shards)
         names = [SINGLE_FILE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         for shard, name in zip(self._shards, names, strict=True):
@@ -92,7 +105,7 @@ class CheckpointWriter:
             write_json(self.folder, INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         return [self.folder.path / name for name in names]
 
-    def _join(self) -> None:
+    def _join(self, then: Callable[[], None]) -> None:
         """One shard in the place of several. Their tensors are all in memory at once, which JOIN_BELOW keeps small.
 
         Raises PTQError for a shard that does not hold what was written.
@@ -100,9 +113,10 @@ class CheckpointWriter:
         tensors = {name: tensor for shard in self._shards for name, tensor in load(self.folder.read(shard.file)).items()}
         joined = _Shard("joined.safetensors", {name: size for shard in self._shards for name, size in shard.sizes.items()})
         _save(self.folder, joined.file, tensors)
-        for shard in self._shards:
+        parts, self._shards = self._shards, [joined]
+        then()
+        for shard in parts:
             self.folder.remove(shard.file)
-        self._shards = [joined]
 
 
 def write_json(folder: Directory, name: str, obj: Any) -> None:

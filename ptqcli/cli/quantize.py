@@ -42,6 +42,7 @@ def command(
     recipe: str | None,
     output: Path | None,
     overwrite: bool,
+    restart: bool,
     allow_requantize: bool,
     data_dir: Path | None,
     device: str,
@@ -78,7 +79,7 @@ def command(
         if dry_run:
             words.result(plan_as_json(prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)))
             return
-        report = quantize(source, asked, target, **run)
+        report = quantize(source, asked, target, restart=restart, **run)
     click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())

@@ -304,6 +304,9 @@ FLAGS = {
         ),
         OVERWRITE_FLAG,
         click.option(
+            "--restart", is_flag=True, help="Begin anew where an earlier run with this output was ended, and would be gone on from."
+        ),
+        click.option(
             "--allow-requantize",
             is_flag=True,
             help="Take a model whose weights are quantized already; its error stays, and the new one adds to it.",

@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.directory import Directory, named
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import MARKER, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.journal import Journal
+from ptqcli.pipeline.output import JOURNAL, MARKER, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
 from ptqcli.pipeline.report import PARTIAL
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
@@ -44,16 +46,21 @@ def check_room(output: Path, needed: int) -> None:
 
 
 @contextmanager
-def growing(output: Path, model: Path | None, overwrite: bool, needed: int, inputs: Sequence[Path] = ()) -> Iterator[Directory]:
-    """The folder in which ``output`` grows. It is put in its place when the context ends well, and removed when it does not.
+def growing(
+    output: Path, model: Path | None, overwrite: bool, needed: int, inputs: Sequence[Path] = (), journal: Journal | None = None
+) -> Iterator[Directory]:
+    """The folder in which ``output`` grows. It is put in its place when the context ends well. When it does not, what the journal lists is
+    kept, if there is something; else the folder is removed.
 
-    model, inputs: what the run reads, see ``check_output``. needed: bytes of room. Raises PTQError or UsageError for a place that cannot
+    model, inputs: what the run reads, see ``check_output``. needed: bytes of room. journal: looks for what an earlier run has left.
+
+    Raises PTQError or UsageError for a place that cannot
     be had, and for a folder that was moved, deleted or replaced meanwhile. What ends the context is raised again; if anything of the run
     is left on disk, the message says so.
     """
     if sys.platform == "win32":
         raise PTQError("folders are written on Linux and macOS only; on Windows use WSL")
-    run = _Growing(output)
+    run = _Growing(output, journal)
     try:
         run.begin(lambda: check_output(output, model, overwrite, inputs), needed)
         yield run.folder
@@ -70,7 +77,8 @@ def growing(output: Path, model: Path | None, overwrite: bool, needed: int, inpu
 class _Growing:
     """One run's hold on its output. into: whether the output itself is the working folder."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, journal: Journal | None) -> None:
+        self.journal = journal
         self.output = output.resolve()  # a link stays, and the folder that it leads to is replaced
         self.into = is_written_into(self.output)
         self.name = self.output.name + ("" if self.into else PARTIAL)
@@ -134,13 +142,14 @@ class _Growing:
         _lock(self.folder)
         self._settle()
         if self.parent.identity_of(self.name) == self.folder.identity:
-            self._clear_leftovers()
+            goes_on = self._clear_leftovers()
             self._made = not self.into
             check()
             self._replaces = None if self.into else self.parent.identity_of(self.output.name)
             self._claimed = True
             with suppress(FileNotFoundError):
-                Marker(output=self.output.name, into=self.into, replaces=self._replaces).write(self.folder)
+                marker = Marker(output=self.output.name, into=self.into, replaces=self._replaces)
+                (marker.replace if goes_on else marker.write)(self.folder)
                 return True
         self._claimed = False
         self._folder.close()
@@ -157,21 +166,32 @@ class _Growing:
             if marker is not None and not marker.into:
                 _lock(placed)
                 self._remove_replaced(placed, marker.replaces)
-                placed.remove(MARKER)
+                _remove_notes(placed)
         finally:
             placed.close()
 
-    def _clear_leftovers(self) -> None:
-        """Remove what a run that was killed has left in the working folder. Raises PTQError for anything else."""
+    def _clear_leftovers(self) -> bool:
+        """Remove what a run that was ended has left in the working folder, but for what this one goes on from, and tell whether it does.
+
+        Raises PTQError for anything else there.
+        """
         names = [name for name in self.folder.names() if name not in VOLUME_FILES]
         if not names:
-            return
+            return False
         marker = Marker.read(self.folder, self.output.name)
         if (marker is None or marker.into != self.into) and names != [MARKER]:  # a marker alone may be half-written
             raise PTQError(f"{self.work}: is in the way and holds {names[0]}; move it away, or choose another --output")
         if marker is not None:
             self._restore(marker.replaces)
+        if self.journal is None and marker is not None and self.folder.identity_of(JOURNAL) is not None:
+            raise PTQError(
+                f"{self.work}: holds what a run of ptq quantize has finished, which can go on; remove it, or choose another --output"
+            )
+        if self.journal is not None and marker is not None and self.journal.look(self.folder):
+            remove_checkpoint(self.folder, {MARKER, *self.journal.files})
+            return True
         remove_checkpoint(self.folder)
+        return False
 
     # The end
 
@@ -189,8 +209,7 @@ class _Growing:
                 raise
             self.parent.sync()
             self._remove_replaced(self.folder, self._replaces)
-        self.folder.remove(MARKER)
-        self.folder.sync()
+        _remove_notes(self.folder)
 
     def _rename(self) -> None:
         name = self.output.name
@@ -218,12 +237,15 @@ class _Growing:
             if self._is_placed():
                 if not self.into:
                     self._remove_replaced(self.folder, self._replaces)
-                    self.folder.remove(MARKER)
+                _remove_notes(self.folder)
                 return f"{self.output} is complete"
             self._restore(self._replaces)
             if self._keep:
-                self.folder.remove(MARKER)
+                _remove_notes(self.folder)
                 return f"the finished checkpoint lies in {self.work}"
+            if self.journal is not None and self.journal.kept:
+                self.folder.remove_made(but={MARKER, *self.journal.files})
+                return f"{self.journal.kept} are kept in {self.work}: the same command goes on from there, with --restart it begins anew"
             self.folder.remove_made()
             if self._made:
                 self.parent.remove_folder(self.name, self.folder.identity)
@@ -267,6 +289,16 @@ class _Growing:
         with suppress(OSError):
             for place in self._new_parents:
                 place.rmdir()
+
+
+def _remove_notes(folder: Directory) -> None:
+    """What a run says of itself in a folder, when it is finished."""
+    folder.remove(MARKER)
+    folder.remove(JOURNAL)
+    for name in folder.names():
+        if name.startswith(ACTIVATIONS):
+            folder.remove(name)
+    folder.sync()
 
 
 def _told(error: BaseException, left: str) -> BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from ptqcli.pipeline.report import PARTIAL, REPORT_NAME, read_report
 REPLACED = "replaced"  # in that folder, the checkpoint that is being replaced, where two folders cannot change places in one step
 MARKER = ".ptq-quantize.json"
 MARKER_BYTES = 4096
+JOURNAL = ".ptq-progress.json"  # how far the run has come, see ``journal``
+JOURNAL_BYTES = 1 << 30
+OWN_FILES = (MARKER, f"{MARKER}.tmp", JOURNAL, f"{JOURNAL}.tmp")
 VOLUME_FILES = {"lost+found/"}  # what an empty volume holds
 
 PATH_BYTES = 4096  # longest path that Linux takes, its end included
@@ -40,9 +43,18 @@ class Marker:
 
     def write(self, folder: Directory) -> None:
         """Put it into ``folder``. Raises FileExistsError if anything has its name."""
-        about = "`ptq quantize` is writing here, or was ended while it did; its next run with this output removes what is left"
-        text = json.dumps({"about": about, "ptqcli": ptqcli.__version__, **asdict(self)}, indent=2)
-        folder.write(MARKER, [text.encode()])
+        folder.write(MARKER, [self._text()])
+
+    def replace(self, folder: Directory) -> None:
+        """Put it in the place of the one that is in ``folder``."""
+        folder.remove(f"{MARKER}.tmp")
+        folder.write(f"{MARKER}.tmp", [self._text()])
+        folder.rename(f"{MARKER}.tmp", MARKER, folder.identity_of(MARKER))
+        folder.sync()
+
+    def _text(self) -> bytes:
+        about = "`ptq quantize` is writing here, or was ended while it did; its next run with this output goes on, or removes what is left"
+        return json.dumps({"about": about, "ptqcli": ptqcli.__version__, **asdict(self)}, indent=2).encode()
 
     @classmethod
     def read(cls, folder: Directory, output: str) -> Marker | None:
@@ -108,19 +120,19 @@ def foreign_names(folder: Directory) -> Iterator[str]:
                 inside.close()
         elif name in VOLUME_FILES:
             continue
-        elif not (belongs_to_a_checkpoint(name) or name in (MARKER, REPORT_NAME, f"{REPORT_NAME}.tmp") or name.startswith(ACTIVATIONS)):
+        elif not (belongs_to_a_checkpoint(name) or name in (*OWN_FILES, REPORT_NAME, f"{REPORT_NAME}.tmp") or name.startswith(ACTIVATIONS)):
             yield name
 
 
-def remove_checkpoint(folder: Directory) -> None:
-    """Remove all files of a checkpoint, finished or not; the folder stays.
+def remove_checkpoint(folder: Directory, but: Collection[str] = ()) -> None:
+    """Remove all files of a checkpoint, finished or not; the folder stays, and files of the names ``but``.
 
     Raises PTQError, before anything goes, if there is anything else in it. To be called for a folder that is proved to be ours.
     """
     foreign = next(foreign_names(folder), None)
     if foreign is not None:
         raise PTQError(f"{folder.path}: holds {foreign}, which ptq quantize did not write; move it away, or choose another --output")
-    for name in sorted(set(folder.names()) - VOLUME_FILES, key=lambda name: name == MARKER):  # the proof goes last
+    for name in sorted(set(folder.names()) - VOLUME_FILES - set(but), key=lambda name: name == MARKER):  # the proof goes last
         if name.endswith("/"):
             inside = Directory(name[:-1], folder)
             try:
@@ -195,7 +207,7 @@ def _check_replaceable(output: Path, resolved: Path) -> None:
 
 def _added_files(folder: Directory, files: Sequence[str]) -> list[str]:
     """What is in ``folder`` and not among ``files``, those that the run has written there; what it writes in every folder is left out."""
-    known = {*files, *(f"{file.partition('/')[0]}/" for file in files if "/" in file), MARKER, REPORT_NAME, CARD_NAME, *VOLUME_FILES}
+    known = {*files, *(f"{file.partition('/')[0]}/" for file in files if "/" in file), *OWN_FILES, REPORT_NAME, CARD_NAME, *VOLUME_FILES}
     return [name for name in folder.names() if name not in known]
 
 

@@ -24,6 +24,7 @@ from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import growing
+from ptqcli.pipeline.journal import Committed, Journal, fingerprint
 from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.outside import OutsideWork
@@ -45,21 +46,26 @@ def quantize(
     output: Output,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     resources: Resources | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``, which a function may name by the plan.
 
-    Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was.
+    What an earlier run of the same request has finished is gone on from, unless ``restart``.
+    Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was, and what is
+    finished is kept beside it.
     """
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
     with clock.measure("plan"):
         rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
-    with growing(ready.output, folder, overwrite, ready.plan.disk_bytes, ready.inputs) as growing_folder, torch.no_grad():
-        work = _Quantization(ready, resources, growing_folder, progress, clock)
+    journal = _journal(ready, folder, resources, restart)
+    room = ready.plan.disk_bytes
+    with growing(ready.output, folder, overwrite, room, ready.inputs, journal) as growing_folder, torch.no_grad():
+        work = _Quantization(ready, resources, growing_folder, progress, clock, journal)
         work.run()
         report = make_report(
             ready.plan,
@@ -70,9 +76,10 @@ def quantize(
             work.calibration_report(),
         )
         with clock.measure("write"):
-            work.written.finish_tensors()
+            work.written.finish_tensors(lambda: work.commit(len(ready.skeleton.blocks), all_written=True), work.drop_journal)
             report = replace(report, bytes_after=work.written.bytes)
         if recipe.finish != "none":
+            work.drop_journal()
             with clock.measure("tune"):
                 report = replace(report, tuning=work.tune())
         with clock.measure("write"):
@@ -86,10 +93,22 @@ def quantize(
     )
 
 
+def _journal(ready: Prepared, model: Path | None, resources: Resources, restart: bool) -> Journal | None:
+    """What the run notes of itself; None for one that nothing could go on from."""
+    plan = ready.plan
+    batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
+    dtype = resources.calibration_dtype(plan.linears[0].dtype)
+    asked = fingerprint(ready, model, batch_size, dtype, resources.device)
+    return None if asked is None else Journal(asked, restart)
+
+
 class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
-    def __init__(self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock) -> None:
+    def __init__(
+        self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock, journal: Journal | None
+    ) -> None:
+        self.journal = journal
         self.skeleton, self.plan, self.calibration = ready.skeleton, ready.plan, ready.calibration
         self.progress, self.clock, self.folder = progress, clock, folder
         plan = self.plan
@@ -113,21 +132,62 @@ class _Quantization:
         outside = OutsideWork(self.state, None if self.calibration is None else self.calibration.windows, self.dtype)
         with self.clock.measure("solve"):
             outside.quantize_embedding()
+        found = None if self.journal is None else self.journal.found
+        if found is not None and found.all_written:
+            self._go_on(found)
+            return
         if self.calibration is not None:
             self._record(self.calibration.windows)
-        with self.clock.measure("write"):
-            self.written.carry_over(self.skeleton.before, outside.packed)
+        if found is None:
+            with self.clock.measure("write"):
+                self.written.carry_over(self.skeleton.before, outside.packed)
+        else:
+            self._go_on(found)
         solver, blocks = self.state.solver, range(len(self.skeleton.blocks))
-        window, start = min(solver.window, len(blocks)), 0
+        window, start = min(solver.window, len(blocks)), 0 if found is None else found.blocks
         while start < len(blocks):
             indices = blocks[start : start + window]
             final = len(indices) if indices.stop == blocks.stop else window - solver.overlap
             self._quantize_window(indices, final)
             start += final
+            self.commit(start)
         with self.clock.measure("solve"):
             outside.quantize_head()
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after, outside.packed)
+        self.commit(len(blocks), all_written=True)
+
+    def commit(self, blocks: int, all_written: bool = False) -> None:
+        """Note that so many blocks are finished, unless a later window starts from what is only in memory."""
+        if self.journal is None or self.waiting:
+            return
+        with self.clock.measure("write"):
+            committed = Committed(
+                asked=self.journal.asked,
+                blocks=blocks,
+                count=len(self.skeleton.blocks),
+                all_written=all_written,
+                shards=self.written.shards,
+                files={file: self.folder.made[file] for file, _ in self.written.shards},
+                layers=self.state.layers,
+                folds=self.state.folds,
+            )
+            self.journal.commit(self.folder, committed, None if all_written else self.state.streams, self.state.adapters)
+
+    def drop_journal(self) -> None:
+        """What is finished is about to change."""
+        if self.journal is not None:
+            self.journal.drop(self.folder)
+
+    def _go_on(self, found: Committed) -> None:
+        """Everything as it was behind the blocks that are finished."""
+        assert self.journal is not None
+        self.progress.phase(f"going on behind {found.blocks} of {found.count} blocks, which {self.folder.path} holds")
+        self.written.restore(found.shards)
+        self.state.layers[:], self.state.folds[:] = found.layers, found.folds
+        self.state.adapters.update(self.journal.read_adapters(self.folder))
+        if self.state.streams is not None and not found.all_written:
+            self.journal.read_states(self.folder, self.state.streams)
 
     def tune(self) -> TuningReport:
         """Tune the scales of the checkpoint in the folder, whose tensors are all there."""

@@ -36,6 +36,11 @@ class Streams:
         self.quantized = HiddenStates(recording.hidden, budget, folder)
         self.original = self.quantized.copy(budget, folder) if original else None
 
+    def states(self) -> dict[str, Tensor]:
+        """The hidden states that the blocks to come build on, by the names of the streams."""
+        both = {"quantized": self.quantized.inputs}
+        return both if self.original is None else {**both, "original": self.original.inputs}
+
     def advance(self) -> None:
         """The blocks at work are done: what is behind them is before the next ones."""
         self.quantized.advance()

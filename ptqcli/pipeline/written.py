@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ptqcli.adapters.files import adapter_files
 from ptqcli.checkpoint.auxiliary import ADAPTER, auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files, is_licence
 from ptqcli.checkpoint.directory import Directory
-from ptqcli.checkpoint.tensors import SafetensorsFolder
-from ptqcli.checkpoint.writer import CheckpointWriter, write_json
+from ptqcli.checkpoint.tensors import INDEX_FILE, SafetensorsFolder
+from ptqcli.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_json
 from ptqcli.formats import Parts
 from ptqcli.formats.packed_checkpoint import check_schemes, open_checkpoint
 from ptqcli.model.skeleton import Unit
@@ -25,18 +25,32 @@ CARRIED_BYTES = 1 << 30
 
 
 class WrittenUnits:
-    """What a run has written into ``folder``. bytes: of all tensors so far."""
+    """What a run has written into ``folder``."""
 
     def __init__(self, run: Run, folder: Directory) -> None:
-        self._run, self._folder, self.bytes = run, folder, 0
-        limit = {} if run.resources.max_shard_bytes is None else {"max_shard_bytes": run.resources.max_shard_bytes}
-        self._writer = CheckpointWriter(folder, **limit)
+        self._run, self._folder = run, folder
+        limit = run.resources.max_shard_bytes
+        self._writer = CheckpointWriter(folder, DEFAULT_SHARD_BYTES if limit is None else limit, known=folder.made)
+        self._assembled: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors so far."""
+        return sum(size for _, sizes in self.shards for size in sizes.values()) if self._assembled is None else self._assembled
+
+    @property
+    def shards(self) -> list[tuple[str, dict[str, int]]]:
+        """Every finished file and the bytes of each tensor in it."""
+        return self._writer.shards
+
+    def restore(self, shards: Sequence[tuple[str, dict[str, int]]]) -> None:
+        """Go on behind what an earlier run has written."""
+        self._writer.restore(shards)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Store the finished tensors of one unit, by their stored names. Raises PTQError if the model's files have changed meanwhile."""
         self._run.skeleton.source.check_unchanged()
         self._writer.write(tensors)
-        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
 
     def carry_over(self, unit: Unit, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Store the tensors of ``unit`` as the model has them, or what is ``packed`` in the place of some, and release them."""
@@ -59,21 +73,23 @@ class WrittenUnits:
         if piece:
             yield tuple(piece)
 
-    def finish_tensors(self) -> None:
-        """Give the shards their names and write what a reader needs beside them."""
-        self._writer.finish()
+    def finish_tensors(self, joined: Callable[[], None], changing: Callable[[], None]) -> None:
+        """Give the shards their names and write what a reader needs beside them.
+
+        joined: see ``CheckpointWriter.finish``. changing: is called before the shards go, where one file takes their place.
+        """
+        shards = self._writer.finish(joined)
         if self._run.format.one_file:
-            self._assemble()
+            self._assemble([path.name for path in shards], changing)
             return
         self._run.skeleton.source.write_auxiliary(self._folder)
         for file, entries in self._described().items():
             write_json(self._folder, file, entries)
 
-    def _assemble(self) -> None:
+    def _assemble(self, shards: Sequence[str], changing: Callable[[], None]) -> None:
         """Make one file of the shards, which then go."""
         run, folder = self._run, self._folder
         run.progress.phase(f"writing all tensors to one {run.format.name} file")
-        shards = folder.made_names()
         source = run.skeleton.source
         parts = Parts(
             folder=folder.path,
@@ -87,8 +103,9 @@ class WrittenUnits:
         tell = run.progress.step
         folder.write(f"{assembly.name}.tmp", assembly.pieces(lambda name, number, count: tell(number + 1, count, name)))
         folder.rename(f"{assembly.name}.tmp", assembly.name)
-        self.bytes = assembly.nbytes
-        for shard in shards:
+        self._assembled = assembly.nbytes
+        changing()
+        for shard in (*shards, INDEX_FILE):
             folder.remove(shard)
         if source.folder is not None and source.folder.is_dir():
             copy_auxiliary_files(source.folder, [name for name in auxiliary_files(source.folder) if is_licence(name)], folder)
