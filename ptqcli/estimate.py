@@ -114,18 +114,26 @@ def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: 
 def disk_bytes(
     chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton, recipe: Recipe, seqlen: int, windows: int, resources: Resources
 ) -> int:
-    """Room that the run needs on disk: for the checkpoint, an adapter, and activations that memory does not hold."""
+    """Room that the run needs on disk: for the checkpoint, an adapter, activations that memory does not hold, and those behind the last
+    block and the one before, with which a run that is ended goes on.
+    """
     room = checkpoint_room(chosen, linears, skeleton, recipe.mix) + adapter_bytes(recipe, linears)
-    return room + mapped_bytes(recipe, linears, seqlen, windows, resources)
+    kept = 2 * _streams(recipe) * _buffer_bytes(recipe, linears, seqlen, windows, resources)
+    return room + kept + mapped_bytes(recipe, linears, seqlen, windows, resources)
 
 
 def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, windows: int, resources: Resources) -> int:
     """Size of the files that hold the activations, 0 when they fit into memory."""
+    buffer = _buffer_bytes(recipe, linears, seqlen, windows, resources)
+    return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
+
+
+def _buffer_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, windows: int, resources: Resources) -> int:
+    """Hidden states of all calibration tokens before a block; 0 without calibration."""
     if not needs_calibration(recipe, linears):
         return 0
     features = min(linear.site.in_features for linear in linears)
-    buffer = windows * seqlen * features * resources.calibration_dtype(linears[0].dtype).itemsize
-    return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
+    return windows * seqlen * features * resources.calibration_dtype(linears[0].dtype).itemsize
 
 
 def windows_per_batch(recipe: Recipe, windows: int, seqlen: int, resources: Resources) -> int:

@@ -136,17 +136,17 @@ class Directory:
         for folder in self._inside.values():
             folder.check()
 
-    def check_file(self, name: str, advice: str = "; run it again") -> None:
+    def check_file(self, name: str, advice: str = "") -> None:
         """``check`` of one file. advice: ends the message for one that is gone or differs."""
         digest = hashlib.sha256()
         try:
             for piece in self.pieces(name):
                 digest.update(piece)
         except FileNotFoundError as error:
-            raise PTQError(f"{self.path / name}: has gone since it was written{advice}") from error
+            raise PTQError(f"{self.path / name}: has gone while the run was at work{advice or '; run it again'}") from error
         self._compare(name, digest.hexdigest(), advice)
 
-    def _compare(self, name: str, digest: str, advice: str = "; run it again") -> None:
+    def _compare(self, name: str, digest: str, advice: str = "") -> None:
         if digest != self.made[name]:
             wrong = "does not hold what was written; the disk is failing or another program writes there"
             raise PTQError(f"{self.path / name}: {wrong}{advice}")

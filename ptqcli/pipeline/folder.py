@@ -50,7 +50,7 @@ def growing(
     output: Path, model: Path | None, overwrite: bool, needed: int, inputs: Sequence[Path] = (), journal: Journal | None = None
 ) -> Iterator[Directory]:
     """The folder in which ``output`` grows. It is put in its place when the context ends well. When it does not, what the journal lists is
-    kept, if there is something; else the folder is removed.
+    kept, if there is something, and unless a PTQError tells that the run would not come further; else the folder is removed.
 
     model, inputs: what the run reads, see ``check_output``. needed: bytes of room. journal: looks for what an earlier run has left.
 
@@ -66,7 +66,7 @@ def growing(
         yield run.folder
         run.place()
     except BaseException as error:
-        told = _told(error, run.end())
+        told = _told(error, run.end(may_go_on=not isinstance(error, PTQError)))
         if told is error:
             raise
         raise told from error
@@ -225,8 +225,11 @@ class _Growing:
             self._move(self.parent, name, self.folder, REPLACED)
             self.parent.rename(self.name, name)  # if this fails, end() moves the other back
 
-    def end(self) -> str:
-        """Undo what is not finished; what there is to say of the folders, "" if the disk is as it was."""
+    def end(self, may_go_on: bool) -> str:
+        """Undo what is not finished; what there is to say of the folders, "" if the disk is as it was.
+
+        may_go_on: what the journal lists is kept, since another attempt may come further.
+        """
         if not self._claimed:
             if self._made and self._parent is not None:
                 with suppress(OSError):  # not empty: another run has it
@@ -243,9 +246,10 @@ class _Growing:
             if self._keep:
                 _remove_notes(self.folder)
                 return f"the finished checkpoint lies in {self.work}"
-            if self.journal is not None and self.journal.kept:
+            kept = self.journal.kept(self.folder) if may_go_on and self.journal is not None else ""
+            if kept and self.journal is not None:
                 self.folder.remove_made(but={MARKER, *self.journal.files})
-                return f"{self.journal.kept} are kept in {self.work}: the same command goes on from there, with --restart it begins anew"
+                return f"{kept} are kept in {self.work}: the same command goes on from there, with --restart it begins anew"
             self.folder.remove_made()
             if self._made:
                 self.parent.remove_folder(self.name, self.folder.identity)

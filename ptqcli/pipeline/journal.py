@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ptqcli.pipeline.prepare import Prepared  # which looks at folders, as what looks for a journal does
 
 STATES, ADAPTERS = f"{ACTIVATIONS}behind-", f"{ACTIVATIONS}adapters-"
+NAMES = re.compile(rf"(shard-\d{{5,}}|joined|({STATES}|{ADAPTERS})\d{{5,}})\.safetensors")  # of the files that are listed
 MOST_DIFFERENCES = 3  # that a message names
 RESTART = "--restart begins anew"
 
@@ -76,6 +78,8 @@ class Committed:
             return None
         try:
             values = json.loads(b"".join(folder.pieces(JOURNAL)))
+            if not all(NAMES.fullmatch(name) for name in (*values["files"], *(file for file, _ in values["shards"]))):
+                raise ValueError("a file that no run writes")
             return cls(
                 asked=dict(values["asked"]),
                 blocks=int(values["blocks"]),
@@ -172,10 +176,12 @@ class Journal:
             f"({'; '.join(told)}{more}); the same command as then goes on, {RESTART}, or choose another --output"
         )
 
-    @property
-    def kept(self) -> str:
-        """What a run that ends now leaves for the next, in words; empty where that is nothing."""
+    def kept(self, folder: Directory) -> str:
+        """What a run that ends now leaves for the next, in words; empty where that is nothing, or not all there."""
         if self.latest is None or not self.latest.blocks:
+            return ""
+        _restore_names(self.latest, folder)
+        if any(folder.identity_of(name) is None for name in self.files):
             return ""
         return f"{self.latest.blocks} of {self.latest.count} blocks"
 

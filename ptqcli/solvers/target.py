@@ -46,6 +46,10 @@ def target_option() -> Any:
     )
 
 
+# Of a share that is chosen. The last digits of its sums differ from run to run with where the system puts a tensor in memory.
+SHARE_DIGITS = 6
+
+
 def alpha_option() -> Any:
     """The field ``alpha`` of a solver."""
     return option(AUTO, "target original: share of the inputs' difference that is made up for, 0 to 1; auto: by held-out windows")
@@ -252,7 +256,7 @@ def _best_shares(error: _Quadratic, alpha: float | None, beta: float | None) -> 
                 p[inner] = torch.linalg.lstsq(error.G[inner][:, inner], rest[inner].unsqueeze(1)).solution.squeeze(1)
             if bool(((p >= 0) & (p <= 1)).all()):
                 candidates.append(p)
-    best = min(candidates, key=error.at).tolist()
+    best = [round(share, SHARE_DIGITS) for share in min(candidates, key=error.at).tolist()]
     return best[0], best[1] if len(best) > 1 else 0.0
 
 
