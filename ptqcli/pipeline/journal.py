@@ -27,6 +27,7 @@ from torch import Tensor
 import ptqcli
 from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.hidden import ACTIVATIONS
+from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import safetensors_pieces
 from ptqcli.errors import PTQError, UsageError
@@ -105,7 +106,7 @@ def fingerprint(ready: Prepared, model: Path | None, batch_size: int, dtype: tor
     if model is None:
         return None
     tokens = None if ready.calibration is None else ready.calibration.windows
-    files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else [model]
+    files = sorted(path for path in model.iterdir() if path.is_file() and _is_read(path)) if model.is_dir() else [model]
     schemes = {linear.name: str(linear.scheme) for linear in ready.plan.linears}
     return {
         **{f"recipe {key}": value for key, value in _flat(ready.plan.recipe.stored())},
@@ -119,6 +120,10 @@ def fingerprint(ready: Prepared, model: Path | None, batch_size: int, dtype: tor
         "ptqcli": f"{ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "code of ptqcli": _digest(path.read_bytes() for path in sorted(Path(ptqcli.__file__).parent.rglob("*.py"))),
     }
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".gguf") or belongs_to_a_checkpoint(path.name)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -176,6 +176,7 @@ def test_another_request_does_not_go_on(room: Path, tmp_path: Path, changes: dic
 
 def test_another_model_does_not_go_on(room: Path, tmp_path: Path) -> None:
     work = partial(room, tmp_path)
+    (room / "model" / "train.log").write_text("not read")
     os.utime(room / "model" / "model.safetensors", (1, 1))
     with pytest.raises(UsageError, match=r"\(other model file model.safetensors\)"):
         run(room, tmp_path / "out")
