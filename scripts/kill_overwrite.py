@@ -44,7 +44,7 @@ import ptqcli.pipeline.written as written_module
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.cli import run, signals
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import MARKER, Marker
+from ptqcli.pipeline.output import JOURNAL, MARKER, Marker
 from ptqcli.pipeline.report import PARTIAL
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -221,6 +221,7 @@ class Workshop:
         """What the output is: old, new, nothing, unfinished (an empty folder that is written into), or broken."""
         out = tree(self.room / "out")
         marked = out.pop(MARKER, None) is not None
+        out.pop(JOURNAL, None)
         if out in (self.old, self.new):
             return "old" if out == self.old else "new"
         if not out and not marked:
