@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sweep_architectures import REQUESTS, Outcome, Row, summary, sweep, table
+from sweep_architectures import REQUESTS, sweep
+from sweep_page import Outcome, Row, summary, table
 
 import ptqcli
 
@@ -18,9 +19,10 @@ GPTQ = {"gptq": REQUESTS["gptq"]}
     ("kind", "result", "reason"),
     [
         ("zamba", "right", ""),  # blocks of two classes, one of them shared
-        ("rwkv", "dequantize only", "RwkvForCausalLM does not take packed weights"),  # weights that the model itself changes
+        ("rwkv", "dequantize only", "its own code looks at the weights while it loads"),  # weights that the model itself changes
         ("mixtral", "right", ""),  # experts, which transformers puts together while it reads
         ("xlm", "refused", "blocks that do not hand one state on"),
+        ("t5 encoder-decoder", "refused", "an encoder with a decoder"),
     ],
 )
 def test_types_of_every_result(kind: str, result: str, reason: str, tmp_path: Path) -> None:
@@ -48,16 +50,26 @@ def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
     rows = {
         "one": Row("one", "OneModel", "OneModel", {"rtn": Outcome("right"), "gptq": Outcome("wrong", "by 2")}),
         "two": Row("two", "TwoModel", "TwoModel", {"rtn": Outcome("right"), "gptq": Outcome("right")}),
+        "four": Row(
+            "four",
+            "Four",
+            "Four",
+            {"rtn": Outcome("right"), "gptq": Outcome("right"), "awq": Outcome("refused", "this parameter is no matrix")},
+        ),
+        "five": Row("five", "Five", "Five", {"rtn": Outcome("right"), "awq": Outcome("right", "awq scales nothing: a reason")}),
         "three": Row(
             "three", "Three", "", {"rtn": Outcome("refused", "layers.0.mlp.experts: 90% of"), "gptq": Outcome("refused", "fused experts")}
         ),
     }
-    page = table(rows)
+    page = table(rows, {"transformers": "5"})
     for line in (
         "| wrong | 1 |",
-        "| right | 1 |",
+        "| right | 2 |",
+        "| right; awq refused | 1 |",
+        "| four | Four | right; awq refused | this parameter is no matrix |",
+        "| five | Five | right | awq scales nothing: a reason |",
         "| refused: mixture of experts | 1 |",
-        "| all | 3 |",
+        "| all | 5 |",
         "| one | OneModel | wrong | by 2 |",
     ):
         assert line in page.splitlines()
