@@ -20,6 +20,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
@@ -39,6 +40,7 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from packaging.version import Version
 from safetensors.torch import save_file
 from sweep_page import Outcome, Row, read, summary, table
 from tiny_config import tiny_configs
@@ -225,7 +227,8 @@ def quantized(folder: Path, request: Mapping[str, Any], file: Any, before: torch
         return Outcome("wrong", f"transformers reads it, but the plan says: {said}") if said else Outcome("right", unscaled(report))
     if not said:
         return Outcome("wrong", f"{wrong}, and no note says so")
-    if "needs CompressedTensorsConfig(dequantize=True)" not in said:
+    first = re.search(r"from version (\S+) on", said)
+    if "needs CompressedTensorsConfig(dequantize=True)" not in said or (first and Version(transformers.__version__) < Version(first[1])):
         return Outcome("refused by transformers", said)
     still = compared(folder, transformers_readers, {"quantization_config": CompressedTensorsConfig(dequantize=True)})
     return Outcome("wrong", f"{still}, although the plan says: {said}") if still else Outcome("dequantize only", said)
