@@ -212,14 +212,15 @@ def quantized(folder: Path, request: Mapping[str, Any], file: Any, before: torch
         report = ptqcli.quantize(folder / "model", output=folder / "out", **changes)
     notes = plan_run(folder / "model", load_recipe(flags=changes), Resources())[1].notes
     dequantize(folder / "out", folder / "dequantized", file)
-    truth = load(file, folder / "dequantized")
-    seen = run(truth)
-    if relative(seen, before) < TOLERANCE:
+    truths = {file: run(load(file, folder / "dequantized"))}
+    if relative(truths[file], before) < TOLERANCE:
         return Outcome("wrong", "nothing that the logits depend on was quantized")
-    own = auto_class(AutoConfig.from_pretrained(folder / "model"))
-    transformers_readers = [("transformers", kind) for kind in dict.fromkeys([file, own])]
-    wrong = compared(folder, transformers_readers, {})
-    ours = compared(folder, [("ptqcli", None)], {})
+    config = AutoConfig.from_pretrained(folder / "model")
+    with torch.device("meta"):
+        built = type(build(config))
+    readers = [file] if built is file else [file, auto_class(config)]
+    wrong = compared(folder, readers, truths, {})
+    ours = ours_compared(folder, readers[-1], built, truths)
     if ours:
         return Outcome("wrong", ours)
     said = next((note for note in notes if "dequantize=True" in note or "transformers does not" in note), "")
@@ -230,7 +231,7 @@ def quantized(folder: Path, request: Mapping[str, Any], file: Any, before: torch
     first = re.search(r"from version (\S+) on", said)
     if "needs CompressedTensorsConfig(dequantize=True)" not in said or (first and Version(transformers.__version__) < Version(first[1])):
         return Outcome("refused by transformers", said)
-    still = compared(folder, transformers_readers, {"quantization_config": CompressedTensorsConfig(dequantize=True)})
+    still = compared(folder, readers, truths, {"quantization_config": CompressedTensorsConfig(dequantize=True)})
     return Outcome("wrong", f"{still}, although the plan says: {said}") if still else Outcome("dequantize only", said)
 
 
@@ -241,34 +242,41 @@ def unscaled(report: Any) -> str:
     return f"awq scales nothing: {next(fold.left_alone for fold in report.folds)}"
 
 
-def compared(folder: Path, readers: list[tuple[str, Any]], choice: dict[str, Any]) -> str:
-    """What the first reader does wrong, or nothing. Readers are compared with their own class's reading of the dequantized folder."""
-    for who, kind in readers:
-        name = "ptqcli" if kind is None else kind.__name__
+def compared(folder: Path, readers: list[Any], truths: dict[Any, torch.Tensor], choice: dict[str, Any]) -> str:
+    """What the first of transformers' classes does wrong, or nothing. Each is compared with its own reading of the dequantized folder."""
+    for kind in readers:
+        name = f"transformers ({kind.__name__})"
         try:
-            truth = run(load(kind or own_class(folder), folder / "dequantized"))
+            truth = truth_of(kind, folder, truths)
         except RuntimeError:
-            if kind is not None and kind.__name__.startswith("Auto"):
+            if kind.__name__.startswith("Auto"):
                 continue  # of some types it does not find the tensors, quantized or not
             raise
         try:
-            model = ptqcli.load_quantized(folder / "out") if kind is None else load(kind, folder / "out", **choice)
-            found = run(model)
+            found = run(load(kind, folder / "out", **choice))
         except Exception as error:  # noqa: BLE001  a reader's failure is a result
-            return f"{who} ({name}): {one_line(error)} {place(error)}"
-        error = relative(found, truth)
-        if not error < TOLERANCE:
-            return f"{who} ({name}): relative error {error:.2g}"
+            return f"{name}: {one_line(error)} {place(error)}"
+        if not relative(found, truth) < TOLERANCE:
+            return f"{name}: relative error {relative(found, truth):.2g}"
     return ""
 
 
-def own_class(folder: Path) -> Any:
-    """The class of transformers that reads what ptqcli reads."""
-    own = type(ptqcli.load_quantized(folder / "out"))
-    config = AutoConfig.from_pretrained(folder / "model")
-    with torch.device("meta"):
-        auto = type(build(config))
-    return auto_class(config) if own is auto else own
+def ours_compared(folder: Path, auto: Any, built: Any, truths: dict[Any, torch.Tensor]) -> str:
+    """What ptqcli does wrong, or nothing. auto: the class of transformers that builds a model of the class ``built``."""
+    try:
+        model: Any = ptqcli.load_quantized(folder / "out")
+        found = run(model)
+    except Exception as error:  # noqa: BLE001  a reader's failure is a result
+        return f"ptqcli: {one_line(error)} {place(error)}"
+    truth = truth_of(auto if type(model) is built else type(model), folder, truths)
+    return "" if relative(found, truth) < TOLERANCE else f"ptqcli: relative error {relative(found, truth):.2g}"
+
+
+def truth_of(kind: Any, folder: Path, truths: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """Logits of the dequantized folder, read by a class of transformers."""
+    if kind not in truths:
+        truths[kind] = run(load(kind, folder / "dequantized"))
+    return truths[kind]
 
 
 def load(kind: Any, folder: Path, **choice: Any) -> Any:

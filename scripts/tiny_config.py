@@ -71,6 +71,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "xmod": {"pad_token_id": 1, "default_language": "en_XX"},
+    "gemma3n_vision": {"architecture": "test_efficientnet"},  # of the package timm; text does not run through it
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"head_dim": 32},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},

@@ -46,7 +46,7 @@ def test_a_wrong_reader_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ptqcli, "load_quantized", slightly_wrong)
     outcome = sweep("llama", tmp_path, GPTQ).outcomes["gptq"]
     assert outcome.result == "wrong"
-    assert outcome.reason.startswith("ptqcli (ptqcli): relative error")
+    assert outcome.reason.startswith("ptqcli: relative error")
 
 
 def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
