@@ -106,9 +106,6 @@ def test_they_are_calibrated_and_load(name: str, request_: dict[str, Any], tmp_p
     if "awq" in request_["algo"]:
         scaled = [str(fold.producer) for fold in report.folds if fold.choices]
         assert all(any(f"layers.{index}." in producer for producer in scaled) for index in range(LAYERS))
-            True,
-            False,
-        }
     ids = token_ids()
     with torch.no_grad():
         ours = ptqcli.load_quantized(tmp_path / "out")(input_ids=ids, use_cache=False).logits
