@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Reasons that are true of the model, by what the message says; the first that matches names it.
 REASONS = {
-    "mixture of experts": r"^(tensor )?[^ :]*(expert|moe)",
+    "experts that are stored or used in another way": r"^(tensor )?[^ :]*(expert|moe)",
     "matrices in stacks, as experts or heads": r"in stacks like this one",
     "an encoder with a decoder": r"is an encoder with a decoder",
     "neither a language model nor an encoder": r"is neither a causal",
@@ -98,5 +98,9 @@ def table(rows: Mapping[str, Row], versions: Mapping[str, str]) -> str:
         "| type | class of its files | result | why |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {kind} | {rows[kind].file} | {result} | {reason.replace('|', ' ')} |" for kind, (result, reason) in kinds.items()]
+    requests = dict.fromkeys(request for row in rows.values() for request in row.outcomes)
+    for kind, (result, reason) in kinds.items():
+        missing = ", ".join(request for request in requests if request not in rows[kind].outcomes)
+        why = "; ".join(filter(None, (reason, missing and f"not run: {missing}")))
+        lines.append(f"| {kind} | {rows[kind].file} | {result} | {why.replace('|', ' ')} |")
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,16 @@ def test_blocks_one_by_one_are_the_model(name: str, budget: int, tmp_path: Path)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("request_", [{"algo": "gptq"}, {"algo": "awq+gptq"}, {"algo": "gptq", "target": "original"}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        pytest.param("stack", {"algo": "awq+gptq"}, marks=pytest.mark.slow),
+        ("stack", {"algo": "gptq", "target": "original"}),
+        pytest.param("one state", {"algo": "awq+gptq"}, marks=pytest.mark.slow),
+        ("one state", {"algo": "gptq", "target": "original"}),
+    ],
+    ids=str,
+)
 def test_they_are_calibrated_and_load(name: str, request_: dict[str, Any], tmp_path: Path) -> None:
     make(tmp_path / "model", name)
     text = str(write_text(tmp_path / "text.txt"))
@@ -106,6 +115,10 @@ def test_they_are_calibrated_and_load(name: str, request_: dict[str, Any], tmp_p
     if "awq" in request_["algo"]:
         scaled = [str(fold.producer) for fold in report.folds if fold.choices]
         assert all(any(f"layers.{index}." in producer for producer in scaled) for index in range(LAYERS))
+    if name == "stack":  # linears of 4 columns that mix the states
+        left = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+        mixers = {f"model.layers.{layer}.altup.{leaf}_coefs" for layer in range(LAYERS) for leaf in ("correction", "prediction")}
+        assert mixers <= set(left)
     ids = token_ids()
     with torch.no_grad():
         ours = ptqcli.load_quantized(tmp_path / "out")(input_ids=ids, use_cache=False).logits

@@ -71,7 +71,7 @@ def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
         "| right; awq refused | 1 |",
         "| four | Four | right; awq refused | this parameter is no matrix |",
         "| five | Five | right | awq scales nothing: a reason |",
-        "| refused: mixture of experts | 1 |",
+        "| refused: experts that are stored or used in another way | 1 |",
         "| all | 5 |",
         "| one | OneModel | wrong | by 2 |",
     ):
