@@ -87,6 +87,7 @@ def table(rows: Mapping[str, Row], versions: Mapping[str, str]) -> str:
         "*Right*: both give the logits of the dequantized model. *Refused by transformers*: ptqcli gives them, transformers does not",
         "load the file, and the plan says so before the work. *Dequantize only*: transformers loads it, but only to expand it.",
         "*Refused*: by ptqcli, in one line. *Not tried*: no tiny model of it could be made. *Wrong* and *crash* would be defects.",
+        "A line says which of the four requests was not run; a type without a line was not run.",
         "",
         ", ".join(f"{name} {version.split('+')[0]}" for name, version in versions.items()) + ".",
         "",
