@@ -30,7 +30,7 @@ from ptqcli.plan_parallel import check_parallel, resolved_for_parts
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
-from ptqcli.solvers.per_matrix import as_block_solver
+from ptqcli.solvers.per_matrix import PerMatrix, as_block_solver
 
 DEFAULT_SEQLEN = 2048
 
@@ -288,15 +288,28 @@ def _texts(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton,
     if not needs_calibration(recipe, linears):
         return PlannedTexts(shares=())
     _check_hidden_states(skeleton)
+    _check_exchange(skeleton, recipe)
     return (choose or partial(texts_as_asked, recipe))(seqlen)
 
 
 def _check_hidden_states(skeleton: Skeleton) -> None:
-    """Calibration keeps what is between the blocks as [windows, tokens, features]."""
+    """Calibration keeps what is between the blocks as [windows, tokens, features], stacks of such beside each other."""
     for index, shape in enumerate(skeleton.shapes):
-        if shape.hidden is None or len(shape.hidden) != 3 or shape.hidden[0] != PROBE_WINDOWS:
+        if shape.hidden is None or shape.hidden[-3:-2] != (PROBE_WINDOWS,) or shape.stack != skeleton.shapes[0].stack:
             found = "nothing" if shape.hidden is None else f"{list(shape.hidden)} for {PROBE_WINDOWS} windows of {PROBE_TOKENS} tokens"
             raise UsageError(f"{skeleton.block_prefix(index)}: gives {found}, not hidden states [windows, tokens, features]; {WAY_OUT}")
+
+
+def _check_exchange(skeleton: Skeleton, recipe: Recipe) -> None:
+    """What blocks leave for later ones is kept for the quantized model as it is behind each block, and for the original, not while both are
+    trained."""
+    index = next((index for index, shape in enumerate(skeleton.shapes) if shape.exchanged), None)
+    if index is not None and not isinstance(as_block_solver(recipe.solver()), PerMatrix):
+        name = skeleton.shapes[index].exchanged[0]
+        raise UsageError(
+            f"{skeleton.block_prefix(index)}: leaves tensors for later blocks ({name}), which --algo {recipe.algo} cannot train through; "
+            "use --algo gptq"
+        )
 
 
 def _fused_notes(fused: Sequence[Mapping[str, Scheme | None]]) -> list[str]:

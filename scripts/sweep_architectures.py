@@ -2,12 +2,13 @@
 
     python scripts/sweep_architectures.py [TYPE ...] [--jobs 2] [--results sweep.jsonl] [--write] [--seconds 180] [--gib 8]
 
-For each model type of transformers' mappings for causal language models, for models with images or sound and for masked language models
-(``TYPE encoder``) a small configuration is made (``tiny_config``) and a random model
-of it is saved in the class that a file of that type names: the one with images where there is one. It is quantized by ``rtn`` and
-by ``gptq``. The truth is a third folder, in which every packed matrix is replaced by what the compressed-tensors library itself reads
-from the file. Its logits, from transformers, must be those of the quantized folder loaded by transformers, in the class that config.json
-names and in the one that the auto class builds, and by ``ptqcli.load_quantized``. What the plan says of readers must be what happens.
+For each model type of transformers' mappings for causal language models, for models with images or sound, for masked language models
+(``TYPE encoder``) and for encoders with decoders (``TYPE encoder-decoder``) a small configuration is made (``tiny_config``) and a random
+model of it is saved in the class that a file of that type names: the one with images where there is one. It is quantized by ``rtn``, by
+``gptq``, by ``awq+gptq`` and in two schemes. The truth is a third folder, in which every packed matrix is replaced by what the
+compressed-tensors library itself reads from the file. Its logits, from transformers, must be those of the quantized folder loaded by
+transformers, in the class that config.json names and in the one that the auto class builds, and by ``ptqcli.load_quantized``. What the
+plan says of readers must be what happens.
 
 Each type runs in a process of its own, with limits of time and memory. Finished ones stand in the results file and are not run again.
 --write: put the table into docs/architectures.md.
@@ -16,7 +17,6 @@ Each type runs in a process of its own, with limits of time and memory. Finished
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from packaging.version import Version
 from safetensors.torch import save_file
+from sweep_page import Outcome, Row, read, summary, table
 from tiny_config import tiny_configs
 from transformers import AutoConfig, CompressedTensorsConfig
 from transformers.models.auto import modeling_auto
@@ -69,40 +71,14 @@ VERSIONS = {
 TOLERANCE = 1e-3  # of the largest logit: two orders of adding up in float32 differ by less, a wrong matrix by far more
 TOO_LARGE = 20_000_000  # parameters
 ENCODER = " encoder"  # behind a type: its class for masked words
+BOTH = " encoder-decoder"  # behind a type: its class for texts or sound made to texts
 # What each type is put through. Two schemes are told apart by names alone, which every reader has to find in its own model.
 REQUESTS: dict[str, dict[str, Any]] = {
     "rtn": {"algo": "rtn"},
     "gptq": {"algo": "gptq"},
+    "awq": {"algo": "awq+gptq"},
     "two schemes": {"algo": "rtn", "overrides": [{"pattern": r"\.0\.", "bits": 8}]},
 }
-
-# Refusals for a reason that is true of the model, by what the message says; the first that matches names it.
-REASONS = {
-    "mixture of experts": r"^(tensor )?[^ :]*(expert|moe)",
-    "matrices in stacks, as experts or heads": r"in stacks like this one",
-    "not a causal language model alone": r"is an encoder with a decoder|is neither a causal",
-    "weights assembled from several tensors": r"assembles this parameter",
-    "no one list of blocks": r"of the linear weights|no list of repeated blocks|lists of blocks of similar size",
-    "blocks that do not hand one state on": r"hand each block's output|hidden states|does not run up to its blocks",
-}
-
-
-@dataclass
-class Outcome:
-    """What became of one type under one request. result: right, dequantize only, refused, wrong, crash, not tried."""
-
-    result: str
-    reason: str = ""
-
-
-@dataclass
-class Row:
-    """One model type. file: the class that its file names. built: the one that the auto class for causal models builds."""
-
-    kind: str
-    file: str
-    built: str
-    outcomes: dict[str, Outcome]
 
 
 def sweep(kind: str, folder: Path, requests: Mapping[str, Mapping[str, Any]] = REQUESTS) -> Row:
@@ -142,15 +118,25 @@ def file_class(kind: str) -> Any:
     )
     if kind.endswith(ENCODER):
         tables = (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,)
-    kind = kind.removesuffix(ENCODER)
+    if kind.endswith(BOTH):
+        tables = (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+    kind = type_of(kind)
     name = next(table[kind] for table in tables if kind in table)
     return getattr(transformers, name if isinstance(name, str) else name[0], None)
 
 
+def type_of(kind: str) -> str:
+    """What config.json calls it."""
+    return kind.removesuffix(ENCODER).removesuffix(BOTH)
+
+
 def make_model(kind: str, file: Any, folder: Path) -> tuple[str, torch.Tensor]:
-    """Save a random model; return the name of the class that the auto class builds of it, and the logits of the file's own class."""
+    """Save a random model; return the name of the class that the auto class builds of it, and the logits of the file's own class.
+
+    An encoder with a decoder is not run: it is to be refused before it would be.
+    """
     last: Exception = RuntimeError("no configuration is accepted")
-    for config in tiny_configs(transformers.CONFIG_MAPPING[kind.removesuffix(ENCODER)], **TOKENS):
+    for config in tiny_configs(transformers.CONFIG_MAPPING[type_of(kind)], **TOKENS):
         try:
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in file(config).parameters())
@@ -159,6 +145,9 @@ def make_model(kind: str, file: Any, folder: Path) -> tuple[str, torch.Tensor]:
             torch.manual_seed(0)
             model = file(config).float().eval()
             draw(model)
+            if kind.endswith(BOTH):
+                model.save_pretrained(folder)
+                return file.__name__, torch.zeros(1)
             logits = run(model)
             if not torch.isfinite(logits).all():
                 model = file(config).float().eval()
@@ -215,63 +204,79 @@ def quantized(folder: Path, request: Mapping[str, Any], file: Any, before: torch
     text.write_text(" ".join(f"{number} models weigh {number * 7 % 31}" for number in range(600)))
     changes = {**request, "calib": str(text), "nsamples": 4, "seqlen": 32, "group_size": 16}
     try:
-        ptqcli.quantize(folder / "model", output=folder / "out", **changes)
+        report = ptqcli.quantize(folder / "model", output=folder / "out", **changes)
     except PTQError as error:
         if "does not divide" not in str(error):
             raise
         changes["group_size"] = -1
-        ptqcli.quantize(folder / "model", output=folder / "out", **changes)
+        report = ptqcli.quantize(folder / "model", output=folder / "out", **changes)
     notes = plan_run(folder / "model", load_recipe(flags=changes), Resources())[1].notes
     dequantize(folder / "out", folder / "dequantized", file)
-    truth = load(file, folder / "dequantized")
-    seen = run(truth)
-    if relative(seen, before) < TOLERANCE:
+    truths = {file: run(load(file, folder / "dequantized"))}
+    if relative(truths[file], before) < TOLERANCE:
         return Outcome("wrong", "nothing that the logits depend on was quantized")
-    own = auto_class(AutoConfig.from_pretrained(folder / "model"))
-    transformers_readers = [("transformers", kind) for kind in dict.fromkeys([file, own])]
-    wrong = compared(folder, transformers_readers, {})
-    ours = compared(folder, [("ptqcli", None)], {})
+    config = AutoConfig.from_pretrained(folder / "model")
+    with torch.device("meta"):
+        built = type(build(config))
+    readers = [file] if built is file else [file, auto_class(config)]
+    wrong = compared(folder, readers, truths, {})
+    ours = ours_compared(folder, readers[-1], built, truths)
     if ours:
         return Outcome("wrong", ours)
     said = next((note for note in notes if "dequantize=True" in note or "transformers does not" in note), "")
     if not wrong:
-        return Outcome("wrong", f"transformers reads it, but the plan says: {said}") if said else Outcome("right")
+        return Outcome("wrong", f"transformers reads it, but the plan says: {said}") if said else Outcome("right", unscaled(report))
     if not said:
         return Outcome("wrong", f"{wrong}, and no note says so")
-    if "needs CompressedTensorsConfig(dequantize=True)" not in said:
+    first = re.search(r"from version (\S+) on", said)
+    if "needs CompressedTensorsConfig(dequantize=True)" not in said or (first and Version(transformers.__version__) < Version(first[1])):
         return Outcome("refused by transformers", said)
-    still = compared(folder, transformers_readers, {"quantization_config": CompressedTensorsConfig(dequantize=True)})
+    still = compared(folder, readers, truths, {"quantization_config": CompressedTensorsConfig(dequantize=True)})
     return Outcome("wrong", f"{still}, although the plan says: {said}") if still else Outcome("dequantize only", said)
 
 
-def compared(folder: Path, readers: list[tuple[str, Any]], choice: dict[str, Any]) -> str:
-    """What the first reader does wrong, or nothing. Readers are compared with their own class's reading of the dequantized folder."""
-    for who, kind in readers:
-        name = "ptqcli" if kind is None else kind.__name__
+def unscaled(report: Any) -> str:
+    """Why a transform of the run has scaled nothing, or nothing if it has, or if there was none."""
+    if not report.folds or any(fold.choices for fold in report.folds):
+        return ""
+    return f"awq scales nothing: {next(fold.left_alone for fold in report.folds)}"
+
+
+def compared(folder: Path, readers: list[Any], truths: dict[Any, torch.Tensor], choice: dict[str, Any]) -> str:
+    """What the first of transformers' classes does wrong, or nothing. Each is compared with its own reading of the dequantized folder."""
+    for kind in readers:
+        name = f"transformers ({kind.__name__})"
         try:
-            truth = run(load(kind or own_class(folder), folder / "dequantized"))
+            truth = truth_of(kind, folder, truths)
         except RuntimeError:
-            if kind is not None and kind.__name__.startswith("Auto"):
+            if kind.__name__.startswith("Auto"):
                 continue  # of some types it does not find the tensors, quantized or not
             raise
         try:
-            model = ptqcli.load_quantized(folder / "out") if kind is None else load(kind, folder / "out", **choice)
-            found = run(model)
+            found = run(load(kind, folder / "out", **choice))
         except Exception as error:  # noqa: BLE001  a reader's failure is a result
-            return f"{who} ({name}): {one_line(error)} {place(error)}"
-        error = relative(found, truth)
-        if not error < TOLERANCE:
-            return f"{who} ({name}): relative error {error:.2g}"
+            return f"{name}: {one_line(error)} {place(error)}"
+        if not relative(found, truth) < TOLERANCE:
+            return f"{name}: relative error {relative(found, truth):.2g}"
     return ""
 
 
-def own_class(folder: Path) -> Any:
-    """The class of transformers that reads what ptqcli reads."""
-    own = type(ptqcli.load_quantized(folder / "out"))
-    config = AutoConfig.from_pretrained(folder / "model")
-    with torch.device("meta"):
-        auto = type(build(config))
-    return auto_class(config) if own is auto else own
+def ours_compared(folder: Path, auto: Any, built: Any, truths: dict[Any, torch.Tensor]) -> str:
+    """What ptqcli does wrong, or nothing. auto: the class of transformers that builds a model of the class ``built``."""
+    try:
+        model: Any = ptqcli.load_quantized(folder / "out")
+        found = run(model)
+    except Exception as error:  # noqa: BLE001  a reader's failure is a result
+        return f"ptqcli: {one_line(error)} {place(error)}"
+    truth = truth_of(auto if type(model) is built else type(model), folder, truths)
+    return "" if relative(found, truth) < TOLERANCE else f"ptqcli: relative error {relative(found, truth):.2g}"
+
+
+def truth_of(kind: Any, folder: Path, truths: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """Logits of the dequantized folder, read by a class of transformers."""
+    if kind not in truths:
+        truths[kind] = run(load(kind, folder / "dequantized"))
+    return truths[kind]
 
 
 def load(kind: Any, folder: Path, **choice: Any) -> Any:
@@ -323,7 +328,7 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
 def refused_config(kind: str) -> str:
     """What ptqcli says of the type's default configuration, or nothing if it would go on."""
     try:
-        kind_of(transformers.CONFIG_MAPPING[kind.removesuffix(ENCODER)]())
+        kind_of(transformers.CONFIG_MAPPING[type_of(kind)]())
     except PTQError as error:
         return str(error)
     except Exception:  # noqa: BLE001
@@ -369,64 +374,14 @@ def _child(kind: str, folder: Path, gib: float, sender: Any) -> None:
     sender.send(sweep(kind, folder))
 
 
-def read(results: Path) -> dict[str, Row]:
-    """What is known already."""
-    rows = {}
-    if results.is_file():
-        for line in results.read_text().splitlines():
-            entry = json.loads(line)
-            outcomes = {name: Outcome(**outcome) for name, outcome in entry.pop("outcomes").items()}
-            rows[entry["kind"]] = Row(**entry, outcomes=outcomes)
-    return rows
-
-
-def summary(row: Row) -> tuple[str, str]:
-    """One result for a type, and its reason: the worst of its outcomes."""
-    order = ["crash", "wrong", "refused by transformers", "refused", "not tried", "dequantize only", "right"]
-    request, worst = min(row.outcomes.items(), key=lambda item: order.index(item[1].result))
-    first = next(iter(row.outcomes.values()))
-    reason = worst.reason
-    if worst.result == "refused by transformers" and first.result == "dequantize only":
-        return first.result, f"{first.reason}; in several schemes it does not read it, and the plan says so"
-    if worst.result == "refused":
-        reason = next((name for name, pattern in REASONS.items() if re.search(pattern, worst.reason)), worst.reason)
-        if first.result in ("right", "dequantize only"):
-            return f"{first.result}; {request} refused", reason
-    return worst.result, reason
-
-
-def table(rows: dict[str, Row]) -> str:
-    """The page: counts, then a line for each type."""
-    kinds = {kind: summary(row) for kind, row in sorted(rows.items())}
-    counts = collections.Counter(result if result != "refused" else f"refused: {reason}" for result, reason in kinds.values())
-    lines = [
-        "# Architectures",
-        "",
-        "Model types that transformers builds as language models, as `scripts/sweep_architectures.py` found them: a tiny",
-        "random model of each, in the class that its files name, quantized by `rtn`, by `gptq` and in two schemes at once, then loaded by",
-        "transformers (in the file's class and in the one that the auto class builds) and by ptqcli, and compared with the",
-        "dequantized model.",
-        "",
-        ", ".join(f"{name} {version.split('+')[0]}" for name, version in VERSIONS.items()) + ".",
-        "",
-        "| result | types |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in counts.most_common()),
-        f"| all | {len(rows)} |",
-        "",
-        "| type | class of its files | result | why |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {kind} | {rows[kind].file} | {result} | {reason.replace('|', ' ')} |" for kind, (result, reason) in kinds.items()]
-    return "\n".join(lines) + "\n"
-
-
 def all_types() -> list[str]:
-    """Every model type, those of encoders marked."""
+    """Every model type, those of encoders, alone or with decoders, marked."""
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     with_images = {**modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
     encoders = [f"{kind}{ENCODER}" for kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES]
-    return [*names, *(kind for kind in with_images if kind not in names), *encoders]
+    names_of_both = {**modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+    both = [f"{kind}{BOTH}" for kind in names_of_both if getattr(transformers.CONFIG_MAPPING[kind](), "is_encoder_decoder", False)]
+    return [*names, *(kind for kind in with_images if kind not in names), *encoders, *both]
 
 
 def main() -> None:
@@ -447,7 +402,7 @@ def main() -> None:
             log.write(json.dumps(asdict(row)) + "\n")
             log.flush()
             print(f"{number}/{len(wanted)} {row.kind}:", *summary(row), flush=True)
-    page = table(rows)
+    page = table(rows, VERSIONS)
     print(page.partition("\n| type |")[0])
     if options.write:
         TABLE.parent.mkdir(exist_ok=True)

@@ -71,6 +71,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "xmod": {"pad_token_id": 1, "default_language": "en_XX"},
+    "gemma3n_audio": {"vocab_offset": VOCABULARY + 128},
+    "gemma3n_vision": {"architecture": "test_efficientnet", "vocab_offset": VOCABULARY},  # of the package timm, and not run on text
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"head_dim": 32},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
@@ -107,7 +109,7 @@ def _sizes(kind: type, given: dict[str, Any]) -> dict[str, Any]:
     layers = _cut_layers(fields, chosen)
     _set(chosen, fields, MAIN)
     moved = kind(**chosen).to_dict()
-    _set(chosen, {key: value for key, value in fields.items() if moved.get(key) == value}, SIZES)
+    _set(chosen, {key: moved[key] for key, value in fields.items() if key in moved and _stayed(value, moved[key])}, SIZES)
     for key, value in fields.items():
         if re.fullmatch(r".*token_(id|index)", key) and isinstance(value, int) and value >= VOCABULARY:
             chosen[key] = VOCABULARY - 1 - sum(name.endswith(("_token_id", "_token_index")) for name in chosen)
@@ -118,6 +120,12 @@ def _sizes(kind: type, given: dict[str, Any]) -> dict[str, Any]:
             inner = getattr(default, key)
             chosen[key] = _sizes(type(inner), given if "text" in key or "decoder" in key else {})
     return chosen
+
+
+def _stayed(before: Any, after: Any) -> bool:
+    """Whether a field has not moved; of a list with an entry a layer the entries count, not how many there are."""
+    lists = isinstance(before, list) and isinstance(after, list) and before and all(type(entry) is int for entry in before)
+    return bool(before == after or (lists and set(after) == set(before)))
 
 
 def _set(chosen: dict[str, Any], fields: dict[str, Any], sizes: dict[str, int]) -> None:

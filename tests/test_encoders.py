@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from commandline import Ptq, one_line
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from dequantized import dequantized
 from tiny import byte_tokenizer
 from tokenizers import processors
 
@@ -100,23 +99,7 @@ def answer(model: Any) -> torch.Tensor:
     return found
 
 
-def dequantized(folder: Path, model: Any) -> Any:
-    """``model`` with the numbers that the compressed-tensors library reads from ``folder``."""
-    reader = SafetensorsFolder(folder)
-    library = BaseCompressor.get_value_from_registry("pack-quantized")
-    state = model.state_dict()
-    for name in [name.removesuffix(".weight_packed") for name in reader.names if name.endswith(".weight_packed")]:
-        parts = {leaf: reader.read(f"{name}.{leaf}") for leaf in ("weight_packed", "weight_scale", "weight_shape")}
-        weights = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=16)
-        scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
-        state[f"{name}.weight"] = library.decompress(parts, scheme)["weight"]
-    for name in reader.names:
-        if name in state:
-            state[name] = reader.read(name)
-    model.load_state_dict(state)
-    return model
-
-
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # transformers 5.17, of DeBERTa
 @pytest.mark.parametrize(
     ("name", "algo"),
     [

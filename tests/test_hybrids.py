@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dequantized import dequantized
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny import TOKENS, byte_tokenizer, make_model, write_text
 
@@ -72,12 +74,13 @@ def test_linears_are_quantized_and_the_rest_stays(name: str, tmp_path: Path) -> 
     plain = [key for key in original if key in packed]
     assert any(key.endswith(kept) for key in plain)
     assert all(torch.equal(original[key], packed[key]) for key in plain)
-    dense = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
-    )
-    expected = logits(dense.eval())
+    expected = logits(dequantized(tmp_path / "out", model))
     torch.testing.assert_close(logits(ptqcli.load_quantized(tmp_path / "out")), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
+    if name != "mamba2" or Version(transformers.__version__) >= Version("5.23"):  # the plan says so
+        choice = transformers.CompressedTensorsConfig(dequantize=True)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=choice).eval()
+        torch.testing.assert_close(logits(theirs), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_tensors_that_no_class_builds_arrive(tmp_path: Path) -> None:

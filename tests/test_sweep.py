@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from sweep_architectures import REQUESTS, Outcome, Row, summary, sweep, table
+import transformers
+from packaging.version import Version
+from sweep_architectures import REQUESTS, sweep
+from sweep_page import Outcome, Row, summary, table
 
 import ptqcli
 
 GPTQ = {"gptq": REQUESTS["gptq"]}
+EXPANDED = "dequantize only" if Version(transformers.__version__) >= Version("5.23") else "refused by transformers"
 
 
 @pytest.mark.parametrize(
     ("kind", "result", "reason"),
     [
         ("zamba", "right", ""),  # blocks of two classes, one of them shared
-        ("rwkv", "dequantize only", "RwkvForCausalLM does not take packed weights"),  # weights that the model itself changes
+        ("rwkv", EXPANDED, "its own code looks at the weights while it loads"),  # weights that the model itself changes
         ("mixtral", "right", ""),  # experts, which transformers puts together while it reads
         ("xlm", "refused", "blocks that do not hand one state on"),
+        ("t5 encoder-decoder", "refused", "an encoder with a decoder"),
     ],
 )
 def test_types_of_every_result(kind: str, result: str, reason: str, tmp_path: Path) -> None:
@@ -41,23 +46,33 @@ def test_a_wrong_reader_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ptqcli, "load_quantized", slightly_wrong)
     outcome = sweep("llama", tmp_path, GPTQ).outcomes["gptq"]
     assert outcome.result == "wrong"
-    assert outcome.reason.startswith("ptqcli (ptqcli): relative error")
+    assert outcome.reason.startswith("ptqcli: relative error")
 
 
 def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
     rows = {
         "one": Row("one", "OneModel", "OneModel", {"rtn": Outcome("right"), "gptq": Outcome("wrong", "by 2")}),
         "two": Row("two", "TwoModel", "TwoModel", {"rtn": Outcome("right"), "gptq": Outcome("right")}),
+        "four": Row(
+            "four",
+            "Four",
+            "Four",
+            {"rtn": Outcome("right"), "gptq": Outcome("right"), "awq": Outcome("refused", "this parameter is no matrix")},
+        ),
+        "five": Row("five", "Five", "Five", {"rtn": Outcome("right"), "awq": Outcome("right", "awq scales nothing: a reason")}),
         "three": Row(
             "three", "Three", "", {"rtn": Outcome("refused", "layers.0.mlp.experts: 90% of"), "gptq": Outcome("refused", "fused experts")}
         ),
     }
-    page = table(rows)
+    page = table(rows, {"transformers": "5"})
     for line in (
         "| wrong | 1 |",
-        "| right | 1 |",
-        "| refused: mixture of experts | 1 |",
-        "| all | 3 |",
+        "| right | 2 |",
+        "| right; awq refused | 1 |",
+        "| four | Four | right; awq refused | this parameter is no matrix |",
+        "| five | Five | right | awq scales nothing: a reason |",
+        "| refused: experts that are stored or used in another way | 1 |",
+        "| all | 5 |",
         "| one | OneModel | wrong | by 2 |",
     ):
         assert line in page.splitlines()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ptqcli.errors import PTQError
 from ptqcli.model.discovery import BlockShape, StopForward, first_output
 from ptqcli.model.kinds import PADDING
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.states import handed, kept
 from ptqcli.untrusted import one_line
 
 WAY_OUT = "use --algo rtn, which needs no calibration"
@@ -28,20 +29,24 @@ WAY_OUT = "use --algo rtn, which needs no calibration"
 class BlockCall:
     """Arguments with which the model called a block, the hidden states left out.
 
-    hidden_key: position or name under which the hidden states were passed. where: the block's path in the model.
+    hidden_key: position or name under which the hidden states were passed. where: the block's path in the model. stack: of how many hidden
+    states it takes a stack, see ``model.states``. exchanged: names of arguments that are tables in which blocks leave tensors for later
+    ones: ``run`` leaves there what the block does, so the last run of each block counts.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     hidden_key: int | str
     where: str = "a block"
+    stack: tuple[int, ...] = ()
+    exchanged: tuple[str, ...] = ()
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for ``hidden`` [batch, tokens, features], with this call's other arguments.
+        """The block's output for ``hidden`` [batch, tokens, features], as they are kept, with this call's other arguments.
 
         Raises PTQError for whatever the block's own code raises.
         """
-        args, kwargs = list(self.args), dict(self.kwargs)
+        hidden, args, kwargs = handed(hidden, self.stack), list(self.args), dict(self.kwargs)
         if isinstance(self.hidden_key, int):
             args[self.hidden_key] = hidden
         else:
@@ -51,11 +56,21 @@ class BlockCall:
         if not isinstance(behind, Tensor) or behind.shape != hidden.shape:
             found = list(behind.shape) if isinstance(behind, Tensor) else type(behind).__name__
             raise PTQError(f"{self.where}: gives {found} for hidden states {list(hidden.shape)}, which cannot be handed on; {WAY_OUT}")
-        return behind
+        return kept(behind)
 
     def cast(self, dtype: torch.dtype) -> BlockCall:
-        """The same call with every floating tensor among the arguments in ``dtype``."""
-        return BlockCall(_cast(self.args, dtype), _cast(dict(self.kwargs), dtype), self.hidden_key, self.where)
+        """The same call with every floating tensor among the arguments in ``dtype``, and tables of its own to leave tensors in."""
+        kwargs = _cast({key: dict(value) if key in self.exchanged else value for key, value in self.kwargs.items()}, dtype)
+        return replace(self, args=_cast(self.args, dtype), kwargs=self._with_tables(kwargs))
+
+    def in_other_model(self, tables: dict[int, Any]) -> BlockCall:
+        """The same call for another model's blocks. tables: those for it, by the identities of those here; new ones are added."""
+        for key in self.exchanged:
+            tables.setdefault(id(self.kwargs[key]), type(self.kwargs[key])())
+        return replace(self, kwargs={key: tables.get(id(value), value) for key, value in self.kwargs.items()}) if self.exchanged else self
+
+    def _with_tables(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return kwargs | {key: type(self.kwargs[key])(kwargs[key]) for key in self.exchanged}
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
         def forward(*args: Any, **kwargs: Any) -> Any:
             key = _hidden_key(args, kwargs)
             hidden = args[key] if isinstance(key, int) else kwargs[key]
-            if len(calls) != index or (first and hidden is not first[0]):
+            if len(calls) != index or (first and not _same(hidden, first[0])):
                 raise PTQError(
                     f"{skeleton.block_prefix(index)}: the model does not hand each block's output straight to the next, "
                     "which block-by-block quantization needs"
@@ -156,7 +171,7 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
                 first.append(hidden)
             stripped = tuple(None if position == key else value for position, value in enumerate(args))
             rest = {k: v for k, v in kwargs.items() if k != key}
-            calls.append(BlockCall(stripped, rest, key, skeleton.block_prefix(index)))
+            calls.append(BlockCall(stripped, rest, key, skeleton.block_prefix(index), shape.stack, shape.exchanged))
             if len(calls) == len(skeleton.blocks):
                 raise StopForward
             return hidden if shape.container is None else shape.container([hidden, *[None] * shape.extra_outputs])
@@ -173,7 +188,17 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
             del block.forward
     if len(calls) != len(skeleton.blocks):
         raise PTQError(f"the model ran {len(calls)} of its {len(skeleton.blocks)} blocks; name the list of blocks with --blocks")
-    return first[0], calls
+    return kept(first[0]), calls
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or the same view of one."""
+    return one is other or (one.shape, one.stride(), one.dtype, one.data_ptr()) == (
+        other.shape,
+        other.stride(),
+        other.dtype,
+        other.data_ptr(),
+    )
 
 
 @contextmanager
@@ -207,7 +232,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _shared(first: BlockCall, other: BlockCall) -> BlockCall:
-    """``first`` if ``other`` holds equal values, so that a hundred batches do not keep a hundred equal masks."""
+    """``first`` if ``other`` holds equal values, so that a hundred batches do not keep a hundred equal masks.
+
+    Tables in which blocks leave something are each batch's own; beside them equal values are shared one by one.
+    """
+    if other.exchanged:
+        shared = {key: value for key, value in first.kwargs.items() if key not in other.exchanged and _equal(value, other.kwargs.get(key))}
+        return replace(other, args=first.args if _equal(first.args, other.args) else other.args, kwargs={**other.kwargs, **shared})
     same = _equal(first.args, other.args) and _equal(dict(first.kwargs), dict(other.kwargs)) and first.hidden_key == other.hidden_key
     return first if same else other
 

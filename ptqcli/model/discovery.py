@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,8 @@ class BlockShape:
 
     stages: linears in the order in which they run, those that read the same tensor together (local names).
     container / extra_outputs: how the block returns its hidden states: as the first of a tuple or list, or alone (None). hidden: their
-    shape behind it, of PROBE_WINDOWS windows of PROBE_TOKENS tokens; None if it did not run. unused: linears that did not run. repeated:
+    shape behind it, of PROBE_WINDOWS windows of PROBE_TOKENS tokens; None if it did not run. exchanged: names of arguments that are tables
+    in which blocks leave tensors for later ones, such as keys and values. unused: linears that did not run. repeated:
     linears that ran more than once. read: linears whose weight other code has asked for, so that no other layer can take their place.
     mixtures: experts, to which tokens are routed; those that the probe was not routed to have their places in the stages all the same.
     """
@@ -38,10 +39,16 @@ class BlockShape:
     container: type[tuple[Any, ...]] | type[list[Any]] | None
     extra_outputs: int
     hidden: tuple[int, ...] | None
+    exchanged: tuple[str, ...]
     unused: tuple[str, ...]
     repeated: tuple[str, ...]
     read: tuple[str, ...]
     mixtures: tuple[Mixture, ...] = ()
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Of how many hidden states the block takes and gives a stack, see ``states.py``; empty for one alone."""
+        return () if self.hidden is None else self.hidden[:-3]
 
     @property
     def fused_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -58,7 +65,8 @@ class Probe:
     """What a pass without the model's weights told.
 
     order: names of modules as they started to run. calls: what linears read: (name, tensor, how often that had been written to), the
-    tensors kept alive so that their identities stay distinct. outputs: of every entry of a list. read: linears whose weight other code
+    tensors kept alive so that their identities stay distinct. outputs: of every entry of a list. tables: among the named arguments of
+    every entry of a list. read: linears whose weight other code
     than their own has asked for.
     """
 
@@ -66,6 +74,7 @@ class Probe:
     order: Sequence[str]
     calls: Sequence[tuple[str, Tensor, int]]
     outputs: Mapping[str, Any]
+    tables: Mapping[str, Mapping[str, Any]]
     read: AbstractSet[str]
 
     def shape(self, block: str) -> BlockShape:
@@ -89,6 +98,7 @@ class Probe:
             container=container,
             extra_outputs=0 if container is None else len(output) - 1,
             hidden=tuple(hidden.shape) if isinstance(hidden, Tensor) else None,
+            exchanged=tuple(key for key, table in self.tables.get(block, {}).items() if table),
             unused=tuple(local for local in linears if local not in placed),
             repeated=tuple(local for local in linears if names.count(local) > 1),
             read=tuple(local for local in linears if prefix + local in self.read),
@@ -149,12 +159,14 @@ def probe_model(model: nn.Module, kind: ModelKind) -> Probe:
     order: list[str] = []
     calls: list[tuple[str, Tensor, int]] = []
     outputs: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
     read: set[str] = set()
     entries = {id(entry) for module in twin.modules() if isinstance(module, nn.ModuleList) for entry in module}
     for name, module in twin.named_modules():
         module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
         if id(module) in entries:
             module.register_forward_hook(lambda _module, _args, output, name=name: outputs.update({name: output}))
+            module.register_forward_pre_hook(partial(_note_tables, tables, name), with_kwargs=True)
         _fill_with_zeros(module)
         if is_linear(module):
             module.register_forward_pre_hook(partial(_note_call, calls, name), with_kwargs=True)
@@ -167,7 +179,14 @@ def probe_model(model: nn.Module, kind: ModelKind) -> Probe:
             f"the model does not run on {PROBE_TOKENS} tokens with all weights zero, so its structure cannot be discovered: "
             f"{type(error).__name__}: {one_line(error)}"
         ) from error
-    return Probe(model, order, calls, outputs, read)
+    return Probe(model, order, calls, outputs, tables, read)
+
+
+def _note_tables(tables: dict[str, dict[str, Any]], name: str, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Those that are still empty before the first block: whatever stands in them later, blocks have put there."""
+    known = {id(table) for noted in tables.values() for table in noted.values()}
+    found = {key: value for key, value in kwargs.items() if isinstance(value, MutableMapping)}
+    tables[name] = {key: value for key, value in found.items() if not value or id(value) in known}
 
 
 def _note_call(calls: list[tuple[str, Tensor, int]], name: str, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.model.skeleton import Skeleton
+from ptqcli.model.states import handed
 
 
 @contextmanager
@@ -29,7 +30,8 @@ def whole(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Itera
 def given_hidden(skeleton: Skeleton, hidden: Tensor) -> Iterator[None]:
     """While inside, every block gives ``hidden`` [windows, tokens, features], whatever it receives."""
     for block, shape in zip(skeleton.blocks, skeleton.shapes, strict=True):
-        block.forward = _giving(hidden if shape.container is None else shape.container([hidden, *[None] * shape.extra_outputs]))
+        states = handed(hidden, shape.stack)
+        block.forward = _giving(states if shape.container is None else shape.container([states, *[None] * shape.extra_outputs]))
     try:
         yield
     finally:

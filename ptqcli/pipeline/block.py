@@ -99,6 +99,8 @@ class WindowWork:
         if self._run.streams is not None and not (self._walked and self.final == len(self._blocks)):
             for number, block in enumerate(final):
                 block.walk(self._streams, self._source(number)).advance()
+        if final[0].block is not None:  # windows of several are not planned where blocks leave something
+            self._streams.settle(final[0].block, final[0].index, self._source(0))
         return finished
 
     @property

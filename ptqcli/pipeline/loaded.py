@@ -113,7 +113,14 @@ class LoadedBlock:
         recording, resources, states = streams.recording, self.run.resources, streams.original
         twin = copy.deepcopy(self.block, {id(value): value for value in (*self.block.parameters(), *self.block.buffers())})
         original = CalibratedBlock(
-            twin, self.stages, walk.calls, recording.batches, states.inputs, states.outputs, resources.device, resources.activation_budget
+            twin,
+            self.stages,
+            streams.original_calls[self.index],
+            recording.batches,
+            states.inputs,
+            states.outputs,
+            resources.device,
+            resources.activation_budget,
         )
         self.writers = residual_writers(self.block, streams.excerpt("probe", self.index, streams.quantized.inputs))
         return PairedBlock(walk, original, self.writers, resources.activation_budget)

@@ -94,8 +94,11 @@ def quantize(
 
 
 def _journal(ready: Prepared, model: Path | None, resources: Resources, restart: bool) -> Journal | None:
-    """What the run notes of itself; None for one that nothing could go on from."""
+    """What the run notes of itself; None for one that nothing could go on from: of a model in memory, and where blocks leave keys and
+    values for later ones, which are only in memory."""
     plan = ready.plan
+    if plan.needs_calibration and any(shape.exchanged for shape in ready.skeleton.shapes):
+        return None
     batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
     dtype = resources.calibration_dtype(plan.linears[0].dtype)
     asked = fingerprint(ready, model, batch_size, dtype, resources.device)

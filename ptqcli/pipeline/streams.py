@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Streams:
         budget = resources.activation_budget
         self.quantized = HiddenStates(recording.hidden, budget, folder)
         self.original = self.quantized.copy(budget, folder) if original else None
+        tables: dict[int, Any] = {}
+        self.original_calls = [[call.in_other_model(tables) for call in calls] for calls in recording.calls] if original else []
 
     def states(self) -> dict[str, Tensor]:
         """The hidden states that the blocks to come build on, by the names of the streams."""
@@ -53,7 +56,16 @@ class Streams:
         if self.original is not None:
             for number, (start, stop) in enumerate(self.recording.batches):
                 hidden = self.original.inputs[start:stop].to(self.resources.device, copy=True)
-                self.original.outputs[start:stop] = self.forward(indices, number, blocks, hidden).cpu()
+                for index, block in zip(indices, blocks, strict=True):
+                    hidden = self.original_calls[index][number].run(block, hidden)
+                self.original.outputs[start:stop] = hidden.cpu()
+
+    @torch.no_grad()
+    def settle(self, block: nn.Module, index: int, states: Tensor) -> None:
+        """Run a block that is finished on the excerpts of the hidden ``states`` before it, for what it leaves to later ones."""
+        for excerpt in self.recording.excerpts.values():
+            if excerpt.calls[index].exchanged:
+                excerpt.calls[index].run(block, excerpt.hidden(states).to(self.resources.device, copy=True))
 
     def forward(self, indices: Sequence[int], batch: int, blocks: Sequence[nn.Module], hidden: Tensor) -> Tensor:
         """``hidden`` [windows, tokens, features] of one batch through ``blocks``, called as the model calls those of ``indices``."""

@@ -47,6 +47,8 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _writers(cut: CutModule, hidden: Tensor) -> dict[str, float]:
     output = cut.before[-1][0].detach()
     writers: dict[str, float] = {}
+    if hidden.shape != output.shape:  # several states in a stack
+        return writers
     rest = output - hidden
     for index, (name, leaf) in enumerate(zip(cut.names, cut.leaves, strict=True)):
         if name not in cut.linears or (leaf.numel(), leaf.shape[-1]) != (output.numel(), output.shape[-1]):
