@@ -94,8 +94,9 @@ def _growth(chosen: Format, linear: PlannedLinear, skeleton: Skeleton) -> int:
 
 
 def adapter_bytes(recipe: Recipe, linears: Sequence[PlannedLinear]) -> int:
-    """Bytes of the adapter beside the checkpoint."""
-    return sum(recipe.adapter_rank * (each.site.in_features + each.site.out_features) * each.dtype.itemsize for each in linears)
+    """Bytes of the adapter beside the checkpoint, which corrects linears in the blocks."""
+    inside = (each for each in linears if not each.spec.outside)
+    return sum(recipe.adapter_rank * (each.site.in_features + each.site.out_features) * each.dtype.itemsize for each in inside)
 
 
 def checkpoint_room(chosen: Format, linears: Sequence[PlannedLinear], skeleton: Skeleton, mix: str | None) -> int:
@@ -191,7 +192,7 @@ def _tensor_bytes(
     together = [experts_at_once(recipe, linear, resources) * _expert_bytes(recipe, linear) for linear in expert_linears(linears, skeleton)]
     solving += max(0, max(together, default=0) - workspace)
     features = min(linear.site.in_features for linear in linears)
-    widest = max(max(linear.site.in_features, linear.site.out_features) for linear in linears if not linear.spec.outside)
+    widest = max((max(each.site.in_features, each.site.out_features) for each in linears if not each.spec.outside), default=0)
     inputs = max(sum(linear.site.in_features for linear in linears if linear.site.block == index) for index in range(len(in_blocks)))
     solving += window * SAMPLED_TOKENS * inputs * 4
     if solver.needs.hessian or recipe.adapter_rank:

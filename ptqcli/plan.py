@@ -128,10 +128,10 @@ def make_plan(
     chosen = find_format(recipe.format)
     inside, skipped = _choose(recipe, skeleton, chosen, assigned or {}, hits)
     check_patterns_match(recipe, skeleton, outside, hits)
-    _check_any(inside)
+    linears = [*inside, *planned_outside(recipe, skeleton, chosen)]
+    _check_any(recipe, inside, linears)
     check_groups(inside, recipe, hits)
     check_parallel(inside, skeleton, recipe.for_tensor_parallel)
-    linears = [*inside, *planned_outside(recipe, skeleton, chosen)]
     plain = skeleton.plain_names(linear.name for linear in linears)
     _check_format(chosen, linears, plain, skeleton)
     fused = _checked_fused(chosen, inside, skeleton)
@@ -170,9 +170,11 @@ def make_plan(
     )
 
 
-def _check_any(linears: Sequence[PlannedLinear]) -> None:
+def _check_any(recipe: Recipe, inside: Sequence[PlannedLinear], linears: Sequence[PlannedLinear]) -> None:
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
+    if recipe.adapter_rank and not inside:
+        raise UsageError("an adapter corrects linears in the blocks, of which none is quantized; leave --adapter-rank out")
 
 
 def _choose(

@@ -17,6 +17,8 @@ from ptqcli.patterns import Hits, found
 from ptqcli.recipe import Recipe
 from ptqcli.solvers.per_matrix import PerMatrix, as_block_solver
 
+NAMED = {"lm-head": "output head", "embeddings": "embedding"}
+
 
 def planned_outside(recipe: Recipe, skeleton: Skeleton, chosen: Format) -> list[PlannedLinear]:
     """The embedding and the head, as far as the recipe gives them schemes.
@@ -27,7 +29,7 @@ def planned_outside(recipe: Recipe, skeleton: Skeleton, chosen: Format) -> list[
     for option, scheme, module in _asked(recipe, skeleton):
         name = next((name for name, found in skeleton.model.named_modules() if found is module), None)
         if module is None or name is None or not isinstance(module, nn.Linear | nn.Embedding):
-            raise UsageError(f"{skeleton.where}: has none that could be quantized; leave --{option} out")
+            raise UsageError(f"{skeleton.where}: has no {NAMED[option]} that could be quantized; leave --{option} out")
         reason = no_place(chosen)
         if reason is not None:
             raise UsageError(f"{name}: {reason}; leave --{option} out")

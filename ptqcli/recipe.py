@@ -49,6 +49,7 @@ OUTLIER_KINDS = ("none", "dynamic", "static")
 SCHEME_FIELDS = ("wbits", "group_size", "symmetric", "abits", "act_scales", "outliers", "outlier_threshold")
 
 SHORT_SCHEME = re.compile(r"[wW]\d+")  # W8 for w8a16
+OUTSIDE_EXAMPLES = "give one such as W8, W4 or w4a16-g64-asym"
 
 PartOptions = Mapping[str, Mapping[str, object]]  # part -> option -> value
 
@@ -333,9 +334,10 @@ def _outside_scheme(option: str, text: str) -> Scheme:
     try:
         scheme = Scheme.parse(f"{text}a16" if SHORT_SCHEME.fullmatch(text) else text)
     except UsageError as error:
-        raise UsageError(f"--{option} {text}: {error}") from error
+        meant = text[:1] in ("w", "W")
+        raise UsageError(f"--{option} {text}: {error if meant else f'is no scheme; {OUTSIDE_EXAMPLES}'}") from error
     if scheme.activations is not None or scheme.blocks is not None or scheme.codebook is not None:
-        raise UsageError(f"--{option} {text}: takes integer weights beside 16-bit activations, such as W8, W4 or w4a16-g64-asym")
+        raise UsageError(f"--{option} {text}: takes integer weights beside 16-bit activations; {OUTSIDE_EXAMPLES}")
     return scheme
 
 

@@ -111,6 +111,31 @@ def test_what_is_no_list_is_refused(text: str, message: str) -> None:
         Recipe(calib=text)
 
 
+def test_a_number_is_missing_in_a_list_that_begins_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text("x")
+    with pytest.raises(UsageError, match=r"'code\.txt' is not TEXT:WINDOWS"):
+        read_calib("chats.jsonl:64,code.txt")
+
+
+@pytest.mark.parametrize(
+    ("calib", "message"),
+    [
+        ("builtin:1,short.jsonl:3", r"short\.jsonl: the calibration text has \d+ tokens, enough for 0 windows .* lower that number"),
+        ("short.jsonl:8", r"has no column '8' .* --nsamples 8 says how many windows"),
+        ("short.txt:8", r"is no table and has no column '8'; leave it out; .* --nsamples 8 says how many windows"),
+        ("short.txt:words", r"is no table and has no column 'words'; leave it out$"),
+    ],
+)
+def test_errors_name_their_text(calib: str, message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.jsonl").write_text('{"text": "a b"}')
+    Path("short.txt").write_text("a b")
+    made = maker(model, calib=calib, seqlen=32)
+    with pytest.raises(UsageError, match=message):
+        made.make(made.choose(32), 32, rehearsal=True)
+
+
 def test_windows_are_said_once() -> None:
     with pytest.raises(UsageError, match="leave nsamples out"):
         Recipe(calib="c4:64", nsamples=64)

@@ -294,7 +294,7 @@ def test_accuracy_on_labelled_texts(tmp_path: Path) -> None:
     assert found.accuracy == pytest.approx(0.75)
     for wrong in ('{"text": "a", "label": 3}', '{"text": "a", "label": "good"}', '{"text": 1, "label": 1}', '"a"'):
         file.write_text(wrong)
-        with pytest.raises(PTQError, match="line 1: is not"):
+        with pytest.raises(PTQError, match=r"line 1: is not .* with a label of 0 to 2 or a name such as LABEL_0 but"):
             read_task(file, words, model.config, 40)
     bare = make_encoder(tmp_path / "bare", "BertForMaskedLM")
     with pytest.raises(UsageError, match="has no head that gives a text a label"):
@@ -317,6 +317,8 @@ def test_the_command_line_of_encoders(ptq: Ptq, tmp_path: Path) -> None:
     assert {"accuracy", "baseline_accuracy"} <= set(found[1])
     for line, says in (
         (("generate", out, "text"), "is an encoder, which writes no text; measure it with ptq eval"),
+        (("bench", out, "--only", "model"), "is an encoder, which makes no tokens that could be timed"),
+        (("bench", tmp_path / "model"), "only the kernels of a quantized one are"),
         (("eval", out, "--ppl", text, "--stride", "4"), "measured without --write-card, --stride and --bos"),
         (("eval", out, "--ppl", text, "--task", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
         (("quantize", tmp_path / "model", "--calib", "self", "--algo", "gptq", "--output", tmp_path / "x"), "encoder, which writes none"),

@@ -135,6 +135,26 @@ def test_transformers_reads_a_quantized_head(workshop: tuple[Path, Any], tmp_pat
     assert (logits(model) - ours).abs().max() < 1e-4 * ours.abs().max()
 
 
+@pytest.mark.parametrize("algo", ["rtn", "gptq", "awq+gptq"])
+def test_a_head_alone(workshop: tuple[Path, Any], tmp_path: Path, algo: str) -> None:
+    folder, model = workshop
+    quantize(folder / "model", request(folder, algo=algo, ignore=(".",), lm_head="w4a16-g32"), tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").schemes.keys() == {HEAD}
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    wanted = logits(dequantized(tmp_path / "out", model))
+    for found in (theirs, load_quantized(tmp_path / "out")):
+        assert (logits(found) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (wanted - logits(model)).abs().max() > 1e-3 * wanted.abs().max()
+
+
+def test_who_reads_a_head_is_in_the_plan(workshop: tuple[Path, Any], tmp_path: Path, ptq: Ptq) -> None:
+    flags = ["--algo", "rtn", "--scheme", "w4a16-g32", "--dry-run", "--output", tmp_path / "out"]
+    told, silent = (ptq("quantize", workshop[0] / "model", *flags, *more).out for more in (["--lm-head", "W8"], []))
+    assert "SGLang loaded it without an error" in " ".join(told.split())
+    assert "SGLang" not in silent
+
+
 def test_transformers_fails_on_a_quantized_embedding_as_is_said(workshop: tuple[Path, Any], tmp_path: Path, ptq: Ptq) -> None:
     folder, _ = workshop
     flags = ["--algo", "rtn", "--embeddings", "W8", "--output", tmp_path / "out"]
@@ -165,6 +185,9 @@ def test_an_embedding_that_scales_what_it_looks_up(tmp_path: Path) -> None:
         (("--embeddings", "W4", "--format", "awq"), "leave --embeddings out"),
         (("--lm-head", "W8", "--finish", "kl"), "leave --lm-head or --finish out"),
         (("--override", "lm_head:bits=8"), "--lm-head W8"),
+        (("--lm-head", "none"), "--lm-head none: is no scheme; give one such as W8, W4"),
+        (("--lm-head", "W4-g32"), "did you mean"),
+        (("--ignore", ".", "--lm-head", "W4", "--adapter-rank", "4"), "leave --adapter-rank out"),
     ],
 )
 def test_what_cannot_be(workshop: tuple[Path, Any], tmp_path: Path, ptq: Ptq, flags: tuple[str, ...], told: str) -> None:

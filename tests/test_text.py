@@ -574,7 +574,7 @@ def test_too_little_text_for_the_windows(tokenizer: PreTrainedTokenizerFast) -> 
         calibration_windows([words(0, 20), words(20, 29)], tokenizer, nsamples=4, seqlen=10, seed=0)
     assert str(caught.value) == (
         "the calibration text has 31 tokens, enough for 3 windows of 10, and 4 are asked for; "
-        "lower --nsamples or --seqlen, or give more text"
+        "lower that number or --seqlen, or give more text"
     )
     with pytest.raises(UsageError, match="0 windows of 10 tokens cannot be cut"):
         calibration_windows(["w1"], tokenizer, nsamples=0, seqlen=10, seed=0)

@@ -85,6 +85,8 @@ def read_file(path: Path, limit: int | None = None, rows: Rows | None = None) ->
     reader = _reader(path)
     if reader is None:
         raise UsageError(f"{path} is of a kind that is not read; give one of {KINDS}")
+    if rows is not None and rows.column is not None and reader in (_plain_text, _raw_wikitext):
+        raise UsageError(f"{path}: is no table and has no column '{rows.column}'; leave it out{rows.counted()}")
     return _not_empty(_file_texts(path, reader, rows or Rows(), limit), path)
 
 

@@ -80,6 +80,6 @@ def padded_windows(docs: Sequence[str], tokenizer: PreTrainedTokenizerBase, nsam
     if len(rows) < nsamples:
         raise UsageError(
             f"the calibration text gives {len(rows)} windows of at most {seqlen} tokens, and {nsamples} are asked for; an encoder takes "
-            "one text or a piece of one in each, so lower --nsamples or give more text"
+            "one text or a piece of one in each, so lower that number or give more text"
         )
     return padded([rows[index] for index in torch.randperm(len(rows), generator=generator)[:nsamples].tolist()])

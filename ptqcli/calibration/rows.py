@@ -37,7 +37,8 @@ class Rows:
         columns = ", ".join([*is_text][:SHOWN_COLUMNS]) or "none"
         if self.column is not None:
             if self.column not in is_text:
-                raise UsageError(f"{where}: has no column '{self.column}' (columns: {columns}){did_you_mean(self.column, is_text)}")
+                known = f"(columns: {columns}){did_you_mean(self.column, is_text)}"
+                raise UsageError(f"{where}: has no column '{self.column}' {known}{self.counted()}")
             return self.column
         evident = evident_column(is_text)
         texts = [name for name, text in is_text.items() if text]
@@ -50,6 +51,11 @@ class Rows:
                 f"the file, as in {path.name}:{example}"
             )
         return evident or texts[0]
+
+    def counted(self) -> str:
+        """What to do where the name of a column was meant as a number of windows, as the end of a message."""
+        number = self.column or ""
+        return f"; of one text alone, --nsamples {number} says how many windows" if number.isdecimal() else ""
 
     def texts(self, values: Iterable[tuple[str, object]], column: str) -> Iterator[str]:
         """The texts of (place for errors, value in ``column``) pairs, those without text left out."""

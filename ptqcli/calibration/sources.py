@@ -8,7 +8,7 @@
 
 What exists under the whole text is that, whatever commas and colons are in its name. Behind one path alone stands a column, also one
 whose name is a number, as ``--nsamples`` says how many windows; in a list the number at an entry's end is its windows, and a column stands
-before it (``chats.jsonl:7:64``). A file with a comma in its name cannot stand in a list.
+before it (``chats.jsonl:7:64``). A file or column with a comma in its name cannot stand in a list.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_calib(text: str) -> tuple[Share, ...]:
     """The shares that ``text`` names. Raises UsageError, naming the entry, for what is not written as above."""
     if not text:
         raise UsageError("calib is empty; give auto, self, builtin, wikitext2, c4, pile or a path")
-    if "," in text and not _exists(text):
+    if "," in text and (not _exists(text) or ("," in text.rpartition(":")[2] and not os.path.exists(text))):
         shares = [_entry(entry.strip(), text) for entry in text.split(",")]
         sources = [share.source for share in shares]
         twice = next((source for source in sources if sources.count(source) > 1), None)

@@ -104,7 +104,7 @@ def calibration_windows(
     if windows < nsamples:
         raise UsageError(
             f"the calibration text has {len(tokens)} tokens, enough for {windows} windows of {seqlen}, "
-            f"and {nsamples} are asked for; lower --nsamples or --seqlen, or give more text"
+            f"and {nsamples} are asked for; lower that number or --seqlen, or give more text"
         )
     grid = torch.tensor(tokens[: windows * room]).view(windows, room)  # [windows, room]
     chosen = grid[torch.randperm(windows, generator=generator)[:nsamples]]  # [nsamples, room]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptqcli.numerics.scheme import Scheme
 
 USUAL_PROMPT = 128
+NO_TOKENS = "which makes no tokens that could be timed"
 
 Setting = tuple[int, int]  # batch, prompt
 
@@ -25,7 +26,8 @@ Setting = tuple[int, int]  # batch, prompt
 @dataclass(kw_only=True)
 class Job:
     """What is to be measured. prompts: None for what the models allow, USUAL_PROMPT at most. work: matrices with their schemes. dtype: of
-    the checkpoint, None without one. models: name -> folder, the checkpoint last. subject: as a person named it."""
+    the checkpoint, None without one. models: name -> folder, the checkpoint last. subject: as a person named it. unmeasured: why the whole
+    model is left out although nobody asked for that."""
 
     device: torch.device
     kernel: str
@@ -39,6 +41,7 @@ class Job:
     dtype: torch.dtype | None = None
     models: dict[str, Path] = field(default_factory=dict)
     subject: str = ""
+    unmeasured: str = ""
 
     def add_shapes(self, shapes: str, schemes: Sequence[str]) -> None:
         """The matrices that ``shapes`` names in each of ``schemes``."""
@@ -52,10 +55,15 @@ class Job:
     def add_checkpoint(self, folder: Path, original: Path | None, only: str | None) -> None:
         """What a checkpoint is made of, the whole checkpoint, and the model that it came from."""
         from ptqcli.model.config import load_config
+        from ptqcli.model.kinds import is_encoder
 
         config = load_config(folder)
         self.subject = path_text(folder)
         quantized = getattr(config, "quantization_config", None) is not None
+        if is_encoder(config):
+            if only == "model" or not quantized:
+                raise UsageError(f"{folder}: is an encoder, {NO_TOKENS}; only the kernels of a quantized one are, with --only kernels")
+            only, self.unmeasured = "kernels", f"not measured: an encoder, {NO_TOKENS}"
         if only != "model":
             self._add_layers(folder, quantized, config)
         if only == "kernels":
@@ -108,6 +116,8 @@ class Job:
         if self.models:
             settings = f"batch {_listed(self.batches)}, prompt {_listed(self.prompts or ())}, {self.new_tokens} new tokens"
             yield "whole model", f"{' and '.join(self.models)}: {settings}"
+        elif self.unmeasured:
+            yield "whole model", self.unmeasured
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -255,5 +255,6 @@ def _labelled(row: Any, config: Any, where: str) -> tuple[str, int]:
     text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
     label = config.label2id.get(label, label) if isinstance(label, str) else label
     if not isinstance(text, str) or type(label) is not int or not 0 <= label < config.num_labels:
-        raise PTQError(f'{where}: is not {{"text": ..., "label": ...}} with one of the {config.num_labels} labels but {shown(row)}')
+        known = f"0 to {config.num_labels - 1} or a name such as {next(iter(config.label2id), None)}"
+        raise PTQError(f'{where}: is not {{"text": ..., "label": ...}} with a label of {known} but {shown(row)}')
     return text, label

@@ -42,6 +42,10 @@ MARLIN_TILE, CUTLASS_TILE = (64, 128), (16, 16)
 
 OUTLIERS = "outlier columns: only ptqcli reads them, transformers refuses the file"
 TABLE = "a quantized embedding: ptqcli reads it; transformers fails on it, and vLLM has not been tried"
+HEAD = (
+    "a quantized output head: transformers and ptqcli read it, and vLLM by its source since vllm-project/vllm#37291; SGLang loaded it "
+    "without an error and gave nonsense (sgl-project/sglang#35358), so try it there"
+)
 CONV1D = "Conv1D layers: ptqcli and vLLM read them from this format, transformers does not"
 EXPANDED_AS_ONE = "transformers does not read it, since it would expand all schemes as one; ptqcli and vLLM read it"
 
@@ -64,6 +68,8 @@ def notes(specs: Sequence[LinearSpec]) -> list[str]:
         found.append(CONV1D)
     if any(map(_is_table, specs)):
         found.append(TABLE)
+    elif any(map(_is_head, specs)):
+        found.append(HEAD)
     return found
 
 
@@ -72,7 +78,7 @@ def readers(specs: Sequence[LinearSpec], auto_class: str, must_expand: bool) -> 
     for refusal, holds in ((OUTLIERS, _has_outliers), (TABLE, _is_table)):
         if any(map(holds, specs)):
             return [Reader(name="transformers", refusal=refusal), Reader(name="vLLM", refusal=refusal)]
-    return [_transformers(specs, auto_class, must_expand), _vllm([spec.scheme for spec in specs])]
+    return [_transformers(specs, auto_class, must_expand), _vllm(specs)]
 
 
 def _transformers(specs: Sequence[LinearSpec], auto_class: str, must_expand: bool) -> Reader:
@@ -88,11 +94,12 @@ def _transformers(specs: Sequence[LinearSpec], auto_class: str, must_expand: boo
     return Reader(name="transformers", needs=("transformers>=5.23" if must_expand else "transformers", LIBRARY), code=code)
 
 
-def _vllm(schemes: Sequence[Scheme]) -> Reader:
+def _vllm(specs: Sequence[LinearSpec]) -> Reader:
+    schemes = [spec.scheme for spec in specs]
     refusals = _vllm_refusals(schemes)
     if refusals:
         return Reader(name="vLLM", refusal=refusals[0])
-    version = _vllm_version(schemes)
+    version = _vllm_version(schemes) or (HUMMING if any(map(_is_head, specs)) else None)
     return Reader(name="vLLM", needs=(f"vllm>={version}" if version else "vllm",), code="vllm serve {folder}", language="sh")
 
 
@@ -119,7 +126,9 @@ def _shape_notes(specs: Sequence[LinearSpec]) -> list[str]:
         odd = [
             spec
             for spec in specs
-            if (spec.scheme.activations is None) is packed and (spec.out_features % outputs or spec.in_features % inputs)
+            if not _is_table(spec)
+            and (spec.scheme.activations is None) is packed
+            and (spec.out_features % outputs or spec.in_features % inputs)
         ]
         if odd:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
@@ -170,6 +179,10 @@ def _has_outliers(spec: LinearSpec) -> bool:
 
 def _is_table(spec: LinearSpec) -> bool:
     return spec.kind == EMBEDDING
+
+
+def _is_head(spec: LinearSpec) -> bool:
+    return spec.outside and not _is_table(spec)
 
 
 def _several(specs: Sequence[LinearSpec]) -> bool:

@@ -171,13 +171,17 @@ class TextMaker:
         if share not in self._read_before:
             self.progress.phase(f"reading calibration text from {share.source}")
             self._rows.column = None  # that of the text before
-            texts, count = documents(share.source, "calibration", self.data_dir, self._rows), share.windows or 0
-            if self.skeleton.kind.causal:
-                windows = calibration_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed, self._bos)
-            else:
-                windows = padded_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed)
-            self._read_before[share] = windows
+            texts = documents(share.source, "calibration", self.data_dir, self._rows)
+            try:
+                self._read_before[share] = self._windows_of(texts, share.windows or 0, seqlen)
+            except UsageError as error:
+                raise UsageError(f"{share.source}: {error}") from error
         return self._read_before[share]
+
+    def _windows_of(self, texts: list[str], count: int, seqlen: int) -> Tensor:
+        if self.skeleton.kind.causal:
+            return calibration_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed, self._bos)
+        return padded_windows(texts, self._tokenizer, count, seqlen, self.recipe.seed)
 
     def _write(self, share: Share, seqlen: int) -> Tensor:
         """Windows of text that the model writes, or has written before."""

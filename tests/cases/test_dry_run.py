@@ -38,7 +38,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model --calib binary.txt", 1, "binary.txt: not UTF-8"),
         ("model --calib bad.jsonl", 1, "bad.jsonl, line 2: no text in column 'text' but int"),
         ("model --calib empty", 2, "folder empty has no text"),
-        ("model --calib text.txt --nsamples 100000", 2, "and 100000 are asked for; lower --nsamples or --seqlen, or give more text"),
+        ("model --calib text.txt --nsamples 100000", 2, "and 100000 are asked for; lower that number or --seqlen, or give more text"),
         ("model --calib wikitext2 --data-dir nowhere", 2, "data folder nowhere does not exist"),
         ("no-tokenizer --calib text.txt", 1, "no-tokenizer"),
         ("model --calib text.txt --output file/below/out", 1, "cannot write there"),
