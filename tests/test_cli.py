@@ -22,6 +22,7 @@ from commandline import Answer, Ptq, one_line
 from rich.console import Console
 from tiny import make_model, write_text
 
+import ptqcli
 from ptqcli.algorithms import declarations, parts
 from ptqcli.cli import COMMANDS, app, doctor, run
 from ptqcli.cli.console import size_text, time_text
@@ -30,8 +31,12 @@ from ptqcli.cli.quantize import command as quantize_command
 from ptqcli.cli.quantize_flags import FLAGS, parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, Scheme
+from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.report import REPORT_NAME
 from ptqcli.recipe import ACTIVATION_SCALES, Override, Recipe
+from ptqcli.recipe_loading import load_recipe
+from ptqcli.resources import Resources
+from ptqcli.shipped import find_recipe
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pyarrow")
 
@@ -479,9 +484,9 @@ def test_recipes(ptq: Ptq, at_work: Path) -> None:
     assert shown.code == 0
     for name, row in listed.items():
         assert re.search(rf"^{name} +{re.escape(row['algo'])} ", shown.out, flags=re.MULTILINE)
-        plan = json.loads(ptq("quantize", "--recipe", name, "--dry-run", "--json").out)
-        assert plan["recipe"]["algo"] == row["algo"]
-        assert str(Scheme.parse(row["scheme"]).resolved(128)) in {linear["scheme"] for linear in plan["linears"]}
+        plan = plan_run(Path(ptqcli.__file__).parent / "demo", load_recipe(find_recipe(name)), Resources())[1]
+        assert plan.recipe.algo == row["algo"]
+        assert str(Scheme.parse(row["scheme"]).resolved(128)) in {str(linear.scheme) for linear in plan.linears}
     assert listed["w4a16-gptq"]["summary"].startswith("4-bit weights, 16-bit activations: the usual choice.")
 
 

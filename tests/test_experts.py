@@ -236,7 +236,7 @@ def test_experts_seen_together_are_seen_as_one_after_the_other(kind, fits, most,
     torch.testing.assert_close(walk.target, alone.target)
 
 
-@pytest.mark.parametrize("algo", ["gptq", "awq+gptq", "obq", "rtn"])
+@pytest.mark.parametrize("algo", ["gptq", *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("awq+gptq", "obq", "rtn"))])
 def test_solving_together_is_solving_one_by_one(algo, tmp_path, monkeypatch):
     """However many experts are solved at a time, the file is the same."""
     calls = []

@@ -238,6 +238,7 @@ def test_the_file_is_what_was_solved_and_better_than_rounding(made: Path) -> Non
     assert torch.equal(linear.weight, packed.weight("model.layers.0.self_attn.k_proj").dequantize(torch.float32))
 
 
+@pytest.mark.slow
 def test_it_is_replaced_when_it_is_asked_for_and_deterministic(made: Path, ptq: Ptq) -> None:
     before = (made / "demo-Q4_K_M.gguf").read_bytes()
     again = ("quantize", "--format", "gguf", "--nsamples", "8", "--seqlen", "256", "--output", made)

@@ -162,7 +162,9 @@ def test_every_method_learns_and_is_read_back(run, watched, algorithm):
     assert any(min(losses) < losses[0] for losses in watched.losses)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "qwen2", "bloom", "gemma3"])
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "qwen2", "bloom")), "gemma3"]
+)
 def test_other_architectures(run, watched, architecture):
     """Transposed matrices, biases, masks that hold for one batch size only, blocks that are not called alike."""
     original, folder, _ = run(architecture, wbits=4, iters=6, start="gptq")

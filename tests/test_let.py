@@ -459,9 +459,9 @@ def logits(model: Any) -> Tensor:
     [
         ("opt", {"algo": "let+omniquant", "wbits": 8, "abits": 8, "iters": 4}),
         ("opt", {"algo": "let", "wbits": 8, "abits": 8, "sequential": False}),
-        ("gpt2", {"algo": "let+gptq", "wbits": 8, "abits": 8, "sequential": False}),
+        pytest.param("gpt2", {"algo": "let+gptq", "wbits": 8, "abits": 8, "sequential": False}, marks=pytest.mark.slow),
         ("llama", {"algo": "let+gptq", "wbits": 4, "group_size": 32}),
-        ("llama", {"algo": "let+awq", "wbits": 8, "abits": 8, "act_scales": "static"}),
+        pytest.param("llama", {"algo": "let+awq", "wbits": 8, "abits": 8, "act_scales": "static"}, marks=pytest.mark.slow),
         ("llama", {"algo": "let+llm-int8", "outliers": "static", "outlier_threshold": 4.0}),
     ],
     ids=lambda value: value["algo"] if isinstance(value, dict) else value,

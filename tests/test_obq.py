@@ -72,7 +72,7 @@ CASES += [Scheme(8, 0, activations=ActivationScheme())]
 
 
 @pytest.mark.parametrize("scheme", CASES, ids=str)
-@pytest.mark.parametrize("block", [1, 5, 64])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 5, 64])
 def test_codes_equal_the_brute_force_search(scheme, block, monkeypatch):
     monkeypatch.setattr(obq, "BLOCK", block)
     for seed in range(4):

@@ -204,7 +204,7 @@ def test_a_mix_of_types_says_what_becomes_of_them(workshop: tuple[Path, Any], tm
     assert "--gguf-type" in one_line(answer)
 
 
-@pytest.mark.parametrize("bits", UNUSUAL_BITS)
+@pytest.mark.parametrize("bits", [bits if bits == 5 else pytest.param(bits, marks=pytest.mark.slow) for bits in UNUSUAL_BITS])
 def test_widths_between_four_and_eight(workshop: tuple[Path, Any], tmp_path: Path, ptq: Ptq, bits: int) -> None:
     folder, model = workshop
     asked = ["--calib", folder / "text.txt", "--nsamples", "4", "--seqlen", "32", "--wbits", str(bits), "--group-size", "32"]
@@ -226,9 +226,9 @@ def test_widths_between_four_and_eight(workshop: tuple[Path, Any], tmp_path: Pat
     "asked",
     [
         {"options": {"gptq": {"target": "original"}}},
-        {"algo": "rotate+gptq"},
+        pytest.param({"algo": "rotate+gptq"}, marks=pytest.mark.slow),
         {"algo": "awq+gptq", "adapter_rank": 4},
-        {"algo": "autoround", "options": {"autoround": {"iters": 2}}},
+        pytest.param({"algo": "autoround", "options": {"autoround": {"iters": 2}}}, marks=pytest.mark.slow),
     ],
     ids=["target", "rotate", "awq", "autoround"],
 )

@@ -523,7 +523,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"sequential": False}])
-@pytest.mark.parametrize("algo", ["gptq", "smoothquant+gptq", "awq"])
+@pytest.mark.parametrize("algo", ["gptq", "smoothquant+gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_a_finished_block_is_gone_before_the_next_is_loaded(algo, options, tmp_path, monkeypatch):
     make_model(tmp_path / "model", num_hidden_layers=4)
     alive, seen = [], []

@@ -414,7 +414,7 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, monkeyp
 # Whole runs
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [pytest.param(2, marks=pytest.mark.slow), 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture, tied", [("llama", True), ("qwen2", False)])
 @torch.no_grad()
 def test_a_quantized_checkpoint_loads_in_transformers_with_equal_logits(architecture: str, tied: bool, bits: int, tmp_path: Path) -> None:

@@ -772,7 +772,9 @@ def mean_magnitudes(folded: FoldedBlock, fold: Fold) -> Tensor:
     return torch.cat([folded.weight(local).double() for local in folded.readers(fold)]).abs().mean(dim=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", pytest.param("gpt_neox", marks=pytest.mark.slow), pytest.param("falcon", marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_columns_behind_a_norm_get_one_mean_magnitude(name: str, tmp_path: Path) -> None:
     """The geometric mean of those that they had; no scale is set on a pair of linears."""

@@ -69,7 +69,10 @@ def at_the_end(steps: list[str], number: int, fault: str) -> bool:
     return number >= begin and number not in last_files and fault in ("EIO", "KILL before", "TERM behind")
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS[:2], ids=["in one step", "in two steps"])
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(SCENARIOS[0], id="in one step"), pytest.param(SCENARIOS[1], id="in two steps", marks=pytest.mark.slow)],
+)
 def test_the_end_of_a_run_with_faults(workshop: Workshop, scenario: Scenario) -> None:
     trials = workshop.try_out(scenario, at_the_end)
     assert [trial for trial in trials if trial.wrong] == []

@@ -76,7 +76,7 @@ def in_terminal(forked: ForkedPtq, workshop: Path, command: str, terminal: str) 
     return answer.out
 
 
-@pytest.mark.parametrize("terminal", ["80", "20", "200"])
+@pytest.mark.parametrize("terminal", [pytest.param("80", marks=pytest.mark.slow), "20", "200"])
 @pytest.mark.parametrize("command", LINES)
 def test_in_a_terminal(forked: ForkedPtq, workshop: Path, command: str, terminal: str) -> None:
     in_terminal(forked, workshop, command, terminal)
