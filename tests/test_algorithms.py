@@ -17,6 +17,7 @@ from ptq_kernels import LLMInt8Linear, W8A8Linear
 from tiny import make_model, token_ids, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from variants import some_slow
 
 from ptqcli.algorithms import find_algorithm, parts
 from ptqcli.calibration.statistics import Hessian, InputStatistics, StatisticsRequest
@@ -334,7 +335,7 @@ def in_features(folder: Path, name: str) -> int:
     return reader.shape(f"{name}.weight")[0 if folder.name == "gpt2" else 1]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", some_slow([*ALGORITHMS], every=2))
 def test_the_same_request_gives_the_same_bytes(name: str, runs: Runs, tmp_path: Path) -> None:
     _, out = runs.run("llama", name)
     quantize(runs.folder("llama") / "model", recipe_for(name, runs.folder("llama")), tmp_path / "again")

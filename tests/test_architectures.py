@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from packaging.version import Version
 from tiny import ARCHITECTURES, advance, in_memory, make_model, token_ids, write_text
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from variants import some_slow
 
 from ptqcli.calibration.record import record_calls
 from ptqcli.calibration.text import evaluation_ids
@@ -46,7 +47,7 @@ EXPECTED = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
+@pytest.fixture(params=some_slow(sorted(ARCHITECTURES), every=2))
 def architecture(request):
     return request.param
 

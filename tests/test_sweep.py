@@ -70,7 +70,7 @@ def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
         "| right | 2 |",
         "| right; awq refused | 1 |",
         "| four | Four | right; awq refused | this parameter is no matrix |",
-        "| five | Five | right | awq scales nothing: a reason |",
+        "| five | Five | right | awq scales nothing: a reason; not run: gptq |",
         "| refused: experts that are stored or used in another way | 1 |",
         "| all | 5 |",
         "| one | OneModel | wrong | by 2 |",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, in_memory, make_model, token_ids, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from variants import some_slow
 
 from ptqcli.calibration.record import BlockCall, record_calls
 from ptqcli.calibration.text import evaluation_ids
@@ -160,7 +161,7 @@ def cases_of(folder: Path, **recipe: Any) -> list[Case]:
     ]
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+@pytest.fixture(scope="module", params=some_slow(sorted(ARCHITECTURES), every=2))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from tiny import make_model, write_text
+from variants import some_slow
 
 from ptqcli.checkpoint import writer
 from ptqcli.checkpoint.tensors import SafetensorsFolder
@@ -44,7 +45,7 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}], ids=["untied", "tied, bfloat16"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", some_slow(ALGORITHMS, every=2))
 def test_each_stored_tensor_is_read_once(algorithm, changes, tmp_path, reads):
     """And once more, before that, to see whether the model knows the calibration text."""
     make_model(tmp_path / "model", **changes)

@@ -15,6 +15,7 @@ import torch
 from commandline import Ptq
 from safetensors.torch import load_file, save_file
 from tiny import make_model, write_text
+from variants import some_slow
 
 import ptqcli
 
@@ -127,7 +128,7 @@ ALGORITHMS = [
 ]
 
 
-@pytest.mark.parametrize("request_", ALGORITHMS, ids=lambda request: " ".join(map(str, request.values())))
+@pytest.mark.parametrize("request_", some_slow(ALGORITHMS, every=3), ids=lambda request: " ".join(map(str, request.values())))
 def test_a_block_that_no_input_reaches_has_the_codes_of_rtn(request_: dict, workshop: Path, tmp_path: Path) -> None:
     text = str(workshop / "text.txt")
     plain = {} if request_["algo"] in ("awq", "smoothquant") else PLAIN
