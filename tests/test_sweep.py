@@ -73,6 +73,6 @@ def test_the_table_counts_each_type_once_by_the_worst_that_happened() -> None:
         "| five | Five | right | awq scales nothing: a reason; not run: gptq |",
         "| refused: experts that are stored or used in another way | 1 |",
         "| all | 5 |",
-        "| one | OneModel | wrong | by 2 |",
+        "| one | OneModel | wrong | by 2; not run: awq |",
     ):
         assert line in page.splitlines()
