@@ -119,6 +119,24 @@ class Directory:
             os.close(descriptor)
         self.made[name] = digest.hexdigest()
 
+    def replace(self, name: str, pieces: Iterable[Any]) -> None:
+        """``write`` in the place of what is called ``name``, if anything is, in one step that lasts."""
+        temporary = f"{name}.tmp"
+        self.remove(temporary)
+        self.write(temporary, pieces)
+        self.rename(temporary, name, self.identity_of(name))
+        self.sync()
+
+    def read_own(self, name: str, most: int) -> bytes | None:
+        """The bytes of a file that another process of this user has made; None for nothing, or something else: a link, a larger file."""
+        try:
+            found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_size > most:
+            return None
+        return b"".join(self.pieces(name))
+
     def read(self, name: str) -> bytes:
         """The bytes of a file that was made here. Raises PTQError if they are not those that were written."""
         content = b"".join(self.pieces(name))

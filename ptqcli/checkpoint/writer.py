@@ -96,7 +96,7 @@ class CheckpointWriter:
         if len(self._shards) > 1 and total < JOIN_BELOW and total <= self.max_shard_bytes:
             self._join(joined)
         count = len(self._shards)
-        names = [SINGLE_FILE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = final_names(count)
         for shard, name in zip(self._shards, names, strict=True):
             self.folder.rename(shard.file, name)
         self.folder.sync()
@@ -117,6 +117,11 @@ class CheckpointWriter:
         then()
         for shard in parts:
             self.folder.remove(shard.file)
+
+
+def final_names(count: int) -> list[str]:
+    """What so many shards are called in a checkpoint."""
+    return [SINGLE_FILE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def write_json(folder: Directory, name: str, obj: Any) -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +27,7 @@ from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
-from ptqcli.checkpoint.writer import safetensors_pieces
+from ptqcli.checkpoint.writer import final_names, safetensors_pieces
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline.output import JOURNAL, JOURNAL_BYTES
 from ptqcli.pipeline.report import FoldReport, LayerReport
@@ -63,22 +61,16 @@ class Committed:
         """Make it what a later run finds in ``folder``."""
         about = "how far `ptq quantize` has come here; the same command goes on from it"
         text = json.dumps({"about": about, **asdict(self)}, indent=1)
-        folder.remove(f"{JOURNAL}.tmp")
-        folder.write(f"{JOURNAL}.tmp", [text.encode()])
-        folder.rename(f"{JOURNAL}.tmp", JOURNAL, folder.identity_of(JOURNAL))
-        folder.sync()
+        folder.replace(JOURNAL, [text.encode()])
 
     @classmethod
     def read(cls, folder: Directory) -> Committed | None:
         """The journal in ``folder``; None if there is none, or something else. Raises PTQError for a damaged one."""
-        try:
-            found = os.stat(JOURNAL, dir_fd=folder.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_size > JOURNAL_BYTES:
+        content = folder.read_own(JOURNAL, JOURNAL_BYTES)
+        if content is None:
             return None
         try:
-            values = json.loads(b"".join(folder.pieces(JOURNAL)))
+            values = json.loads(content)
             if not all(NAMES.fullmatch(name) for name in (*values["files"], *(file for file, _ in values["shards"]))):
                 raise ValueError("a file that no run writes")
             return cls(
@@ -252,8 +244,6 @@ def _difference(key: str, then: Any, now: Any) -> str:
 
 def _restore_names(found: Committed, folder: Directory) -> None:
     """Shards that have got their final names at the end of a run that then was ended get back those of the journal."""
-    count = len(found.shards)
-    for number, (file, _) in enumerate(found.shards, 1):
-        final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    for (file, _), final in zip(found.shards, final_names(len(found.shards)), strict=True):
         if folder.identity_of(file) is None and folder.identity_of(final) is not None:
             folder.rename(final, file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,10 +46,7 @@ class Marker:
 
     def replace(self, folder: Directory) -> None:
         """Put it in the place of the one that is in ``folder``."""
-        folder.remove(f"{MARKER}.tmp")
-        folder.write(f"{MARKER}.tmp", [self._text()])
-        folder.rename(f"{MARKER}.tmp", MARKER, folder.identity_of(MARKER))
-        folder.sync()
+        folder.replace(MARKER, [self._text()])
 
     def _text(self) -> bytes:
         about = "`ptq quantize` is writing here, or was ended while it did; its next run with this output goes on, or removes what is left"
@@ -60,10 +56,10 @@ class Marker:
     def read(cls, folder: Directory, output: str) -> Marker | None:
         """The marker in ``folder`` for this output; None if there is none, or something else: a link, a file of another user."""
         try:
-            found = os.stat(MARKER, dir_fd=folder.descriptor, follow_symlinks=False)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_size > MARKER_BYTES:
+            content = folder.read_own(MARKER, MARKER_BYTES)
+            if content is None:
                 return None
-            values = json.loads(b"".join(folder.pieces(MARKER)))
+            values = json.loads(content)
             replaces = values["replaces"]
             marker = cls(output=values["output"], into=values["into"] is True, replaces=None if replaces is None else tuple(replaces))
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
