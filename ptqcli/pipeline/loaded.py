@@ -20,6 +20,7 @@ from ptqcli.formats import Format
 from ptqcli.model.linears import rows_first
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.fake_quant import FakeQuantLinear
+from ptqcli.pipeline.memory import RETURN_AFTER, return_freed_memory
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import FoldReport, LayerReport
 from ptqcli.pipeline.streams import Streams
@@ -80,6 +81,7 @@ class LoadedBlock:
         self._finished: dict[str, Tensor] = {}  # what is stored for the block, as far as it differs from the model file
         self._layers: dict[str, LayerReport] = {}
         self._placed: set[str] = set()  # stored names of weights that have codes
+        self._unreturned = 0  # bytes of weights solved since memory was given back
 
     def walk(self, streams: Streams, source: Tensor) -> CalibratedBlock:
         """The block over all batches, from hidden states ``source`` to those behind the blocks at work."""
@@ -180,6 +182,10 @@ class LoadedBlock:
         corrected = self._correct(linear, task.weight if solution.aimed is None else solution.aimed, layer, shift)
         self._note(linear, solution, error, corrected, sum(tensor.nbytes for tensor in packed.values()) * 8)
         self.run.progress.layer_done(task.name, error)
+        self._unreturned += task.weight.nbytes
+        if self._unreturned >= RETURN_AFTER:
+            return_freed_memory()
+            self._unreturned = 0
 
     def _correct(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear, shift: Tensor | None) -> float | None:
         """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it.
