@@ -10,6 +10,7 @@ from hypothesis import given, strategies
 from textbook import textbook_codes, textbook_grid
 
 from ptqcli.errors import UsageError
+from ptqcli.numerics import ranges
 from ptqcli.numerics.elements import Codebook, Int
 from ptqcli.numerics.grids import Grid
 from ptqcli.numerics.ranges import SEARCHES, Clipped, MinMax, range_search, takes_sign
@@ -25,6 +26,18 @@ KINDS = {
     "one outlier": lambda w: torch.where(torch.arange(w.shape[1]) == 3, 50.0, w),
     "tiny": lambda w: w * 1e-4,
 }
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 19])
+def test_a_large_matrix_is_searched_in_pieces_with_the_same_result(monkeypatch, symmetric, rows):
+    weights = torch.randn(20, 32, generator=torch.Generator().manual_seed(rows))
+    scheme = Scheme(3, 32, symmetric)
+    whole = range_search("mse").fit(weights, scheme, torch.float16)
+    monkeypatch.setattr(ranges, "PIECE", {"cpu": rows * 32 + 5})
+    pieces = range_search("mse").fit(weights, scheme, torch.float16)
+    assert torch.equal(pieces.scale, whole.scale)
+    assert torch.equal(pieces.zero, whole.zero)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,6 +47,10 @@ SMALLEST_SCALE = {torch.float16: 2.0**-20}
 
 EVERY_GROUP = slice(None)
 
+# Weights that a search looks at together, by device: on a CPU what its caches hold, so that the system is not asked for memory with every
+# candidate, which took three quarters of the time on a matrix of 45 million weights.
+PIECE = {"cpu": 1 << 17, "cuda": 1 << 27}
+
 
 class RangeSearch(Protocol):
     """Fits grids to weights. Groups are rows here: a matrix [out, in] comes as [out * groups, columns of a group] or group by group.
@@ -105,6 +109,24 @@ class SquaredError(_Search):
     def _found(self, rows: Tensor, scheme: Scheme, scale_dtype: torch.dtype, limit: Tensor | None) -> Grid:
         low, high = _ends(rows, scheme, self.signed)
         best = _grid((low, high), scheme, scale_dtype)
+        count = max(1, PIECE[rows.device.type] // rows.shape[1])
+        if count >= len(rows):
+            return self._best(rows, low, high, best, scheme, scale_dtype)
+        pieces = [
+            self._best(
+                rows[start : start + count],
+                low[start : start + count],
+                high[start : start + count],
+                Grid(best.element, best.scale[start : start + count], best.zero[start : start + count]),
+                scheme,
+                scale_dtype,
+            )
+            for start in range(0, len(rows), count)
+        ]
+        return Grid(best.element, torch.cat([piece.scale for piece in pieces]), torch.cat([piece.zero for piece in pieces]))
+
+    def _best(self, rows: Tensor, low: Tensor, high: Tensor, best: Grid, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+        """The best of the factors for each of ``rows``, from the ends and the grid of the first."""
         best_error = _squared_error(rows, best)
         factors = SIGNED_FACTORS if takes_sign(scheme, self.signed) else SHRINK_FACTORS
         for factor in factors[1:]:

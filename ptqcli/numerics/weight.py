@@ -74,9 +74,13 @@ class QuantizedWeight:
         if self.blocks is not None:
             return self.blocks.with_codes(self.codes).values().to(dtype or self.scale.dtype)
         _out, columns = self.codes.shape
-        index = self.g_idx.long() if self.g_idx is not None else _neighbour_groups(columns, self.scale.shape[1], self.codes.device)
-        grid = Grid(self.scheme.element, self.scale.float()[:, index], self.zero.float()[:, index])
-        values = grid.decode(self.codes.float()).to(dtype or self.scale.dtype)
+        scale, zero, codes = self.scale.float(), self.zero.float(), self.codes.float()
+        if self.g_idx is not None:
+            index = self.g_idx.long()
+            scale, zero = scale[:, index], zero[:, index]
+        else:
+            scale, zero, codes = scale.unsqueeze(2), zero.unsqueeze(2), codes.unflatten(1, (scale.shape[1], -1))
+        values = Grid(self.scheme.element, scale, zero).decode(codes).reshape(self.codes.shape).to(dtype or self.scale.dtype)
         if self.outliers is not None:
             values[:, self.outliers.index.long()] = self.outliers.weight.to(values.dtype)
         return values
@@ -95,9 +99,6 @@ class QuantizedWeight:
             blocks=None if self.blocks is None else moved(self.blocks, device),
         )
 
-
-def _neighbour_groups(columns: int, groups: int, device: torch.device) -> Tensor:
-    return torch.arange(columns, device=device) // (columns // groups)
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> QuantizedWeight:
