@@ -33,7 +33,7 @@ from ptqcli.pipeline.report import Report, read_source
 from ptqcli.pipeline.tuning import TunedCheckpoint
 from ptqcli.recipe import Recipe
 from ptqcli.recipe_loading import load_recipe
-from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources, open_device
+from ptqcli.resources import Resources, open_device
 from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.shipped import find_recipe
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
@@ -55,7 +55,8 @@ def quantize(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     batch_size: int | None = None,
-    activation_budget: int = DEFAULT_ACTIVATION_BUDGET,
+    memory: int | None = None,
+    activation_budget: int | None = None,
     data_dir: str | Path | None = None,
     progress: Progress | None = None,
     **changes: Any,
@@ -69,7 +70,7 @@ def quantize(
     recipe: a ``Recipe``, the name of a shipped one (`ptq recipes`), or a YAML file; None for the defaults.
     changes: keys as in a YAML file, which win over the recipe: ``algo="awq+gptq"``, ``scheme="w4a16-g64-asym"``, ``calib="c4"``,
     ``damp=0.1``, ``gptq={"damp": 0.1}``.
-    device, dtype, batch_size, activation_budget: see ``Resources``.
+    device, dtype, batch_size, memory, activation_budget: see ``Resources``.
     data_dir: where files of known corpora are looked for first.
     progress: is told how far the work is.
 
@@ -84,7 +85,9 @@ def quantize(
         target,
         overwrite=overwrite,
         restart=restart,
-        resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, activation_budget=activation_budget),
+        resources=Resources(
+            device=open_device(device), dtype=dtype, batch_size=batch_size, memory=memory, activation_budget=activation_budget
+        ),
         data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
         progress=progress,
     )
@@ -107,7 +110,7 @@ def tune_scales(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     batch_size: int | None = None,
-    activation_budget: int = DEFAULT_ACTIVATION_BUDGET,
+    activation_budget: int | None = None,
     data_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TunedCheckpoint:

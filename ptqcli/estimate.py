@@ -126,7 +126,7 @@ def disk_bytes(
 def mapped_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, windows: int, resources: Resources) -> int:
     """Size of the files that hold the activations, 0 when they fit into memory."""
     buffer = _buffer_bytes(recipe, linears, seqlen, windows, resources)
-    return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.activation_budget) else 0
+    return 2 * _streams(recipe) * buffer if beyond_budget(buffer, resources.budget) else 0
 
 
 def _buffer_bytes(recipe: Recipe, linears: Sequence[PlannedLinear], seqlen: int, windows: int, resources: Resources) -> int:
@@ -209,7 +209,7 @@ def _tensor_bytes(
     tokens = windows * seqlen
     hidden, inside = features * itemsize, (3 * features + 2 * widest) * itemsize  # bytes per token
     asleep = tokens * (2 * inside + 4 * features if solver.needs.pairs else inside)  # batches of both models, and the drift
-    held = min(2 * _streams(recipe) * tokens * hidden, resources.activation_budget) + min(asleep, resources.activation_budget)
+    held = min(2 * _streams(recipe) * tokens * hidden, resources.budget) + min(asleep, resources.budget)
     batch = windows_per_batch(recipe, windows, seqlen, resources) * seqlen
     one_batch = batch * inside
     solving += _window_bytes(solver, window, linears, skeleton, features, batch)

@@ -13,7 +13,16 @@ from functools import partial
 
 from ptqcli.calibration.record import WAY_OUT
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.estimate import PlannedLinear, adapter_bytes, bytes_after, disk_bytes, finish_work, memory_bytes, needs_calibration
+from ptqcli.estimate import (
+    PlannedLinear,
+    adapter_bytes,
+    bytes_after,
+    disk_bytes,
+    finish_work,
+    mapped_bytes,
+    memory_bytes,
+    needs_calibration,
+)
 from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
@@ -24,6 +33,7 @@ from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_experts import check_experts, expert_notes, routing_reason, unread_experts, with_refusal
 from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_memory import with_budget
 from ptqcli.plan_notes import check_kind, kept_notes, known_readers
 from ptqcli.plan_outside import check_patterns_match, linears_outside, outside_notes, planned_outside
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
@@ -53,6 +63,7 @@ class Plan:
     rewrites: what transforms of the whole model do, a line each.
     readers: how other programs load the result, or why they do not; of an encoder what transformers does. writes: whether the model does.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
+    activation_budget: bytes of activations that are held in memory. activations_on_disk: bytes of those that are not.
     """
 
     recipe: Recipe
@@ -68,6 +79,8 @@ class Plan:
     bytes_after: int
     disk_bytes: int
     memory_bytes: int
+    activation_budget: int
+    activations_on_disk: int
     notes: tuple[str, ...] = field(default=())
     rewrites: tuple[str, ...] = ()
     readers: tuple[Reader, ...] = ()
@@ -139,6 +152,7 @@ def make_plan(
     seqlen = _window_length(recipe, skeleton)
     texts = _texts(recipe, linears, skeleton, choose_texts, seqlen)
     specs = [linear.spec for linear in linears]
+    resources = with_budget(resources, lambda tried: memory_bytes(recipe, linears, skeleton, seqlen, texts, tried))
     tried, unread = chosen.trial([model for model, _ in skeleton.classes], specs), unread_experts(chosen, linears, skeleton)
     return Plan(
         recipe=recipe,
@@ -154,6 +168,8 @@ def make_plan(
         bytes_after=bytes_after(chosen, linears, skeleton, recipe.mix),
         disk_bytes=disk_bytes(chosen, linears, skeleton, recipe, seqlen, texts.windows, resources),
         memory_bytes=memory_bytes(recipe, linears, skeleton, seqlen, texts, resources),
+        activation_budget=resources.budget,
+        activations_on_disk=mapped_bytes(recipe, linears, seqlen, texts.windows, resources),
         notes=(
             *group_notes(inside, recipe, hits),
             *_calibration_notes(recipe, linears, texts.windows),

@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "ptq_kernels"
 
 BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
-PLAN = ROOMS | {"plan", "plan_notes", "plan_texts", "estimate", "adapters"}
+PLAN = ROOMS | {"plan", "plan_memory", "plan_notes", "plan_texts", "estimate", "adapters"}
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
@@ -55,7 +55,8 @@ ALLOWED = {
     "plan_experts": ROOMS | {"estimate"},
     "plan_outside": ROOMS | {"estimate"},
     "plan_parallel": ROOMS | {"estimate"},
-    "plan": ROOMS | {"estimate", "plan_experts", "plan_groups", "plan_notes", "plan_outside", "plan_parallel", "plan_texts"},
+    "plan_memory": ROOMS,
+    "plan": ROOMS | {"estimate", "plan_experts", "plan_groups", "plan_memory", "plan_notes", "plan_outside", "plan_parallel", "plan_texts"},
     "runtime": BASE | {"adapters", "formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},

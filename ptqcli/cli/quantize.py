@@ -48,6 +48,7 @@ def command(
     device: str,
     dtype: str,
     batch_size: int | None,
+    memory: int | None,
     activation_budget: float | None,
     dry_run: bool,
     as_json: bool,
@@ -68,7 +69,7 @@ def command(
 
     words = Output(as_json=as_json, quiet=quiet)
     asked = load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
-    resources = resources_of(device, dtype, batch_size, activation_budget)
+    resources = resources_of(device, dtype, batch_size, activation_budget, memory)
     folder = find_model(model)
     silence_transformers()
     target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
@@ -90,17 +91,18 @@ def given_flags(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
-def resources_of(device: str, dtype: str, batch_size: int | None, activation_budget: float | None) -> Resources:
+def resources_of(device: str, dtype: str, batch_size: int | None, activation_budget: float | None, memory: int | None = None) -> Resources:
     """What the flags of the machine ask for. Raises UsageError for what cannot be."""
     import torch
 
-    from ptqcli.resources import DEFAULT_ACTIVATION_BUDGET, Resources
+    from ptqcli.resources import Resources
 
     return Resources(
         device=open_device(device),
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         batch_size=batch_size,
-        activation_budget=DEFAULT_ACTIVATION_BUDGET if activation_budget is None else _bytes(activation_budget),
+        memory=memory,
+        activation_budget=None if activation_budget is None else _bytes(activation_budget),
         cache=_cache(),
     )
 

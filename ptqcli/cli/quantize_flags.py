@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
+from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, parse_size, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 from ptqcli.quality import QUALITIES, described
 
@@ -240,8 +240,7 @@ FLAGS = {
             type=click.Choice(["auto", "float32", "bfloat16"]),
             default="auto",
             show_default=True,
-            help="Of the calibration passes; the checkpoint keeps the model's own. float32 is quicker on a CPU without bfloat16 "
-            "arithmetic.",
+            help="Of the calibration passes alone. float32 is quicker on a CPU without bfloat16 arithmetic.",
         ),
         click.option(
             "--batch-size",
@@ -251,10 +250,17 @@ FLAGS = {
             help="Windows in one forward pass; another number gives other last digits, so other codes of equal quality. The report has it.",
         ),
         click.option(
+            "--memory",
+            callback=parse_size,
+            metavar="SIZE",
+            show_default="what is free",
+            help="What the run may take, such as 8GiB; activations beyond it live on disk, and what cannot fit is refused at once.",
+        ),
+        click.option(
             "--activation-budget",
             type=click.FloatRange(min=0),
             metavar="GIB",
-            show_default="4",
+            show_default="what --memory leaves",
             help="Activations beyond this go to a file in the output folder.",
         ),
     ],

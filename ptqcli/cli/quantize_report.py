@@ -78,9 +78,14 @@ def show_plan(plan: Plan, model: Path, target: Path, words: Output) -> None:
             *plan.summary_rows(),
             ("size", f"{size_text(plan.bytes_before)} now, {size_text(plan.bytes_after)} afterwards"),
             ("disk needed", f"{size_text(plan.disk_bytes)} while it is written"),
-            ("memory needed", f"about {size_text(plan.memory_bytes)} in all"),
+            ("memory needed", f"about {size_text(plan.memory_bytes)} in all{_activations(plan)}"),
         ]
     )
+
+
+def _activations(plan: Plan) -> str:
+    """Whether they are on the disk, of which they have their part, too."""
+    return f", with {size_text(plan.activations_on_disk)} of activations on disk" if plan.activations_on_disk else ""
 
 
 def plan_as_json(ready: Prepared) -> dict[str, Any]:

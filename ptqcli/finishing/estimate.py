@@ -22,7 +22,7 @@ def tuning_bytes(specs: Sequence[LinearSpec], skeleton: Skeleton, windows: int, 
     rest = sum(parameter.numel() for parameter in skeleton.model.parameters()) - sum(weights)
     features = min(spec.in_features for spec in specs)
     tokens = windows_at_once(resources, seqlen) * seqlen
-    hidden = min(2 * windows * seqlen * features * itemsize, resources.activation_budget) + blocks * tokens * features * itemsize
+    hidden = min(2 * windows * seqlen * features * itemsize, resources.budget) + blocks * tokens * features * itemsize
     decoded = sum(weights) // blocks * (4 + itemsize) + 4 * max(weights) * 4
     inside = tokens * sum(spec.out_features + 2 * spec.in_features for spec in specs) // blocks * itemsize
     vocabulary = skeleton.config.get_text_config().vocab_size

@@ -41,7 +41,7 @@ class Teacher:
 
     @torch.no_grad()
     def _behind_the_blocks(self, dtype: torch.dtype, resources: Resources, folder: Path) -> Tensor:
-        budget = resources.activation_budget
+        budget = resources.budget
         batch = resources.windows_per_batch(self.windows.shape[1])
         make_buffer = partial(new_buffer, budget=budget, folder=folder)
         recording = record_calls(self.skeleton, self.windows, batch, self.device, dtype, make_buffer)

@@ -73,7 +73,6 @@ class QuantizedWeight:
         """
         if self.blocks is not None:
             return self.blocks.with_codes(self.codes).values().to(dtype or self.scale.dtype)
-        _out, columns = self.codes.shape
         scale, zero, codes = self.scale.float(), self.zero.float(), self.codes.float()
         if self.g_idx is not None:
             index = self.g_idx.long()
@@ -98,7 +97,6 @@ class QuantizedWeight:
             double=None if self.double is None else self.double.to(device),
             blocks=None if self.blocks is None else moved(self.blocks, device),
         )
-
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> QuantizedWeight:

@@ -97,7 +97,7 @@ class LoadedBlock:
             source,
             target,
             resources.device,
-            resources.activation_budget,
+            resources.budget,
             fed,
             recording.real,
         )
@@ -122,10 +122,10 @@ class LoadedBlock:
             states.inputs,
             states.outputs,
             resources.device,
-            resources.activation_budget,
+            resources.budget,
         )
         self.writers = residual_writers(self.block, streams.excerpt("probe", self.index, streams.quantized.inputs))
-        return PairedBlock(walk, original, self.writers, resources.activation_budget)
+        return PairedBlock(walk, original, self.writers, resources.budget)
 
     def stored(self, local: str) -> Tensor:
         """A parameter of the block as the model file has it, on the device of the run."""

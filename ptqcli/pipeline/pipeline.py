@@ -60,6 +60,7 @@ def quantize(
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
     folder = model if isinstance(model, Path) else model.folder
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
+    resources = ready.resources
     with clock.measure("plan"):
         rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
     journal = _journal(ready, folder, resources, restart)

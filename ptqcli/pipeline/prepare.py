@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
-from ptqcli.estimate import LIBRARY_BYTES
+from ptqcli.estimate import LIBRARY_BYTES, memory_bytes
 from ptqcli.formats import find_format
 from ptqcli.formats.sources import open_source
 from ptqcli.model.rewritten import Rewrite
@@ -24,6 +24,7 @@ from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.rewriting import proof_bytes, rewritten
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
+from ptqcli.plan_memory import check_memory
 from ptqcli.plan_texts import ChooseTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
@@ -34,13 +35,17 @@ Output = Path | Callable[[Plan], Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that can begin. inputs: files and folders that it reads beside the model. calibration: None when nothing looks at it."""
+    """A run that can begin. inputs: files and folders that it reads beside the model. calibration: None when nothing looks at it.
+
+    resources: with the activation budget that the plan has found.
+    """
 
     skeleton: Skeleton
     plan: Plan
     output: Path
     inputs: list[Path]
     calibration: CalibrationSet | None
+    resources: Resources
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
@@ -113,6 +118,14 @@ def prepare(
         check_output(output, folder, overwrite, inputs)
     progress.planned(plan, output)
     check_room(output, plan.disk_bytes)
+    resources = replace(resources, activation_budget=plan.activation_budget)
+    check_memory(
+        plan.memory_bytes,
+        plan.recipe,
+        resources,
+        plan.seqlen,
+        lambda recipe, tried, seqlen: memory_bytes(recipe, plan.linears, skeleton, seqlen, plan.texts, tried),
+    )
     calibration = None
     if plan.needs_calibration:
         with clock.measure("text"):
@@ -123,4 +136,4 @@ def prepare(
         for share, known in calibration.known.items():
             if known is not None and known.foreign:
                 progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
-    return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)
+    return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration, resources=resources)

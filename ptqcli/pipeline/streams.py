@@ -33,7 +33,7 @@ class Streams:
 
     def __init__(self, recording: Recording, resources: Resources, folder: Path, original: bool) -> None:
         self.recording, self.resources = recording, resources
-        budget = resources.activation_budget
+        budget = resources.budget
         self.quantized = HiddenStates(recording.hidden, budget, folder)
         self.original = self.quantized.copy(budget, folder) if original else None
         tables: dict[int, Any] = {}
@@ -154,7 +154,7 @@ def record(
         batch_size,
         resources.device,
         dtype,
-        partial(new_buffer, budget=resources.activation_budget, folder=folder),
+        partial(new_buffer, budget=resources.budget, folder=folder),
         _excerpts(*windows.shape) if excerpts else None,
     )
     return Streams(recording, resources, folder, original)
