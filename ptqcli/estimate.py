@@ -181,7 +181,7 @@ def _tensor_bytes(
     solver, itemsize = as_block_solver(recipe.solver()), resources.calibration_dtype(linears[0].dtype).itemsize
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     largest = max((linear.site for linear in linears), key=lambda site: site.in_features * site.out_features)
-    workspace = max(recipe.solver().workspace_bytes(_rows_at_once(linear), linear.site.in_features) for linear in linears)
+    workspace = max(recipe.solver().workspace_bytes(_rows_at_once(linear), linear.site.in_features, linear.scheme) for linear in linears)
     if recipe.adapter_rank:
         workspace = max(workspace, *(eora.workspace_bytes(linear.site.out_features, linear.site.in_features) for linear in linears))
         workspace += adapter_bytes(recipe, linears)
@@ -225,7 +225,7 @@ def experts_at_once(recipe: Recipe, linear: PlannedLinear, resources: Resources)
 def _expert_bytes(recipe: Recipe, linear: PlannedLinear) -> int:
     """Memory of one of several experts that are solved together."""
     out_features, in_features = linear.site.out_features, linear.site.in_features
-    return recipe.solver().workspace_bytes(out_features, in_features) + (in_features**2 + 2 * out_features * in_features) * 4
+    return recipe.solver().workspace_bytes(out_features, in_features, linear.scheme) + (in_features**2 + 2 * out_features * in_features) * 4
 
 
 def expert_linears(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[PlannedLinear]:

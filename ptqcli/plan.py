@@ -53,9 +53,8 @@ TOLD_BELOW = 0.9  # a smaller share of the weights that is quantized is said
 class Plan:
     """Every decision that can be made before a weight is read.
 
-    skipped: (name, reason) of linears inside the blocks that stay as they are.
-    outside: linears outside the blocks.
-    plain: every matrix that is not quantized, by all names that readers may know it under.
+    skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. plain: every matrix
+    that is not quantized, by all names that readers may know it under.
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
     texts: what is calibrated on, where anything is.
     fused_groups: linears that servers run as one matrix, by their paths.
@@ -142,17 +141,14 @@ def make_plan(
     inside, skipped = _choose(recipe, skeleton, chosen, assigned or {}, hits)
     check_patterns_match(recipe, skeleton, outside, hits)
     linears = [*inside, *planned_outside(recipe, skeleton, chosen)]
-    _check_any(recipe, inside, linears)
-    check_groups(inside, recipe, hits)
-    check_parallel(inside, skeleton, recipe.for_tensor_parallel)
     plain = skeleton.plain_names(linear.name for linear in linears)
+    _check_inside(recipe, inside, linears, skeleton, hits)
     _check_format(chosen, linears, plain, skeleton)
     fused = _checked_fused(chosen, inside, skeleton)
-    check_experts(recipe, inside, skeleton)
     seqlen = _window_length(recipe, skeleton)
     texts = _texts(recipe, linears, skeleton, choose_texts, seqlen)
     specs = [linear.spec for linear in linears]
-    resources = with_budget(resources, lambda tried: memory_bytes(recipe, linears, skeleton, seqlen, texts, tried))
+    resources = with_budget(resources, partial(memory_bytes, recipe, linears, skeleton, seqlen, texts))
     tried, unread = chosen.trial([model for model, _ in skeleton.classes], specs), unread_experts(chosen, linears, skeleton)
     return Plan(
         recipe=recipe,
@@ -186,11 +182,16 @@ def make_plan(
     )
 
 
-def _check_any(recipe: Recipe, inside: Sequence[PlannedLinear], linears: Sequence[PlannedLinear]) -> None:
+def _check_inside(
+    recipe: Recipe, inside: Sequence[PlannedLinear], linears: Sequence[PlannedLinear], skeleton: Skeleton, hits: Hits
+) -> None:
     if not linears:
         raise UsageError("nothing is left to quantize: every linear is ignored or skipped")
     if recipe.adapter_rank and not inside:
         raise UsageError("an adapter corrects linears in the blocks, of which none is quantized; leave --adapter-rank out")
+    check_groups(inside, recipe, hits)
+    check_parallel(inside, skeleton, recipe.for_tensor_parallel)
+    check_experts(recipe, inside, skeleton)
 
 
 def _choose(

@@ -61,7 +61,7 @@ class LearnScales(BlockSolver):
     window: ClassVar[int] = 2
     steps: int = 25
 
-    def workspace_bytes(self, out_features, in_features):
+    def workspace_bytes(self, out_features, in_features, scheme=None):
         return 8 * out_features * in_features
 
     def moves_groups(self, scheme):

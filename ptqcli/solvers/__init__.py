@@ -135,8 +135,10 @@ class MatrixSolver(Protocol):
         """Codes for matrices of one shape, such as those of experts; as it stands, one after the other."""
         return [self.solve(each.weight, each.prepared, scheme, scale_dtype, each.ranges, progress) for each in matrices]
 
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
-        """Peak memory of solving one matrix, beyond the matrix, its codes and the Hessian. As it stands, that of fitting a grid."""
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
+        """Peak memory of solving one matrix in ``scheme``, or in any, beyond the matrix, its codes and the Hessian. As it stands, that of
+        fitting a grid.
+        """
         return COPIES_TO_FIT * out_features * in_features * 4
 
 
@@ -301,7 +303,7 @@ class BlockSolver(Protocol):
         return False
 
     @abstractmethod
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """As in ``MatrixSolver``."""
 
     def window_bytes(self, weights: int, features: int, tokens: int) -> int:

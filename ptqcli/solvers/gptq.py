@@ -126,19 +126,26 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         reverse = order.flip(0)
         reordered = matrix.index_select(0, reverse).index_select(1, reverse)
         damped = factorise(reordered, self.damp, where)
+        diagonal = reordered.diagonal()[torch.argsort(reverse)]
+        del reordered  # it has the size of H, as each of what follows
         feedback = damped.lower.flip(0, 1)  # R
+        damp, dead = damped.damp, damped.never_activated
+        del damped
         pivots = feedback.diagonal().clone()
         feedback /= pivots
-        back = torch.argsort(reverse)
+        kept = None
+        if self.rounds:
+            kept = matrix.clone()
+            kept.diagonal().copy_(diagonal)
         return Factor(
             order=order,
             feedback=feedback,
             pivots=pivots,
-            hessian=reordered.index_select(0, back).index_select(1, back) if self.rounds else None,
-            importance=reordered.diagonal()[back],
-            damp=damped.damp,
-            damp_raised=damped.damp > self.damp,
-            never_activated=damped.never_activated,
+            hessian=kept,
+            importance=diagonal,
+            damp=damp,
+            damp_raised=damp > self.damp,
+            never_activated=dead,
         )
 
     def solve(
@@ -193,6 +200,7 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
             _run(works, 0, matrices[0].weight.shape[1])
             for which, work in zip(chosen, works, strict=True):
                 best[which].take(work)
+            del works, work  # before those of the next search are made
         return best
 
     def _columns(self, matrix: AlikeMatrix, scheme: Scheme, scale_dtype: torch.dtype, ranges: RangeSearch) -> _Columns:
@@ -205,12 +213,12 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
             work.fit_beforehand()
         return work
 
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
-        """The factorisation holds four more matrices of the Hessian's size, the solve four of the weight's; polishing comes after it and
-        keeps two of the Hessian's.
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
+        """Two matrices of the Hessian's size, whether it is factored or the factor used; the solve four of the weight's, and polishing what
+        it takes after that.
         """
-        solve = 4 * in_features**2 * 4 + 4 * out_features * in_features * 4
-        polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)
+        solve = 2 * in_features**2 * 4 + 5 * out_features * in_features * 4
+        polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features, scheme, scheme is None or self.moves_groups(scheme))
         return max(solve, polish) if self.rounds else solve
 
 

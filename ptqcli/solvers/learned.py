@@ -148,11 +148,11 @@ class BlockLearner(BlockSolver):
             return []
         return [f"with one calibration window {self.name} can hold none out, and keeps its last iteration, good or bad"]
 
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """One matrix with its graph and its gradient, and what the start takes."""
         solver = self.solver()
         graph = 8 * out_features * in_features * 4
-        return graph if solver is None else max(graph, solver.workspace_bytes(out_features, in_features) + in_features**2 * 4)
+        return graph if solver is None else max(graph, solver.workspace_bytes(out_features, in_features, scheme) + in_features**2 * 4)
 
     def window_bytes(self, weights: int, features: int, tokens: int) -> int:
         """For each weight its value, offset, best offset, rounded value and gradient; what a batch's passes keep for the gradients."""

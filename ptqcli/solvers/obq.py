@@ -157,7 +157,7 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
                 work.quantize_block(lambda done, start=start: progress(start * in_features + done, out_features * in_features))  # type: ignore[misc]
         return codes
 
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """For float32: the inverse Hessian, two more of its size while one row's is rewritten, and the rows that are worked on at once
         (WORKSPACE, or what a single row needs); fitting the grids, before that, holds four matrices of the weight's size, and polishing
         comes after it.
@@ -166,7 +166,7 @@ class OBQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
         solve = 2 * in_features**2 * 4 + max(rows * _row_bytes(in_features, 4), 4 * out_features * in_features * 4)
         if not self.rounds:
             return in_features**2 * 4 + solve
-        return 2 * in_features**2 * 4 + max(solve, polish_bytes(out_features, in_features))
+        return 2 * in_features**2 * 4 + max(solve, polish_bytes(out_features, in_features, scheme, scheme is None))
 
 
 def _row_bytes(in_features: int, itemsize: int) -> int:

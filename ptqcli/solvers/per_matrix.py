@@ -71,9 +71,9 @@ class PerMatrix(BlockSolver):
         """What the matrix solver says."""
         return self.solver.moves_groups(scheme)
 
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """Those of the matrix solver."""
-        return self.solver.workspace_bytes(out_features, in_features)
+        return self.solver.workspace_bytes(out_features, in_features, scheme)
 
 
 def as_block_solver(solver: MatrixSolver | BlockSolver) -> BlockSolver:

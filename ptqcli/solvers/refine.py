@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ptqcli.errors import UsageError
 from ptqcli.numerics.ranges import SMALLEST_SCALE
-from ptqcli.numerics.scheme import WHOLE_MATRIX
+from ptqcli.numerics.scheme import WHOLE_MATRIX, Scheme
 from ptqcli.numerics.weight import QuantizedWeight
 from ptqcli.options import option
 from ptqcli.solvers.columns import one_of, round_in_order, side_by_side
@@ -114,13 +114,14 @@ def _refinement(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight, sig
     return BlockRefinement(weight, hessian, quantized, signed)
 
 
-def polish_bytes(out_features: int, in_features: int) -> int:
-    """Peak memory of ``polished`` in float32, beyond its arguments: the Hessian with its columns sorted, seven matrices of the weight's
-    size, and the systems of the rows that are refitted at once, should groups be as small as SMALLEST_GROUP.
+def polish_bytes(out_features: int, in_features: int, scheme: Scheme | None = None, moving: bool = True) -> int:
+    """Peak memory of ``polished`` in float32, beyond its arguments: six matrices of the weight's size, the systems of the rows that are
+    refitted at once, and, if groups are ``moving``, the Hessian with its columns sorted. scheme: None for groups of SMALLEST_GROUP.
     """
-    groups = -(-in_features // SMALLEST_GROUP)
+    known = scheme is not None and scheme.blocks is None
+    groups = scheme.group_count(in_features) if scheme is not None and known else -(-in_features // SMALLEST_GROUP)
     systems = min(ROWS, out_features) * SYSTEM_BYTES * groups**2
-    return 4 * in_features**2 + 7 * 4 * out_features * in_features + systems
+    return 4 * in_features**2 * moving + 6 * 4 * out_features * in_features + systems
 
 
 class Refinement:
@@ -134,19 +135,26 @@ class Refinement:
         self.codes = self._sorted(quantized.codes.t()).to(weight.dtype)
         self.scale, self.zero = (each.t().to(weight.dtype).contiguous() for each in (quantized.scale, quantized.zero))  # [groups, out]
         self.group = len(self.weight) // len(self.scale)
-        self.error = self.weight - self._values() * self._each_column(self.scale)
+        self.error = self.weight - self._reached()
         self.correlation = self.hessian @ self.weight  # H W^T
         self.order = torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
 
     def _sorted(self, columns: Tensor) -> Tensor:
         return columns.contiguous() if self.place is None else columns.index_select(0, self.place)
 
-    def _each_column(self, of_groups: Tensor) -> Tensor:
-        return of_groups.repeat_interleave(self.group, dim=0)
+    def _in_groups(self, columns: Tensor) -> Tensor:
+        """[in, out] as [groups, columns of a group, out]."""
+        return columns.unflatten(0, (-1, self.group))
 
     def _values(self) -> Tensor:
         """c, what the codes stand for in units of the scale."""
-        return self.element.decode(self.codes, self._each_column(self.zero))
+        return self.element.decode(self._in_groups(self.codes), self.zero.unsqueeze(1)).flatten(0, 1)
+
+    def _reached(self) -> Tensor:
+        """w', what the codes stand for."""
+        values = self._values()
+        self._in_groups(values).mul_(self.scale.unsqueeze(1))
+        return values
 
     def refit(self) -> None:
         """New scales for the codes."""
@@ -154,7 +162,8 @@ class Refinement:
         rows = out if self.quantized.scheme.group_size == WHOLE_MATRIX else ROWS
         pieces = zip(*(each.split(rows, dim=1) for each in (values, self.correlation, self.scale)), strict=True)
         self.scale = torch.cat([self._solve(*self._system(c, correlation), scale) for c, correlation, scale in pieces], dim=1)
-        torch.addcmul(self.weight, values, self._each_column(self.scale), value=-1, out=self.error)
+        error = self._in_groups(self.error)
+        torch.addcmul(self._in_groups(self.weight), self._in_groups(values), self.scale.unsqueeze(1), value=-1, out=error)
 
     def _system(self, values: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
         """A [rows, groups, groups] and b [rows, groups] of some rows, float64; their c and H w, [in, rows]."""

@@ -39,7 +39,7 @@ class BlockRefinement(Refinement):
         self.blocks = self.blocks.with_shared(new.to(torch.float16).chunk(len(shared), dim=1))
         grid = self.blocks.grid()
         self.scale, self.zero = (each.t().to(self.weight.dtype).contiguous() for each in (grid.scale, grid.zero))
-        self.error = self.weight - self._values() * self._each_column(self.scale)
+        self.error = self.weight - self._reached()
 
     def _block_system(self, bases: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
         """A [rows, parts * B, parts * B] and b [rows, parts * B] of some rows, float64; bases: [parts, in, rows]."""

@@ -87,7 +87,8 @@ class RTN(FitsGrids, Polishes, AimsAtTarget, MatrixSolver):
         notes = replace(notes, never_activated=prepared.never_activated, damp=prepared.damp, damp_raised=prepared.damp > DAMP)
         return Solution(polished(weight, prepared.matrix, quantized, self.rounds, takes_sign(scheme, self.signed)), notes)
 
-    def workspace_bytes(self, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """Fitting the grids; polishing comes after it, with the damped Hessian and, before that, its factor."""
-        fit = super().workspace_bytes(out_features, in_features)
-        return max(fit, 2 * in_features**2 * 4 + polish_bytes(out_features, in_features)) if self.rounds else fit
+        fit = super().workspace_bytes(out_features, in_features, scheme)
+        polish = 2 * in_features**2 * 4 + polish_bytes(out_features, in_features, scheme, scheme is None)
+        return max(fit, polish) if self.rounds else fit
