@@ -56,8 +56,7 @@ class Plan:
     skipped: (name, reason) of linears inside the blocks that stay as they are. outside: linears outside the blocks. plain: every matrix
     that is not quantized, by all names that readers may know it under.
     stages: for each block, the local names of its planned linears, grouped by input tensor in running order.
-    texts: what is calibrated on, where anything is.
-    fused_groups: linears that servers run as one matrix, by their paths.
+    texts: what is calibrated on, where anything is. fused_groups: linears that servers run as one matrix, by their paths.
     bytes_before, bytes_after: of the weights now and, estimated, afterwards. adapter_bytes: of the adapter beside them.
     rewrites: what transforms of the whole model do, a line each.
     readers: how other programs load the result, or why they do not; of an encoder what transformers does. writes: whether the model does.

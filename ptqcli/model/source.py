@@ -61,7 +61,7 @@ class ModelFolder:
     Raises PTQError or UsageError for one that holds no model, an adapter, or links to files that are elsewhere, see ``auxiliary_files``.
     """
 
-    notes = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder

@@ -12,6 +12,7 @@ from ptqcli.calibration.text import source_path
 from ptqcli.estimate import LIBRARY_BYTES, memory_bytes
 from ptqcli.formats import find_format
 from ptqcli.formats.sources import open_source
+from ptqcli.model.declared import DeclaredModel, is_declared
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelSource
@@ -101,7 +102,8 @@ def prepare(
 ) -> Prepared:
     """Plan the run, see that ``output`` can be written, and read the calibration text.
 
-    rehearsal: the run will not follow, so the model writes no text.
+    rehearsal: the run will not follow, so the model writes no text, and one of which only config.json is there is planned for a machine
+    that is not this one.
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
     folder = model if isinstance(model, Path) else model.folder
@@ -109,14 +111,18 @@ def prepare(
     inputs = [path for path in (*texts, data_dir) if path is not None and os.path.exists(path)]
     if isinstance(output, Path):  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
+    declared = rehearsal and isinstance(model, Path) and is_declared(model)
     with clock.measure("plan"):
-        original = open_skeleton(model, recipe)
+        source = DeclaredModel(model) if declared and isinstance(model, Path) else model
+        original = open_skeleton(source, recipe)
         maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
-        skeleton, plan = _planned(original, recipe, resources, maker.choose)
+        skeleton, plan = _planned(original, recipe, resources, None if declared else maker.choose)
     if not isinstance(output, Path):
         output = output(plan)
         check_output(output, folder, overwrite, inputs)
     progress.planned(plan, output)
+    if declared:
+        return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=None, resources=resources)
     check_room(output, plan.disk_bytes)
     resources = replace(resources, activation_budget=plan.activation_budget)
     check_memory(
