@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
+from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, processes_option, quiet_option
+from ptqcli.cli.processes import OneVoice
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 from ptqcli.quality import QUALITIES, described
 
@@ -257,6 +258,7 @@ FLAGS = {
             show_default="4",
             help="Activations beyond this go to a file in the output folder.",
         ),
+        processes_option,
     ],
     OUTPUT: [
         click.option(
@@ -337,7 +339,7 @@ def with_flags(flags: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
 # Flags of the parts
 
 
-class QuantizeCommand(click.Command):
+class QuantizeCommand(OneVoice):
     """A command whose flags are also those that the parts declare; they are imported when the flags are first asked for."""
 
     @property

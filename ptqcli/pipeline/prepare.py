@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
+from ptqcli.errors import UsageError
 from ptqcli.estimate import LIBRARY_BYTES
 from ptqcli.formats import find_format
 from ptqcli.formats.sources import open_source
@@ -21,12 +22,14 @@ from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.outside import untied, untied_note
 from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline.ranks import Ranks
 from ptqcli.pipeline.rewriting import proof_bytes, rewritten
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
 from ptqcli.plan_texts import ChooseTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
+from ptqcli.solvers.per_matrix import as_block_solver
 
 # Where the checkpoint goes, or what says so once it is known what will be in it.
 Output = Path | Callable[[Plan], Path]
@@ -93,30 +96,33 @@ def prepare(
     progress: Progress,
     clock: Clock,
     rehearsal: bool = False,
+    ranks: Ranks | None = None,
 ) -> Prepared:
     """Plan the run, see that ``output`` can be written, and read the calibration text.
 
-    rehearsal: the run will not follow, so the model writes no text.
+    rehearsal: the run will not follow, so the model writes no text. ranks: the processes that share the run, of which the first decides
+    about the output and the text.
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
+    ranks = ranks or Ranks()
     folder = model if isinstance(model, Path) else model.folder
     texts = [source_path(share.source) for share in read_calib(recipe.calib)]
     inputs = [path for path in (*texts, data_dir) if path is not None and os.path.exists(path)]
-    if isinstance(output, Path):  # told before a model is opened
+    if isinstance(output, Path) and ranks.first:  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
     with clock.measure("plan"):
         original = open_skeleton(model, recipe)
         maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
-        skeleton, plan = _planned(original, recipe, resources, maker.choose)
-    if not isinstance(output, Path):
-        output = output(plan)
-        check_output(output, folder, overwrite, inputs)
+        skeleton, plan = _planned(original, recipe, resources, lambda seqlen: ranks.from_first(lambda: maker.choose(seqlen)))
+        _check_shared(plan, skeleton, ranks.size)
+    output = ranks.from_first(lambda: _checked(output, plan, folder, overwrite, inputs))
     progress.planned(plan, output)
-    check_room(output, plan.disk_bytes)
+    if ranks.first:
+        check_room(output, plan.disk_bytes)
     calibration = None
     if plan.needs_calibration:
         with clock.measure("text"):
-            calibration = maker.make(plan.texts, plan.seqlen, rehearsal)
+            calibration = ranks.from_first(lambda: maker.make(plan.texts, plan.seqlen, rehearsal))
             return_freed_memory()  # a tokenizer's work on a long text takes many times the text
         if calibration.skipped_rows:
             progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
@@ -124,3 +130,26 @@ def prepare(
             if known is not None and known.foreign:
                 progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration)
+
+
+def _checked(output: Output, plan: Plan, folder: Path | None, overwrite: bool, inputs: Sequence[Path]) -> Path:
+    """``output``, or what names it by the plan, which is then looked at."""
+    if isinstance(output, Path):
+        return output
+    named = output(plan)
+    check_output(named, folder, overwrite, inputs)
+    return named
+
+
+def _check_shared(plan: Plan, skeleton: Skeleton, processes: int) -> None:
+    """Raise UsageError for what so many processes cannot share."""
+    solver = as_block_solver(plan.recipe.solver())
+    if processes == 1:
+        return
+    if not solver.shares:
+        raise UsageError(f"algo {plan.recipe.algo}: {solver.name} does not work in several processes; run it in one")
+    if plan.needs_calibration and plan.texts.windows < processes:
+        raise UsageError(
+            f"nsamples {plan.texts.windows}: is fewer than the {processes} processes that share the calibration windows; "
+            "give more, or start fewer processes"
+        )
