@@ -23,6 +23,7 @@ PLAN = ROOMS | {"plan", "plan_memory", "plan_notes", "plan_texts", "estimate", "
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
+    "__main__": {"cli"},
     "__init__": {"api", "errors", "formats", "numerics", "pipeline", "recipe", "runtime"},  # handed on when asked for
     "errors": set(),
     "untrusted": {"errors"},

@@ -9,10 +9,9 @@ from ptqcli.numerics.ranges import Clipped, MinMax
 from ptqcli.numerics.scheme import ActivationScheme, OutlierSplit, Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.solvers import LinearTask, SolveNotes
-from ptqcli.solvers.autoround import AutoRound, ScaledSignRound, SignRound, masked_loss, searched_grid
+from ptqcli.solvers.autoround import AutoRound, ScaledSignRound, SignRound, SignSGD, masked_loss, searched_grid
 from ptqcli.solvers.flexround import ElementDivision, FlexRound
 from ptqcli.solvers.gptq import GPTQ
-from ptqcli.solvers.learned import SignSGD
 from ptqcli.solvers.obq import OBQ
 from ptqcli.solvers.omniquant import Clipping, OmniQuant
 from ptqcli.solvers.rounding import Start, centred

@@ -73,13 +73,13 @@ class PairedBlock:
         statistics = self.quantized.empty_statistics(stage, needs)
         writes = any(local in self.writers for local in self.quantized.stages[stage])
         features, hidden = self.quantized.features(stage), self.quantized.source.shape[-1]
-        held = len(self.quantized.source) > 1
+        held = self.quantized.share.windows > 1
         statistics.pairs = Pairs.empty(features, hidden if writes else None, self.quantized.device, held)
         return statistics
 
     def _add(self, statistics: InputStatistics, batch: int, stage: int, x: Tensor, f: Tensor) -> None:
         start, stop = self.quantized.batches[batch]
-        windows, tokens, _features = self.quantized.source.shape
+        tokens, share = self.quantized.source.shape[1], self.quantized.share
         count = (stop - start) * tokens
         x, f = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (x, f))
         if len(x) != count or len(f) != count:
@@ -88,7 +88,8 @@ class PairedBlock:
                 f"{where}: does not see each token once, so its inputs cannot "
                 "be paired with those in the original model; use --target quantized"
             )
-        held = torch.tensor([is_held_out(window, windows) for window in range(start, stop)]).repeat_interleave(tokens).to(x.device)
+        numbers = range(share.first + start, share.first + stop)
+        held = torch.tensor([is_held_out(window, share.windows) for window in numbers]).repeat_interleave(tokens).to(x.device)
         assert statistics.pairs is not None
         drift = self._drift[batch].reshape(count, -1) if statistics.pairs.drift is not None else None
         x, f, held = (self.quantized.tokens_of(batch, rows) for rows in (x, f, held.unsqueeze(1)))

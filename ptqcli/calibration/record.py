@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptqcli.calibration.share import Share
 from ptqcli.errors import PTQError
 from ptqcli.model.discovery import BlockShape, StopForward, first_output
 from ptqcli.model.kinds import PADDING
@@ -86,24 +87,19 @@ class Excerpt:
     calls: list[BlockCall]
     real: Tensor | None = None
 
-    def hidden(self, states: Tensor) -> Tensor:
-        """Its part of the hidden states [windows, tokens, features].
-
-        Where tokens see what follows them, those of a beginning are not what the model makes of it alone, but still such as a block gets.
-        """
-        return states[list(self.windows), : self.tokens]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
     """Hidden states before the first block, [windows, tokens, features], and the calls of every block: calls[block][batch].
 
     batches: windows [start, stop) of each. excerpts: by the names under which they were asked for. real: as in ``Excerpt``, on the CPU.
+    share: which windows these are of all; batches and real count from its first.
     """
 
     hidden: Tensor
     calls: list[list[BlockCall]]
     batches: list[tuple[int, int]]
+    share: Share
     excerpts: dict[str, Excerpt] = field(default_factory=dict)
     real: Tensor | None = None
 
@@ -116,31 +112,34 @@ def record_calls(
     dtype: torch.dtype,
     make_buffer: Callable[[tuple[int, ...], torch.dtype], Tensor],
     excerpts: Mapping[str, tuple[Sequence[int], int]] | None = None,
+    share: Share | None = None,
 ) -> Recording:
     """Run the model up to its blocks on ``windows``, int64 [windows, tokens], and record how it calls each of them.
 
     An encoder's windows may end in PADDING.
     make_buffer: gives the tensor that takes the hidden states. excerpts: name -> (numbers of the windows, tokens of each) of the excerpts
-    to record as well.
+    to record as well. share: the windows of this process, all where None; excerpts are of all windows.
     """
-    batches = [(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
+    share = share or Share.of(windows, 0, 1)
+    own, batches = windows[share.first : share.stop], share.batches(batch_size)
     calls: list[list[BlockCall]] = [[] for _ in skeleton.blocks]
     states: Tensor | None = None
     with skeleton.loaded_before(device, dtype) as model, torch.no_grad():
-        for start, stop in batches:
-            hidden, batch_calls = _record_batch(skeleton, model, windows[start:stop].to(device))
+        for number, (start, stop) in enumerate(batches):
+            alike = next((other for other in range(number) if batches[other][1] - batches[other][0] == stop - start), 0)
+            hidden, batch_calls = _record_batch(skeleton, model, own[start:stop].to(device))
             if states is None:
-                states = make_buffer((len(windows), *hidden.shape[1:]), hidden.dtype)
+                states = make_buffer((len(own), *hidden.shape[1:]), hidden.dtype)
             states[start:stop] = hidden.cpu()
             for block_calls, call in zip(calls, batch_calls, strict=True):
-                block_calls.append(_shared(block_calls[0], call) if block_calls else call)
+                block_calls.append(_shared(block_calls[alike], call) if block_calls else call)
         recorded = {}
         for name, (numbers, tokens) in (excerpts or {}).items():
             part = windows[list(numbers), :tokens]
             _, excerpt_calls = _record_batch(skeleton, model, part.to(device))
             recorded[name] = Excerpt(tuple(numbers), tokens, excerpt_calls, _real(part))
     assert states is not None
-    return Recording(hidden=states, calls=calls, batches=batches, excerpts=recorded, real=_real(windows))
+    return Recording(hidden=states, calls=calls, batches=batches, share=share, excerpts=recorded, real=_real(own))
 
 
 def _real(windows: Tensor) -> Tensor | None:

@@ -29,15 +29,15 @@ class Walk(Protocol):
 class Pool:
     """Statistics of all experts of a block together, of the block as it is, for stages that see fewer than ``least`` tokens.
 
-    experts: numbers of the stages of experts.
+    experts: numbers of the stages of experts. statistics: all of them, each once.
     """
 
     def __init__(self, walk: Walk, mixtures: Sequence[Mixture], needs: StatisticsRequest, least: int) -> None:
         groups = _alike_stages(walk.stages, mixtures)
         self._least = least
         self.experts = {number for group in groups for number in group}
-        statistics = walk.pooled(groups, needs) if groups and least else []
-        self._of = {number: pooled for group, pooled in zip(groups, statistics, strict=False) for number in group}
+        self.statistics = walk.pooled(groups, needs) if groups and least else []
+        self._of = {number: pooled for group, pooled in zip(groups, self.statistics, strict=False) for number in group}
 
     def in_place_of(self, stage: int, own: InputStatistics) -> InputStatistics | None:
         """What the stage gets in the place of its ``own`` statistics, None where these will do or nothing has reached any expert."""

@@ -11,7 +11,9 @@ paper's factor 2 drops out). One is kept for each distinct tensor, not for each 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -179,13 +181,26 @@ class Held:
         return cls(Hessian.zeros(features, device), torch.zeros(features, device=device), pairs)
 
 
+class Others(Protocol):
+    """Processes that have seen other tokens of the same inputs; in each, every call is answered at once."""
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over all processes into each tensor."""
+
+    def largest(self, tensors: Sequence[Tensor]) -> None:
+        """Put the largest of all processes into each place of each tensor."""
+
+    def everyone(self, value: Any) -> list[Any]:
+        """What each process has as ``value``, in the order of their windows."""
+
+
 @dataclass(kw_only=True)
 class InputStatistics:
     """What is known of one input tensor, float32 throughout; what was not asked for is None (samples: empty).
 
     largest: [in], the largest magnitude of each channel. summed: [in], the sum of magnitudes. samples: every ``stride``-th token, in
     pieces [tokens, in]. hessian: see ``Hessian``. sums: [in], the sum of the inputs. pairs: what the original model has in their place.
-    tokens: how many were seen.
+    tokens: how many were seen. before: how many other processes see before these, where they are known.
     """
 
     largest: Tensor | None
@@ -196,10 +211,11 @@ class InputStatistics:
     pairs: Pairs | None = None
     samples: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+    before: int = 0
 
     @classmethod
-    def empty(cls, features: int, needs: StatisticsRequest, tokens: int, device: torch.device) -> InputStatistics:
-        """Statistics of nothing yet, of a pass that will see ``tokens`` tokens."""
+    def empty(cls, features: int, needs: StatisticsRequest, tokens: int, device: torch.device, before: int = 0) -> InputStatistics:
+        """Statistics of nothing yet, of a pass that will see ``tokens`` tokens, in other processes, too; ``before`` ours so many."""
         return cls(
             largest=torch.zeros(features, device=device) if needs.magnitudes else None,
             summed=torch.zeros(features, device=device) if needs.magnitudes else None,
@@ -207,6 +223,7 @@ class InputStatistics:
             stride=-(-tokens // SAMPLED_TOKENS) if needs.samples else 0,
             sums=torch.zeros(features, device=device) if needs.sums else None,
             samples=[torch.empty(0, features, device=device)] if needs.samples else [],
+            before=before,
         )
 
     def add(self, inputs: Tensor) -> None:
@@ -219,12 +236,31 @@ class InputStatistics:
             torch.maximum(self.largest, magnitudes.amax(dim=0), out=self.largest)
             self.summed += magnitudes.sum(dim=0)
         if self.stride:
-            self.samples.append(rows[-self.tokens % self.stride :: self.stride].float())
+            self.samples.append(rows[-(self.before + self.tokens) % self.stride :: self.stride].float())
         if self.sums is not None:
             self.sums += rows.float().sum(dim=0)
         if self.hessian is not None:
             self.hessian.add(rows)
         self.tokens += rows.shape[0]
+
+    def merge(self, others: Others) -> None:
+        """Make it what all processes together have seen; each calls this at once, and then has the same."""
+        added, hessians = [self.summed, self.sums], [self.hessian]
+        for pairs in () if self.pairs is None else (self.pairs, *([self.pairs.held.pairs] if self.pairs.held else ())):
+            added += [pairs.cross, pairs.sums, pairs.drift, pairs.drift_sums]
+        if self.pairs is not None and self.pairs.held is not None:
+            added.append(self.pairs.held.sums)
+            hessians.append(self.pairs.held.hessian)
+        kept = [hessian for hessian in hessians if hessian is not None]
+        counts = torch.tensor([self.tokens, *(hessian.tokens for hessian in kept)])
+        others.add([counts, *(tensor for tensor in added if tensor is not None), *(hessian.sums for hessian in kept)])
+        self.tokens, *seen = counts.tolist()
+        for hessian, tokens in zip(kept, seen, strict=True):
+            hessian.tokens = tokens
+        if self.largest is not None:
+            others.largest([self.largest])
+        if self.stride:
+            self.samples = others.everyone(torch.cat(self.samples))
 
     def sampled(self) -> Tensor:
         """The sampled tokens, [tokens, in]."""

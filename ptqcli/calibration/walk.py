@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ptqcli.calibration.modes import Modes, outside_modes, switch_with_modes
 from ptqcli.calibration.record import BlockCall
 from ptqcli.calibration.routed import feed_all
+from ptqcli.calibration.share import Share
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.model.discovery import StopForward
 from ptqcli.model.linears import is_linear, linear_input, linear_weight
@@ -35,6 +36,7 @@ class CalibratedBlock:
     ``observe`` only looks. ``sequential`` and ``at_once`` walk through the stages: each comes with the statistics of its input, and its
     weights are expected to be replaced when the walk goes on. Afterwards ``target`` holds the outputs of the block with the replaced
     weights. fed: local names of modules of so many experts, each of which is to be seen with all tokens by ``observe`` and ``pooled``.
+    share: which windows these are, where other processes have others; None where they are all. Statistics are those of these windows.
     Call under ``torch.no_grad``.
     """
 
@@ -50,7 +52,10 @@ class CalibratedBlock:
         budget: int,
         fed: Mapping[str, int] | None = None,
         real: Tensor | None = None,
+        share: Share | None = None,
     ) -> None:
+        windows, tokens, _features = source.shape
+        self.share = share or Share.whole(windows, windows * tokens if real is None else int(real.sum()))
         self.fed = fed or {}
         self.block, self.stages, self.calls, self.batches, self.device = block, stages, calls, batches, device
         self.source, self.target, self.real = source, target, real
@@ -91,9 +96,7 @@ class CalibratedBlock:
 
     def empty_statistics(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
         """Statistics of nothing yet of the input of ``stage``."""
-        windows, tokens, _features = self.source.shape
-        count = windows * tokens if self.real is None else int(self.real.sum())
-        return InputStatistics.empty(self.features(stage), needs, count, self.device)
+        return InputStatistics.empty(self.features(stage), needs, self.share.tokens, self.device, self.share.before)
 
     def tokens_of(self, batch: int, inputs: Tensor) -> Tensor:
         """The rows of a linear's ``inputs`` [..., in] that belong to tokens; all of what is not one row a place, such as positions."""

@@ -162,21 +162,30 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
     """The bytes of a safetensors file of ``tensors``, a buffer at a time; no tensor is copied that lies contiguous on the CPU."""
     rank = {name: number for number, name in enumerate(FILE_ORDER)}
     order = sorted(tensors, key=lambda name: (rank[DTYPE_NAMES[tensors[name].dtype]], name))
+    yield safetensors_header({name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in order})
+    for name in order:
+        yield from flat_pieces(tensors[name])
+
+
+def safetensors_header(order: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """What a safetensors file begins with; the bytes of the tensors of these dtypes and shapes follow it in their order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
-    for name in order:
-        tensor = tensors[name]
-        end = begin + tensor.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape) in order.items():
+        end = begin + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        alone = tensors[name].detach().cpu().contiguous()
-        flat = alone.as_strided((alone.numel(),), (1,)).view(torch.uint8)  # a dimension of one element may have any stride
-        for start in range(0, flat.numel(), PIECE):
-            yield flat[start : start + PIECE].numpy()
+    return len(text).to_bytes(8, "little") + text
+
+
+def flat_pieces(tensor: Tensor) -> Iterator[Any]:
+    """The bytes of a tensor, a buffer at a time."""
+    alone = tensor.detach().cpu().contiguous()
+    flat = alone.as_strided((alone.numel(),), (1,)).view(torch.uint8)  # a dimension of one element may have any stride
+    for start in range(0, flat.numel(), PIECE):
+        yield flat[start : start + PIECE].numpy()
 
 
 def _put(folder: Directory, name: str, pieces: Iterator[Any]) -> None:

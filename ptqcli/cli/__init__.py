@@ -48,10 +48,14 @@ COMMANDS = {
 
 @dataclass
 class Session:
-    """One command line at work. debug: what the flag said. result_kept: what was made lies in a folder, whoever reads the output."""
+    """One command line at work.
+
+    debug: what the flag said. result_kept: what was made lies in a folder, whoever reads the output. arguments: the words of the line.
+    """
 
     debug: bool = False
     result_kept: bool = False
+    arguments: tuple[str, ...] = ()
 
 
 class LazyGroup(click.Group):
@@ -120,6 +124,7 @@ def _told_in_full(session: Session) -> int:
 def run(arguments: Sequence[str], session: Session | None = None) -> int:
     """Run one command line and return its exit code; errors have been told on stderr by then."""
     session = session or Session()
+    session.arguments = tuple(arguments)
     try:
         return _as_exit_code(app.main(list(arguments), prog_name="ptq", standalone_mode=False, obj=session))
     except click.exceptions.NoArgsIsHelpError as help_wanted:

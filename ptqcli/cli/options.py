@@ -63,6 +63,20 @@ kernel_option = click.option(
     show_default=True,
     help="What packed weights are multiplied by; other than auto, a layer that cannot run on it is an error.",
 )
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="one for each GPU; on the CPU 1",
+    help="Processes of this machine that share the work; torchrun and accelerate launch start such on several machines, too.",
+)
+memory_option = click.option(
+    "--memory",
+    callback=parse_size,
+    metavar="SIZE",
+    show_default="what is free",
+    help="What a process may take, such as 8GiB; activations beyond it live on disk, and what cannot fit is refused at once.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; all else goes to stderr.")
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 

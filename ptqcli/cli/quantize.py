@@ -15,6 +15,7 @@ from ptqcli.cli.console import Output
 from ptqcli.cli.folder_name import default_output
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.options import open_device
+from ptqcli.cli.processes import alone, shared
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize_flags import QuantizeCommand, all_flags
 from ptqcli.cli.quantize_report import QuantizeProgress, plan_as_json, show_report
@@ -22,6 +23,8 @@ from ptqcli.errors import UsageError
 from ptqcli.model.locate import find_model
 
 if TYPE_CHECKING:
+    from ptqcli.pipeline.report import Report
+    from ptqcli.recipe import Recipe
     from ptqcli.resources import Resources
 
 
@@ -53,6 +56,7 @@ def command(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    processes: int | None,
     **request: Any,
 ) -> None:
     """Turn MODEL into a packed checkpoint folder.
@@ -60,30 +64,63 @@ def command(
     MODEL is a local folder, a GGUF file or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embedding stay as they are, unless --lm-head and --embeddings are given.
     """
+    words = Output(as_json=as_json, quiet=quiet)
+    session = click.get_current_context().obj
+
+    def asked() -> Recipe:
+        from ptqcli.recipe_loading import load_recipe
+        from ptqcli.shipped import find_recipe
+
+        return load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
+
+    share = alone if dry_run else partial(shared, processes=processes, most=lambda: _most_processes(asked()), arguments=session.arguments)
+    with share(device) as (ranks, own_device):
+        resources = resources_of(str(own_device), dtype, batch_size, activation_budget, memory)
+        run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "ranks": ranks}
+        report = _quantized(model, asked(), output, words if ranks.first else None, restart, allow_requantize, dry_run, run)
+        if report is None:
+            return
+    if ranks.first:
+        session.result_kept = not as_json
+        show_report(report, words)
+        words.result(report.to_json())
+
+
+def _quantized(
+    model: str | None,
+    asked: Recipe,
+    output: Path | None,
+    words: Output | None,
+    restart: bool,
+    allow_requantize: bool,
+    dry_run: bool,
+    run: dict[str, Any],
+) -> Report | None:
+    """The report of the run, None for a dry one, whose plan is shown. words: None in a process that says nothing."""
     from ptqcli.formats.sources import open_source
     from ptqcli.pipeline.clock import Clock
     from ptqcli.pipeline.pipeline import quantize
     from ptqcli.pipeline.prepare import prepare
-    from ptqcli.recipe_loading import load_recipe
-    from ptqcli.shipped import find_recipe
 
-    words = Output(as_json=as_json, quiet=quiet)
-    asked = load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
-    resources = resources_of(device, dtype, batch_size, activation_budget, memory)
     folder = find_model(model)
     silence_transformers()
-    target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
+    target = output.expanduser() if output else partial(default_output, model, folder, overwrite=run["overwrite"])
     source = open_source(folder, allow_requantize=True) if allow_requantize else folder
-    with track("block", quiet) as tracker:
-        progress = QuantizeProgress(folder, words, tracker)
-        run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}
-        if dry_run:
-            words.result(plan_as_json(prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)))
-            return
-        report = quantize(source, asked, target, restart=restart, **run)
-    click.get_current_context().obj.result_kept = not as_json
-    show_report(report, words)
-    words.result(report.to_json())
+    if words is None:
+        return quantize(source, asked, target, restart=restart, **run)
+    with track("block", words.quiet) as tracker:
+        run["progress"] = QuantizeProgress(folder, words, tracker)
+        if not dry_run:
+            return quantize(source, asked, target, restart=restart, **run)
+        words.result(plan_as_json(prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)))
+    return None
+
+
+def _most_processes(asked: Recipe) -> int:
+    """How many processes can share a run for which nobody has said how many."""
+    from ptqcli.solvers.per_matrix import as_block_solver
+
+    return max(1, asked.nsamples or 1 << 10) if as_block_solver(asked.solver()).shares else 1
 
 
 def given_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, parse_size, quiet_option
+from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, memory_option, processes_option, quiet_option
+from ptqcli.cli.processes import OneVoice
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 from ptqcli.quality import QUALITIES, described
 
@@ -247,15 +248,9 @@ FLAGS = {
             type=click.IntRange(min=1),
             metavar="N",
             show_default="by window length",
-            help="Windows in one forward pass; another number gives other last digits, so other codes of equal quality. The report has it.",
+            help="Windows in one forward pass; another number gives other last digits, so other codes of equal quality.",
         ),
-        click.option(
-            "--memory",
-            callback=parse_size,
-            metavar="SIZE",
-            show_default="what is free",
-            help="What the run may take, such as 8GiB; activations beyond it live on disk, and what cannot fit is refused at once.",
-        ),
+        memory_option,
         click.option(
             "--activation-budget",
             type=click.FloatRange(min=0),
@@ -263,6 +258,7 @@ FLAGS = {
             show_default="what --memory leaves",
             help="Activations beyond this go to a file in the output folder.",
         ),
+        processes_option,
     ],
     OUTPUT: [
         click.option(
@@ -276,7 +272,7 @@ FLAGS = {
             "--gguf-type",
             metavar="TYPE",
             show_default="q4_k_m",
-            help="With --format gguf, a mix of block types in place of bits and groups: q2_k, q3_k_s, q4_k_m, q5_0, q6_k and the like.",
+            help="With --format gguf, a mix of block types in place of bits and groups: q2_k, q4_k_m, q5_0, q6_k and the like.",
         ),
         click.option(
             "--for-tensor-parallel",
@@ -297,8 +293,7 @@ FLAGS = {
             type=int,
             metavar="N",
             show_default="0",
-            help="Write an adapter of this rank, too, which corrects the error of each linear (EoRA); peft and vLLM load it beside the "
-            "checkpoint. 32 is usual, 0 is none.",
+            help="Write an adapter of this rank, too, which corrects the linears' errors (EoRA), for peft and vLLM. 32 is usual, 0 is none.",
         ),
         click.option(
             "--output",
@@ -343,7 +338,7 @@ def with_flags(flags: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
 # Flags of the parts
 
 
-class QuantizeCommand(click.Command):
+class QuantizeCommand(OneVoice):
     """A command whose flags are also those that the parts declare; they are imported when the flags are first asked for."""
 
     @property

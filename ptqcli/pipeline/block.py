@@ -7,7 +7,7 @@ the whole window transformed beforehand, with the samples of every input from wh
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
 from ptqcli.calibration.together import BlockTogether, steps_of
 from ptqcli.calibration.walk import CalibratedBlock
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.loaded import LoadedBlock, Run
+from ptqcli.pipeline.loaded import Judged, LoadedBlock, Run
 from ptqcli.pipeline.streams import Streams, WindowBatches
 from ptqcli.solvers import LinearTask, Solution, Stage
 
@@ -73,13 +73,39 @@ class WindowWork:
                 yield from self._calibrated_stages(block, self._run.streams, self._source(number))
         self._walked = True
 
+    def place_each(self, groups: Sequence[Sequence[str]], solve: Callable[[Sequence[str]], Sequence[Solution]]) -> None:
+        """See ``BlockWork``: parts of the groups are solved by one process each, and placed by all."""
+        parts = [part for group in groups for part in _parts(group, self._run.ranks.size)]
+        costs = [sum(self._cost(name) for name in part) for part in parts]
+
+        def work(number: int) -> list[Judged]:
+            names = parts[number]
+            return [self._judged(name, solution) for name, solution in zip(names, solve(names), strict=True)]
+
+        for names, judged in zip(parts, self._run.ranks.divided(costs, work), strict=True):
+            for name, each in zip(names, judged, strict=True):
+                self._owners[name].place(name, each)
+        self._walked = False
+
     def place(self, name: str, solution: Solution) -> None:
         """Pack the codes for the file and put their values into the block. Raises PTQError for what is not here, or placed already."""
         if name not in self._owners:
             raise PTQError(f"{name}: a solver has placed it, but it is no linear of {', '.join(self.paths)} that is quantized")
-        task = self._tasks.get(name) or self._owners[name].task(name)
-        self._owners[name].place(task, solution)
+        self._owners[name].place(name, self._run.ranks.from_first(lambda: self._judged(name, solution)))
         self._walked = False
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """See ``BlockWork``."""
+        self._run.ranks.add(tensors)
+
+    def _judged(self, name: str, solution: Solution) -> Judged:
+        owner = self._owners[name]
+        return owner.judge(self._tasks.get(name) or owner.task(name), solution)
+
+    def _cost(self, name: str) -> float:
+        """Of solving a linear, in some unit: that of what depends on its inputs, and of what is done for each of its rows."""
+        site = self._owners[name].planned[name].site
+        return float(site.in_features**2 * (site.in_features / 3 + site.out_features))
 
     def replace(self, parameter: str, value: Tensor) -> None:
         """Another value for a parameter that is not quantized. Raises PTQError for one that does not fit."""
@@ -147,14 +173,29 @@ class WindowWork:
         statistics = (
             walk.observe(_joined_needs(transforms, StatisticsRequest() if sequential else wanted)) if transforms or not sequential else []
         )
+        self._merge(statistics)
         if transforms:
             statistics = block.transform(streams, source, statistics)
         pool = Pool(walk, block.mixtures, wanted, self._run.plan.recipe.min_expert_tokens)
+        self._merge(pool.statistics)
         if wanted.pairs:
-            return ([step] for step in block.paired(walk, streams).sequential(wanted)), pool
+            return self._merged([step] for step in block.paired(walk, streams).sequential(wanted)), pool
         if not sequential:
             return ([step] for step in walk.at_once(statistics)), pool
-        return BlockTogether(walk, steps_of(walk.block, walk.stages, block.mixtures, block.at_once)).sequential(wanted), pool
+        steps = steps_of(walk.block, walk.stages, block.mixtures, block.at_once)
+        return self._merged(BlockTogether(walk, steps).sequential(wanted)), pool
+
+    def _merged(self, steps: Steps) -> Steps:
+        with closing(steps):
+            for step in steps:
+                self._merge(own for _, own in step)
+                yield step
+
+    def _merge(self, statistics: Iterable[InputStatistics]) -> None:
+        """Add what the other processes have seen."""
+        if self._run.ranks.size > 1:
+            for each in statistics:
+                each.merge(self._run.ranks)
 
     def _prepare(self) -> None:
         """Transform all blocks, each behind the ones before it, and note what they receive."""
@@ -167,6 +208,7 @@ class WindowWork:
             walk = block.walk(self._streams, source)
             transforms = self._run.transforms if block.folded is None else ()  # of a block that comes again
             statistics = walk.observe(_joined_needs(transforms, needs))
+            self._merge(statistics)
             if transforms:
                 statistics = block.transform(self._streams, source, statistics)
             block.statistics = {local: seen for stage, seen in zip(block.stages, statistics, strict=True) for local in stage}
@@ -188,6 +230,12 @@ class _Tasks(Mapping[str, LinearTask]):
 
     def __len__(self) -> int:
         return len(self._owners)
+
+
+def _parts(group: Sequence[str], count: int) -> list[Sequence[str]]:
+    """``group`` in at most ``count`` parts of about the same size."""
+    count = min(count, len(group))
+    return [group[number * len(group) // count : (number + 1) * len(group) // count] for number in range(count)]
 
 
 def _joined_needs(transforms: Sequence[object], needs: StatisticsRequest) -> StatisticsRequest:

@@ -194,7 +194,7 @@ class Journal:
         if streams is not None:
             name = f"{STATES}{committed.blocks:05d}.safetensors"
             folder.remove(name)
-            folder.write(name, safetensors_pieces(streams.states()))
+            folder.write(name, streams.pieces())
             states[name] = folder.made[name]
         new = {name: adapter for name, adapter in adapters.items() if name not in self._stored}
         if new:
@@ -213,10 +213,7 @@ class Journal:
         assert self.found is not None
         file = next(name for name in self.found.files if name.startswith(STATES))
         with safe_open(folder.path / file, "pt") as stored:
-            for name, states in streams.states().items():
-                piece = stored.get_slice(name)
-                for start, stop in streams.recording.batches:
-                    states[start:stop] = piece[start:stop]
+            streams.restore(lambda name, start, stop: stored.get_slice(name)[start:stop])
 
     def read_adapters(self, folder: Directory) -> dict[str, LowRank]:
         """The adapters of the finished blocks, by the names of the linears."""

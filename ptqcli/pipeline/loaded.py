@@ -22,6 +22,7 @@ from ptqcli.model.skeleton import Skeleton
 from ptqcli.numerics.fake_quant import FakeQuantLinear
 from ptqcli.pipeline.memory import RETURN_AFTER, return_freed_memory
 from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline.ranks import Ranks
 from ptqcli.pipeline.report import FoldReport, LayerReport
 from ptqcli.pipeline.streams import Streams
 from ptqcli.plan import Plan
@@ -39,8 +40,8 @@ from ptqcli.transforms.residual import residual_writers
 class Run:
     """What all blocks of a run share.
 
-    streams: None when nothing looks at calibration text. layers, folds: for the report. adapters: of the linears that are placed, if the
-    recipe asks for any, on the CPU and in the dtype of their weights.
+    ranks: the processes that share it. streams: None when nothing looks at calibration text. layers, folds: for the report, in the first
+    process. adapters: there, of the linears that are placed, if the recipe asks for any, on the CPU and in the dtype of their weights.
     """
 
     skeleton: Skeleton
@@ -50,6 +51,7 @@ class Run:
     solver: BlockSolver
     transforms: Sequence[BlockTransform]
     progress: Progress
+    ranks: Ranks = field(default_factory=Ranks)
     streams: Streams | None = None
     layers: list[LayerReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
@@ -63,6 +65,16 @@ class Run:
         for linear in self.plan.linears:
             needs |= statistics_for(linear.scheme)
         return needs
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Codes of a linear as the file holds them, and their relative error; with the adapter that corrects them, the error that is left."""
+
+    solution: Solution
+    error: float
+    adapter: LowRank | None
+    corrected: float | None
 
 
 class LoadedBlock:
@@ -100,6 +112,7 @@ class LoadedBlock:
             resources.budget,
             fed,
             recording.real,
+            recording.share,
         )
 
     def at_once(self, stage: int) -> int:
@@ -123,8 +136,10 @@ class LoadedBlock:
             states.outputs,
             resources.device,
             resources.budget,
+            share=recording.share,
         )
-        self.writers = residual_writers(self.block, streams.excerpt("probe", self.index, streams.quantized.inputs))
+        block, probe = self.block, streams.excerpt("probe", self.index, streams.quantized.inputs)
+        self.writers = self.run.ranks.from_first(lambda: residual_writers(block, probe))
         return PairedBlock(walk, original, self.writers, resources.budget)
 
     def stored(self, local: str) -> Tensor:
@@ -160,35 +175,45 @@ class LoadedBlock:
         bias = None if self.block is None else getattr(self.block.get_submodule(local), "bias", None)
         return bias.detach().float() if isinstance(bias, Tensor) else None
 
-    def place(self, task: LinearTask, solution: Solution) -> None:
-        """Pack the codes for the file and put their values into the block; what was placed before is forgotten."""
-        linear = self.planned[task.name]
+    def judge(self, task: LinearTask, solution: Solution) -> Judged:
+        """``solution`` as the file holds it, with what there is to say of it; nothing of the block is changed."""
+        linear, statistics = self.planned[task.name], self.statistics.get(self.planned[task.name].site.local)
         solution = replace(solution, weight=self.run.format.held(solution.weight))
-        stored_name = self.run.skeleton.stored_name(f"{task.name}.weight")
+        shift = solution.bias - task.bias if solution.bias is not None and task.bias is not None else None
+        layer = FakeQuantLinear.of(solution.weight)
+        error = relative_error(task.weight, layer, statistics, shift)
+        wanted = task.weight if solution.aimed is None else solution.aimed
+        adapter = self._correction(linear, wanted, layer, shift)
+        corrected = None if adapter is None else relative_error(wanted, layer, statistics, shift, adapter.matrix())
+        return Judged(replace(solution, aimed=None), error, adapter, corrected)
+
+    def place(self, name: str, judged: Judged) -> None:
+        """Pack the codes for the file and put their values into the block; what was placed before is forgotten."""
+        linear, solution = self.planned[name], judged.solution
+        stored_name = self.run.skeleton.stored_name(f"{name}.weight")
         if self.block is not None:
             module = self.block.get_submodule(linear.site.local)
             weight = torch.empty_like(module.get_parameter("weight"))
             rows_first(module, weight).copy_(solution.weight.dequantize(linear.dtype))
             module.weight = nn.Parameter(weight, requires_grad=False)
-        packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
-        self._finished.update(packed)
+        if solution.bias is not None and self._bias(linear.site.local) is not None:
+            self.replace(f"{name}.bias", solution.bias)
         self._placed.add(stored_name)
-        shift = None
-        if solution.bias is not None and task.bias is not None:
-            self.replace(f"{task.name}.bias", solution.bias)
-            shift = solution.bias - task.bias
-        layer = FakeQuantLinear.of(solution.weight)
-        error = relative_error(task.weight, layer, self.statistics.get(linear.site.local), shift)
-        corrected = self._correct(linear, task.weight if solution.aimed is None else solution.aimed, layer, shift)
-        self._note(linear, solution, error, corrected, sum(tensor.nbytes for tensor in packed.values()) * 8)
-        self.run.progress.layer_done(task.name, error)
-        self._unreturned += task.weight.nbytes
+        self._unreturned += linear.site.in_features * linear.site.out_features * 4
         if self._unreturned >= RETURN_AFTER:
             return_freed_memory()
             self._unreturned = 0
+        if not self.run.ranks.first:
+            return
+        packed = self.run.format.pack(stored_name.removesuffix(".weight"), solution.weight.to(torch.device("cpu")))
+        self._finished.update(packed)
+        if judged.adapter is not None:
+            self.run.adapters[name] = judged.adapter.to(torch.device("cpu"), linear.dtype)
+        self._note(linear, judged, sum(tensor.nbytes for tensor in packed.values()) * 8)
+        self.run.progress.layer_done(name, judged.error)
 
-    def _correct(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear, shift: Tensor | None) -> float | None:
-        """Make the adapter of a linear, if there is to be one; its relative error with it. Nothing that is calibrated later sees it.
+    def _correction(self, linear: PlannedLinear, weight: Tensor, layer: FakeQuantLinear, shift: Tensor | None) -> LowRank | None:
+        """The adapter of a linear, if there is to be one. Nothing that is calibrated later sees it.
 
         weight: what the codes were to answer to. shift: what has been added to the bias.
         """
@@ -200,19 +225,18 @@ class LoadedBlock:
         difference, hessian = weight - layer.matrix(), statistics.hessian.matrix
         if shift is not None and statistics.sums is not None:
             difference = beside_bias(difference, hessian, statistics.sums, statistics.tokens, linear.name)
-        adapter = low_rank_correction(difference, hessian, rank).to(weight.device, linear.dtype)
-        self.run.adapters[linear.name] = adapter.to(torch.device("cpu"), linear.dtype)
-        return relative_error(weight, layer, statistics, shift, adapter.matrix())
+        return low_rank_correction(difference, hessian, rank).to(weight.device, linear.dtype)
 
-    def _note(self, linear: PlannedLinear, solution: Solution, error: float, corrected: float | None, bits: int) -> None:
+    def _note(self, linear: PlannedLinear, judged: Judged, bits: int) -> None:
+        solution = judged.solution
         outliers, seen = solution.notes.outlier_columns, self.statistics.get(linear.site.local)
         tokens, pooled = self.seen.get(linear.site.local, (None, False))
         self._layers[linear.name] = LayerReport(
             name=linear.name,
             scheme=str(linear.scheme),
             bits_per_weight=bits / (linear.site.in_features * linear.site.out_features),
-            relative_error=error,
-            adapter_error=corrected,
+            relative_error=judged.error,
+            adapter_error=judged.corrected,
             tokens=tokens,
             pooled=pooled,
             inputs_all_zero=seen is not None and seen.all_zero,
@@ -239,10 +263,15 @@ class LoadedBlock:
         self._finished[stored_name] = stored.cpu()
 
     def finished(self) -> dict[str, Tensor]:
-        """Every tensor that is stored for the block, whose linears join the report. Raises PTQError if one has no codes yet."""
+        """Every tensor that is stored for the block, whose linears join the report; none in a process that does not write.
+
+        Raises PTQError if one has no codes yet.
+        """
         missing = [name for name in self.planned if self.run.skeleton.stored_name(f"{name}.weight") not in self._placed]
         if missing:
             raise PTQError(f"{missing[0]}: the solver has not placed it; this is a defect of the solver {self.run.plan.recipe.algo}")
+        if not self.run.ranks.first:
+            return {}
         self.run.layers.extend(self._layers.values())
         skeleton, rewritten = self.run.skeleton, self._rewritten()
         unit = skeleton.units[self.index]
@@ -267,7 +296,8 @@ class LoadedBlock:
         run, prefix = self.run, self.prefix  # closures over self would keep every finished block alive
         progress, skeleton, device = run.progress, run.skeleton, run.resources.device
         progress.detail(f"{prefix}: looking for folds")
-        found = verified(self.block, find_folds(self.block, probe), probe)
+        block = self.block
+        found = run.ranks.from_first(lambda: verified(block, find_folds(block, probe), probe))
         self.folded = FoldedBlock(
             self.block,
             found.folds,
@@ -277,8 +307,10 @@ class LoadedBlock:
             run=lambda block: tried(block, torch.float32),
             search=run.solver.ranges,
             tell=lambda text: progress.detail(f"{prefix}: {text}"),
+            divided=run.ranks.divided,
         )
         notes = [(transform.name, note) for transform in run.transforms for note in transform.apply(self.folded)]
+        self.folded.take(run.ranks.from_first(self.folded.moved))
         for transform in run.transforms:
             transform.finish(self.folded)
         behind = [self.folded.inputs(stage[0]) for stage in self.stages]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,13 +115,17 @@ class OutsideWork:
             LinearTask(name=linear.name, weight=piece.float(), scheme=linear.scheme, scale_dtype=linear.scale_dtype) for piece in pieces
         ]
         work = StageWork(solver, Stage(tuple(tasks), statistics))
-        solutions = []
-        for number, task in enumerate(tasks):
-            solutions.append(work.solve(task, lambda done, total: run.progress.layer_progress(linear.name, done, total, "")))
-            tasks[number] = replace(task, weight=task.weight[:0])  # float32 of a piece is needed once
+        told = partial(run.progress.layer_progress, linear.name)
+
+        def solve(number: int) -> Solution:
+            task, tasks[number] = tasks[number], replace(tasks[number], weight=tasks[number].weight[:0])  # float32 is needed once
+            return work.solve(task, told)
+
+        solutions = list(run.ranks.divided([float(len(piece)) for piece in pieces], solve))
         weight = run.format.held(_joined([solution.weight for solution in solutions]))
-        self.packed[stored] = run.format.pack(stored.removesuffix(".weight"), weight.to(torch.device("cpu")))
-        self._note(linear, solutions, relative_error(matrix.float(), FakeQuantLinear.of(weight), statistics))
+        if run.ranks.first:
+            self.packed[stored] = run.format.pack(stored.removesuffix(".weight"), weight.to(torch.device("cpu")))
+            self._note(linear, solutions, relative_error(matrix.float(), FakeQuantLinear.of(weight), statistics))
         return weight
 
     def _note(self, linear: PlannedLinear, solutions: Sequence[Solution], error: float) -> None:
@@ -144,15 +149,19 @@ class OutsideWork:
             return None
         needs = PerMatrix(solver).needs
         needs |= StatisticsRequest(samples=not needs.hessian)
-        seen = InputStatistics.empty(linear.site.in_features, needs, windows.numel(), self._run.resources.device)
-        skeleton, device = self._run.skeleton, self._run.resources.device
+        share = streams.share
+        before = share.first * windows.shape[1]
+        seen = InputStatistics.empty(linear.site.in_features, needs, windows.numel(), self._run.resources.device, before)
+        skeleton, device, own = self._run.skeleton, self._run.resources.device, windows[share.first : share.stop]
         with skeleton.loaded_outside(device, self._dtype) as model, _stopping_at(model.get_submodule(linear.name), seen):
             for start, stop in streams.recording.batches:
                 with given_hidden(skeleton, streams.quantized.inputs[start:stop].to(device, copy=True)):
                     try:
-                        skeleton.kind.call(model, windows[start:stop].to(device))
+                        skeleton.kind.call(model, own[start:stop].to(device))
                     except _Reached:
                         continue
+        if self._run.ranks.size > 1:
+            seen.merge(self._run.ranks)
         seen.check_finite(linear.name)
         return seen
 

@@ -7,8 +7,10 @@ final name when everything is in it: an interrupted run leaves nothing that look
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.estimate import windows_per_batch
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.formats import find_format
+from ptqcli.model.skeleton import Unit
 from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
@@ -30,14 +33,15 @@ from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.outside import OutsideWork
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import CalibrationReport, Report, TuningReport, make_report, text_report
+from ptqcli.pipeline.ranks import Ranks
+from ptqcli.pipeline.report import CalibrationReport, Report, RewriteReport, TuningReport, make_report, text_report
 from ptqcli.pipeline.rewriting import proved
 from ptqcli.pipeline.streams import record
 from ptqcli.pipeline.tuning import rewrite, tune
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
-from ptqcli.solvers.per_matrix import as_block_solver
+from ptqcli.solvers.per_matrix import PerMatrix, as_block_solver
 
 
 def quantize(
@@ -50,41 +54,31 @@ def quantize(
     resources: Resources | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``, which a function may name by the plan.
 
-    What an earlier run of the same request has finished is gone on from, unless ``restart``.
+    What an earlier run of the same request has finished is gone on from, unless ``restart``. ranks: the processes that share the run, None
+    for this one alone. Each of them calls this with the same request and gets the same report; the first one writes.
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was, and what is
     finished is kept beside it.
     """
     resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
+    ranks = ranks or Ranks()
     folder = model if isinstance(model, Path) else model.folder
-    ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
+    ready = prepare(
+        model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock, ranks=ranks
+    )
     resources = ready.resources
     with clock.measure("plan"):
-        rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
-    journal = _journal(ready, folder, resources, restart)
-    room = ready.plan.disk_bytes
-    with growing(ready.output, folder, overwrite, room, ready.inputs, journal) as growing_folder, torch.no_grad():
-        work = _Quantization(ready, resources, growing_folder, progress, clock, journal)
+        rewritten = ranks.from_first(lambda: proved(ready.skeleton, ready.plan, resources.device, progress))
+    journal = _journal(ready, folder, resources, restart) if ranks.first else None
+    if ranks.size > 1:
+        progress.phase(f"{ranks.size} processes share the work")
+    with _growing(ready, folder, overwrite, journal, ranks) as growing_folder, torch.no_grad():
+        work = _Quantization(ready, resources, growing_folder, progress, clock, journal, ranks)
         work.run()
-        report = make_report(
-            ready.plan,
-            None if folder is None else str(folder.resolve()),
-            work.state.layers,
-            work.state.folds,
-            work.written.bytes,
-            work.calibration_report(),
-        )
-        with clock.measure("write"):
-            work.written.finish_tensors(lambda: work.commit(len(ready.skeleton.blocks), all_written=True), work.drop_journal)
-            report = replace(report, bytes_after=work.written.bytes)
-        if recipe.finish != "none":
-            work.drop_journal()
-            with clock.measure("tune"):
-                report = replace(report, tuning=work.tune())
-        with clock.measure("write"):
-            report = work.written.finish(replace(report, rewritten=rewritten))
+        report = ranks.from_first(lambda: work.finish(folder, rewritten))
     return replace(
         report,
         output=str(ready.output),
@@ -92,6 +86,18 @@ def quantize(
         peak_memory_bytes=peak_memory(resources.device),
         seconds_by_step=clock.spent,
     )
+
+
+@contextmanager
+def _growing(ready: Prepared, model: Path | None, overwrite: bool, journal: Journal | None, ranks: Ranks) -> Iterator[Directory | None]:
+    """The folder in which the output grows; None in a process that does not write, which waits until it is in its place."""
+    if not ranks.first:
+        yield None
+        ranks.wait()
+        return
+    with growing(ready.output, model, overwrite, ready.plan.disk_bytes, ready.inputs, journal) as folder:
+        yield folder
+    ranks.wait()
 
 
 def _journal(ready: Prepared, model: Path | None, resources: Resources, restart: bool) -> Journal | None:
@@ -110,9 +116,16 @@ class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
     def __init__(
-        self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock, journal: Journal | None
+        self,
+        ready: Prepared,
+        resources: Resources,
+        folder: Directory | None,
+        progress: Progress,
+        clock: Clock,
+        journal: Journal | None,
+        ranks: Ranks,
     ) -> None:
-        self.journal = journal
+        self.journal, self.ranks = journal, ranks
         self.skeleton, self.plan, self.calibration = ready.skeleton, ready.plan, ready.calibration
         self.progress, self.clock, self.folder = progress, clock, folder
         plan = self.plan
@@ -124,10 +137,12 @@ class _Quantization:
             solver=as_block_solver(plan.recipe.solver()),
             transforms=plan.recipe.transforms(),
             progress=progress,
+            ranks=ranks,
         )
-        self.written = WrittenUnits(self.state, folder)
+        self.written = None if folder is None else WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].dtype)
         self.batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
+        self.resumes = ranks.from_first(lambda: journal is not None)
         self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
         self.carried: dict[str, Any] = {}
 
@@ -136,15 +151,14 @@ class _Quantization:
         outside = OutsideWork(self.state, None if self.calibration is None else self.calibration.windows, self.dtype)
         with self.clock.measure("solve"):
             outside.quantize_embedding()
-        found = None if self.journal is None else self.journal.found
+        found = self.ranks.from_first(lambda: None if self.journal is None else self.journal.found)
         if found is not None and found.all_written:
             self._go_on(found)
             return
         if self.calibration is not None:
             self._record(self.calibration.windows)
         if found is None:
-            with self.clock.measure("write"):
-                self.written.carry_over(self.skeleton.before, outside.packed)
+            self._carry_over(self.skeleton.before, outside)
         else:
             self._go_on(found)
         solver, blocks = self.state.solver, range(len(self.skeleton.blocks))
@@ -157,13 +171,21 @@ class _Quantization:
             self.commit(start)
         with self.clock.measure("solve"):
             outside.quantize_head()
-        with self.clock.measure("write"):
-            self.written.carry_over(self.skeleton.after, outside.packed)
+        self._carry_over(self.skeleton.after, outside)
         self.commit(len(blocks), all_written=True)
+
+    def _carry_over(self, unit: Unit, outside: OutsideWork) -> None:
+        if self.written is not None:
+            with self.clock.measure("write"):
+                self.written.carry_over(unit, outside.packed)
 
     def commit(self, blocks: int, all_written: bool = False) -> None:
         """Note that so many blocks are finished, unless a later window starts from what is only in memory."""
-        if self.journal is None or self.waiting:
+        if not self.resumes or self.waiting:
+            return
+        if self.journal is None or self.folder is None or self.written is None:  # the first process notes it
+            if self.state.streams is not None and not all_written:
+                self.state.streams.hand_over()
             return
         with self.clock.measure("write"):
             committed = Committed(
@@ -180,22 +202,42 @@ class _Quantization:
 
     def drop_journal(self) -> None:
         """What is finished is about to change."""
-        if self.journal is not None:
+        if self.journal is not None and self.folder is not None:
             self.journal.drop(self.folder)
 
     def _go_on(self, found: Committed) -> None:
         """Everything as it was behind the blocks that are finished."""
-        assert self.journal is not None
+        states = None if found.all_written else self.state.streams
+        if self.journal is None or self.folder is None or self.written is None:
+            if states is not None:
+                states.restore()
+            return
         self.progress.phase(f"going on behind {found.blocks} of {found.count} blocks, which {self.folder.path} holds")
         self.written.restore(found.shards)
         self.state.layers[:], self.state.folds[:] = found.layers, found.folds
         self.state.adapters.update(self.journal.read_adapters(self.folder))
-        if self.state.streams is not None and not found.all_written:
-            self.journal.read_states(self.folder, self.state.streams)
+        if states is not None:
+            self.journal.read_states(self.folder, states)
 
-    def tune(self) -> TuningReport:
+    def finish(self, model: Path | None, rewritten: RewriteReport | None) -> Report:
+        """Make a checkpoint of the tensors, which are all there; for the process that writes."""
+        assert self.written is not None
+        source, state = None if model is None else str(model.resolve()), self.state
+        report = make_report(self.plan, source, state.layers, state.folds, self.written.bytes, self._calibration_report())
+        with self.clock.measure("write"):
+            self.written.finish_tensors(lambda: self.commit(len(self.skeleton.blocks), all_written=True), self.drop_journal)
+            report = replace(report, bytes_after=self.written.bytes)
+        if self.plan.recipe.finish != "none":
+            self.drop_journal()
+            with self.clock.measure("tune"):
+                report = replace(report, tuning=self._tune())
+        with self.clock.measure("write"):
+            return self.written.finish(replace(report, rewritten=rewritten))
+
+    def _tune(self) -> TuningReport:
         """Tune the scales of the checkpoint in the folder, whose tensors are all there."""
         assert self.calibration is not None
+        assert self.folder is not None
         self.state.streams = None  # their memory is needed
         changed, report = tune(
             self.folder.path,
@@ -211,7 +253,7 @@ class _Quantization:
         rewrite(self.folder, changed)
         return report
 
-    def calibration_report(self) -> CalibrationReport | None:
+    def _calibration_report(self) -> CalibrationReport | None:
         """What the codes depend on beside the request, None where nothing was calibrated."""
         found = self.calibration
         if found is None:
@@ -233,8 +275,22 @@ class _Quantization:
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms) or state.solver.needs.pairs
             state.streams = record(
-                self.skeleton, windows, self.batch_size, self.dtype, state.resources, self.folder.path, original, excerpts
+                self.skeleton,
+                windows,
+                self.batch_size,
+                self.dtype,
+                state.resources,
+                self._scratch(),
+                original,
+                excerpts,
+                self.ranks,
+                not isinstance(state.solver, PerMatrix),
             )
+
+    def _scratch(self) -> Path:
+        """Where hidden states go that memory does not hold: into the output, if that is on this machine."""
+        folder = self.ranks.from_first(lambda: None if self.folder is None else self.folder.path)
+        return folder if folder is not None and folder.is_dir() else Path(tempfile.gettempdir())
 
     def _quantize_window(self, indices: Sequence[int], final: int) -> None:
         """Load and solve the blocks ``indices``, write and release the first ``final`` of them."""
@@ -251,7 +307,8 @@ class _Quantization:
             finished = work.finish()
         with self.clock.measure("write"):
             for block, tensors in zip(blocks, finished, strict=False):  # without those that wait
-                self.written.write(tensors)
+                if self.written is not None:
+                    self.written.write(tensors)
                 self.skeleton.release(self.skeleton.units[block.index])
         if self.state.streams is not None:
             self.state.streams.advance()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
+from ptqcli.errors import UsageError
 from ptqcli.estimate import LIBRARY_BYTES, memory_bytes
 from ptqcli.formats import find_format
 from ptqcli.formats.sources import open_source
@@ -22,6 +23,7 @@ from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.outside import untied, untied_note
 from ptqcli.pipeline.progress import Progress
+from ptqcli.pipeline.ranks import Ranks
 from ptqcli.pipeline.rewriting import proof_bytes, rewritten
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
@@ -29,6 +31,7 @@ from ptqcli.plan_memory import check_memory
 from ptqcli.plan_texts import ChooseTexts
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources, process_bytes
+from ptqcli.solvers.per_matrix import as_block_solver
 
 # Where the checkpoint goes, or what says so once it is known what will be in it.
 Output = Path | Callable[[Plan], Path]
@@ -99,43 +102,42 @@ def prepare(
     progress: Progress,
     clock: Clock,
     rehearsal: bool = False,
+    ranks: Ranks | None = None,
 ) -> Prepared:
     """Plan the run, see that ``output`` can be written, and read the calibration text.
 
     rehearsal: the run will not follow, so the model writes no text, and one of which only config.json is there is planned for a machine
-    that is not this one.
+    that is not this one. ranks: the processes that share the run, of which the first decides about the output and the
+    text.
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
+    ranks = ranks or Ranks()
     folder = model if isinstance(model, Path) else model.folder
     texts = [source_path(share.source) for share in read_calib(recipe.calib)]
     inputs = [path for path in (*texts, data_dir) if path is not None and os.path.exists(path)]
-    if isinstance(output, Path):  # told before a model is opened
+    if isinstance(output, Path) and ranks.first:  # told before a model is opened
         check_output(output, folder, overwrite, inputs)
     declared = rehearsal and isinstance(model, Path) and is_declared(model)
     with clock.measure("plan"):
         source = DeclaredModel(model) if declared and isinstance(model, Path) else model
         original = open_skeleton(source, recipe)
         maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
-        skeleton, plan = _planned(original, recipe, resources, None if declared else maker.choose)
-    if not isinstance(output, Path):
-        output = output(plan)
-        check_output(output, folder, overwrite, inputs)
+        skeleton, plan = _planned(
+            original, recipe, resources, None if declared else lambda seqlen: ranks.from_first(lambda: maker.choose(seqlen))
+        )
+        _check_shared(plan, skeleton, ranks.size)
+    output = ranks.from_first(lambda: _checked(output, plan, folder, overwrite, inputs))
     progress.planned(plan, output)
     if declared:
         return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=None, resources=resources)
-    check_room(output, plan.disk_bytes)
     resources = replace(resources, activation_budget=plan.activation_budget)
-    check_memory(
-        plan.memory_bytes,
-        plan.recipe,
-        resources,
-        plan.seqlen,
-        lambda recipe, tried, seqlen: memory_bytes(recipe, plan.linears, skeleton, seqlen, plan.texts, tried),
-    )
+    if ranks.first:
+        check_room(output, plan.disk_bytes)
+        _check_fits(plan, skeleton, resources)
     calibration = None
     if plan.needs_calibration:
         with clock.measure("text"):
-            calibration = maker.make(plan.texts, plan.seqlen, rehearsal)
+            calibration = ranks.from_first(lambda: maker.make(plan.texts, plan.seqlen, rehearsal))
             return_freed_memory()  # a tokenizer's work on a long text takes many times the text
         if calibration.skipped_rows:
             progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
@@ -143,3 +145,35 @@ def prepare(
             if known is not None and known.foreign:
                 progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration, resources=resources)
+
+
+def _checked(output: Output, plan: Plan, folder: Path | None, overwrite: bool, inputs: Sequence[Path]) -> Path:
+    """``output``, or what names it by the plan, which is then looked at."""
+    if isinstance(output, Path):
+        return output
+    named = output(plan)
+    check_output(named, folder, overwrite, inputs)
+    return named
+
+
+def _check_fits(plan: Plan, skeleton: Skeleton, resources: Resources) -> None:
+    """Raise PTQError where the run does not fit into the memory that it may take."""
+
+    def need(recipe: Recipe, tried: Resources, seqlen: int) -> int:
+        return memory_bytes(recipe, plan.linears, skeleton, seqlen, plan.texts, tried)
+
+    check_memory(plan.memory_bytes, plan.recipe, resources, plan.seqlen, need)
+
+
+def _check_shared(plan: Plan, skeleton: Skeleton, processes: int) -> None:
+    """Raise UsageError for what so many processes cannot share."""
+    solver = as_block_solver(plan.recipe.solver())
+    if processes == 1:
+        return
+    if not solver.shares:
+        raise UsageError(f"algo {plan.recipe.algo}: {solver.name} does not work in several processes; run it in one")
+    if plan.needs_calibration and plan.texts.windows < processes:
+        raise UsageError(
+            f"nsamples {plan.texts.windows}: is fewer than the {processes} processes that share the calibration windows; "
+            "give more, or start fewer processes"
+        )

@@ -173,7 +173,8 @@ class Batch:
     """Some calibration windows at the door of the blocks at work.
 
     inputs: the quantized model's hidden states [windows, tokens, features] before them. targets: the original model's behind them, None
-    unless the solver asks for the original stream. forward: runs modules in the place of the blocks, as the model calls them.
+    unless the solver asks for the original stream. forward: runs modules in the place of the blocks, as the model calls them. Where several
+    processes share the windows, each has its own of them, perhaps none.
     """
 
     inputs: Tensor
@@ -244,6 +245,14 @@ class BlockWork(Protocol):
     def batches(self) -> CalibrationBatches:
         """The hidden states before the window, to run through it."""
 
+    def place_each(self, groups: Sequence[Sequence[str]], solve: Callable[[Sequence[str]], Sequence[Solution]]) -> None:
+        """Place all linears of ``groups``. Where several processes share the work, each is solved by one of them; ``solve`` gets some of
+        the linears of a group, and every process has to ask for the same.
+        """
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over all processes that share the calibration windows into each tensor."""
+
     def place(self, name: str, solution: Solution) -> None:
         """Give the linear ``name`` its codes, and the block their dequantized values, so that whatever runs later sees them."""
 
@@ -259,11 +268,13 @@ class BlockSolver(Protocol):
 
     needs: what it wants to know of the inputs; ``original`` asks for the original model's hidden states beside the quantized model's.
     window: blocks worked on together. overlap: how many of them come again at the head of the next window. batch: the most calibration
-    windows in one pass, None for what suits the machine.
+    windows in one pass, None for what suits the machine. shares: whether it works in several processes, each of which has its own windows:
+    it places by ``place_each``, and adds up what it learns from batches.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    shares: ClassVar[bool] = False
 
     @property
     def needs(self) -> StatisticsRequest: ...

@@ -29,9 +29,9 @@ the tuning of norms, which the authors advise against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ptqcli.numerics.ranges import SHRINK_FACTORS
 from ptqcli.numerics.scheme import WHOLE_MATRIX
 from ptqcli.options import option
-from ptqcli.solvers.learned import SignSGD, SolverStart
+from ptqcli.solvers.learned import SolverStart
 from ptqcli.solvers.rounding import Rounding, Start, range_grid, range_of, symmetric_scale
 
 STEPS, WINDOWS = 200, 8
@@ -167,3 +167,18 @@ def _candidates(rounding: Rounding) -> Iterator[tuple[Tensor, Tensor]]:
     plain = symmetric_scale(rounding.start, low, high)
     for i in sorted(range(-count, count + 1), key=abs):
         yield rounding.storable(plain * (scheme.middle / (scheme.middle - i * step))), rounding.middle()
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Each parameter moves by the learning rate, against the sign of its gradient."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step. closure: not used."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])

@@ -23,10 +23,11 @@ taken through one matrix after the other, so that only one matrix at a time has 
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class BlockLearner(BlockSolver):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    shares: ClassVar[bool] = True
     iters: int | None = option(None, "steps of learning for each window of blocks; the paper's number where none is given")
     lr: float | None = option(None, "learning rate, where it is not to be the paper's")
     batch_size: int | None = option(None, "calibration windows in a step of learning; the paper's where none is given", flag="learn-batch")
@@ -170,8 +172,8 @@ class BlockLearner(BlockSolver):
         learning = _Learning(self, work, student, batches)
         with torch.enable_grad():
             learning.run()
-        for name, rounding in roundings.items():
-            work.place(name, Solution(rounding.quantized(), rounding.start.notes))
+        codes = {name: (rounding.quantized, rounding.start.notes) for name, rounding in roundings.items()}
+        work.place_each([[name] for name in codes], lambda names: [Solution(codes[name][0](), codes[name][1]) for name in names])
         work.carried.clear()
         later = tuple(f"{path}." for path in work.paths[work.final :])
         work.carried.update({name: rounding for name, rounding in roundings.items() if name.startswith(later)} if later else {})
@@ -314,8 +316,10 @@ class _Learning:
         """Mean over the windows that are held out, of the codes as they would be placed now. Raises PTQError if it is not finite."""
         self.student.refresh(gradients=False)
         windows = self.held or self.batches.windows[:1]
-        losses = torch.stack([self._loss(self.batches.of(each)) * len(each) for each in windows])
-        loss = float(losses.sum()) / sum(map(len, windows))
+        losses = [self._loss(batch) * len(batch.inputs) for batch in map(self.batches.of, windows) if len(batch.inputs)]
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=next(self.student.parameters()).device)
+        self.work.add_up([total])
+        loss = float(total) / sum(map(len, windows))
         if not loss < float("inf"):
             raise PTQError(f"{self.where}: the output is not finite while {self.learner.name} learns; lower --lr, or give --dtype float32")
         return loss
@@ -328,14 +332,20 @@ class _Learning:
         self.student.refresh(gradients=True)
         passes = next(self.drawn)
         for windows in passes:
-            (self._loss(self.batches.of(windows)) / len(passes)).backward()
+            batch = self.batches.of(windows)
+            if len(batch.inputs):  # else other processes have all of them
+                (self._loss(batch) * (len(batch.inputs) / len(windows)) / len(passes)).backward()
         decay = self.learner.decay(step / self.count)
-        for name, (layer, rounding) in self.student.layers.items():
-            if layer.weight.grad is not None:  # else nothing reads its output
-                self._descend(self.optimizers[name], self.rates[name], rounding, layer.weight.grad, decay)
+        weights = {name: layer.weight for name, (layer, _) in self.student.layers.items()}
+        read = torch.tensor([weight.grad is not None for weight in weights.values()], dtype=torch.int64)
+        self.work.add_up([read])
+        for name, weight in itertools.compress(weights.items(), read.tolist()):  # nothing reads the output of the others
+            grad = torch.zeros_like(weight, dtype=torch.float32) if weight.grad is None else weight.grad.float()
+            self.work.add_up([grad])
+            self._descend(self.optimizers[name], self.rates[name], self.student.layers[name][1], grad, decay)
 
     def _descend(self, optimizer: torch.optim.Optimizer, rates: Sequence[float], rounding: Rounding, grad: Tensor, decay: float) -> None:
-        rounding().backward(grad.float())
+        rounding().backward(grad)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
         optimizer.step()
@@ -374,18 +384,3 @@ def _steps(groups: list[Sequence[int]], mixes: bool, seed: int, passes: int) -> 
                 waiting += [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
         yield waiting[:passes]
         waiting = waiting[passes:]
-
-
-class SignSGD(torch.optim.Optimizer):
-    """Each parameter moves by the learning rate, against the sign of its gradient."""
-
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        super().__init__(groups, {})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step. closure: not used."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])

@@ -7,8 +7,9 @@ static split takes out of the matrix before the solver sees it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, ClassVar, cast
 
@@ -30,7 +31,7 @@ class PerMatrix(BlockSolver):
 
     name: ClassVar[str] = "per-matrix"
     summary: ClassVar[str] = "a matrix solver on each matrix by itself"
-    window = 1
+    window, shares = 1, True
 
     def __init__(self, solver: MatrixSolver) -> None:
         self.solver = solver
@@ -46,15 +47,14 @@ class PerMatrix(BlockSolver):
     def solve(self, work: BlockWork) -> None:
         """Place every linear, stage by stage."""
         for stages in work.alike_stages():
-            works = [StageWork(self.solver, stage) for stage in stages]
-            for tasks in zip_longest(*(stage.linears for stage in stages)):
-                self._place(work, [(each, task) for each, task in zip(works, tasks, strict=True) if task is not None])
+            works = [(StageWork(self.solver, stage), stage) for stage in stages]
+            tasks = {task.name: (each, task) for each, stage in works for task in stage.linears}
+            alike = zip_longest(*(stage.linears for stage in stages))  # one linear, or the same linear of several experts
+            groups = [[task.name for task in group if task is not None] for group in alike]
+            work.place_each(groups, partial(self._solutions, work, tasks))
 
-    def _place(self, work: BlockWork, tasks: Sequence[tuple[StageWork, LinearTask]]) -> None:
-        """Solve one linear, or the same linear of several experts."""
-        name = tasks[0][1].name
-        for (_, task), solution in zip(tasks, solve_alike(tasks, lambda done, total: work.progress(name, done, total)), strict=True):
-            work.place(task.name, solution)
+    def _solutions(self, work: BlockWork, tasks: Mapping[str, tuple[StageWork, LinearTask]], names: Sequence[str]) -> Sequence[Solution]:
+        return solve_alike([tasks[name] for name in names], lambda done, total: work.progress(names[0], done, total))
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Columns that are taken out before the solver works have no place in the closed form of the target."""

@@ -13,7 +13,7 @@ A fold that can be shifted moves its producer's bias, and its readers' biases ta
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class FoldedBlock:
     run: the output of a block in float32 on the excerpt.
     search: fits grids on trial.
     tell: called with what a transform is doing.
+    divided: does so many pieces of work, each of which gives a number, and gives the numbers; other processes may do some of them.
     """
 
     def __init__(
@@ -79,10 +80,11 @@ class FoldedBlock:
         run: Callable[[nn.Module], Tensor],
         search: RangeSearch,
         tell: Callable[[str], None] = lambda text: None,
+        divided: Callable[[Sequence[float], Callable[[int], float]], Iterator[float]] = lambda costs, work: map(work, range(len(costs))),
     ) -> None:
         self.block, self.folds, self.specs = block, tuple(folds), specs
         self.ranges: dict[str, RangeSearch] = {}  # linear -> what fits its grids, where that is not ``search``
-        self.search, self.tell = search, tell
+        self.search, self.tell, self._divided = search, tell, divided
         self._stored = stored
         self._inputs = dict(inputs)
         self._columns: dict[str, Tensor] = {}  # linear -> [in], by which its columns are multiplied
@@ -151,15 +153,20 @@ class FoldedBlock:
         search: fits the grids.
         """
         assert self._replay is not None
-        weights = {local: self.weight(local) for local in self.specs}
-        return self._replay.error({local: self._trial(local, each, torch.ones_like(each[0]), search) for local, each in weights.items()})
+        replay, weights = self._replay, {local: self.weight(local) for local in self.specs}
+
+        def error(_piece: int) -> float:
+            return replay.error({local: self._trial(local, each, torch.ones_like(each[0]), search) for local, each in weights.items()})
+
+        return next(self._divided([1.0], error))  # one number for all processes, since it decides something
 
     def best_of(self, fold: Fold, plain: str, candidates: Iterable[tuple[str, Tensor]]) -> FoldNote:
         """Apply the (name, scales) with the least ``fold_error``, or none, which is called ``plain``, and say which it was."""
-        without = best = self.fold_error(fold, None)
+        tried: list[tuple[str, Tensor | None]] = [(plain, None), *candidates]
+        errors = self._divided([1.0] * len(tried), lambda number: self.fold_error(fold, tried[number][1]))
+        without = best = next(errors)
         choice, chosen = plain, None
-        for name, scales in candidates:
-            error = self.fold_error(fold, scales)
+        for (name, scales), error in zip(tried[1:], errors, strict=True):
             if error < best:
                 best, choice, chosen = error, name, scales
         if chosen is not None:
@@ -281,6 +288,17 @@ class FoldedBlock:
         self._replay.forget()
 
     # What the pipeline takes over
+
+    def moved(self) -> tuple[dict[str, Tensor], ...]:
+        """All scales and shifts, and what they have made of producers, for ``take`` in another process."""
+        return self._columns, self._rows, self._norms, self._moved
+
+    def take(self, moved: tuple[dict[str, Tensor], ...]) -> None:
+        """Scale and shift by the numbers of another process, which has made the same choices and may have rounded differently."""
+        pairs = [(own[key], theirs[key]) for own, theirs in zip(self.moved(), moved, strict=True) for key in own]
+        if not all(torch.equal(own, theirs) for own, theirs in pairs):
+            self._columns, self._rows, self._norms, self._moved = moved
+            self._refresh(list(self._changed))
 
     def release(self) -> None:
         """Give the block new parameters with the scaled values where there are any, and forget what only transforms look at."""
