@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion, examples
-from ptqcli.cli.console import Output
+from ptqcli.cli.console import Output, time_text
 from ptqcli.cli.folder_name import default_output
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.options import open_device
@@ -98,8 +98,9 @@ def _quantized(
 ) -> Report | None:
     """The report of the run, None for a dry one, whose plan is shown. words: None in a process that says nothing."""
     from ptqcli.formats.sources import open_source
+    from ptqcli.model.declared import is_declared
     from ptqcli.pipeline.clock import Clock
-    from ptqcli.pipeline.pipeline import quantize
+    from ptqcli.pipeline.pipeline import quantize, seconds_needed
     from ptqcli.pipeline.prepare import prepare
 
     folder = find_model(model)
@@ -112,7 +113,11 @@ def _quantized(
         run["progress"] = QuantizeProgress(folder, words, tracker)
         if not dry_run:
             return quantize(source, asked, target, restart=restart, **run)
-        words.result(plan_as_json(prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)))
+        ready = prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)
+        seconds = None if is_declared(folder) else seconds_needed(ready, run["progress"])
+        if seconds is not None:
+            words.facts([("time needed", f"about {time_text(seconds)}, as the first block tells")])
+        words.result({**plan_as_json(ready), "seconds": seconds})
     return None
 
 

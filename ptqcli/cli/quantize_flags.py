@@ -293,7 +293,7 @@ FLAGS = {
             type=int,
             metavar="N",
             show_default="0",
-            help="Write an adapter of this rank, too, which corrects the linears' errors (EoRA), for peft and vLLM. 32 is usual, 0 is none.",
+            help="Write an adapter of this rank, too, that corrects the linears' errors (EoRA), for peft and vLLM. 32 is usual, 0 is none.",
         ),
         click.option(
             "--output",

@@ -112,6 +112,27 @@ def _journal(ready: Prepared, model: Path | None, resources: Resources, restart:
     return None if asked is None else Journal(asked, restart)
 
 
+def seconds_needed(ready: Prepared, progress: Progress) -> float | None:
+    """How long the blocks take that were prepared for, by the first, which is quantized and thrown away; nothing is written.
+
+    None where there is nothing to measure: the weights are not there, or the text that the model would write.
+    """
+    plan, skeleton, found = ready.plan, ready.skeleton, ready.calibration
+    if plan.needs_calibration and (found is None or len(found.windows) < plan.texts.windows):
+        return None
+    start = time.perf_counter()
+    work = _Quantization(ready, ready.resources, None, progress, Clock(), None, Ranks())
+    with torch.no_grad():
+        if found is not None:
+            work._record(found.windows)
+        recorded = time.perf_counter()
+        count = min(work.state.solver.window, len(skeleton.blocks))
+        final = max(1, count - work.state.solver.overlap)
+        work._quantize_window(range(count), final)
+    sizes = [skeleton.unit_bytes(unit) for unit in skeleton.units]
+    return recorded - start + (time.perf_counter() - recorded) * sum(sizes) / sum(sizes[:final])
+
+
 class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
