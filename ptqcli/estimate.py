@@ -225,7 +225,8 @@ def experts_at_once(recipe: Recipe, linear: PlannedLinear, resources: Resources)
 def _expert_bytes(recipe: Recipe, linear: PlannedLinear) -> int:
     """Memory of one of several experts that are solved together."""
     out_features, in_features = linear.site.out_features, linear.site.in_features
-    return recipe.solver().workspace_bytes(out_features, in_features, linear.scheme) + (in_features**2 + 2 * out_features * in_features) * 4
+    workspace = recipe.solver().workspace_bytes(out_features, in_features, linear.scheme)
+    return workspace + (2 * in_features**2 + 2 * out_features * in_features) * 4
 
 
 def expert_linears(linears: Sequence[PlannedLinear], skeleton: Skeleton) -> list[PlannedLinear]:

@@ -184,7 +184,9 @@ def _tensors(one: Any, other: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 def test_each_window_is_in_one_share_and_in_one_batch_of_it(size: int, batch: int) -> None:
     windows = torch.ones(13, 7, dtype=torch.long)
     windows[3, 4:] = -1  # padding
-    shares = [Share.of(windows, rank, size) for rank in range(size)]
+    shares = [Share.of(windows, batch, rank, size) for rank in range(size)]
+    borders = [share.first for share in shares]
+    assert all(border % batch == 0 for border in borders) or batch * size > 13
     assert [window for share in shares for window in range(share.first, share.stop)] == list(range(13))
     for share in shares:
         assert share.tokens == 13 * 7 - 3
@@ -237,6 +239,9 @@ WAYS = {
 }
 
 
+LEARNED = {"autoround", "two blocks", "gptq start"}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_codes_are_those_of_one_process(servers: list[ForkedPtq], room: Path, way: str) -> None:
     count, name = 3 if way.endswith("3") else 2, re.sub(r"\W", "-", way)
@@ -247,7 +252,11 @@ def test_codes_are_those_of_one_process(servers: list[ForkedPtq], room: Path, wa
     assert [answer.code for answer in answers] == [0] * count, answers[0].err
     assert f"{count} processes share the work" in answers[0].err
     assert all(answer.out + answer.err == "" for answer in answers[1:])
-    assert alike(room / f"{name}-1", room / f"{name}-2")
+    if way in LEARNED:  # gradients of parts of a batch are added up in float32
+        assert alike(room / f"{name}-1", room / f"{name}-2")
+    else:
+        here, there = (load_file(room / f"{name}-{number}" / "model.safetensors") for number in (1, 2))
+        assert [key for key in here if not torch.equal(here[key], there[key])] == []
     reports = [read_report(room / f"{name}-{number}") for number in (1, 2)]
     kept = ("name", "scheme", "bits_per_weight", "tokens", "pooled", "inputs_all_zero")
     layers, others = ([{key: layer[key] for key in kept} for layer in report["layers"]] for report in reports)

@@ -74,7 +74,7 @@ class PairedBlock:
         writes = any(local in self.writers for local in self.quantized.stages[stage])
         features, hidden = self.quantized.features(stage), self.quantized.source.shape[-1]
         held = self.quantized.share.windows > 1
-        statistics.pairs = Pairs.empty(features, hidden if writes else None, self.quantized.device, held)
+        statistics.pairs = Pairs.empty(features, hidden if writes else None, self.quantized.device, held, torch.float64)
         return statistics
 
     def _add(self, statistics: InputStatistics, batch: int, stage: int, x: Tensor, f: Tensor) -> None:

@@ -120,7 +120,7 @@ def record_calls(
     make_buffer: gives the tensor that takes the hidden states. excerpts: name -> (numbers of the windows, tokens of each) of the excerpts
     to record as well. share: the windows of this process, all where None; excerpts are of all windows.
     """
-    share = share or Share.of(windows, 0, 1)
+    share = share or Share.of(windows, batch_size, 0, 1)
     own, batches = windows[share.first : share.stop], share.batches(batch_size)
     calls: list[list[BlockCall]] = [[] for _ in skeleton.blocks]
     states: Tensor | None = None

@@ -32,9 +32,9 @@ class Share:
         return cls(first=0, stop=windows, windows=windows, before=0, tokens=tokens)
 
     @classmethod
-    def of(cls, windows: Tensor, rank: int, size: int) -> Share:
-        """That of process ``rank`` of ``size`` of the token ids ``windows``, int64 [windows, tokens]."""
-        first, stop = bounds(len(windows), rank, size)
+    def of(cls, windows: Tensor, batch: int, rank: int, size: int) -> Share:
+        """That of process ``rank`` of ``size`` of the token ids ``windows``, int64 [windows, tokens], in batches of so many."""
+        first, stop = bounds(len(windows), batch, rank, size)
         real = windows != PADDING
         return cls(first=first, stop=stop, windows=len(windows), before=int(real[:first].sum()), tokens=int(real.sum()))
 
@@ -48,6 +48,12 @@ class Share:
         return [window - self.first for window in windows if self.first <= window < self.stop]
 
 
-def bounds(windows: int, rank: int, size: int) -> tuple[int, int]:
-    """The first of so many windows that process ``rank`` of ``size`` has, and the one behind its last."""
-    return rank * windows // size, (rank + 1) * windows // size
+def bounds(windows: int, batch: int, rank: int, size: int) -> tuple[int, int]:
+    """The first of so many windows that process ``rank`` of ``size`` has, and the one behind its last.
+
+    Each has whole batches, so that all passes are those of one process to the last bit, unless there are fewer of these than processes.
+    """
+    batches = -(-windows // batch)
+    if batches < size:
+        return rank * windows // size, (rank + 1) * windows // size
+    return min(rank * batches // size * batch, windows), min((rank + 1) * batches // size * batch, windows)

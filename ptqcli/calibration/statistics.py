@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -34,40 +35,55 @@ NOT_FINITE = "{where}: calibration inputs are not finite (NaN or infinity); the 
 class Hessian:
     """Running ``sum x x^T``, float32 or float64 [in, in], and the tokens seen so far.
 
-    ``add`` fills ``sums`` in the strips on and below the diagonal only; ``matrix`` is the whole.
+    ``add`` fills ``sums`` in the strips on and below the diagonal only; ``matrix`` is the whole. dtype: of the products of a batch and of
+    the matrix, None for that of ``sums``. Where it is float32, batches are added up in float64: so the matrix is the same, to the last bit
+    but for one in some hundred million, in whatever order and in however many processes they come, and so are the codes, which a last
+    bit can change everywhere behind it.
     """
 
     sums: Tensor
     tokens: int = 0
+    dtype: torch.dtype | None = None
 
     @classmethod
     def zeros(cls, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Hessian:
-        return cls(torch.zeros(features, features, device=device, dtype=dtype))
+        return cls(torch.zeros(features, features, device=device, dtype=torch.float64), dtype=dtype)
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs, floating [..., in]."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.sums.dtype)  # [tokens, in]
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.dtype or self.sums.dtype)  # [tokens, in]
         for start, stop in self._strips():
-            self.sums[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
+            if self.sums.dtype == rows.dtype:
+                self.sums[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
+            else:
+                self.sums[start:stop, :stop] += rows[:, start:stop].t() @ rows[:, :stop]
         self.tokens += rows.shape[0]
+
+    def settle(self) -> None:
+        """Nothing comes any more: the sums take the room of the matrix."""
+        if self.dtype == torch.float32:
+            self.sums = self.sums.float()
 
     @property
     def matrix(self) -> Tensor:
         """The symmetric matrix [in, in]; the storage of ``sums``, whose part above the strips is filled in."""
+        self.settle()
         for start, stop in self._strips():
             self.sums[:start, start:stop] = self.sums[start:stop, :start].t()
         return self.sums
 
     def divided(self, scales: Tensor) -> Hessian:
         """The Hessian of the inputs divided, channel by channel, by ``scales`` [in]."""
-        scales = scales.to(self.sums)
-        return Hessian(self.matrix / scales.unsqueeze(1) / scales, self.tokens)
+        matrix = self.matrix
+        scales = scales.to(matrix)
+        return Hessian(matrix / scales.unsqueeze(1) / scales, self.tokens)
 
     def shifted(self, by: Tensor, sums: Tensor) -> Hessian:
         """The Hessian of the inputs less ``by`` [in]; sums: of the inputs, [in]."""
-        by, sums = by.to(self.sums), sums.to(self.sums)
+        matrix = self.matrix
+        by, sums = by.to(matrix), sums.to(matrix)
         crossed = torch.outer(by, sums - self.tokens / 2 * by)
-        return Hessian(self.matrix - crossed - crossed.t(), self.tokens)
+        return Hessian(matrix - crossed - crossed.t(), self.tokens)
 
     def without(self, columns: Tensor) -> Hessian:
         """The Hessian of the inputs without the ``columns`` that are True in a bool [in]."""
@@ -80,13 +96,15 @@ class Hessian:
 
     def check_finite(self, where: str) -> None:
         """Raise PTQError if the statistics hold NaN or infinity. The diagonal tells: an infinite entry always reaches it."""
+        self.settle()
         if not torch.isfinite(self.sums.diagonal()).all():
             raise PTQError(NOT_FINITE.format(where=where))
 
     def output_energy(self, weight: Tensor) -> float:
         """``sum_t |W x_t|^2`` for a matrix [out, in]."""
-        weight = weight.to(self.sums.dtype)
-        return float(((weight @ self.matrix) * weight).sum().clamp(min=0))
+        matrix = self.matrix
+        weight = weight.to(matrix.dtype)
+        return float(((weight @ matrix) * weight).sum().clamp(min=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +156,15 @@ class Pairs:
     held: Held | None
 
     @classmethod
-    def empty(cls, features: int, hidden: int | None, device: torch.device, held: bool = True) -> Pairs:
-        """Those of no token. hidden: channels of the residual stream, None where the drift is not wanted."""
-        zeros = torch.zeros
+    def empty(cls, features: int, hidden: int | None, device: torch.device, held: bool = True, dtype: torch.dtype = torch.float32) -> Pairs:
+        """Those of no token. hidden: channels of the residual stream, None where the drift is not wanted. dtype: as of the statistics."""
+        zeros = partial(torch.zeros, device=device, dtype=dtype)
         return cls(
-            cross=zeros(features, features, device=device),
-            sums=zeros(features, device=device),
-            drift=None if hidden is None else zeros(hidden, features, device=device),
-            drift_sums=None if hidden is None else zeros(hidden, device=device),
-            held=Held.empty(features, hidden, device) if held else None,
+            cross=zeros(features, features),
+            sums=zeros(features),
+            drift=None if hidden is None else zeros(hidden, features),
+            drift_sums=None if hidden is None else zeros(hidden),
+            held=Held.empty(features, hidden, device, dtype) if held else None,
         )
 
     def add(self, x: Tensor, f: Tensor, d: Tensor | None, held: Tensor) -> None:
@@ -159,11 +177,21 @@ class Pairs:
 
     def _add(self, x: Tensor, f: Tensor, d: Tensor | None) -> None:
         x, f = x.float(), f.float()
-        self.cross.addmm_(f.t(), x)
+        self.cross += f.t() @ x
         self.sums += f.sum(dim=0)
         if self.drift is not None and self.drift_sums is not None and d is not None:
-            self.drift.addmm_(d.float().t(), x)
+            self.drift += d.float().t() @ x
             self.drift_sums += d.float().sum(dim=0)
+
+    def settle(self) -> None:
+        """Nothing comes any more: what was added up in float64 is float32 from here on."""
+        self.cross, self.sums = self.cross.float(), self.sums.float()
+        self.drift = None if self.drift is None else self.drift.float()
+        self.drift_sums = None if self.drift_sums is None else self.drift_sums.float()
+        if self.held is not None:
+            self.held.sums = self.held.sums.float()
+            self.held.hessian.settle()
+            self.held.pairs.settle()
 
 
 @dataclass
@@ -175,10 +203,10 @@ class Held:
     pairs: Pairs
 
     @classmethod
-    def empty(cls, features: int, hidden: int | None, device: torch.device) -> Held:
+    def empty(cls, features: int, hidden: int | None, device: torch.device, dtype: torch.dtype) -> Held:
         """Those of no token."""
-        pairs = Pairs.empty(features, hidden, device, held=False)
-        return cls(Hessian.zeros(features, device), torch.zeros(features, device=device), pairs)
+        pairs = Pairs.empty(features, hidden, device, held=False, dtype=dtype)
+        return cls(Hessian.zeros(features, device), torch.zeros(features, device=device, dtype=dtype), pairs)
 
 
 class Others(Protocol):
@@ -214,14 +242,25 @@ class InputStatistics:
     before: int = 0
 
     @classmethod
-    def empty(cls, features: int, needs: StatisticsRequest, tokens: int, device: torch.device, before: int = 0) -> InputStatistics:
-        """Statistics of nothing yet, of a pass that will see ``tokens`` tokens, in other processes, too; ``before`` ours so many."""
+    def empty(
+        cls,
+        features: int,
+        needs: StatisticsRequest,
+        tokens: int,
+        device: torch.device,
+        before: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> InputStatistics:
+        """Statistics of nothing yet, of a pass that will see ``tokens`` tokens, in other processes, too; ``before`` ours so many.
+
+        dtype: in which sums are added up, float64 for such as do not depend on the order; ``settle`` then makes them float32.
+        """
         return cls(
             largest=torch.zeros(features, device=device) if needs.magnitudes else None,
-            summed=torch.zeros(features, device=device) if needs.magnitudes else None,
+            summed=torch.zeros(features, device=device, dtype=dtype) if needs.magnitudes else None,
             hessian=Hessian.zeros(features, device) if needs.hessian else None,
             stride=-(-tokens // SAMPLED_TOKENS) if needs.samples else 0,
-            sums=torch.zeros(features, device=device) if needs.sums else None,
+            sums=torch.zeros(features, device=device, dtype=dtype) if needs.sums else None,
             samples=[torch.empty(0, features, device=device)] if needs.samples else [],
             before=before,
         )
@@ -242,6 +281,15 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian.add(rows)
         self.tokens += rows.shape[0]
+
+    def settle(self) -> None:
+        """Nothing comes any more: what was added up in float64 is float32 from here on."""
+        self.summed = None if self.summed is None else self.summed.float()
+        self.sums = None if self.sums is None else self.sums.float()
+        if self.hessian is not None:
+            self.hessian.settle()
+        if self.pairs is not None:
+            self.pairs.settle()
 
     def merge(self, others: Others) -> None:
         """Make it what all processes together have seen; each calls this at once, and then has the same."""

@@ -96,7 +96,7 @@ class CalibratedBlock:
 
     def empty_statistics(self, stage: int, needs: StatisticsRequest) -> InputStatistics:
         """Statistics of nothing yet of the input of ``stage``."""
-        return InputStatistics.empty(self.features(stage), needs, self.share.tokens, self.device, self.share.before)
+        return InputStatistics.empty(self.features(stage), needs, self.share.tokens, self.device, self.share.before, torch.float64)
 
     def tokens_of(self, batch: int, inputs: Tensor) -> Tensor:
         """The rows of a linear's ``inputs`` [..., in] that belong to tokens; all of what is not one row a place, such as positions."""

@@ -192,10 +192,11 @@ class WindowWork:
                 yield step
 
     def _merge(self, statistics: Iterable[InputStatistics]) -> None:
-        """Add what the other processes have seen."""
-        if self._run.ranks.size > 1:
-            for each in statistics:
+        """All that is seen has been: add what the other processes have."""
+        for each in statistics:
+            if self._run.ranks.size > 1:
                 each.merge(self._run.ranks)
+            each.settle()
 
     def _prepare(self) -> None:
         """Transform all blocks, each behind the ones before it, and note what they receive."""

@@ -151,7 +151,7 @@ class OutsideWork:
         needs |= StatisticsRequest(samples=not needs.hessian)
         share = streams.share
         before = share.first * windows.shape[1]
-        seen = InputStatistics.empty(linear.site.in_features, needs, windows.numel(), self._run.resources.device, before)
+        seen = InputStatistics.empty(linear.site.in_features, needs, windows.numel(), self._run.resources.device, before, torch.float64)
         skeleton, device, own = self._run.skeleton, self._run.resources.device, windows[share.first : share.stop]
         with skeleton.loaded_outside(device, self._dtype) as model, _stopping_at(model.get_submodule(linear.name), seen):
             for start, stop in streams.recording.batches:
@@ -162,6 +162,7 @@ class OutsideWork:
                         continue
         if self._run.ranks.size > 1:
             seen.merge(self._run.ranks)
+        seen.settle()
         seen.check_finite(linear.name)
         return seen
 

@@ -87,7 +87,7 @@ class Streams:
 
     def _chunks(self, rank: int) -> Iterator[tuple[int, int]]:
         """The windows of process ``rank``, so many at a time as are sent."""
-        first, stop = bounds(self.share.windows, rank, self.ranks.size)
+        first, stop = bounds(self.share.windows, self.batch_size, rank, self.ranks.size)
         return ((start, min(start + SENT_WINDOWS, stop)) for start in range(first, stop, SENT_WINDOWS))
 
     def advance(self) -> None:
@@ -225,7 +225,7 @@ def record(
             **(_excerpts(*windows.shape) if excerpts else {}),
             **(_mixed_excerpts(min(batch_size, len(windows)), windows.shape[1]) if mixed and ranks.size > 1 else {}),
         },
-        Share.of(windows, ranks.rank, ranks.size),
+        Share.of(windows, batch_size, ranks.rank, ranks.size),
     )
     return Streams(recording, batch_size, resources, folder, original, ranks)
 
