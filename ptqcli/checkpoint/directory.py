@@ -193,9 +193,21 @@ class Directory:
             with named(self.path / name):
                 os.rmdir(name, dir_fd=self.descriptor)
 
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of all files that were made here, by name; names in a folder that was made begin with its name."""
+        inside = {f"{name}/{leaf}": digest for name, folder in self._inside.items() for leaf, digest in folder.made.items()}
+        return {**self.made, **inside}
+
     def made_names(self) -> list[str]:
-        """The names of all files that were made here, sorted; those in a folder that was made begin with its name."""
-        return sorted([*self.made, *(f"{name}/{leaf}" for name, folder in self._inside.items() for leaf in folder.made)])
+        """The names of all files that were made here, as in ``digests``, sorted."""
+        return sorted(self.digests())
+
+    def size_of(self, name: str) -> int:
+        """Bytes of the file ``name``, which may lie in a folder that was made here."""
+        folder, _, leaf = name.rpartition("/")
+        home = self._inside[folder] if folder else self
+        with named(self.path / name):
+            return os.stat(leaf, dir_fd=home.descriptor, follow_symlinks=False).st_size
 
     def remove_made(self, but: Collection[str] = ()) -> None:
         """Remove what was made here, the latest first, and nothing else. but: files that stay."""

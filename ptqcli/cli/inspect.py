@@ -1,4 +1,4 @@
-"""``ptq inspect``: what is in a checkpoint, without reading a weight."""
+"""``ptq inspect``: what is in a checkpoint, without reading a weight unless it is to be verified."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ptqcli.cli.console import Output, path_text, size_text
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.options import json_option
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row
+from ptqcli.cli.verify import show_verified
 from ptqcli.pipeline.report import read_report
 
 if TYPE_CHECKING:
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from ptqcli.model.gguf import GGUFTensors
 
 
-@click.command(epilog=examples("ptq inspect", "ptq inspect small --json"))
+@click.command(epilog=examples("ptq inspect", "ptq inspect small --verify", "ptq inspect small --json"))
 @click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
+@click.option("--verify", is_flag=True, help="Read all of it: every file against its checksum, every tensor as a reader takes it.")
 @json_option
-def command(checkpoint: str | None, as_json: bool) -> None:
+def command(checkpoint: str | None, verify: bool, as_json: bool) -> None:
     """Show what is in CHECKPOINT: schemes, sizes, per-layer error.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, any other that transformers reads, or a GGUF file; left out, it is the newest
@@ -37,6 +39,9 @@ def command(checkpoint: str | None, as_json: bool) -> None:
     from ptqcli.model.gguf import is_gguf
 
     folder = find_checkpoint(checkpoint)
+    if verify:
+        show_verified(folder, Output(as_json=as_json))
+        return
     config = load_config(folder)
     quantized = getattr(config, "quantization_config", None) is not None
     report: Mapping[str, Any] = {}
