@@ -42,9 +42,10 @@ import ptqcli.pipeline.folder as folder_module
 import ptqcli.pipeline.pipeline as pipeline_module
 import ptqcli.pipeline.written as written_module
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.cli import run, signals
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import JOURNAL, MARKER, Marker
+from ptqcli.pipeline.output import Marker
 from ptqcli.pipeline.report import PARTIAL
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -31,7 +31,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ptqcli.pipeline.output import JOURNAL, MARKER
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import make_model, write_text

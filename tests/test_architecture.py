@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
+BASE = {"errors", "arguments", "untrusted", "temporary", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "plan_notes", "plan_texts", "estimate", "adapters"}
 
@@ -28,6 +28,7 @@ ALLOWED = {
     "untrusted": {"errors"},
     "patterns": {"errors", "untrusted"},
     "suggest": set(),
+    "temporary": set(),
     "arguments": {"errors"},
     "options": {"errors", "suggest"},
     "recipe_file": {"errors", "untrusted"},

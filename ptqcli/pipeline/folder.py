@@ -24,9 +24,10 @@ from pathlib import Path
 
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.directory import Directory, named
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.journal import Journal
-from ptqcli.pipeline.output import JOURNAL, MARKER, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.output import REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
 from ptqcli.pipeline.report import PARTIAL
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS

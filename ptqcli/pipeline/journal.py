@@ -27,9 +27,10 @@ from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL
 from ptqcli.checkpoint.writer import final_names, safetensors_pieces
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.output import JOURNAL, JOURNAL_BYTES
+from ptqcli.pipeline.output import JOURNAL_BYTES
 from ptqcli.pipeline.report import FoldReport, LayerReport
 from ptqcli.pipeline.streams import Streams
 from ptqcli.untrusted import shown

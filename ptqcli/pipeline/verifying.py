@@ -11,10 +11,11 @@ from ptqcli.adapters.files import read_adapter
 from ptqcli.checkpoint.auxiliary import ADAPTER
 from ptqcli.checkpoint.checksums import Checksum, Difference, differences, read_checksums
 from ptqcli.checkpoint.tensors import SafetensorsFolder
+from ptqcli.checkpoint.unfinished import unfinished_run
 from ptqcli.errors import PTQError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.formats.soundness import flaws, plain_flaws
-from ptqcli.model.config import load_config
+from ptqcli.model.config import CONFIG_FILE, load_config
 from ptqcli.model.gguf import is_gguf
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import folder_of
@@ -42,8 +43,14 @@ class Verified:
 
 
 def verify(checkpoint: Path, progress: Progress) -> Verified:
-    """Read every file of ``checkpoint`` that has a checksum, then every tensor, in the memory of the largest one."""
+    """Read every file of ``checkpoint`` that has a checksum, then every tensor, in the memory of the largest one.
+
+    Raises PTQError for a run that is not finished.
+    """
     folder = folder_of(checkpoint)
+    unfinished = unfinished_run(folder)
+    if unfinished is not None and not (folder / CONFIG_FILE).is_file():
+        raise PTQError(f"{folder}: {unfinished}")
     listed, damaged = None, []
     try:
         listed = read_checksums(folder) if folder.is_dir() else None

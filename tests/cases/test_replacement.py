@@ -15,8 +15,9 @@ from tiny import make_model
 
 import ptqcli.pipeline.folder as folder_module
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.output import JOURNAL, MARKER, REPLACED, Marker
+from ptqcli.pipeline.output import REPLACED, Marker
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.recipe import Recipe

@@ -10,14 +10,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from commandline import Ptq, one_line
 from tiny import make_model, write_text
 from variants import some_slow
 
 import ptqcli
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline import folder as folder_module
-from ptqcli.pipeline.output import JOURNAL
 from ptqcli.pipeline.progress import NoProgress
 
 BLOCKS = 4
@@ -270,3 +271,49 @@ def test_other_commands_leave_it_alone(room: Path, tmp_path: Path) -> None:
     with pytest.raises(PTQError, match=r"holds what a run of ptq quantize has finished"):
         ptqcli.convert(tmp_path / "whole", "gptq", output=tmp_path / "out", requantize="w8a16-g32")
     assert tree(work) == before
+
+
+COMMANDS = (
+    "eval",
+    "inspect",
+    "inspect --verify",
+    "convert --to gptq",
+    "generate hello",
+    "bench",
+    "quantize",
+    "tune-scales",
+    "push owner/name",
+)
+
+
+@pytest.fixture(scope="module")
+def ended(room: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """Outputs, and where their runs were ended: beside them, and in the output itself, which was there."""
+    folder = tmp_path_factory.mktemp("ended")
+    (folder / "empty").mkdir()
+    places = [(folder / "out", folder / "out.partial"), (folder / "empty", folder / "empty")]
+    for output, _ in places:
+        with pytest.raises(KeyboardInterrupt):
+            run(room, output, "gptq", progress=Ended(2))
+    return places
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_an_unfinished_run_is_called_one(ptq: Ptq, ended: list[tuple[Path, Path]], line: str) -> None:
+    """By every command that takes a checkpoint or a model."""
+    for output, place in ended:
+        before = tree(place)
+        command, *flags = line.split()
+        answer = ptq(command, place, *flags)
+        told = f"{place}: holds an unfinished run, with 2 of {BLOCKS} blocks finished, and no checkpoint yet"
+        assert one_line(answer) == f"error: {told}; the same `ptq quantize` command as before (--output {output}) goes on with it"
+        assert (answer.code, tree(place)) == (1, before)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"blocks": "x"}', '{"blocks": 1e999, "count": 3}', "NaN"])
+@pytest.mark.parametrize("name", [MARKER, JOURNAL])
+def test_what_an_unfinished_run_says_of_itself_is_not_believed(ptq: Ptq, tmp_path: Path, name: str, text: str) -> None:
+    for file in (MARKER, JOURNAL):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / name).write_text(text)
+    assert "holds an unfinished run, with nothing finished yet" in one_line(ptq("inspect", tmp_path))
