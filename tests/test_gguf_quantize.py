@@ -209,7 +209,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_holds_one_file_with_the_types_of_the_mix(made: Path) -> None:
-    assert sorted(path.name for path in made.iterdir()) == ["README.md", "SHA256SUMS", "demo-Q4_K_M.gguf", "ptq_report.json"]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "demo-Q4_K_M.gguf",
+        "ptq_log.jsonl",
+        "ptq_log.txt",
+        "ptq_report.json",
+    ]
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made / "demo-Q4_K_M.gguf").tensors}
     assert types == {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made.parent / "rounded.gguf").tensors}
     assert {types["blk.0.attn_q.weight"], types["blk.3.attn_v.weight"], types["token_embd.weight"]} == {"Q4_K", "Q6_K"}

@@ -52,6 +52,13 @@ kernel_option = click.option(
     help="What packed weights are multiplied by; other than auto, a layer that cannot run on it is an error.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; all else goes to stderr.")
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="What is told meanwhile: words, or a JSON object a line on stderr; the folder gets a log of either kind.",
+)
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +55,7 @@ def command(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    log_format: str,
     **request: Any,
 ) -> None:
     """Turn MODEL into a packed checkpoint folder.
@@ -66,23 +70,29 @@ def command(
     from ptqcli.recipe_loading import load_recipe
     from ptqcli.shipped import find_recipe
 
-    words = Output(as_json=as_json, quiet=quiet)
+    for_machines = log_format == "json"
+    words = Output(as_json=as_json, quiet=quiet or for_machines)
     asked = load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
     resources = resources_of(device, dtype, batch_size, activation_budget)
     folder = find_model(model)
     silence_transformers()
     target = output.expanduser() if output else partial(default_output, model, folder, overwrite=overwrite)
     source = open_source(folder, allow_requantize=True) if allow_requantize else folder
-    with track("block", quiet) as tracker:
+    with track("block", quiet or for_machines) as tracker:
         progress = QuantizeProgress(folder, words, tracker)
         run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "progress": progress}
         if dry_run:
             words.result(plan_as_json(prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)))
             return
-        report = quantize(source, asked, target, restart=restart, **run)
+        report = quantize(source, asked, target, restart=restart, on_event=tell_event if for_machines and not quiet else None, **run)
     click.get_current_context().obj.result_kept = not as_json
     show_report(report, words)
     words.result(report.to_json())
+
+
+def tell_event(event: Mapping[str, Any]) -> None:
+    """One line on standard error, a JSON object."""
+    print(json.dumps(event), file=sys.stderr, flush=True)
 
 
 def given_flags(flags: dict[str, Any]) -> dict[str, Any]:

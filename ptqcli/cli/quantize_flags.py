@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, quiet_option
+from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, log_format_option, quiet_option
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 from ptqcli.quality import QUALITIES, described
 
@@ -314,6 +314,7 @@ FLAGS = {
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,
         quiet_option,
+        log_format_option,
     ],
 }
 

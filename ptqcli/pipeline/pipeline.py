@@ -8,7 +8,7 @@ final name when everything is in it: an interrupted run leaves nothing that look
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import growing
 from ptqcli.pipeline.journal import Committed, Journal, fingerprint
 from ptqcli.pipeline.loaded import LoadedBlock, Run
+from ptqcli.pipeline.log import Event, RunLog
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.outside import OutsideWork
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
@@ -50,22 +51,25 @@ def quantize(
     resources: Resources | None = None,
     data_dir: Path | None = None,
     progress: Progress | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Report:
     """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``, which a function may name by the plan.
 
-    What an earlier run of the same request has finished is gone on from, unless ``restart``.
+    What an earlier run of the same request has finished is gone on from, unless ``restart``. on_event: is given what the log tells.
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was, and what is
     finished is kept beside it.
     """
-    resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
+    resources, clock = resources or Resources(), Clock()
     folder = model if isinstance(model, Path) else model.folder
+    progress = log = RunLog(progress or NoProgress(), str(model if isinstance(model, Path) else model.where), resources.device, on_event)
     ready = prepare(model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock)
     with clock.measure("plan"):
         rewritten = proved(ready.skeleton, ready.plan, resources.device, progress)
     journal = _journal(ready, folder, resources, restart)
     room = ready.plan.disk_bytes
-    with growing(ready.output, folder, overwrite, room, ready.inputs, journal) as growing_folder, torch.no_grad():
-        work = _Quantization(ready, resources, growing_folder, progress, clock, journal)
+    held = growing(ready.output, folder, overwrite, room, ready.inputs, journal)
+    with held as growing_folder, log.kept_in(growing_folder), torch.no_grad():
+        work = _Quantization(ready, resources, growing_folder, log, clock, journal)
         work.run()
         report = make_report(
             ready.plan,
@@ -84,6 +88,7 @@ def quantize(
                 report = replace(report, tuning=work.tune())
         with clock.measure("write"):
             report = work.written.finish(replace(report, rewritten=rewritten))
+        log.finished(report, ready.output, clock.spent)
     return replace(
         report,
         output=str(ready.output),
@@ -109,7 +114,7 @@ class _Quantization:
     """One run. Units are written in the order of the model: what runs before the blocks, each block, what is left."""
 
     def __init__(
-        self, ready: Prepared, resources: Resources, folder: Directory, progress: Progress, clock: Clock, journal: Journal | None
+        self, ready: Prepared, resources: Resources, folder: Directory, progress: RunLog, clock: Clock, journal: Journal | None
     ) -> None:
         self.journal = journal
         self.skeleton, self.plan, self.calibration = ready.skeleton, ready.plan, ready.calibration
@@ -123,6 +128,7 @@ class _Quantization:
             solver=as_block_solver(plan.recipe.solver()),
             transforms=plan.recipe.transforms(),
             progress=progress,
+            note=progress.note,
         )
         self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].dtype)
@@ -185,6 +191,7 @@ class _Quantization:
     def _go_on(self, found: Committed) -> None:
         """Everything as it was behind the blocks that are finished."""
         assert self.journal is not None
+        self.progress.goes_on(found.blocks, found.count)
         self.progress.phase(f"going on behind {found.blocks} of {found.count} blocks, which {self.folder.path} holds")
         self.written.restore(found.shards)
         self.state.layers[:], self.state.folds[:] = found.layers, found.folds

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the commands that show a report must not wait for torch
     from ptqcli.plan import Plan
 
 REPORT_NAME = "ptq_report.json"
+LOG_TEXT, LOG_JSON = LOGS = "ptq_log.txt", "ptq_log.jsonl"  # how the run went, see ``log``; no two runs write the same
 PARTIAL = ".partial"  # ends the name of the folder in which a checkpoint grows
 REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 

@@ -24,11 +24,12 @@ from ptqcli.checkpoint.checksums import CHECKSUMS_NAME, differences, read_checks
 from ptqcli.errors import PTQError
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.report import LOGS
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 
 FLIPS = 200
-ALWAYS = {"README.md", "ptq_report.json", CHECKSUMS_NAME}  # not listed: the first two are changed later
+ALWAYS = {"README.md", "ptq_report.json", *LOGS, CHECKSUMS_NAME}  # not listed: card and report are changed later, logs are no two alike
 DOWN = "model.layers.0.mlp.down_proj"
 
 

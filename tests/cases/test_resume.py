@@ -20,6 +20,7 @@ from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline import folder as folder_module
 from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.report import LOGS
 
 BLOCKS = 4
 REQUESTS = {
@@ -50,7 +51,9 @@ def run(room: Path, output: Path, name: str = "gptq", **more: Any) -> ptqcli.Rep
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in LOGS
+    }
 
 
 class Ended(NoProgress):
