@@ -83,3 +83,8 @@ def free_bytes(device: torch.device | str) -> int:
     import psutil  # here, so that the GPU check does without it
 
     return int(psutil.virtual_memory().available)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that there was no memory for something."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

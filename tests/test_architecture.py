@@ -39,7 +39,7 @@ ALLOWED = {
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
     "model": BASE | {"checkpoint"},
-    "calibration": BASE | {"model"},  # it records and replays the model's blocks
+    "calibration": BASE | {"model", "resources"},  # it records and replays the model's blocks
     "adapters": BASE | {"checkpoint", "solvers.damping"},
     "finishing": BASE | {"options", "calibration", "checkpoint", "formats", "model", "resources", "runtime"},
     "solvers": BASE | {"options", "calibration.statistics"},

@@ -25,7 +25,7 @@ from pathlib import Path
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.directory import Directory, named
 from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
-from ptqcli.errors import PTQError
+from ptqcli.errors import MachineError, PTQError
 from ptqcli.pipeline.journal import Journal
 from ptqcli.pipeline.output import REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
 from ptqcli.pipeline.report import LOGS, PARTIAL
@@ -68,7 +68,7 @@ def growing(
         yield run.folder
         run.place()
     except BaseException as error:
-        told = _told(error, run.end(may_go_on=not isinstance(error, PTQError)))
+        told = _told(error, run.end(may_go_on=not isinstance(error, PTQError) or isinstance(error, MachineError)))
         if told is error:
             raise
         raise told from error

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.estimate import windows_per_batch
@@ -24,6 +25,7 @@ from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import growing
+from ptqcli.pipeline.halving import Batches
 from ptqcli.pipeline.journal import Committed, Journal, fingerprint
 from ptqcli.pipeline.loaded import LoadedBlock, Run
 from ptqcli.pipeline.log import Event, RunLog
@@ -33,7 +35,7 @@ from ptqcli.pipeline.prepare import Output, Prepared, prepare
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import CalibrationReport, Report, TuningReport, make_report, text_report
 from ptqcli.pipeline.rewriting import proved
-from ptqcli.pipeline.streams import record
+from ptqcli.pipeline.streams import record, record_again
 from ptqcli.pipeline.tuning import rewrite, tune
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -132,7 +134,8 @@ class _Quantization:
         )
         self.written = WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].dtype)
-        self.batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
+        size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
+        self.batches = Batches(self.state, size, self.calibration is not None)
         self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
         self.carried: dict[str, Any] = {}
 
@@ -145,8 +148,10 @@ class _Quantization:
         if found is not None and found.all_written:
             self._go_on(found)
             return
+        if found is not None:
+            self.batches.halve_as(found.halved_at)
         if self.calibration is not None:
-            self._record(self.calibration.windows)
+            self.batches.work(self._record, self._record, 0)
         if found is None:
             with self.clock.measure("write"):
                 self.written.carry_over(self.skeleton.before, outside.packed)
@@ -157,11 +162,11 @@ class _Quantization:
         while start < len(blocks):
             indices = blocks[start : start + window]
             final = len(indices) if indices.stop == blocks.stop else window - solver.overlap
-            self._quantize_window(indices, final)
+            self.batches.work(partial(self._quantize_window, indices, final), self._record, start, bool(self.waiting))
             start += final
             self.commit(start)
         with self.clock.measure("solve"):
-            outside.quantize_head()
+            self.batches.work(outside.quantize_head, self._record, len(blocks))
         with self.clock.measure("write"):
             self.written.carry_over(self.skeleton.after, outside.packed)
         self.commit(len(blocks), all_written=True)
@@ -180,6 +185,7 @@ class _Quantization:
                 files={file: self.folder.made[file] for file, _ in self.written.shards},
                 layers=self.state.layers,
                 folds=self.state.folds,
+                halved_at=self.batches.halved_at,
             )
             self.journal.commit(self.folder, committed, None if all_written else self.state.streams, self.state.adapters)
 
@@ -226,21 +232,26 @@ class _Quantization:
             seqlen=self.plan.seqlen,
             bos=found.bos,
             skipped_rows=found.skipped_rows,
-            batch_size=self.batch_size,
+            batch_size=self.batches.size,
             dtype=str(self.dtype).removeprefix("torch."),
             texts=[text_report(share, found.known.get(share)) for share in found.shares],
             sampling=found.sampling,
+            halved_at=self.batches.halved_at,
         )
 
-    def _record(self, windows: Tensor) -> None:
-        """How the model calls its blocks on the calibration ``windows``, int64 [windows, tokens]."""
-        state = self.state
+    def _record(self) -> None:
+        """How the model calls its blocks on the calibration windows, in batches that may have become smaller meanwhile."""
+        assert self.calibration is not None
+        state, windows = self.state, self.calibration.windows
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms) or state.solver.needs.pairs
-            state.streams = record(
-                self.skeleton, windows, self.batch_size, self.dtype, state.resources, self.folder.path, original, excerpts
-            )
+            if state.streams is None:
+                state.streams = record(
+                    self.skeleton, windows, self.batches.size, self.dtype, state.resources, self.folder.path, original, excerpts
+                )
+            else:
+                record_again(state.streams, self.skeleton, windows, self.batches.size, self.dtype, excerpts)
 
     def _quantize_window(self, indices: Sequence[int], final: int) -> None:
         """Load and solve the blocks ``indices``, write and release the first ``final`` of them."""

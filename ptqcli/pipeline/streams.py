@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptqcli.calibration.hidden import HiddenStates, new_buffer
-from ptqcli.calibration.record import Recording, record_calls, without_padding
+from ptqcli.calibration.record import BlockCall, Recording, record_calls, without_padding
 from ptqcli.errors import PTQError
 from ptqcli.estimate import TRIED_TOKENS
 from ptqcli.model.skeleton import Skeleton
@@ -36,8 +36,11 @@ class Streams:
         budget = resources.activation_budget
         self.quantized = HiddenStates(recording.hidden, budget, folder)
         self.original = self.quantized.copy(budget, folder) if original else None
+        self.original_calls = self._in_original(recording)
+
+    def _in_original(self, recording: Recording) -> list[list[BlockCall]]:
         tables: dict[int, Any] = {}
-        self.original_calls = [[call.in_other_model(tables) for call in calls] for calls in recording.calls] if original else []
+        return [] if self.original is None else [[call.in_other_model(tables) for call in calls] for calls in recording.calls]
 
     def states(self) -> dict[str, Tensor]:
         """The hidden states that the blocks to come build on, by the names of the streams."""
@@ -158,6 +161,20 @@ def record(
         _excerpts(*windows.shape) if excerpts else None,
     )
     return Streams(recording, resources, folder, original)
+
+
+def record_again(streams: Streams, skeleton: Skeleton, windows: Tensor, batch_size: int, dtype: torch.dtype, excerpts: bool) -> None:
+    """Let ``streams``, wherever they are, go on with ``batch_size`` windows in one pass; the other arguments as for ``record``.
+
+    Not for blocks that leave something to later ones: what the finished ones have left would be gone.
+    """
+    recorded = _excerpts(*windows.shape) if excerpts else None
+
+    def spare(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return streams.quantized.outputs  # which the next block fills anyway
+
+    streams.recording = record_calls(skeleton, windows, batch_size, streams.resources.device, dtype, spare, recorded)
+    streams.original_calls = streams._in_original(streams.recording)
 
 
 def _excerpts(count: int, seqlen: int) -> dict[str, tuple[Sequence[int], int]]:

@@ -215,6 +215,17 @@ def test_a_damaged_journal_is_named(room: Path, tmp_path: Path, text: str) -> No
         run(room, tmp_path / "out")
 
 
+def test_a_journal_that_changed_and_kept_its_form_is_named(room: Path, tmp_path: Path) -> None:
+    """A bit is enough: it would be the error of a layer, or a block that is not there."""
+    work = partial(room, tmp_path)
+    text = (work / JOURNAL).read_text()
+    for old, new in (('"blocks": 2', '"blocks": 3'), ('"relative_error": 0.', '"relative_error": 8.'), ('"count": 4', '"count": 5')):
+        assert old in text
+        (work / JOURNAL).write_text(text.replace(old, new, 1))
+        with pytest.raises(PTQError, match=rf"{JOURNAL}: is damaged.*--restart begins anew$"):
+            run(room, tmp_path / "out")
+
+
 def test_a_journal_names_no_file_elsewhere(room: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("years of work")
@@ -254,6 +265,30 @@ def test_an_error_of_the_machine_keeps_what_is_finished_and_one_of_the_request_d
     with pytest.raises(PTQError, match=r"the third block holds NaN$"):
         run(room, tmp_path / "other", progress=Ended(2, Wrong))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_an_interruption_while_the_journal_takes_its_name(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    """What is kept is what the journal on the disk lists, whichever that is."""
+    inner, seen = Directory.rename, []
+
+    def rename(self: Directory, old: str, new: str, replaced: tuple[int, int] | None = None) -> None:
+        seen.extend([new] * (new == JOURNAL))
+        if new == JOURNAL and len(seen) == 2 and not after:
+            raise KeyboardInterrupt
+        inner(self, old, new, replaced)
+        if new == JOURNAL and len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Directory, "rename", rename)
+    with pytest.raises(KeyboardInterrupt, match=f"^{2 if after else 1} of {BLOCKS} blocks are kept"):
+        run(room, tmp_path / "out")
+    monkeypatch.undo()
+    last = Ended()
+    run(room, tmp_path / "out", progress=last)
+    assert last.begun[0] == (2 if after else 1)
+    run(room, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_an_empty_folder_that_stays_is_gone_on_in(room: Path, tmp_path: Path) -> None:
