@@ -31,6 +31,10 @@ class PTQError(Exception):
         super().__init__(text if cut <= 0 else f"{text[:MOST_CHARACTERS]}... ({cut} more characters)")
 
 
+class MachineError(PTQError):
+    """Work that another attempt with the same request may finish, since the machine was short of something."""
+
+
 class UsageError(PTQError):
     """A request that cannot work as it was written: a bad flag, recipe or path; exit code 2."""
 

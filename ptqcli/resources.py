@@ -137,3 +137,8 @@ def _left_in(group: Path, limit_file: str, usage_file: str) -> int:
         return NO_LIMIT if limit == "max" else int(limit) - usage + cached
     except (OSError, ValueError):  # not there, or not what this system writes
         return NO_LIMIT
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that there was no memory for something."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

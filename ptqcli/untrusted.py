@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ptqcli.errors import PTQError
 
@@ -59,17 +59,35 @@ def foreign(what: str, advice: str = "") -> Iterator[None]:
 def read_bytes(path: Path, most: int) -> bytes:
     """A whole file of at most ``most`` bytes. Raises PTQError, naming it, for a larger one, for what is no file (a pipe, a device, a
     folder), and for one that cannot be read."""
+    with _opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise PTQError(f"{path}: is larger than {most >> 10} KiB, which no file of this kind is")
+    return data
+
+
+def read_lines(path: Path, longest: int, most: int) -> Iterator[bytes]:
+    """The first ``most`` lines of a file, one in memory at a time; what is longer than ``longest`` bytes comes in pieces. Raises PTQError
+    as ``read_bytes``."""
+    with _opened(path) as file:
+        for _ in range(most):
+            line = file.readline(longest)
+            if not line:
+                return
+            yield line
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be read. Raises PTQError, naming it, for what is none, and where it cannot be read."""
     try:
         # Not blocking: otherwise opening a pipe waits until somebody writes into it.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise PTQError(f"{path}: is no file but a pipe, a device or the like")
-            data = file.read(most + 1)
+            yield file
     except (OSError, ValueError) as error:  # the latter for a name that no file can have
         raise PTQError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
-    if len(data) > most:
-        raise PTQError(f"{path}: is larger than {most >> 10} KiB, which no file of this kind is")
-    return data
 
 
 def read_text(path: Path, most: int) -> str:

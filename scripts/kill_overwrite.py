@@ -42,10 +42,11 @@ import ptqcli.pipeline.folder as folder_module
 import ptqcli.pipeline.pipeline as pipeline_module
 import ptqcli.pipeline.written as written_module
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.cli import run, signals
 from ptqcli.errors import PTQError
-from ptqcli.pipeline.output import JOURNAL, MARKER, Marker
-from ptqcli.pipeline.report import PARTIAL
+from ptqcli.pipeline.output import Marker
+from ptqcli.pipeline.report import LOGS, PARTIAL
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import make_model
@@ -255,7 +256,8 @@ class Workshop:
 
 def tree(folder: Path) -> Tree:
     """All files below ``folder``."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in LOGS)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def refuse(*_: Any) -> None:

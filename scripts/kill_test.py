@@ -5,7 +5,7 @@
 The real command quantizes a small random model of many blocks in a process of its own. Each gets SIGKILL, SIGTERM or SIGINT after a time
 drawn between none and that of a whole run; the next one has the same arguments, until one comes to its end. Then
 
-- every file of the output has the bytes that a run which nobody ended has written, and nothing lies beside it;
+- every file of the output but the logs has the bytes that a run which nobody ended has written, and nothing lies beside it;
 - behind each kill at most one block is done a second time, as the lines of the progress tell;
 - the folder for temporary files is empty.
 
@@ -31,7 +31,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ptqcli.pipeline.output import JOURNAL, MARKER
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
+from ptqcli.pipeline.report import LOGS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny import make_model, write_text
@@ -52,7 +53,9 @@ class Tally:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """All files below ``folder``."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in LOGS
+    }
 
 
 def command(room: Path, output: Path, algo: str) -> list[str]:

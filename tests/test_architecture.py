@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "arguments", "untrusted", "patterns", "numerics", "suggest"}
+BASE = {"errors", "arguments", "untrusted", "temporary", "patterns", "numerics", "suggest"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "plan_memory", "plan_notes", "plan_texts", "estimate", "adapters"}
 
@@ -29,6 +29,7 @@ ALLOWED = {
     "untrusted": {"errors"},
     "patterns": {"errors", "untrusted"},
     "suggest": set(),
+    "temporary": set(),
     "arguments": {"errors"},
     "options": {"errors", "suggest"},
     "recipe_file": {"errors", "untrusted"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "checkpoint": BASE,
     "formats": BASE | {"checkpoint", "model"},  # packed_checkpoint.py: a stored linear is one of the model's
     "model": BASE | {"checkpoint"},
-    "calibration": BASE | {"model"},  # it records and replays the model's blocks
+    "calibration": BASE | {"model", "resources"},  # it records and replays the model's blocks
     "adapters": BASE | {"checkpoint", "solvers.damping"},
     "finishing": BASE | {"options", "calibration", "checkpoint", "formats", "model", "resources", "runtime"},
     "solvers": BASE | {"options", "calibration.statistics"},

@@ -440,7 +440,7 @@ def test_shown_defaults_that_follow_from_others_do() -> None:
 
 def test_every_recipe_flag_is_a_field_of_the_recipe() -> None:
     run_flags = {"model", "recipe", "output", "overwrite", "data_dir", "device", "dtype", "batch_size", "activation_budget"}
-    run_flags |= {"memory", "restart", "allow_requantize", "processes", "dry_run", "as_json", "quiet"}
+    run_flags |= {"memory", "restart", "allow_requantize", "processes", "dry_run", "as_json", "quiet", "log_format"}
     names = {param.name for param in quantize_command.params} - run_flags - {"quality"}  # which stands for several fields
     assert names == {entry.name for entry in fields(Recipe)}
 

@@ -209,7 +209,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_holds_one_file_with_the_types_of_the_mix(made: Path) -> None:
-    assert sorted(path.name for path in made.iterdir()) == ["README.md", "demo-Q4_K_M.gguf", "ptq_report.json"]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "demo-Q4_K_M.gguf",
+        "ptq_log.jsonl",
+        "ptq_log.txt",
+        "ptq_report.json",
+    ]
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made / "demo-Q4_K_M.gguf").tensors}
     assert types == {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made.parent / "rounded.gguf").tensors}
     assert {types["blk.0.attn_q.weight"], types["blk.3.attn_v.weight"], types["token_embd.weight"]} == {"Q4_K", "Q6_K"}
@@ -218,7 +225,7 @@ def test_the_folder_holds_one_file_with_the_types_of_the_mix(made: Path) -> None
 def test_the_report_tells_the_bytes_of_the_file_and_the_error_of_each_layer(made: Path, ptq: Ptq) -> None:
     report = json.loads((made / "ptq_report.json").read_text())
     assert report["bytes_after"] == sum(tensor.n_bytes for tensor in GGUFReader(made / "demo-Q4_K_M.gguf").tensors)
-    assert report["files"] == ["README.md", "demo-Q4_K_M.gguf"] or report["files"] == ["demo-Q4_K_M.gguf"]
+    assert report["files"] == ["SHA256SUMS", "demo-Q4_K_M.gguf"]
     shown = json.loads(ptq("inspect", made, "--json").out)
     errors = {layer["name"]: layer["relative_error"] for layer in shown["layers"] if "relative_error" in layer}
     assert errors == {layer["name"]: layer["relative_error"] for layer in report["layers"]}

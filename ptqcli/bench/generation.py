@@ -49,6 +49,7 @@ from ptqcli.bench.machine import Machine
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.config import build_on_meta
 from ptqcli.model.linears import is_linear, linear_weight
+from ptqcli.resources import ran_out
 
 Progress = Callable[[int, int], None]
 
@@ -327,7 +328,7 @@ def _tell_peak(
     except PTQError as error:
         answer.send(error)
     except (RuntimeError, MemoryError, OSError) as error:
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        short = ran_out(error)
         said = "memory ran out" if short else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         answer.send(PTQError(f"{said}; choose a smaller batch or prompt" if short else said))
 

@@ -33,7 +33,6 @@ import logging
 import lzma
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -43,6 +42,7 @@ from ptqcli.calibration import tables
 from ptqcli.calibration.builtin import Part
 from ptqcli.calibration.rows import Rows, evident_column
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.temporary import temporary_folder
 from ptqcli.untrusted import foreign, shown
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def _stream(builder: type[DatasetBuilder], path: Path, **options: object) -> Ite
     # Given as a list that is resolved already, because a builder would take the path for a pattern.
     files = DataFilesDict(train=DataFilesList([str(path.absolute())], [()]))
     # A builder makes its cache folder and locks it, although nothing that is streamed comes into it.
-    with tempfile.TemporaryDirectory() as cache:
-        return builder(cache_dir=cache, data_files=files, **options).as_streaming_dataset(split="train")
+    with temporary_folder() as cache:
+        return builder(cache_dir=str(cache), data_files=files, **options).as_streaming_dataset(split="train")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import InputStatistics, Pairs, StatisticsRequest
-from ptqcli.calibration.walk import CalibratedBlock, Lanes
+from ptqcli.calibration.walk import CalibratedBlock, Lanes, taken_back
 from ptqcli.errors import PTQError
 from ptqcli.model.discovery import StopForward
 
@@ -144,11 +144,8 @@ class PairedBlock:
                 seen[0] = inputs
                 raise StopForward
 
-        handles = block.leaders(hook)
-        with suppress(StopForward):
+        with taken_back(block.leaders(hook)), suppress(StopForward):
             block.forward(batch)
-        for handle in handles:
-            handle.remove()
         return seen[0]
 
 

@@ -21,6 +21,7 @@ from ptqcli.model.discovery import BlockShape, StopForward, first_output
 from ptqcli.model.kinds import PADDING
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.states import handed, kept
+from ptqcli.resources import ran_out
 from ptqcli.untrusted import one_line
 
 WAY_OUT = "use --algo rtn, which needs no calibration"
@@ -205,9 +206,11 @@ def _named_errors(what: str) -> Iterator[None]:
     """The code of a model raises whatever it likes; a user is told what was tried, and what does not need it."""
     try:
         yield
-    except (PTQError, StopForward, MemoryError):
+    except (PTQError, StopForward):
         raise
     except Exception as error:
+        if ran_out(error):
+            raise
         raise PTQError(f"{what} ({type(error).__name__}: {one_line(error)}); {WAY_OUT}") from error
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ptqcli.calibration.statistics import InputStatistics, StatisticsRequest
-from ptqcli.calibration.walk import CalibratedBlock, Lanes
+from ptqcli.calibration.walk import CalibratedBlock, Lanes, taken_back
 from ptqcli.model.choices import each_on_all
 from ptqcli.model.discovery import StopForward
 from ptqcli.model.linears import linear_input
@@ -139,12 +139,11 @@ class BlockTogether:
             self._observe(step, module, args, kwargs, found)
             raise StopForward
 
-        handle = self._hook(step.path, before)
-        for batch in range(len(self._walk.calls)):
-            self._note_batch(batch)
-            with suppress(StopForward):
-                self._walk.forward(batch)
-        handle.remove()
+        with taken_back([self._hook(step.path, before)]):
+            for batch in range(len(self._walk.calls)):
+                self._note_batch(batch)
+                with suppress(StopForward):
+                    self._walk.forward(batch)
 
     def _observe(
         self,
@@ -166,14 +165,12 @@ class BlockTogether:
         ]
         given = [_copied(value) for value in args]
         named = {key: _copied(value) for key, value in kwargs.items()}
-        with experts_alone(module, step.experts):
+        with taken_back(handles), experts_alone(module, step.experts):
             if step.path in self._walk.fed:
                 for _output in each_on_all(module, step.experts, given, named):
                     pass
             else:
                 type(module).forward(module, *given, **named)
-        for handle in handles:
-            handle.remove()
 
     def _hook(self, path: str, before: Callable[..., None]) -> Any:
         return self._walk.block.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True)

@@ -11,7 +11,7 @@ the block is instead run again from its start up to each stage (same results, up
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -127,11 +127,10 @@ class CalibratedBlock:
             seen.add(stage)
 
         handles = [*self.leaders(add), *(feed_all(self.block.get_submodule(local), local, count) for local, count in self.fed.items())]
-        for batch in range(len(self.calls)):
-            seen.clear()
-            self.forward(batch)
-        for handle in handles:
-            handle.remove()
+        with taken_back(handles):
+            for batch in range(len(self.calls)):
+                seen.clear()
+                self.forward(batch)
 
     def sequential(self, needs: StatisticsRequest) -> Iterator[tuple[int, InputStatistics]]:
         """Yield (stage, statistics) in running order; each stage's inputs come from the stages already replaced."""
@@ -177,10 +176,18 @@ class CalibratedBlock:
             statistics.add(self.tokens_of(batch, inputs))
             raise StopForward
 
-        handles = self.leaders(hook, [stage])
-        for batch in range(len(self.calls)):
-            with suppress(StopForward):
-                self.forward(batch)
+        with taken_back(self.leaders(hook, [stage])):
+            for batch in range(len(self.calls)):
+                with suppress(StopForward):
+                    self.forward(batch)
+
+
+@contextmanager
+def taken_back(handles: Sequence[Any]) -> Iterator[None]:
+    """Hooks that are gone at the end, also of work that failed: the block may be run once more."""
+    try:
+        yield
+    finally:
         for handle in handles:
             handle.remove()
 

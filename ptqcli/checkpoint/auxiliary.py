@@ -37,7 +37,8 @@ AUXILIARY_FILES = (
 
 # What else a quantized model folder holds, finished or not. Anything of another name in one is somebody else's.
 WRITTEN_FILES = (
-    "README.md", "config.json", "quantize_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "README.md", "SHA256SUMS", "config.json", "quantize_config.json",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "shard-*.safetensors", "joined.safetensors", f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors",
     "*.gguf",
 )  # fmt: skip

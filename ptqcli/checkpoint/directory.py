@@ -22,7 +22,7 @@ from ptqcli.errors import PTQError
 PIECE = 16 << 20  # bytes that are read or written at once
 
 # In the place of the SHA-256 of a file that was made.
-ASKED_FOR, UNFINISHED = "asked for", "unfinished"
+ASKED_FOR, UNFINISHED, GROWING = "asked for", "unfinished", "growing"
 
 
 class Directory:
@@ -119,6 +119,26 @@ class Directory:
             os.close(descriptor)
         self.made[name] = digest.hexdigest()
 
+    def append(self, name: str) -> int:
+        """A descriptor that writes to the end of the file ``name``, behind a whole line: a log, which is made here but not compared.
+
+        What has its name and is no file of this user's alone, such as a link, goes.
+        """
+        with named(self.path / name):
+            try:
+                found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
+                    os.unlink(name, dir_fd=self.descriptor)
+            except FileNotFoundError:
+                pass
+            self.made[name] = GROWING
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(name, flags, 0o666, dir_fd=self.descriptor)
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                os.write(descriptor, b"\n")  # the line in which a run was ended
+            return descriptor
+
     def replace(self, name: str, pieces: Iterable[Any]) -> None:
         """``write`` in the place of what is called ``name``, if anything is, in one step that lasts."""
         temporary = f"{name}.tmp"
@@ -149,8 +169,9 @@ class Directory:
 
     def check(self) -> None:
         """Compare every file that was made here with what was written. Raises PTQError, naming it, for one that is gone or differs."""
-        for name in self.made:
-            self.check_file(name)
+        for name, digest in self.made.items():
+            if digest != GROWING:
+                self.check_file(name)
         for folder in self._inside.values():
             folder.check()
 
@@ -193,9 +214,21 @@ class Directory:
             with named(self.path / name):
                 os.rmdir(name, dir_fd=self.descriptor)
 
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of all files that were made here, by name; names in a folder that was made begin with its name."""
+        inside = {f"{name}/{leaf}": digest for name, folder in self._inside.items() for leaf, digest in folder.made.items()}
+        return {**self.made, **inside}
+
     def made_names(self) -> list[str]:
-        """The names of all files that were made here, sorted; those in a folder that was made begin with its name."""
-        return sorted([*self.made, *(f"{name}/{leaf}" for name, folder in self._inside.items() for leaf in folder.made)])
+        """The names of all files that were made here, as in ``digests``, sorted."""
+        return sorted(self.digests())
+
+    def size_of(self, name: str) -> int:
+        """Bytes of the file ``name``, which may lie in a folder that was made here."""
+        folder, _, leaf = name.rpartition("/")
+        home = self._inside[folder] if folder else self
+        with named(self.path / name):
+            return os.stat(leaf, dir_fd=home.descriptor, follow_symlinks=False).st_size
 
     def remove_made(self, but: Collection[str] = ()) -> None:
         """Remove what was made here, the latest first, and nothing else. but: files that stay."""

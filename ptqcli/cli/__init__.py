@@ -141,14 +141,22 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
     except OSError as error:
         _tell(session, f"error: {_describe(error)}")
         return 1
-    except MemoryError:
-        _tell(session, "error: out of memory; see the memory need that `ptq quantize --dry-run` prints")
-        return 1
+    except MemoryError as error:
+        return _out_of_memory(session, error)
     except Exception as error:  # noqa: BLE001  the last resort: a defect must end in one line, too
         if was_interrupted():
             return _interrupted(session, None)
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # of torch, which need not be imported
+            return _out_of_memory(session, error)
         _tell(session, f"internal error: {type(error).__name__}: {error}; run `ptq --debug ...` to see where")
         return 1
+
+
+def _out_of_memory(session: Session, error: BaseException) -> int:
+    said = f" ({str(error)[:200]})" if str(error) else ""
+    advice = "give less at once (--batch-size, --seqlen, --nsamples) or another --device; `ptq quantize --dry-run` prints what a run needs"
+    _tell(session, f"error: out of memory{said}; {advice}")
+    return 1
 
 
 def _interrupted(session: Session, cause: BaseException | None) -> int:

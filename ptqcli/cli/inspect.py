@@ -1,4 +1,4 @@
-"""``ptq inspect``: what is in a checkpoint, without reading a weight."""
+"""``ptq inspect``: what is in a checkpoint, without reading a weight unless it is to be verified."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion, examples
-from ptqcli.cli.console import Output, path_text, size_text
+from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import json_option
+from ptqcli.cli.options import NamedPath, json_option
+from ptqcli.cli.plot import show_plot, write_plot
 from ptqcli.cli.report import LAYER_COLUMNS, fold_row, layer_row
-from ptqcli.pipeline.report import read_report
+from ptqcli.cli.verify import show_verified
+from ptqcli.pipeline.report import LOG_TEXT, folder_of, read_report
 
 if TYPE_CHECKING:
     from ptqcli.formats.packed_checkpoint import PackedCheckpoint
     from ptqcli.model.gguf import GGUFTensors
+    from ptqcli.pipeline.log import PastRuns
+
+MOST_REASONS = 3
+TIMED_COLUMNS = (*LAYER_COLUMNS[:-1], "seconds", "memory", LAYER_COLUMNS[-1])
 
 
-@click.command(epilog=examples("ptq inspect", "ptq inspect small --json"))
+@click.command(epilog=examples("ptq inspect", "ptq inspect small --verify", "ptq inspect small --plot", "ptq inspect small --json"))
 @click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
+@click.option("--verify", is_flag=True, help="Read all of it: every file against its checksum, every tensor as a reader takes it.")
+@click.option("--plot", is_flag=True, help="Draw the error of each layer, too.")
+@click.option("--svg", type=NamedPath(), metavar="FILE", help="Draw it into this file, a picture in SVG.")
 @json_option
-def command(checkpoint: str | None, as_json: bool) -> None:
+def command(checkpoint: str | None, verify: bool, plot: bool, svg: Path | None, as_json: bool) -> None:
     """Show what is in CHECKPOINT: schemes, sizes, per-layer error.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, any other that transformers reads, or a GGUF file; left out, it is the newest
@@ -35,8 +44,12 @@ def command(checkpoint: str | None, as_json: bool) -> None:
     from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.model.config import load_config
     from ptqcli.model.gguf import is_gguf
+    from ptqcli.pipeline.log import read_log
 
     folder = find_checkpoint(checkpoint)
+    if verify:
+        show_verified(folder, Output(as_json=as_json))
+        return
     config = load_config(folder)
     quantized = getattr(config, "quantization_config", None) is not None
     report: Mapping[str, Any] = {}
@@ -49,14 +62,20 @@ def command(checkpoint: str | None, as_json: bool) -> None:
         size = (packed.tensors if packed else SafetensorsFolder(folder)).total_bytes
         report = read_report(folder) or {}
         layers = _layers(packed, report) if packed else []
-    output = Output(as_json=as_json)
-    output.facts(_facts(folder, config, size, layers, report))
+    output, error_kind, log = Output(as_json=as_json), report.get("error_kind", "unknown"), read_log(folder_of(folder))
+    timed = {} if log is None else log.layers
+    layers = [{**layer, **timed.get(layer["name"], {})} for layer in layers]
+    output.facts([*_facts(folder, config, size, layers, report), *_log_facts(log)])
     if layers:
         output.table("Schemes", ("scheme", "linears", "weights", "size", "bits/weight"), _scheme_rows(layers))
-        error_kind = report.get("error_kind", "unknown")
-        output.table(f"Layers (error: relative, {error_kind})", LAYER_COLUMNS, (layer_row(layer) for layer in layers))
+        columns, row = (TIMED_COLUMNS, _timed_row) if timed else (LAYER_COLUMNS, layer_row)
+        output.table(f"Layers (error: relative, {error_kind})", columns, map(row, layers))
     if report.get("folds"):
         output.table("Folds", ("producer", "linears that read it", "choice"), (fold_row(fold) for fold in report["folds"]))
+    if plot:
+        show_plot(layers, error_kind, output)
+    if svg is not None:
+        write_plot(layers, error_kind, svg.expanduser())
     output.result(
         {
             "checkpoint": str(folder),
@@ -66,8 +85,25 @@ def command(checkpoint: str | None, as_json: bool) -> None:
             "bytes_before": report.get("bytes_before"),
             "layers": layers,
             "folds": report.get("folds", []),
+            "log": None if log is None else {"runs": log.runs, "ended": log.ended, "seconds": log.seconds},
         }
     )
+
+
+def _log_facts(log: PastRuns | None) -> list[tuple[str, str]]:
+    """How long it took, and how often it was ended."""
+    if log is None:
+        return []
+    why = "; ".join(reason or "killed" for reason in log.ended[:MOST_REASONS])
+    more = f", and {len(log.ended) - MOST_REASONS} more times" if len(log.ended) > MOST_REASONS else ""
+    ended = f" in {log.runs} runs; ended and gone on from: {why}{more}" if log.ended else ""
+    return [("took", f"{time_text(log.seconds)}{ended} ({LOG_TEXT})")]
+
+
+def _timed_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    *row, remarks = layer_row(layer)
+    seconds, peak = layer.get("seconds"), layer.get("peak_memory_bytes")
+    return (*row, "" if seconds is None else f"{seconds:.1f}", "" if peak is None else size_text(peak), remarks)
 
 
 def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -77,7 +77,21 @@ memory_option = click.option(
     show_default="what is free",
     help="What a process may take, such as 8GiB; activations beyond it live on disk, and what cannot fit is refused at once.",
 )
+activation_budget_option = click.option(
+    "--activation-budget",
+    type=click.FloatRange(min=0),
+    metavar="GIB",
+    show_default="what --memory leaves",
+    help="Activations beyond this go to a file in the output folder.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; all else goes to stderr.")
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="What is told meanwhile: words, or a JSON object a line on stderr; the folder gets a log of either kind.",
+)
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +60,7 @@ def command(
     as_json: bool,
     quiet: bool,
     processes: int | None,
+    log_format: str,
     **request: Any,
 ) -> None:
     """Turn MODEL into a packed checkpoint folder.
@@ -64,7 +68,8 @@ def command(
     MODEL is a local folder, a GGUF file or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embedding stay as they are, unless --lm-head and --embeddings are given.
     """
-    words = Output(as_json=as_json, quiet=quiet)
+    for_machines = log_format == "json"
+    words = Output(as_json=as_json, quiet=quiet or for_machines)
     session = click.get_current_context().obj
 
     def asked() -> Recipe:
@@ -77,7 +82,8 @@ def command(
     with share(device) as (ranks, own_device):
         resources = resources_of(str(own_device), dtype, batch_size, activation_budget, memory)
         run: dict[str, Any] = {"overwrite": overwrite, "resources": resources, "data_dir": data_dir, "ranks": ranks}
-        report = _quantized(model, asked(), output, words if ranks.first else None, restart, allow_requantize, dry_run, run)
+        on_event = tell_event if for_machines and not quiet and ranks.first else None
+        report = _quantized(model, asked(), output, words if ranks.first else None, restart, allow_requantize, dry_run, on_event, run)
         if report is None:
             return
     if ranks.first:
@@ -94,6 +100,7 @@ def _quantized(
     restart: bool,
     allow_requantize: bool,
     dry_run: bool,
+    on_event: Callable[[Mapping[str, Any]], None] | None,
     run: dict[str, Any],
 ) -> Report | None:
     """The report of the run, None for a dry one, whose plan is shown. words: None in a process that says nothing."""
@@ -112,7 +119,7 @@ def _quantized(
     with track("block", words.quiet) as tracker:
         run["progress"] = QuantizeProgress(folder, words, tracker)
         if not dry_run:
-            return quantize(source, asked, target, restart=restart, **run)
+            return quantize(source, asked, target, restart=restart, on_event=on_event, **run)
         ready = prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)
         seconds = None if is_declared(folder) else seconds_needed(ready, run["progress"])
         if seconds is not None:
@@ -126,6 +133,11 @@ def _most_processes(asked: Recipe) -> int:
     from ptqcli.solvers.per_matrix import as_block_solver
 
     return max(1, asked.nsamples or 1 << 10) if as_block_solver(asked.solver()).shares else 1
+
+
+def tell_event(event: Mapping[str, Any]) -> None:
+    """One line on standard error, a JSON object."""
+    print(json.dumps(event), file=sys.stderr, flush=True)
 
 
 def given_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion
-from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, memory_option, processes_option, quiet_option
+from ptqcli.cli.options import (
+    NamedPath,
+    activation_budget_option,
+    data_dir_option,
+    device_option,
+    json_option,
+    log_format_option,
+    memory_option,
+    processes_option,
+    quiet_option,
+)
 from ptqcli.cli.processes import OneVoice
 from ptqcli.formats import DEFAULT_FORMAT, format_names
 from ptqcli.quality import QUALITIES, described
@@ -251,13 +261,7 @@ FLAGS = {
             help="Windows in one forward pass; another number gives other last digits, so other codes of equal quality.",
         ),
         memory_option,
-        click.option(
-            "--activation-budget",
-            type=click.FloatRange(min=0),
-            metavar="GIB",
-            show_default="what --memory leaves",
-            help="Activations beyond this go to a file in the output folder.",
-        ),
+        activation_budget_option,
         processes_option,
     ],
     OUTPUT: [
@@ -315,6 +319,7 @@ FLAGS = {
         click.option("--dry-run", is_flag=True, help="Say what would be done and what it needs, and stop."),
         json_option,
         quiet_option,
+        log_format_option,
     ],
 }
 

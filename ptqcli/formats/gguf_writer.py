@@ -19,6 +19,7 @@ from ptqcli.checkpoint.directory import named
 from ptqcli.checkpoint.gguf_file import ALIGNMENT, SUFFIX, GGUFFile, StoredTensor, TensorInfo
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.gguf_architectures import gguf_package
+from ptqcli.temporary import written_file
 
 WRITER_KEY, WRITER = "general.quantized_by", "ptqcli"  # by which a file is known to be ours
 
@@ -97,8 +98,7 @@ def header_bytes(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> 
     import numpy as np
 
     gguf = gguf_package()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header"  # the package writes to files only
+    with written_file() as path:  # the package writes to files only
         writer = gguf.GGUFWriter(path, metadata["general.architecture"])
         for key, value in metadata.items():
             if key != "general.architecture":  # which the writer puts first

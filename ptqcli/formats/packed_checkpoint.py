@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptqcli.arguments import as_path, check_argument
-from ptqcli.checkpoint.tensors import SINGLE_FILE, SafetensorsFolder, TensorSource
+from ptqcli.checkpoint.tensors import FLOATING, SINGLE_FILE, SafetensorsFolder, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.formats import Format, LinearSpec, format_of
 from ptqcli.model.classes import build_classes
@@ -71,6 +71,32 @@ class PackedCheckpoint:
             wanted = [spec.out_features, spec.in_features]
             raise PTQError(f"{self.folder}: {name} is stored as {list(weight.codes.shape)}, but config.json asks for {wanted}")
         return weight
+
+    def read_plain(self, name: str, stored: str) -> Tensor:
+        """The parameter or buffer ``name`` of the model, which is ``stored`` under that name.
+
+        Raises PTQError if it is not finite, or has another shape or another kind of numbers than the model's.
+        """
+        value, expected = self.tensors.read(stored), self._expected(name)
+        if expected is None or value.shape != expected.shape:
+            wanted = "nothing" if expected is None else str(list(expected.shape))
+            raise PTQError(f"{self.folder}: {name} is stored as {list(value.shape)}, but config.json asks for {wanted}")
+        if (value.dtype not in FLOATING) if expected.is_floating_point() else value.is_floating_point():
+            wanted = "a floating tensor" if expected.is_floating_point() else "whole numbers"
+            raise PTQError(f"{self.folder}: {name} is stored as {value.dtype}, but the model takes {wanted}")
+        return value
+
+    def _expected(self, name: str) -> Tensor | None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        return module._buffers[leaf] if leaf in module._buffers else module._parameters[leaf]
+
+    def path(self, name: str) -> Path:
+        """The file that holds the quantized linear, parameter or buffer ``name``."""
+        if not isinstance(self.tensors, SafetensorsFolder):
+            return self.folder
+        parts = self._tensor_names(name, self.schemes[name]) if name in self.schemes else (self.names.disk(name) or "",)
+        return next((self.tensors.path(part) for part in parts if part in self._stored), self.folder)
 
     def plain(self) -> dict[str, str]:
         """Names in memory -> stored names of everything that is not part of a quantized linear, whose biases are not here either."""

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ptqcli.checkpoint.auxiliary import refuse_adapter
 from ptqcli.checkpoint.gguf_file import SUFFIX
 from ptqcli.checkpoint.tensors import FLOATING, INDEX_FILE, SINGLE_FILE, SafetensorsFolder
+from ptqcli.checkpoint.unfinished import unfinished_run
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.kinds import kind_of
+from ptqcli.temporary import written_file
 from ptqcli.untrusted import foreign, read_json, shown
 
 CONFIG_FILE = "config.json"
@@ -70,6 +71,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder}: no such model folder")
     refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
+        unfinished = unfinished_run(folder)
+        if unfinished is not None:
+            raise PTQError(f"{folder}: {unfinished}")
         raise PTQError(f"{folder}: has no config.json, so it is not a transformers model folder")
     values: dict[str, Any] = _data(read_json(folder / CONFIG_FILE), PreTrainedConfig)
     beside = next((folder / name for name in QUANTIZATION_FILES if (folder / name).is_file()), None)
@@ -136,10 +140,8 @@ def load_config(folder: Path) -> Any:
     if model_type not in CONFIG_MAPPING and "auto_map" in read_json(file):
         raise PTQError(f"{folder}: the model needs Python code from its folder, which is never run")
     # transformers reads a file, not values, and looks for others beside it.
-    with foreign(f"{file}: transformers cannot read it"), tempfile.TemporaryDirectory() as alone:
-        (Path(alone) / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")
-        with _quiet_transformers():
-            config = AutoConfig.from_pretrained(alone, local_files_only=True, trust_remote_code=False)
+    with foreign(f"{file}: transformers cannot read it"), written_file(json.dumps(values).encode()) as alone, _quiet_transformers():
+        config = AutoConfig.from_pretrained(alone, local_files_only=True, trust_remote_code=False)
         config.name_or_path = str(folder)
     _check_read_here(config, file)
     return config

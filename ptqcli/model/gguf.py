@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from ptqcli.model.gguf_architectures import architecture_of, names_in_file
 from ptqcli.model.gguf_config import ROPE_FREQS, read_config
 from ptqcli.model.gguf_tokenizer import build_tokenizer
 from ptqcli.model.quantized import already_quantized, requantized_note
+from ptqcli.temporary import temporary_folder
 from ptqcli.untrusted import shown
 
 
@@ -149,9 +149,9 @@ class GGUFModel:
         """Save the tokenizer, if there is one."""
         if not has_tokenizer(self.file):
             return
-        with tempfile.TemporaryDirectory() as saved:
+        with temporary_folder() as saved:
             self.tokenizer().save_pretrained(saved)
-            copy_auxiliary_files(Path(saved), auxiliary_files(Path(saved)), folder)
+            copy_auxiliary_files(saved, auxiliary_files(saved), folder)
 
     def check_unchanged(self) -> None:
         """Raise PTQError if the file was replaced, cut or written to since it was opened."""

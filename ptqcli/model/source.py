@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder, Stamp, TensorSource
 from ptqcli.errors import PTQError
 from ptqcli.model.config import load_config, read_config
+from ptqcli.temporary import temporary_folder
 
 
 class ModelSource(Protocol):
@@ -140,11 +140,11 @@ class ModelInMemory:
 
     def write_auxiliary(self, folder: Directory) -> None:
         """Save tokenizer and generation config."""
-        with tempfile.TemporaryDirectory() as saved:
+        with temporary_folder() as saved:
             for part in (self._tokenizer, getattr(self._model, "generation_config", None)):
                 if part is not None:
                     part.save_pretrained(saved)
-            copy_auxiliary_files(Path(saved), auxiliary_files(Path(saved)), folder)
+            copy_auxiliary_files(saved, auxiliary_files(saved), folder)
 
     def check_unchanged(self) -> None:
         """Nothing of it is on disk."""

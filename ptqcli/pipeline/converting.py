@@ -19,6 +19,7 @@ from torch import Tensor
 import ptqcli
 from ptqcli.adapters.files import CONFIG_FILE, TENSOR_FILE, read_adapter
 from ptqcli.checkpoint.auxiliary import ADAPTER, belongs_to_a_checkpoint, copy_auxiliary_files
+from ptqcli.checkpoint.checksums import write_checksums
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.writer import CheckpointWriter, write_json
 from ptqcli.errors import UsageError
@@ -264,6 +265,7 @@ def _copy_adapter(plan: ConversionPlan, folder: Directory) -> None:
 def _write_about(plan: ConversionPlan, work: _Conversion, folder: Directory) -> None:
     """The report and the card: those of the checkpoint with what has changed, or new ones for a checkpoint of another program."""
     old = read_report(plan.checkpoint)
+    write_checksums(folder)
     files = [name for name in folder.made_names() if belongs_to_a_checkpoint(name)]
     report = old or {"source": str(plan.checkpoint.resolve()), "recipe": {"algo": "none", "calib": "none", "nsamples": None}, "layers": []}
     bits = 8 * sum(map(plan.target.stored_bytes, plan.specs.values())) / sum(map(_weights, plan.specs.values()))

@@ -24,12 +24,14 @@ from pathlib import Path
 
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.directory import Directory, named
-from ptqcli.errors import PTQError
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
+from ptqcli.errors import MachineError, PTQError
 from ptqcli.pipeline.journal import Journal
-from ptqcli.pipeline.output import JOURNAL, MARKER, REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
-from ptqcli.pipeline.report import PARTIAL
+from ptqcli.pipeline.output import REPLACED, VOLUME_FILES, Marker, check_output, is_written_into, remove_checkpoint
+from ptqcli.pipeline.report import LOGS, PARTIAL
 
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+KEPT = {MARKER, *LOGS}  # beside what the journal lists, for a run that goes on
 CLAIMS = 20  # attempts to claim a folder that other runs remove meanwhile
 
 
@@ -66,7 +68,7 @@ def growing(
         yield run.folder
         run.place()
     except BaseException as error:
-        told = _told(error, run.end(may_go_on=not isinstance(error, PTQError)))
+        told = _told(error, run.end(may_go_on=not isinstance(error, PTQError) or isinstance(error, MachineError)))
         if told is error:
             raise
         raise told from error
@@ -188,7 +190,7 @@ class _Growing:
                 f"{self.work}: holds what a run of ptq quantize has finished, which can go on; remove it, or choose another --output"
             )
         if self.journal is not None and marker is not None and self.journal.look(self.folder):
-            remove_checkpoint(self.folder, {MARKER, *self.journal.files})
+            remove_checkpoint(self.folder, {*KEPT, *self.journal.files})
             return True
         remove_checkpoint(self.folder)
         return False
@@ -248,7 +250,7 @@ class _Growing:
                 return f"the finished checkpoint lies in {self.work}"
             kept = self.journal.kept(self.folder) if may_go_on and self.journal is not None else ""
             if kept and self.journal is not None:
-                self.folder.remove_made(but={MARKER, *self.journal.files})
+                self.folder.remove_made(but={*KEPT, *self.journal.files})
                 return f"{kept} are kept in {self.work}: the same command goes on from there, with --restart it begins anew"
             self.folder.remove_made()
             if self._made:

@@ -1,10 +1,10 @@
 """What a run has finished so far, so that one that was ended can go on.
 
-Behind every block the hidden states are written, then the journal: what the run was asked for, how many blocks are finished, and every
-file that the rest builds on, with the SHA-256 of its bytes. It takes its name by a rename, so it is always whole, and what it lists is on
-the disk. The next run with the same output goes on from it, if it is asked for the same: what is cheap is made again (the plan, the tokens,
-how the model calls its blocks), all else is compared with its SHA-256 before it is believed. What lies in the folder and is not listed was
-not finished, and goes.
+Behind every block the hidden states are written, then the journal: what the run was asked for, how many blocks are finished, every file
+that the rest builds on, with the SHA-256 of its bytes, and one of all that the journal says. It takes its name by a rename, so it is always
+whole, and what it lists is on the disk. The next run with the same output goes on from it, if it is asked for the same: what is cheap is
+made again (the plan, the tokens, how the model calls its blocks), all else is compared with its SHA-256 before it is believed. What lies in
+the folder and is not listed was not finished, and goes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL
 from ptqcli.checkpoint.writer import final_names, safetensors_pieces
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.output import JOURNAL, JOURNAL_BYTES
+from ptqcli.pipeline.output import JOURNAL_BYTES
 from ptqcli.pipeline.report import FoldReport, LayerReport
 from ptqcli.pipeline.streams import Streams
 from ptqcli.untrusted import shown
@@ -46,7 +47,8 @@ RESTART = "--restart begins anew"
 @dataclass(frozen=True, kw_only=True)
 class Committed:
     """What is finished. asked: the ``fingerprint`` of the run. blocks: finished ones. all_written: whether what is left was written behind
-    them. shards: (file, bytes of each tensor in it), in order. files: of the folder, with their SHA-256. layers, folds: for the report."""
+    them. shards: (file, bytes of each tensor in it), in order. files: of the folder, with their SHA-256. layers, folds: for the report.
+    halved_at: how many blocks were finished each time that the batch had to be halved."""
 
     asked: dict[str, Any]
     blocks: int
@@ -56,11 +58,13 @@ class Committed:
     files: dict[str, str]
     layers: list[LayerReport]
     folds: list[FoldReport]
+    halved_at: list[int] = field(default_factory=list)
 
     def write(self, folder: Directory) -> None:
         """Make it what a later run finds in ``folder``."""
         about = "how far `ptq quantize` has come here; the same command goes on from it"
-        text = json.dumps({"about": about, **asdict(self)}, indent=1)
+        values = asdict(self)
+        text = json.dumps({"about": about, "sha256": _digest([json.dumps(values).encode()]), **values}, indent=1)
         folder.replace(JOURNAL, [text.encode()])
 
     @classmethod
@@ -71,6 +75,10 @@ class Committed:
             return None
         try:
             values = json.loads(content)
+            digest = values.pop("sha256")
+            del values["about"]
+            if digest != _digest([json.dumps(values).encode()]):
+                raise ValueError("another digest")
             if not all(NAMES.fullmatch(name) for name in (*values["files"], *(file for file, _ in values["shards"]))):
                 raise ValueError("a file that no run writes")
             return cls(
@@ -82,6 +90,7 @@ class Committed:
                 files={str(name): str(digest) for name, digest in values["files"].items()},
                 layers=[LayerReport(**layer) for layer in values["layers"]],
                 folds=[_fold(entry) for entry in values["folds"]],
+                halved_at=[int(blocks) for blocks in values["halved_at"]],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PTQError(f"{folder.path / JOURNAL}: is damaged, so this run cannot go on from it; {RESTART}") from error
@@ -174,7 +183,14 @@ class Journal:
         )
 
     def kept(self, folder: Directory) -> str:
-        """What a run that ends now leaves for the next, in words; empty where that is nothing, or not all there."""
+        """What a run that ends now leaves for the next, in words; empty where that is nothing, or not all there.
+
+        That is what the journal on the disk says: an interruption, or a disk that is full, may come between any two steps of ``commit``.
+        """
+        try:
+            self.latest = None if self.latest is None else Committed.read(folder)
+        except PTQError:
+            self.latest = None
         if self.latest is None or not self.latest.blocks:
             return ""
         _restore_names(self.latest, folder)

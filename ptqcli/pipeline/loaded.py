@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -42,6 +42,7 @@ class Run:
 
     ranks: the processes that share it. streams: None when nothing looks at calibration text. layers, folds: for the report, in the first
     process. adapters: there, of the linears that are placed, if the recipe asks for any, on the CPU and in the dtype of their weights.
+    note: is given what is to be said of each linear and fold at once.
     """
 
     skeleton: Skeleton
@@ -56,6 +57,12 @@ class Run:
     layers: list[LayerReport] = field(default_factory=list)
     folds: list[FoldReport] = field(default_factory=list)
     adapters: dict[str, LowRank] = field(default_factory=dict)
+    note: Callable[[LayerReport | FoldReport], None] = lambda _: None
+
+    def add_fold(self, fold: FoldReport) -> None:
+        """A fold, for the report."""
+        self.folds.append(fold)
+        self.note(fold)
 
     def solver_needs(self) -> StatisticsRequest:
         """What is to be known of every input while codes are chosen; samples for the errors of the report, too."""
@@ -243,6 +250,7 @@ class LoadedBlock:
             outlier_share=None if outliers is None else outliers / linear.site.in_features,
             **asdict(solution.notes),
         )
+        self.run.note(self._layers[linear.name])
 
     def replace(self, parameter: str, value: Tensor) -> None:
         """Another value for a parameter of the block, by its path in the model, that is not quantized.
@@ -319,7 +327,7 @@ class LoadedBlock:
         return behind
 
     def _note_folds(self, found: FoldSearch, notes: Sequence[tuple[str, FoldNote]]) -> None:
-        report = self.run.folds.append
+        report = self.run.add_fold
         for fold in found.folds:
             mine = [(name, note) for name, note in notes if note.producer == fold.producer and note.readers == fold.readers]
             choices = tuple((name, note.choice, note.error) for name, note in mine)

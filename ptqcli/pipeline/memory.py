@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -13,12 +14,17 @@ import torch
 RETURN_AFTER = 1 << 20
 
 
-def return_freed_memory() -> None:
-    """Ask the C library to give freed memory back to the system, where it can (glibc).
+def return_freed_memory(device: torch.device | None = None) -> None:
+    """Ask the C library to give freed memory back to the system, where it can (glibc); with a ``device``, also what nothing points to any
+    more, after an error say, and what torch keeps of it there.
 
     It keeps freed tensors of up to 32 MB for reuse, but in pieces that the next block's do not fit: from 8 to 32 blocks of 12 MB the
     peak rose by 40 % without this.
     """
+    if device is not None:
+        gc.collect()
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

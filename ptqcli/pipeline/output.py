@@ -12,16 +12,15 @@ import ptqcli
 from ptqcli.calibration.hidden import ACTIVATIONS
 from ptqcli.checkpoint.auxiliary import belongs_to_a_checkpoint, is_folder_of_a_checkpoint
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline.card import CARD_NAME, is_card
-from ptqcli.pipeline.report import PARTIAL, REPORT_NAME, read_report
+from ptqcli.pipeline.report import LOGS, PARTIAL, REPORT_NAME, read_report
 
 REPLACED = "replaced"  # in that folder, the checkpoint that is being replaced, where two folders cannot change places in one step
-MARKER = ".ptq-quantize.json"
 MARKER_BYTES = 4096
-JOURNAL = ".ptq-progress.json"  # how far the run has come, see ``journal``
 JOURNAL_BYTES = 1 << 30
-OWN_FILES = (MARKER, f"{MARKER}.tmp", JOURNAL, f"{JOURNAL}.tmp")
+OWN_FILES = (MARKER, f"{MARKER}.tmp", JOURNAL, f"{JOURNAL}.tmp", *LOGS)
 VOLUME_FILES = {"lost+found/"}  # what an empty volume holds
 
 PATH_BYTES = 4096  # longest path that Linux takes, its end included

@@ -141,6 +141,7 @@ class OutsideWork:
                 **asdict(notes),
             )
         )
+        self._run.note(self._run.layers[-1])
         self._run.progress.layer_done(linear.name, error)
 
     def _statistics(self, linear: PlannedLinear, solver: MatrixSolver) -> InputStatistics | None:

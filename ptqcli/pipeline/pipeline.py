@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.estimate import windows_per_batch
@@ -27,8 +28,10 @@ from ptqcli.model.source import ModelSource
 from ptqcli.pipeline.block import WindowWork
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import growing
+from ptqcli.pipeline.halving import Batches
 from ptqcli.pipeline.journal import Committed, Journal, fingerprint
 from ptqcli.pipeline.loaded import LoadedBlock, Run
+from ptqcli.pipeline.log import Event, RunLog
 from ptqcli.pipeline.memory import peak_memory, return_freed_memory
 from ptqcli.pipeline.outside import OutsideWork
 from ptqcli.pipeline.prepare import Output, Prepared, prepare
@@ -36,7 +39,7 @@ from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.ranks import Ranks
 from ptqcli.pipeline.report import CalibrationReport, Report, RewriteReport, TuningReport, make_report, text_report
 from ptqcli.pipeline.rewriting import proved
-from ptqcli.pipeline.streams import record
+from ptqcli.pipeline.streams import record, record_again
 from ptqcli.pipeline.tuning import rewrite, tune
 from ptqcli.pipeline.written import WrittenUnits
 from ptqcli.recipe import Recipe
@@ -55,17 +58,20 @@ def quantize(
     data_dir: Path | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Report:
     """Quantize ``model``, a folder as a rule, into the new checkpoint folder ``output``, which a function may name by the plan.
 
     What an earlier run of the same request has finished is gone on from, unless ``restart``. ranks: the processes that share the run, None
-    for this one alone. Each of them calls this with the same request and gets the same report; the first one writes.
+    for this one alone. Each of them calls this with the same request and gets the same report; the first one writes. on_event: is given
+    what the log tells.
     Raises UsageError for a request that cannot work and PTQError for work that failed; either way ``output`` is as it was, and what is
     finished is kept beside it.
     """
-    resources, progress, clock = resources or Resources(), progress or NoProgress(), Clock()
+    resources, clock = resources or Resources(), Clock()
     ranks = ranks or Ranks()
     folder = model if isinstance(model, Path) else model.folder
+    progress = log = RunLog(progress or NoProgress(), str(model if isinstance(model, Path) else model.where), resources.device, on_event)
     ready = prepare(
         model, recipe, output, overwrite=overwrite, resources=resources, data_dir=data_dir, progress=progress, clock=clock, ranks=ranks
     )
@@ -75,10 +81,14 @@ def quantize(
     journal = _journal(ready, folder, resources, restart) if ranks.first else None
     if ranks.size > 1:
         progress.phase(f"{ranks.size} processes share the work")
-    with _growing(ready, folder, overwrite, journal, ranks) as growing_folder, torch.no_grad():
-        work = _Quantization(ready, resources, growing_folder, progress, clock, journal, ranks)
+    with ExitStack() as held, torch.no_grad():
+        growing_folder = held.enter_context(_growing(ready, folder, overwrite, journal, ranks))
+        if growing_folder is not None:
+            held.enter_context(log.kept_in(growing_folder))
+        work = _Quantization(ready, resources, growing_folder, log, clock, journal, ranks)
         work.run()
         report = ranks.from_first(lambda: work.finish(folder, rewritten))
+        log.finished(report, ready.output, clock.spent)
     return replace(
         report,
         output=str(ready.output),
@@ -121,10 +131,11 @@ def seconds_needed(ready: Prepared, progress: Progress) -> float | None:
     if plan.needs_calibration and (found is None or len(found.windows) < plan.texts.windows):
         return None
     start = time.perf_counter()
-    work = _Quantization(ready, ready.resources, None, progress, Clock(), None, Ranks())
+    log = RunLog(progress, skeleton.where, ready.resources.device)
+    work = _Quantization(ready, ready.resources, None, log, Clock(), None, Ranks())
     with torch.no_grad():
         if found is not None:
-            work._record(found.windows)
+            work._record()
         recorded = time.perf_counter()
         count = min(work.state.solver.window, len(skeleton.blocks))
         final = max(1, count - work.state.solver.overlap)
@@ -141,7 +152,7 @@ class _Quantization:
         ready: Prepared,
         resources: Resources,
         folder: Directory | None,
-        progress: Progress,
+        progress: RunLog,
         clock: Clock,
         journal: Journal | None,
         ranks: Ranks,
@@ -159,10 +170,12 @@ class _Quantization:
             transforms=plan.recipe.transforms(),
             progress=progress,
             ranks=ranks,
+            note=progress.note,
         )
         self.written = None if folder is None else WrittenUnits(self.state, folder)
         self.dtype = resources.calibration_dtype(plan.linears[0].dtype)
-        self.batch_size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
+        size = windows_per_batch(plan.recipe, plan.texts.windows, plan.seqlen, resources)
+        self.batches = Batches(self.state, size, self.calibration is not None and ranks.size == 1)
         self.resumes = ranks.from_first(lambda: journal is not None)
         self.waiting: dict[int, LoadedBlock] = {}  # blocks of the last window that come again in the next one
         self.carried: dict[str, Any] = {}
@@ -176,8 +189,10 @@ class _Quantization:
         if found is not None and found.all_written:
             self._go_on(found)
             return
+        if found is not None:
+            self.batches.halve_as(found.halved_at)
         if self.calibration is not None:
-            self._record(self.calibration.windows)
+            self.batches.work(self._record, self._record, 0)
         if found is None:
             self._carry_over(self.skeleton.before, outside)
         else:
@@ -187,11 +202,11 @@ class _Quantization:
         while start < len(blocks):
             indices = blocks[start : start + window]
             final = len(indices) if indices.stop == blocks.stop else window - solver.overlap
-            self._quantize_window(indices, final)
+            self.batches.work(partial(self._quantize_window, indices, final), self._record, start, bool(self.waiting))
             start += final
             self.commit(start)
         with self.clock.measure("solve"):
-            outside.quantize_head()
+            self.batches.work(outside.quantize_head, self._record, len(blocks))
         self._carry_over(self.skeleton.after, outside)
         self.commit(len(blocks), all_written=True)
 
@@ -218,6 +233,7 @@ class _Quantization:
                 files={file: self.folder.made[file] for file, _ in self.written.shards},
                 layers=self.state.layers,
                 folds=self.state.folds,
+                halved_at=self.batches.halved_at,
             )
             self.journal.commit(self.folder, committed, None if all_written else self.state.streams, self.state.adapters)
 
@@ -233,6 +249,7 @@ class _Quantization:
             if states is not None:
                 states.restore()
             return
+        self.progress.goes_on(found.blocks, found.count)
         self.progress.phase(f"going on behind {found.blocks} of {found.count} blocks, which {self.folder.path} holds")
         self.written.restore(found.shards)
         self.state.layers[:], self.state.folds[:] = found.layers, found.folds
@@ -283,22 +300,27 @@ class _Quantization:
             seqlen=self.plan.seqlen,
             bos=found.bos,
             skipped_rows=found.skipped_rows,
-            batch_size=self.batch_size,
+            batch_size=self.batches.size,
             dtype=str(self.dtype).removeprefix("torch."),
             texts=[text_report(share, found.known.get(share)) for share in found.shares],
             sampling=found.sampling,
+            halved_at=self.batches.halved_at,
         )
 
-    def _record(self, windows: Tensor) -> None:
-        """How the model calls its blocks on the calibration ``windows``, int64 [windows, tokens]."""
-        state = self.state
+    def _record(self) -> None:
+        """How the model calls its blocks on the calibration windows, in batches that may have become smaller meanwhile."""
+        assert self.calibration is not None
+        state, windows = self.state, self.calibration.windows
         self.progress.phase("recording how the model calls its blocks")
         with self.clock.measure("record"):
             original, excerpts = state.solver.needs.original, bool(state.transforms) or state.solver.needs.pairs
+            if state.streams is not None:
+                record_again(state.streams, self.skeleton, windows, self.batches.size, self.dtype, excerpts)
+                return
             state.streams = record(
                 self.skeleton,
                 windows,
-                self.batch_size,
+                self.batches.size,
                 self.dtype,
                 state.resources,
                 self._scratch(),

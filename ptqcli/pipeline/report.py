@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the commands that show a report must not wait for torch
     from ptqcli.plan import Plan
 
 REPORT_NAME = "ptq_report.json"
+LOG_TEXT, LOG_JSON = LOGS = "ptq_log.txt", "ptq_log.jsonl"  # how the run went, see ``log``; no two runs write the same
 PARTIAL = ".partial"  # ends the name of the folder in which a checkpoint grows
 REPORT_KEYS = {"source", "ptqcli", "recipe", "layers"}  # what is read without asking whether it is there
 
@@ -103,7 +104,8 @@ class CalibrationReport:
     """How the calibration text was run through the model; with the request, the model and the machine it settles the codes.
 
     seqlen: tokens in a window. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of tables that hold no
-    text. batch_size: windows in one forward pass. dtype: of the passes. texts: what auto became, too. sampling: how the model wrote.
+    text. batch_size: windows in one forward pass, at the end. halved_at: how many blocks were finished each time that it was halved, since
+    memory ran out. dtype: of the passes. texts: what auto became, too. sampling: how the model wrote.
     """
 
     seqlen: int
@@ -113,6 +115,7 @@ class CalibrationReport:
     dtype: str
     texts: list[TextReport] = field(default_factory=list)
     sampling: dict[str, float] | None = None
+    halved_at: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,11 @@ class Streams:
         budget = resources.budget
         self.quantized = HiddenStates(recording.hidden, budget, folder)
         self.original = self.quantized.copy(budget, folder) if original else None
+        self.original_calls = self._in_original(recording)
+
+    def _in_original(self, recording: Recording) -> list[list[BlockCall]]:
         tables: dict[int, Any] = {}
-        self.original_calls = [[call.in_other_model(tables) for call in calls] for calls in recording.calls] if original else []
+        return [] if self.original is None else [[call.in_other_model(tables) for call in calls] for calls in recording.calls]
 
     def states(self) -> dict[str, Tensor]:
         """The hidden states of our windows that the blocks to come build on, by the names of the streams, in order."""
@@ -228,6 +231,22 @@ def record(
         Share.of(windows, batch_size, ranks.rank, ranks.size),
     )
     return Streams(recording, batch_size, resources, folder, original, ranks)
+
+
+def record_again(streams: Streams, skeleton: Skeleton, windows: Tensor, batch_size: int, dtype: torch.dtype, excerpts: bool) -> None:
+    """Let ``streams``, wherever they are, go on with ``batch_size`` windows in one pass; the other arguments as for ``record``.
+
+    For a run of one process. Not for blocks that leave something to later ones: what the finished ones have left would be gone.
+    """
+    recorded = _excerpts(*windows.shape) if excerpts else {}
+    share = Share.of(windows, batch_size, 0, 1)
+
+    def spare(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return streams.quantized.outputs  # which the next block fills anyway
+
+    streams.recording = record_calls(skeleton, windows, batch_size, streams.resources.device, dtype, spare, recorded, share)
+    streams.batch_size, streams.share = batch_size, share
+    streams.original_calls = streams._in_original(streams.recording)
 
 
 def _excerpts(count: int, seqlen: int) -> dict[str, tuple[Sequence[int], int]]:

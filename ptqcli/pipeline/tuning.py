@@ -15,6 +15,7 @@ import ptqcli
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
 from ptqcli.checkpoint.auxiliary import auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files
+from ptqcli.checkpoint.checksums import write_checksums
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import INDEX_FILE, SafetensorsFolder
 from ptqcli.checkpoint.writer import safetensors_pieces, write_json
@@ -261,6 +262,7 @@ def _write(
     for file, names in tensors.by_file.items():
         folder.write(file, safetensors_pieces(_with(tensors, names, changed)))
     report = read_report(old) or {"source": str(origin.resolve()), "recipe": {}, "layers": []}
+    write_checksums(folder)
     files = [name for name in folder.made_names() if belongs_to_a_checkpoint(name)]
     write_json(folder, REPORT_NAME, {**report, "ptqcli": ptqcli.__version__, "tuning": asdict(tuning), "files": files})
     card = old / CARD_NAME

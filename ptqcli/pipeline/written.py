@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptqcli.adapters.files import adapter_files
 from ptqcli.checkpoint.auxiliary import ADAPTER, auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files, is_licence
+from ptqcli.checkpoint.checksums import write_checksums
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import INDEX_FILE, SafetensorsFolder
 from ptqcli.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_json
@@ -122,6 +123,7 @@ class WrittenUnits:
             transposed = any(linear.site.transposed for linear in self._run.plan.linears)
             for file, pieces in adapter_files(self._run.adapters, transposed):
                 folder.write(f"{ADAPTER}/{file}", pieces)
+        write_checksums(folder)
         report = replace(report, files=[name for name in folder.made_names() if belongs_to_a_checkpoint(name)])
         write_json(folder, REPORT_NAME, report.stored())
         folder.write(CARD_NAME, [model_card(self._run.plan, report, source.folder).encode()])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptqcli.checkpoint.tensors import FLOATING
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import PackedCheckpoint, open_checkpoint
 from ptqcli.model.config import read_generation_config
@@ -150,30 +149,22 @@ class _Loader:
             if values is not None:
                 self._check_range(f"{name}: its {part}", values, None if values is columns else levels)
         stored_bias = self.checkpoint.names.disk(f"{name}.bias")
-        expected: Tensor | None = self.model.get_submodule(name).bias  # type: ignore[assignment]
-        if expected is not None and stored_bias is None:
+        if self.model.get_submodule(name).bias is not None and stored_bias is None:
             raise PTQError(f"{self.checkpoint.folder}: no tensor is stored for {name}.bias")
-        return weight, None if stored_bias is None else self._read(f"{name}.bias", stored_bias, expected)
+        return weight, None if stored_bias is None else self._read(f"{name}.bias", stored_bias)
 
     def _fill(self, name: str, stored: str) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         if leaf in module._buffers:
-            module._buffers[leaf] = self._read(name, stored, module._buffers[leaf])
+            module._buffers[leaf] = self._read(name, stored)
             return
         if stored not in self._parameters:
-            value = self._read(name, stored, module._parameters[leaf])
-            self._parameters[stored] = nn.Parameter(value, requires_grad=False)
+            self._parameters[stored] = nn.Parameter(self._read(name, stored), requires_grad=False)
         module._parameters[leaf] = self._parameters[stored]
 
-    def _read(self, name: str, stored: str, expected: Tensor | None) -> Tensor:
-        value = self.checkpoint.tensors.read(stored)
-        if expected is None or value.shape != expected.shape:
-            wanted = "nothing" if expected is None else str(list(expected.shape))
-            raise PTQError(f"{self.checkpoint.folder}: {name} is stored as {list(value.shape)}, but config.json asks for {wanted}")
-        if (value.dtype not in FLOATING) if expected.is_floating_point() else value.is_floating_point():
-            wanted = "a floating tensor" if expected.is_floating_point() else "whole numbers"
-            raise PTQError(f"{self.checkpoint.folder}: {name} is stored as {value.dtype}, but the model takes {wanted}")
+    def _read(self, name: str, stored: str) -> Tensor:
+        value = self.checkpoint.read_plain(name, stored)
         if not value.is_floating_point():
             return value.to(self.device)
         self._check_range(name, value)

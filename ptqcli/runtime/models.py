@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from ptqcli.model.quantized import scaled_floats
 from ptqcli.model.source import ModelFolder
 from ptqcli.resources import free_bytes
 from ptqcli.runtime.load import load_quantized
+from ptqcli.temporary import held_folder, remove_held
 from ptqcli.untrusted import foreign
 
 
@@ -60,13 +59,13 @@ def _load_plain(folder: Path, config: Any, device: torch.device, scaled: ScaledF
         return _read_numbers(folder, type(classes.built[0][0]).__name__, config, scaled, device)
     if tensors.total_bytes < free_bytes(device):
         return _read(folder, name, config).to(device)
-    offloaded = tempfile.mkdtemp(prefix="ptqcli-offload-")
+    offloaded, lock = held_folder()
     try:
-        model = _read(folder, name, config, device_map="auto", max_memory=_room(device), offload_folder=offloaded)
+        model = _read(folder, name, config, device_map="auto", max_memory=_room(device), offload_folder=str(offloaded))
     except BaseException:
-        shutil.rmtree(offloaded)
+        remove_held(offloaded, lock)
         raise
-    weakref.finalize(model, shutil.rmtree, offloaded)
+    weakref.finalize(model, remove_held, offloaded, lock)
     return model
 
 

@@ -15,6 +15,7 @@ from ptqcli.checkpoint.auxiliary import AUXILIARY_FILES, auxiliary_files, belong
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.pipeline import quantize
+from ptqcli.pipeline.report import LOGS
 from ptqcli.recipe import Recipe
 
 PLAIN = Recipe(algo="rtn", group_size=32)
@@ -67,7 +68,7 @@ def test_only_known_files_go_along(model: Path, tmp_path: Path) -> None:
     for overwrite in (False, True):  # what is written can be replaced
         quantize(model, PLAIN, tmp_path / "out", overwrite=overwrite)
         found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-        assert found == {*own, *WANTED, "ptq_report.json", "README.md"}
+        assert found == {*own, *WANTED, "ptq_report.json", "README.md", "SHA256SUMS", *LOGS}
         assert {name: (tmp_path / "out" / name).read_text() for name in WANTED} == WANTED
     named = {"onnx/" if name.startswith("onnx/") else name for name in MISLEADING if not name.startswith(".")}
     written_anew = {"quantize_config.json"}  # of some formats

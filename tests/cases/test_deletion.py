@@ -15,8 +15,9 @@ from tiny import make_model
 
 import ptqcli.pipeline.folder
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import MARKER
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.output import MARKER, Marker
+from ptqcli.pipeline.output import Marker
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.pipeline.report import REPORT_NAME

@@ -20,6 +20,7 @@ from ptqcli.checkpoint.writer import CheckpointWriter
 from ptqcli.errors import PTQError
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.report import LOGS
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 
@@ -43,7 +44,7 @@ def model(original: Path, tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in LOGS)
 
 
 def nothing_but_the_model(model: Path) -> bool:

@@ -23,6 +23,7 @@ LINES = {
     "convert done --to gptq --requantize w4a16-g32 --output converted": {"output", "relative_error"},
     "push done owner/name --dry-run": {"repository", "files"},
     "inspect done": {"checkpoint", "layers"},
+    "inspect done --verify": {"checkpoint", "sound", "files", "differences", "flaws"},
     "generate done hello --max-new-tokens 2": {"checkpoint", "answer"},
     "algorithms": {"parts"},
     "recipes": {"recipes"},

@@ -10,11 +10,12 @@ import pytest
 from commandline import Ptq, one_line
 from tiny import make_model
 
+from ptqcli.checkpoint.unfinished import MARKER
 from ptqcli.cli.locate import newest_checkpoint
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.pipeline import output as output_module
-from ptqcli.pipeline.output import MARKER, Marker
+from ptqcli.pipeline.output import Marker
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.recipe import Recipe

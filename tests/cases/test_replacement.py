@@ -15,10 +15,12 @@ from tiny import make_model
 
 import ptqcli.pipeline.folder as folder_module
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.pipeline.output import JOURNAL, MARKER, REPLACED, Marker
+from ptqcli.pipeline.output import REPLACED, Marker
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.report import LOGS
 from ptqcli.recipe import Recipe
 
 OLD = Recipe(algo="rtn", group_size=32, wbits=8)
@@ -43,7 +45,7 @@ def out(original: Path, tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> Tree:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (MARKER, JOURNAL)}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (MARKER, JOURNAL, *LOGS)}
 
 
 @pytest.fixture

@@ -10,15 +10,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from commandline import Ptq, one_line
 from tiny import make_model, write_text
 from variants import some_slow
 
 import ptqcli
 from ptqcli.checkpoint.directory import Directory
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.pipeline import folder as folder_module
-from ptqcli.pipeline.output import JOURNAL
 from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.report import LOGS
 
 BLOCKS = 4
 REQUESTS = {
@@ -49,7 +51,9 @@ def run(room: Path, output: Path, name: str = "gptq", **more: Any) -> ptqcli.Rep
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in LOGS
+    }
 
 
 class Ended(NoProgress):
@@ -211,6 +215,17 @@ def test_a_damaged_journal_is_named(room: Path, tmp_path: Path, text: str) -> No
         run(room, tmp_path / "out")
 
 
+def test_a_journal_that_changed_and_kept_its_form_is_named(room: Path, tmp_path: Path) -> None:
+    """A bit is enough: it would be the error of a layer, or a block that is not there."""
+    work = partial(room, tmp_path)
+    text = (work / JOURNAL).read_text()
+    for old, new in (('"blocks": 2', '"blocks": 3'), ('"relative_error": 0.', '"relative_error": 8.'), ('"count": 4', '"count": 5')):
+        assert old in text
+        (work / JOURNAL).write_text(text.replace(old, new, 1))
+        with pytest.raises(PTQError, match=rf"{JOURNAL}: is damaged.*--restart begins anew$"):
+            run(room, tmp_path / "out")
+
+
 def test_a_journal_names_no_file_elsewhere(room: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("years of work")
@@ -252,6 +267,30 @@ def test_an_error_of_the_machine_keeps_what_is_finished_and_one_of_the_request_d
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("after", [True, False])
+def test_an_interruption_while_the_journal_takes_its_name(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    """What is kept is what the journal on the disk lists, whichever that is."""
+    inner, seen = Directory.rename, []
+
+    def rename(self: Directory, old: str, new: str, replaced: tuple[int, int] | None = None) -> None:
+        seen.extend([new] * (new == JOURNAL))
+        if new == JOURNAL and len(seen) == 2 and not after:
+            raise KeyboardInterrupt
+        inner(self, old, new, replaced)
+        if new == JOURNAL and len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Directory, "rename", rename)
+    with pytest.raises(KeyboardInterrupt, match=f"^{2 if after else 1} of {BLOCKS} blocks are kept"):
+        run(room, tmp_path / "out")
+    monkeypatch.undo()
+    last = Ended()
+    run(room, tmp_path / "out", progress=last)
+    assert last.begun[0] == (2 if after else 1)
+    run(room, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_an_empty_folder_that_stays_is_gone_on_in(room: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt, match=f"kept in {tmp_path}/out:"):
@@ -270,3 +309,49 @@ def test_other_commands_leave_it_alone(room: Path, tmp_path: Path) -> None:
     with pytest.raises(PTQError, match=r"holds what a run of ptq quantize has finished"):
         ptqcli.convert(tmp_path / "whole", "gptq", output=tmp_path / "out", requantize="w8a16-g32")
     assert tree(work) == before
+
+
+COMMANDS = (
+    "eval",
+    "inspect",
+    "inspect --verify",
+    "convert --to gptq",
+    "generate hello",
+    "bench",
+    "quantize",
+    "tune-scales",
+    "push owner/name",
+)
+
+
+@pytest.fixture(scope="module")
+def ended(room: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """Outputs, and where their runs were ended: beside them, and in the output itself, which was there."""
+    folder = tmp_path_factory.mktemp("ended")
+    (folder / "empty").mkdir()
+    places = [(folder / "out", folder / "out.partial"), (folder / "empty", folder / "empty")]
+    for output, _ in places:
+        with pytest.raises(KeyboardInterrupt):
+            run(room, output, "gptq", progress=Ended(2))
+    return places
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_an_unfinished_run_is_called_one(ptq: Ptq, ended: list[tuple[Path, Path]], line: str) -> None:
+    """By every command that takes a checkpoint or a model."""
+    for output, place in ended:
+        before = tree(place)
+        command, *flags = line.split()
+        answer = ptq(command, place, *flags)
+        told = f"{place}: holds an unfinished run, with 2 of {BLOCKS} blocks finished, and no checkpoint yet"
+        assert one_line(answer) == f"error: {told}; the same `ptq quantize` command as before (--output {output}) goes on with it"
+        assert (answer.code, tree(place)) == (1, before)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"blocks": "x"}', '{"blocks": 1e999, "count": 3}', "NaN"])
+@pytest.mark.parametrize("name", [MARKER, JOURNAL])
+def test_what_an_unfinished_run_says_of_itself_is_not_believed(ptq: Ptq, tmp_path: Path, name: str, text: str) -> None:
+    for file in (MARKER, JOURNAL):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / name).write_text(text)
+    assert "holds an unfinished run, with nothing finished yet" in one_line(ptq("inspect", tmp_path))

@@ -28,8 +28,11 @@ from ptqcli.adapters.files import adapter_files, read_adapter
 from ptqcli.adapters.low_rank import LowRank
 from ptqcli.calibration.files import read_path
 from ptqcli.calibration.rows import Rows
-from ptqcli.checkpoint.auxiliary import load_tokenizer
+from ptqcli.checkpoint.auxiliary import copy_auxiliary_files, load_tokenizer
+from ptqcli.checkpoint.checksums import CHECKSUMS_NAME, _text, differences, read_checksums, write_checksums
+from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder
+from ptqcli.checkpoint.unfinished import JOURNAL, MARKER, unfinished_run
 from ptqcli.cli import run
 from ptqcli.errors import PTQError
 from ptqcli.formats import find_format, format_of
@@ -41,7 +44,11 @@ from ptqcli.numerics.ranges import MinMax
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.patterns import found
-from ptqcli.pipeline.report import FoldReport, LayerReport, Report
+from ptqcli.pipeline.journal import Committed
+from ptqcli.pipeline.log import RunLog, read_log
+from ptqcli.pipeline.output import Marker
+from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.report import LOG_JSON, FoldReport, LayerReport, Report
 from ptqcli.recipe import Override, Recipe
 from ptqcli.recipe_loading import load_recipe
 from ptqcli.runtime.load import load_quantized
@@ -332,6 +339,104 @@ def inspect(folder: Path, random: mutate.Source) -> object:
     return out
 
 
+# What this tool writes, and reads again
+
+
+def checksums(folder: Path, random: mutate.Source) -> object:
+    """The list is read, and the folder compared with it, whatever it names."""
+    source = originals(folder.parent / "originals").folder / "packed"
+    copied = Directory(folder)
+    copy_auxiliary_files(source, ["config.json", "model.safetensors", "tokenizer.json"], copied)
+    write_checksums(copied)
+    copied.close()
+    file = folder / CHECKSUMS_NAME
+    file.write_bytes(mutate.raw_bytes(file.read_bytes(), random))
+    listed = read_checksums(folder)
+    assert listed is not None
+    found = list(differences(folder, listed))
+    assert not random.changes or found or file.read_bytes() == _text(listed)
+    return found
+
+
+def journal(folder: Path, random: mutate.Source) -> object:
+    """How far a run has come, as the next one reads it, and as any other command tells of it."""
+    layers = [LayerReport(**layer) for layer in report()["layers"]]
+    folds = [FoldReport(producer="a.norm", readers=("a.q", "a.k"), choices=(("awq", "0.5", 0.9),))]
+    shards = [("shard-00001.safetensors", {"a": 8, "b": 12})]
+    files = {"shard-00001.safetensors": "0" * 64, "activations-behind-00002.safetensors": "f" * 64}
+    committed = Committed(
+        asked={"recipe wbits": 4, "batch size": 8},
+        blocks=2,
+        count=4,
+        all_written=False,
+        shards=shards,
+        files=files,
+        layers=layers,
+        folds=folds,
+        halved_at=[1],
+    )
+    opened = Directory(folder)
+    try:
+        committed.write(opened)
+        Marker(output="out", into=False, replaces=None).write(opened)
+        value = json.loads((folder / JOURNAL).read_bytes())
+        data = mutate.json_bytes(value, random) if random.random() < 0.8 else mutate.raw_bytes((folder / JOURNAL).read_bytes(), random)
+        (folder / JOURNAL).write_bytes(data)
+        told = unfinished_run(folder)
+        assert told is not None
+        assert told.isprintable()
+        assert len(told) < 1_000
+        read = Committed.read(opened)
+        assert read is not None
+        assert all(Path(name).name == name for name in read.files)
+        assert read == committed, "a change that keeps its form would be believed"
+        return read
+    finally:
+        opened.close()
+
+
+def marker(folder: Path, random: mutate.Source) -> object:
+    """Of a working folder: what it says settles what may be removed."""
+    opened = Directory(folder)
+    try:
+        Marker(output="out", into=False, replaces=(1, 2)).write(opened)
+        value = json.loads((folder / MARKER).read_bytes())
+        data = mutate.json_bytes(value, random) if random.random() < 0.8 else mutate.raw_bytes((folder / MARKER).read_bytes(), random)
+        (folder / MARKER).write_bytes(data)
+        assert unfinished_run(folder)
+        read = Marker.read(opened, "out")
+        if read is None:
+            raise PTQError(f"{MARKER}: is none")
+        assert read.output == "out"
+        return read
+    finally:
+        opened.close()
+
+
+def log(folder: Path, random: mutate.Source) -> object:
+    """No line of a log is refused, and nothing depends on one; only what is no file would be."""
+    telling = RunLog(NoProgress(), "model", torch.device("cpu"))
+    opened = Directory(folder)
+    with telling.kept_in(opened):
+        for text in ("one", "two"):
+            telling.phase(text)
+        telling.block_started(0, 2)
+        telling.note(LayerReport(**report()["layers"][0]))
+        telling.block_done(0, 2)
+    opened.close()
+    lines = (folder / LOG_JSON).read_bytes().splitlines()
+    chosen = random.randrange(len(lines))
+    line = lines[chosen]
+    lines[chosen] = mutate.json_bytes(json.loads(line), random) if random.random() < 0.7 else mutate.raw_bytes(line, random)
+    (folder / LOG_JSON).write_bytes(b"\n".join(lines) + b"\n")
+    past = read_log(folder)
+    assert past is not None
+    assert all(0 <= value < 1e15 for layer in past.layers.values() for value in layer.values())
+    if random.changes:
+        raise PTQError(f"{LOG_JSON}: read")  # the count of what is refused is to be more than none
+    return past
+
+
 # Requests
 
 
@@ -438,6 +543,10 @@ READERS = [
     Reader("tokenizer", 2, ("tokenizer", "config.json"), tokenizer),
     Reader("generation_config", 8, ("generation_config.json",), generation),
     Reader("report (ptq inspect)", 2, ("ptq_report.json",), inspect),
+    Reader("checksums", 4, (CHECKSUMS_NAME,), checksums),
+    Reader("journal", 6, (JOURNAL,), journal),
+    Reader("marker", 2, (MARKER,), marker),
+    Reader("log", 4, (LOG_JSON,), log),
     Reader("recipe", 6, ("recipe.yaml", "pattern", "regular expression", "override", "group size", "nsamples", "seed", "'"), recipe),
     Reader("overrides", 10, ("pattern", "regular expression", "override"), overrides),
     *(Reader(f"calibration .{kind}", 2 if "csv" in kind else 4, (f"a.{kind}",), functools.partial(calibration, kind)) for kind in KINDS),
