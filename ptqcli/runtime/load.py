@@ -8,7 +8,8 @@ know (buffers that old files carry, heads that transformers does not build) are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from ptqcli.runtime.adapted import adapter_folder, add_adapter
 from ptqcli.runtime.embedding import PackedEmbedding
 from ptqcli.runtime.joined import alike, joined_bias, joined_weight, same_input
 from ptqcli.runtime.layers import quantized_linear
+from ptqcli.runtime.spread import DISK, Offloaded, Place, chosen_places, device_of, dispatch, main_place, unit_of
+from ptqcli.temporary import held_folder, remove_held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,19 +43,24 @@ def load_quantized(
     kernel: str = "auto",
     fuse: bool = True,
     adapter: str | Path | bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model in the checkpoint folder ``path``, ready for inference and ``generate``.
 
     device: where it is to run. dtype: floating dtype of activations, scales and unquantized weights; None takes the one that config.json
     names. kernel: one of KERNELS, for all layers. fuse: join layers of the same input. adapter: the folder of a LoRA adapter whose products
-    are added, True for the one that lies in the checkpoint.
+    are added, True for the one that lies in the checkpoint. device_map: "auto" to spread a model that ``device`` does not hold over GPUs,
+    main memory and the disk, or a place for each module ("cpu", "disk", the number of a GPU); those that wait for their turn are not
+    joined.
     Raises PTQError or UsageError, naming the file or tensor, when the folder is no quantized checkpoint or does not fit its model, or a
     layer cannot run on ``kernel``.
     """
-    place = open_device(device)
     checkpoint = open_checkpoint(path, dtype)
     model: Any = checkpoint.model
-    _Loader(checkpoint, place, kernel).run(fuse)
+    places = chosen_places(checkpoint, open_device(device), device_map)
+    if len(places) > 1 and adapter is not False:
+        raise UsageError("adapters are added to models on one device; leave device_map or adapter out")
+    model = _spread(checkpoint, kernel, fuse, places) if len(places) > 1 else _whole(checkpoint, kernel, fuse, places)
     written = read_generation_config(checkpoint.folder)
     if written is not None:
         model.generation_config = written
@@ -60,7 +68,29 @@ def load_quantized(
     added = adapter_folder(checkpoint.folder, adapter)
     if added is not None:
         add_adapter(model, added)
-    return model.to(place)  # the buffers that the model computed for itself
+    return model
+
+
+def _whole(checkpoint: PackedCheckpoint, kernel: str, fuse: bool, places: Mapping[str, Place]) -> Any:
+    _Loader(checkpoint, kernel, places).run(fuse)
+    return checkpoint.model.to(device_of(main_place(places)))  # the buffers that the model computed for itself
+
+
+def _spread(checkpoint: PackedCheckpoint, kernel: str, fuse: bool, places: Mapping[str, Place]) -> Any:
+    if DISK not in places.values():
+        _Loader(checkpoint, kernel, places).run(fuse)
+        return dispatch(checkpoint.model, places, None)
+    folder, lock = held_folder()
+    try:
+        offloaded = Offloaded(folder)
+        _Loader(checkpoint, kernel, places, offloaded).run(fuse)
+        offloaded.finish()
+        model = dispatch(checkpoint.model, places, folder)
+    except BaseException:
+        remove_held(folder, lock)
+        raise
+    weakref.finalize(model, remove_held, folder, lock)
+    return model
 
 
 class _Packed(HfQuantizer):
@@ -78,33 +108,60 @@ class _Packed(HfQuantizer):
 
 
 class _Loader:
-    """Fills the model of a checkpoint, which is on the meta device."""
+    """Fills the model of a checkpoint, which is on the meta device, one module of ``places`` after the other.
 
-    def __init__(self, checkpoint: PackedCheckpoint, device: torch.device, kernel: str) -> None:
+    offloaded: takes those whose place is the disk.
+    """
+
+    def __init__(self, checkpoint: PackedCheckpoint, kernel: str, places: Mapping[str, Place], offloaded: Offloaded | None = None) -> None:
         self.checkpoint = checkpoint
         self.model = checkpoint.model
-        self.device = device
+        self.places, self.offloaded = places, offloaded
+        self.main = device_of(main_place(places))
+        self.device = self.main  # of the module at work
         self.dtype: torch.dtype = checkpoint.config.dtype
         self.kernel = kernel
         # Two names in memory that share a stored tensor, such as a tied head, get one parameter.
         self._parameters: dict[str, nn.Parameter] = {}
 
     def run(self, fuse: bool) -> None:
-        tables = {name for name in self.checkpoint.schemes if isinstance(self.model.get_submodule(name), nn.Embedding)}
-        schemes = {name: scheme for name, scheme in self.checkpoint.schemes.items() if scheme.blocks is None and name not in tables}
-        for name in self.checkpoint.schemes.keys() - schemes.keys() - tables:
-            self._decode(name)
-        for name in tables:
-            self._embed(name)
-        together = same_input(self.model, kind_of(self.checkpoint.config), schemes) if fuse else [[name] for name in schemes]
-        for names in together:
-            self._replace(names)
-        for name, stored in self.checkpoint.plain().items():
-            self._fill(name, stored)
-        missing = [name for name, tensor in _tensors(self.model) if tensor.is_meta]
+        """Fill the model. fuse: join layers of the same input, where they are computed from where they are."""
+        schemes = self.checkpoint.schemes
+        tables = {name for name in schemes if isinstance(self.model.get_submodule(name), nn.Embedding)}
+        multiplied = {name: scheme for name, scheme in schemes.items() if scheme.blocks is None and name not in tables}
+        together = same_input(self.model, kind_of(self.checkpoint.config), multiplied) if fuse else [[name] for name in multiplied]
+        plain = self.checkpoint.plain()
+        for unit, place in self.places.items():
+            waits = device_of(place) != self.main if place == "cpu" else place == DISK
+            self.device = self.main if waits else device_of(place)
+            for name in (each for each in schemes if each not in multiplied and self._unit(each) == unit):
+                self._embed(name) if name in tables else self._decode(name)
+            for names in together:
+                here = [name for name in names if self._unit(name) == unit]
+                for joined in [[name] for name in here] if waits else [here] * bool(here):
+                    self._replace(joined)
+            for name in (each for each in plain if self._unit(each) == unit):
+                self._fill(name, plain[name])
+            self._refuse_missing(unit)
+            if waits:
+                self._put_away(unit, place)
+
+    def _unit(self, name: str) -> str:
+        return unit_of(name, self.places)
+
+    def _refuse_missing(self, unit: str) -> None:
+        missing = [name for name, tensor in _tensors(self.model) if tensor.is_meta and self._unit(name) == unit]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise PTQError(f"{self.checkpoint.folder}: no tensor is stored for {missing[0]}{more}")
+
+    def _put_away(self, unit: str, place: Place) -> None:
+        """The module ``unit`` waits for its turn in main memory or on the disk."""
+        if place == DISK:
+            assert self.offloaded is not None
+            self.offloaded.take(self.model, unit)
+        else:
+            self.model.get_submodule(unit).to("cpu")
 
     def _replace(self, names: Sequence[str]) -> None:
         """Put layers in the place of linears that read the same tensor, joined where their weights allow it."""

@@ -32,8 +32,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
 
     kernel: one of ``layers.KERNELS``, for packed weights. adapter: as in ``load_quantized``. Raises PTQError for a folder that holds no
     model that can be loaded, UsageError for a layer that cannot run on ``kernel``, and for a kernel or an adapter that is named for a model
-    that is not packed. A model that is not packed and does
-    not fit into the memory of ``device`` is spread by accelerate over what there is: GPUs, then main memory, then the disk.
+    that is not packed. A model that does not fit into the memory of ``device`` is spread by accelerate over what there is: GPUs, then main
+    memory, then the disk.
     """
     config = load_config(folder)
     if is_gguf(folder):  # a GPU multiplies in 16 bit, and its kernels take nothing else
@@ -42,7 +42,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", kernel: str = "
     quantized = getattr(config, "quantization_config", None) is not None
     scaled = scaled_floats(ModelFolder(folder)) if quantized else None
     if quantized and scaled is None:
-        return load_quantized(folder, device=device, kernel=kernel, adapter=adapter)
+        spread = "auto" if adapter is False else None
+        return load_quantized(folder, device=device, kernel=kernel, adapter=adapter, device_map=spread)
     if kernel != "auto":
         raise UsageError(f"{folder}: is not quantized, so it cannot run on --kernel {kernel}; leave the flag out")
     if adapter is not False:
