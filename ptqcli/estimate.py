@@ -170,6 +170,27 @@ def memory_bytes(
     return process_bytes() + LIBRARY_BYTES + beside + needed
 
 
+def run_work(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleton, tokens: int) -> float | None:
+    """Floating operations of a run on so many calibration tokens, roughly: passes, Hessians, solving. None where they are not counted."""
+    count = getattr(recipe.solver(), "work", None)  # which solvers of blocks do not tell
+    if recipe.transforms() or recipe.adapter_rank or recipe.finish != "none" or count is None:
+        return None
+    each = [count(linear.site.out_features, linear.site.in_features) for linear in linears]
+    counted = [work for work in each if work is not None]
+    if len(counted) < len(each):
+        return None
+    if not needs_calibration(recipe, linears):
+        return sum(counted)
+    widths = {linear.name: linear.site.in_features for linear in linears}
+    inputs = [
+        widths[f"{skeleton.block_prefix(index)}.{stage[0]}"]
+        for index, shape in enumerate(skeleton.shapes)
+        for stage in shape.stages
+        if f"{skeleton.block_prefix(index)}.{stage[0]}" in widths
+    ]
+    return sum(counted) + skeleton.pass_work(tokens) + tokens * sum(width**2 for width in inputs)
+
+
 def finish_work(skeleton: Skeleton, windows: int, seqlen: int) -> float:
     """Floating operations that tuning the scales at the end takes."""
     return tuning_work(TuneScales(), skeleton, windows, seqlen)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from layers import correlated_layer
 from textbook import excess_rounding, textbook_gptq, textbook_values
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ptqcli.calibration.statistics import Hessian
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.numerics.elements import Codebook
 from ptqcli.numerics.scheme import ActivationScheme, Scheme
@@ -207,3 +209,30 @@ def test_with_one_scale_for_the_matrix_all_rows_keep_the_same_search():
     scales = [solve(GPTQ(scale_search=search, polish=0), weight, hessian, scheme).weight.scale for search in ("minmax", "mse", "auto")]
     assert torch.equal(scales[2], scales[0]) or torch.equal(scales[2], scales[1])
     assert (scales[2] == scales[2][0]).all()
+
+
+class Products(TorchDispatchMode):
+    """Counts the floating operations of matrix products."""
+
+    count = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("addmm", "addmm_", "addmv_", "mm", "bmm", "mv"):
+            left, right = args[-2:]
+            self.count += 2 * left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("polish", [0, 3])
+@pytest.mark.parametrize("out, columns", [(512, 512), (256, 1024)])
+def test_the_work_that_is_told_is_that_of_its_products(out, columns, polish):
+    hessian = Hessian.zeros(columns, torch.device("cpu"))
+    hessian.add(torch.randn(2 * columns, columns, generator=torch.Generator().manual_seed(0)))
+    weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(1))
+    solver = GPTQ(polish=polish)
+    prepared = solver.prepare(hessian, "a test")
+    with Products() as products:
+        solver.solve(weight, prepared, Scheme(4, 128), torch.bfloat16)
+    told = solver.work(out, columns) - columns**3 / 3  # the factorisation is no product
+    assert 0.7 * told < products.count < 1.3 * told, (told, products.count)

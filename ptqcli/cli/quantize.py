@@ -104,6 +104,7 @@ def _quantized(
     run: dict[str, Any],
 ) -> Report | None:
     """The report of the run, None for a dry one, whose plan is shown. words: None in a process that says nothing."""
+    from ptqcli.estimate import run_work
     from ptqcli.formats.sources import open_source
     from ptqcli.model.declared import is_declared
     from ptqcli.pipeline.clock import Clock
@@ -121,10 +122,14 @@ def _quantized(
         if not dry_run:
             return quantize(source, asked, target, restart=restart, on_event=on_event, **run)
         ready = prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)
-        seconds = None if is_declared(folder) else seconds_needed(ready, run["progress"])
+        declared = is_declared(folder)
+        seconds = None if declared else seconds_needed(ready, run["progress"])
+        work = run_work(ready.plan.recipe, ready.plan.linears, ready.skeleton, ready.plan.texts.windows * ready.plan.seqlen)
         if seconds is not None:
             words.facts([("time needed", f"about {time_text(seconds)}, as the first block tells")])
-        words.result({**plan_as_json(ready), "seconds": seconds})
+        elif declared and work is not None:
+            words.facts([("time needed", f"about {time_text(work / 1e12)} for each TFLOP/s that the machine reaches")])
+        words.result({**plan_as_json(ready), "seconds": seconds, "floating_operations": work})
     return None
 
 

@@ -141,6 +141,10 @@ class MatrixSolver(Protocol):
         """
         return COPIES_TO_FIT * out_features * in_features * 4
 
+    def work(self, out_features: int, in_features: int) -> float | None:
+        """Floating operations of solving one matrix, roughly; None where nobody has counted them, as it stands."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearTask:

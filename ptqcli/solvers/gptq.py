@@ -213,6 +213,11 @@ class GPTQ(FitsGrids, Polishes, AimsAtTarget, CorrectsBias, MatrixSolver):
             work.fit_beforehand()
         return work
 
+    def work(self, out_features: int, in_features: int) -> float:
+        """The factorisation; error feedback for each search; of polishing ``H W^T`` and, in each round, a refit and a descent."""
+        polish = 2 + 3 * self.rounds if self.rounds else 0
+        return in_features**3 / 3 + (len(self.searches) + polish) * out_features * in_features**2
+
     def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """Two matrices of the Hessian's size, whether it is factored or the factor used; the solve four of the weight's, and polishing what
         it takes after that.

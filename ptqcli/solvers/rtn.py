@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptqcli.calibration.statistics import Hessian
-from ptqcli.numerics.ranges import RangeSearch, takes_sign
+from ptqcli.numerics.ranges import SIGNED_FACTORS, RangeSearch, takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.numerics.weight import round_to_nearest
 from ptqcli.options import check_choices
@@ -22,6 +22,9 @@ from ptqcli.solvers.damping import DAMP, factorise
 from ptqcli.solvers.refine import Polishes, polish_bytes, polish_option, polished
 from ptqcli.solvers.scale_search import FitsGrids, scale_search_option, signed_option
 from ptqcli.solvers.target import AimsAtTarget, alpha_option, beta_option, target_option
+
+# For a weight and a candidate of the search: divide, add, round, two clamps, subtract, multiply, subtract, square, add.
+OPERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class RTN(FitsGrids, Polishes, AimsAtTarget, MatrixSolver):
             return Solution(quantized, notes)
         notes = replace(notes, never_activated=prepared.never_activated, damp=prepared.damp, damp_raised=prepared.damp > DAMP)
         return Solution(polished(weight, prepared.matrix, quantized, self.rounds, takes_sign(scheme, self.signed)), notes)
+
+    def work(self, out_features: int, in_features: int) -> float | None:
+        """Some operations for each weight and candidate of the search; that of polishing is not counted."""
+        return None if self.rounds else OPERATIONS * len(SIGNED_FACTORS) * out_features * in_features
 
     def workspace_bytes(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> int:
         """Fitting the grids; polishing comes after it, with the damped Hessian and, before that, its factor."""
