@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -491,6 +491,7 @@ def test_statistics_behind_transforms_are_those_of_the_transformed_block(
     quantize(llama / "model", recipe, tmp_path / "out", resources=Resources(batch_size=2))
     assert len(pairs) == 2 * 4
     for given, fresh, before in pairs:
+        fresh.settle()
         assert given.tokens == fresh.tokens == 6 * 48
         close = {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(given.largest, fresh.largest, **close)
@@ -521,6 +522,11 @@ class Placed:
         )
         statistics.add(self.inputs)
         yield Stage(self.linears, statistics)
+
+    def place_each(self, groups: Sequence[Sequence[str]], solve: Callable[[Sequence[str]], Sequence[Solution]]) -> None:
+        for group in groups:
+            for name, solution in zip(group, solve(group), strict=True):
+                self.place(name, solution)
 
     def place(self, name: str, solution: Solution) -> None:
         self.found: dict[str, Solution] = {**getattr(self, "found", {}), name: solution}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -28,6 +30,8 @@ from torch import Tensor
 
 from ptqcli.calibration.share import Share
 from ptqcli.calibration.statistics import Hessian, InputStatistics, Pairs, StatisticsRequest
+from ptqcli.cli import processes
+from ptqcli.cli.processes import Place
 from ptqcli.errors import UsageError
 from ptqcli.pipeline.output import JOURNAL
 from ptqcli.pipeline.ranks import assigned, packed, unpacked
@@ -331,13 +335,66 @@ def test_a_solver_that_does_not_share_is_refused(room: Path, monkeypatch: pytest
         quantize(room / "model", request, room / "refused", ranks=two)
 
 
+# How processes are started
+
+
+def test_several_gpus_are_used_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert processes.processes_for("cuda", lambda: 100) == 3
+    assert processes.processes_for("cuda", lambda: 2) == 2
+    assert processes.processes_for("cuda:1", lambda: 100) == processes.processes_for("cpu", lambda: 100) == 1
+    assert [str(processes.device_of("cuda", Place(5, 6, local))) for local in (0, 2)] == ["cuda:0", "cuda:2"]
+    assert str(processes.device_of("cuda:1", None)) == "cuda:1"
+    with pytest.raises(UsageError, match="device cuda:1: is one device, and 6 processes share the run; give --device cuda"):
+        processes.device_of("cuda:1", Place(5, 6, 1))
+    with pytest.raises(UsageError, match="process 3 of this machine finds 3 CUDA devices; start one process for each"):
+        processes.device_of("cuda", Place(5, 6, 3))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert processes.processes_for("cuda", lambda: 100) == 1
+    assert str(processes.device_of("cuda", Place(1, 2, 1))) == "cuda:0"  # each process is shown one of its own
+
+
+def test_what_would_start_a_process_for_each_gpu_starts_them(servers: list[ForkedPtq], room: Path) -> None:
+    """The same way on the CPU, where a number stands for the GPUs."""
+    line = ("quantize", "model", *GROUPS, *WINDOWS)
+    assert servers[0](*line, "--output", "alone", folder=room).code == 0
+    answer = servers[0](*line, "--processes", "2", "--json", "--output", "started", folder=room)
+    assert answer.code == 0, answer.err
+    assert "2 processes share the work" in answer.err
+    assert json.loads(answer.out)["output"].endswith("started")
+    assert codes(room / "alone").equal(codes(room / "started"))
+
+
+def test_one_that_cannot_start_is_told(servers: list[ForkedPtq], room: Path) -> None:
+    line = ("quantize", "model", *GROUPS, *WINDOWS, "--processes", "2", "--output", "unstarted")
+    answer = servers[0](*line, folder=room, PYTHONHOME="/nowhere")
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1] == "error: process 1 of 0 to 1 does not come; look at what it says, and start all again"
+
+
+@pytest.mark.slow
+def test_torchrun(servers: list[ForkedPtq], room: Path) -> None:
+    line = ("quantize", "model", *GROUPS, *WINDOWS, "--output")
+    assert servers[0](*line, "untouched", folder=room).code == 0
+    started = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ptqcli", *line, "run")
+    done = subprocess.run(started, cwd=room, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written ") == 1
+    assert codes(room / "untouched").equal(codes(room / "run"))
+
+
 # Death and resumption
 
 
 class Started:
     """`python -m ptqcli quantize` as so many processes of a group, on a model of six blocks."""
 
-    def __init__(self, room: Path, output: str, size: int, *flags: str) -> None:
+    def __init__(self, room: Path, output: str, size: int, *flags: str, short: int | None = None) -> None:
+        """short: the process that cannot write files beyond 50 kB, as if its disk were full."""
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
         port = free_port()
         command = [sys.executable, "-m", "ptqcli", "quantize", "deep", *GROUPS, *WINDOWS, *flags, "--output", output]
         self.processes = [
@@ -348,6 +405,7 @@ class Started:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=limit if rank == short else None,
             )
             for rank in range(size)
         ]
@@ -394,6 +452,23 @@ def test_a_process_that_dies_ends_the_run_which_goes_on(
     assert "Traceback" not in "".join(said)
     assert "".join(said[1:]) == ""
     _goes_on(room, whole, servers, output, sizes[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("short", "told"),
+    [
+        (0, r"error: .*/shard-\d+.safetensors.tmp: File too large"),
+        (1, r"error: .*: cannot hold 0.00 GB of activations, which --activation-budget keeps out of memory: File too large; make room .*"),
+    ],
+)
+def test_a_disk_that_is_full_ends_all_with_one_message(room: Path, short: int, told: str) -> None:
+    run = Started(room, f"full-{short}", 2, *(("--activation-budget", "0") if short else ()), short=short)
+    returned, said = run.end()
+    assert returned == [1, 1]
+    assert re.fullmatch(told, said[0].splitlines()[-1])
+    assert said[0].count("error:") == 1
+    assert said[1] == ""
 
 
 @pytest.mark.slow

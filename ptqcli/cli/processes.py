@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ptqcli.pipeline.ranks import Group, Ranks
 
 JOIN_SECONDS = 600.0  # within which all processes have to come
-TOLD_SECONDS = 25.0  # for the first process to tell what has happened in another
+TOLD_SECONDS = 3.0  # for the first process to hear of what has happened in another, and for the others to hear of it
 LEAVE_SECONDS = 10.0  # for the others to end, when the first has
 STUCK_SECONDS = 20.0  # for a process to come out of whatever waits for one that has died
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -88,7 +88,7 @@ def alone(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     place = place_in_environment()
     if place is not None and place.rank > 0:
         raise click.exceptions.Exit(0)
-    yield Ranks(), _own_device(device, None)
+    yield Ranks(), device_of(device, None)
 
 
 @contextmanager
@@ -107,16 +107,16 @@ def shared(device: str, processes: int | None, most: Callable[[], int], argument
         with _joined(place, device) as shared_run:
             yield shared_run
         return
-    count = processes if processes is not None else _devices(device, most)
+    count = processes if processes is not None else processes_for(device, most)
     if count == 1:
-        yield Ranks(), _own_device(device, None)
+        yield Ranks(), device_of(device, None)
         return
-    _own_device(device, Place(0, count, count - 1))  # told before anything is started
+    device_of(device, Place(0, count, count - 1))  # told before anything is started
     with _started(count, arguments) as (store, children), _joined(Place(0, count, 0), device, store, children) as shared_run:
         yield shared_run
 
 
-def _devices(device: str, most: Callable[[], int]) -> int:
+def processes_for(device: str, most: Callable[[], int]) -> int:
     """How many processes a device that is not numbered stands for."""
     if device != "cuda":
         return 1
@@ -126,7 +126,7 @@ def _devices(device: str, most: Callable[[], int]) -> int:
     return min(count, most()) if count > 1 else 1
 
 
-def _own_device(device: str, place: Place | None) -> torch.device:
+def device_of(device: str, place: Place | None) -> torch.device:
     """The torch device of the process at ``place``. Raises UsageError if there is none."""
     import torch
 
@@ -191,7 +191,7 @@ def _joined(
     from ptqcli.pipeline.alive import Alive
     from ptqcli.pipeline.ranks import Group
 
-    own = _own_device(device, place)
+    own = device_of(device, place)
     clean_up_first()
     end = _End(place.rank)
     try:
@@ -237,10 +237,16 @@ class _End:
 
     def of(self, error: BaseException, group: Group | None) -> BaseException:
         """``error`` has come up here; what is to be raised from it."""
+        self._reached.set()
+        try:
+            return self._of(error, group)
+        except KeyboardInterrupt:  # of the watcher, which has seen at the same time what this process ends for
+            return self._of(error, group)
+
+    def _of(self, error: BaseException, group: Group | None) -> BaseException:
         from ptqcli.pipeline.alive import FAILED, FOLLOWED
         from ptqcli.pipeline.alive import INTERRUPTED as STOPPED
 
-        self._reached.set()
         alive = self.alive
         alive.stop()
         trouble = alive.found if isinstance(error, (PTQError, click.ClickException)) else alive.trouble()
@@ -255,9 +261,9 @@ class _End:
             group.close()  # whoever waits for this process goes on, and finds the note
         if self.rank == 0:
             alive.tell()
-        elif raised is error and alive.told(TOLD_SECONDS):
+        elif raised is error and (alive.told(TOLD_SECONDS) or alive.lives(0)):  # which finds the note when this process has gone
             raised = click.exceptions.Exit(how[2])
-        alive.leave(LEAVE_SECONDS)
+        alive.leave(TOLD_SECONDS)
         return raised
 
     def _of_other(self, trouble: Trouble, error: BaseException) -> BaseException:

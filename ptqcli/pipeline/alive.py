@@ -91,6 +91,14 @@ class Alive:
         """Whether the first process says, within that time, what has happened."""
         return self._within(seconds, lambda: bool(self._store.check(["told"])), gone=True)
 
+    def lives(self, other: int) -> bool:
+        """Whether another process gives a sign of life."""
+        try:
+            before = self._beats()[other]
+        except RuntimeError:
+            return False
+        return self._within(ASKED_SECONDS, lambda: self._store.get(f"beat/{other}").decode() != before)
+
     def leave(self, seconds: float) -> None:
         """The end: nothing is asked of the store from here on. The first process, with which it may go, waits for the others so long."""
         self._left.set()
