@@ -70,7 +70,7 @@ def command(
     from ptqcli.recipe_loading import load_recipe
     from ptqcli.shipped import find_recipe
 
-    for_machines = log_format == "json"
+    for_machines = log_format == "json" and not dry_run
     words = Output(as_json=as_json, quiet=quiet or for_machines)
     asked = load_recipe(None if recipe is None else find_recipe(recipe), given_flags(request))
     resources = resources_of(device, dtype, batch_size, activation_budget)
