@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,21 +61,44 @@ def remove_held(folder: Path, lock: int) -> None:
     os.close(lock)
 
 
+def growing_file(path: Path) -> tuple[Path, int]:
+    """An empty file beside ``path``, in which that may grow, and a descriptor that locks it until it is closed.
+
+    What processes that are gone have left of such files for this ``path`` goes.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,10}})-\w{{8}}\.partial")
+    for name in os.listdir(path.parent):
+        found = ours.fullmatch(name)
+        if found is not None and not _lives(int(found[1])):
+            _remove_if_left(path.parent / name, _is_a_file_alone, os.unlink, os.O_NONBLOCK)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}-", suffix=".partial", dir=path.parent)
+    _is_locked(descriptor)
+    return Path(name), descriptor
+
+
+def _is_a_file_alone(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
 def _remove_left() -> None:
     """Remove the folders of this user whose processes are gone: a name of ours, private, and locked by nobody."""
     place = Path(tempfile.gettempdir())
     for name in os.listdir(place):
         found = OURS.fullmatch(name)
-        if found is None or _lives(int(found[1])):
-            continue
-        with suppress(OSError):  # another process of ours is doing the same
-            descriptor = os.open(place / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                about = os.fstat(descriptor)
-                if (about.st_uid, stat.S_IMODE(about.st_mode)) == (os.geteuid(), 0o700) and _is_locked(descriptor):
-                    shutil.rmtree(place / name)
-            finally:
-                os.close(descriptor)
+        if found is not None and not _lives(int(found[1])):
+            _remove_if_left(place / name, lambda left: stat.S_IMODE(left.st_mode) == 0o700, shutil.rmtree, os.O_DIRECTORY)
+
+
+def _remove_if_left(path: Path, is_ours: Callable[[os.stat_result], bool], remove: Callable[[Path], object], flags: int) -> None:
+    """Remove what is no link, belongs to this user, ``is_ours`` by its form, and is locked by nobody."""
+    with suppress(OSError):  # another process of ours is doing the same
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags)
+        try:
+            found = os.fstat(descriptor)
+            if found.st_uid == os.geteuid() and is_ours(found) and _is_locked(descriptor):
+                remove(path)
+        finally:
+            os.close(descriptor)
 
 
 def _lives(process: int) -> bool:

@@ -20,10 +20,13 @@ def unfinished_run(folder: Path) -> str | None:
     marker = _read(folder / MARKER)
     if marker is None:
         return None
-    journal = _read(folder / JOURNAL) or {}
-    blocks, count, output = journal.get("blocks"), journal.get("count"), marker.get("output")
+    journal = _read(folder / JOURNAL)
+    blocks, count = (journal or {}).get("blocks"), (journal or {}).get("count")
     counted = type(blocks) is int and type(count) is int and 0 <= blocks <= count < 1_000_000
-    done = f"with {blocks} of {count} blocks finished" if counted else "with nothing finished yet"
+    done = (
+        "with nothing finished yet" if journal is None else f"with {blocks} of {count} blocks finished" if counted else "which is damaged"
+    )
+    output = marker.get("output")
     named = f" (--output {folder.with_name(output)})" if isinstance(output, str) and Path(output).name == output else ""
     return f"holds an unfinished run, {done}, and no checkpoint yet; the same `ptq quantize` command as before{named} goes on with it"
 

@@ -68,7 +68,7 @@ def command(
     MODEL is a local folder, a GGUF file or a hub id; left out, it is the small demo model that the package carries. The output head and the
     embedding stay as they are, unless --lm-head and --embeddings are given.
     """
-    for_machines = log_format == "json"
+    for_machines = log_format == "json" and not dry_run
     words = Output(as_json=as_json, quiet=quiet or for_machines)
     session = click.get_current_context().obj
 

@@ -8,7 +8,6 @@ other file, compared with what was to be written, and renamed.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ptqcli.checkpoint.directory import named
 from ptqcli.checkpoint.gguf_file import ALIGNMENT, SUFFIX, GGUFFile, StoredTensor, TensorInfo
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.gguf_architectures import gguf_package
-from ptqcli.temporary import written_file
+from ptqcli.temporary import growing_file, written_file
 
 WRITER_KEY, WRITER = "general.quantized_by", "ptqcli"  # by which a file is known to be ours
 
@@ -37,15 +36,17 @@ class GGUFWriting:
         check_target(path, overwrite)
         self.path, self._tensors, self._left = path, {tensor.name: tensor for tensor in tensors}, {tensor.name for tensor in tensors}
         with named(path):
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        self.partial = Path(name)
+            self.partial, self._lock = growing_file(path)
         try:
             self._write_header(metadata, tensors)
             self._stored = self._places()
         except BaseException:
-            self.partial.unlink()
+            self._remove()
             raise
+
+    def _remove(self) -> None:
+        self.partial.unlink(missing_ok=True)
+        os.close(self._lock)
 
     def __enter__(self) -> GGUFWriting:
         return self
@@ -55,7 +56,7 @@ class GGUFWriting:
             if kind is None:
                 self._finish()
         finally:
-            self.partial.unlink(missing_ok=True)
+            self._remove()
 
     def write(self, name: str, data: Tensor) -> None:
         """Write the bytes of tensor ``name``, uint8 [rows, bytes of a row]."""

@@ -186,11 +186,11 @@ class _Quantization:
         with self.clock.measure("solve"):
             outside.quantize_embedding()
         found = self.ranks.from_first(lambda: None if self.journal is None else self.journal.found)
+        if found is not None:
+            self.batches.halve_as(found.halved_at)
         if found is not None and found.all_written:
             self._go_on(found)
             return
-        if found is not None:
-            self.batches.halve_as(found.halved_at)
         if self.calibration is not None:
             self.batches.work(self._record, self._record, 0)
         if found is None:

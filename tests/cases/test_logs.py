@@ -192,6 +192,11 @@ def test_lines_for_machines(ptq: Ptq, room: Path, tmp_path: Path) -> None:
     assert of(tmp_path / "quiet", "finished")
 
 
+def test_a_rehearsal_is_in_words(ptq: Ptq, room: Path, tmp_path: Path) -> None:
+    answer = ptq("quantize", room / "model", *LINE, tmp_path / "out", "--log-format", "json", "--dry-run")
+    assert (answer.code, "memory needed" in answer.out) == (0, True)
+
+
 # What `ptq inspect` shows of it
 
 

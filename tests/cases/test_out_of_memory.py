@@ -169,20 +169,31 @@ def test_with_one_window_it_is_an_error_and_what_is_finished_is_kept(room: Path,
     assert said.begun[0] == 2
 
 
-def test_a_run_that_goes_on_has_the_batch_that_was_left(room: Path, tmp_path: Path, short: Callable[..., None]) -> None:
+class EndedAt(Said):
+    """Ended when so much is finished: before a block, or when all of them are and the end is told."""
+
+    def __init__(self, block: int | None) -> None:
+        super().__init__()
+        self.block = block
+
+    def block_started(self, index: int, count: int) -> None:
+        if index == self.block:
+            raise KeyboardInterrupt
+
+    def phase(self, text: str) -> None:
+        if self.block is None and text.startswith("comparing"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("block", [2, None])
+def test_a_run_that_goes_on_has_the_batch_that_was_left(room: Path, tmp_path: Path, short: Callable[..., None], block: int | None) -> None:
     """And so the same bytes, though memory is no longer short."""
     short(2, block=1, times=1)
     run(room, tmp_path / "whole")
-
-    class Ended(Said):
-        def block_started(self, index: int, count: int) -> None:
-            if index == 2:
-                raise KeyboardInterrupt
-
     short(2, block=1, times=1)
     request = {"group_size": 32, "calib": str(room / "text.txt"), "nsamples": 8, "seqlen": SEQLEN, **REQUESTS["gptq"]}
-    with pytest.raises(KeyboardInterrupt, match=f"2 of {BLOCKS} blocks are kept"):
-        ptqcli.quantize(room / "model", output=tmp_path / "out", batch_size=4, progress=Ended(), **request)
+    with pytest.raises(KeyboardInterrupt, match=f"{BLOCKS if block is None else block} of {BLOCKS} blocks are kept"):
+        ptqcli.quantize(room / "model", output=tmp_path / "out", batch_size=LARGEST, progress=EndedAt(block), **request)
     run(room, tmp_path / "out")
     for file in (tmp_path / "whole").iterdir():
         if file.name not in LOGS:

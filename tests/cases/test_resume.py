@@ -354,4 +354,6 @@ def test_what_an_unfinished_run_says_of_itself_is_not_believed(ptq: Ptq, tmp_pat
     for file in (MARKER, JOURNAL):
         (tmp_path / file).write_text("{}")
     (tmp_path / name).write_text(text)
+    assert "holds an unfinished run, which is damaged, and no checkpoint yet" in one_line(ptq("inspect", tmp_path))
+    (tmp_path / JOURNAL).unlink()
     assert "holds an unfinished run, with nothing finished yet" in one_line(ptq("inspect", tmp_path))

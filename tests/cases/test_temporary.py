@@ -15,7 +15,7 @@ import transformers
 from tiny import make_model
 
 from ptqcli.model.config import load_config
-from ptqcli.temporary import temporary_folder, written_file
+from ptqcli.temporary import growing_file, temporary_folder, written_file
 
 HOLDS = """
 import os
@@ -115,3 +115,41 @@ def test_what_is_not_ours_stays(place: Path, tmp_path: Path) -> None:
         pass
     assert sorted(place.iterdir()) == before
     assert (tmp_path / "precious" / "work").read_text() == "years"
+
+
+GROWS = """
+import sys
+from pathlib import Path
+from ptqcli.temporary import growing_file
+name, lock = growing_file(Path(sys.argv[1]))
+name.write_text("half")
+print(name, flush=True)
+input()
+"""
+
+
+def growing(path: Path) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen([sys.executable, "-c", GROWS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_a_file_that_a_killed_process_has_left_half_written_goes_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    at_work, kept = growing(path)
+    killed, left = growing(path)
+    other, elsewhere = growing(tmp_path / "other.gguf")
+    for process in (killed, other):
+        process.kill()
+        process.communicate()
+    mine = [tmp_path / f".model.gguf.{name}.partial" for name in ("4194305-linklink", "4194305-hardhard", "x")]
+    (tmp_path / "precious").write_text("years of work")
+    mine[0].symlink_to(tmp_path / "precious")
+    os.link(tmp_path / "precious", mine[1])
+    mine[2].write_text("")
+    new, lock = growing_file(path)
+    os.close(lock)
+    assert not left.exists()
+    assert all(each.exists() for each in (kept, elsewhere, new, *mine))
+    assert (tmp_path / "precious").read_text() == "years of work"
+    at_work.communicate("\n")
