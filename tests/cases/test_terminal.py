@@ -96,8 +96,8 @@ def test_models_are_timed_in_a_terminal(forked: ForkedPtq, workshop: Path) -> No
 
 @pytest.mark.parametrize("command", ["inspect", "algorithms", "recipes", "doctor"])
 def test_nothing_is_cut_off_where_it_is_narrow(forked: ForkedPtq, workshop: Path, command: str) -> None:
-    """The same characters in another arrangement, but for figures, such as those of free memory."""
-    narrow, wide = (sorted(re.sub(r"[\s\d]", "", in_terminal(forked, workshop, command, width))) for width in ("20", "200"))
+    """The same characters in another arrangement, but for figures, such as those of free memory, and bold letters line by line."""
+    narrow, wide = (sorted(re.sub(r"\x1b\[[\d;]*m|[\s\d]", "", in_terminal(forked, workshop, command, width))) for width in ("20", "200"))
     assert narrow == wide
 
 
