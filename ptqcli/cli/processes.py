@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 JOIN_SECONDS = 600.0  # within which all processes have to come
 TOLD_SECONDS = 3.0  # for the first process to hear of what has happened in another, and for the others to hear of it
 LEAVE_SECONDS = 10.0  # for the others to end, when the first has
-STUCK_SECONDS = 20.0  # for a process to come out of whatever waits for one that has died
+STUCK_SECONDS = 10.0  # for a process to come out of whatever waits for one that has died
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 INTERRUPTED = 130
 
