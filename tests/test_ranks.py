@@ -307,6 +307,21 @@ def test_a_line_that_is_not_understood_is_told_once(servers: list[ForkedPtq], ro
     assert answers[1].err == ""
 
 
+def test_a_rehearsal_is_that_of_the_first(servers: list[ForkedPtq], room: Path) -> None:
+    answers = together(servers, room, [["quantize", "model", *GROUPS, *WINDOWS, "--dry-run", "--json", "--output", "dry"]] * 2)
+    assert [answer.code for answer in answers] == [0, 0]
+    assert json.loads(answers[0].out)["output"].endswith("dry")
+    assert answers[1].out + answers[1].err == ""
+
+
+def test_one_that_does_not_find_the_others(servers: list[ForkedPtq], room: Path) -> None:
+    line = ("quantize", "model", *WINDOWS, "--output", "none")
+    answer = servers[0](*line, folder=room, RANK="0", WORLD_SIZE="2")
+    assert answer.code == 1
+    assert answer.err.startswith("error: process 0 of 2 does not find the others: ")
+    assert "MASTER_ADDR" in answer.err
+
+
 @pytest.mark.parametrize(
     ("variables", "flags", "told"),
     [

@@ -192,13 +192,13 @@ def _joined(
     from ptqcli.pipeline.ranks import Group
 
     own = device_of(device, place)
-    clean_up_first()
     end = _End(place.rank)
     try:
         if store is None:
             store = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))[0]
     except (RuntimeError, ValueError) as error:
         raise PTQError(f"process {place.rank} of {place.size} does not find the others: {error}") from error
+    clean_up_first()  # not before: a signal is to end what waits for processes that do not come
     alive = Alive(
         store.clone(),
         place.rank,
