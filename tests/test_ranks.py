@@ -238,6 +238,7 @@ WAYS = {
     "two blocks": ("model", *GROUPS, "--algo", "omniquant", "--iters", "6", "--learn-window", "2", "--learn-batch", "3"),
     "gptq start": ("model", *GROUPS, "--algo", "autoround", "--start", "gptq", "--iters", "5"),
     "head": ("model", *GROUPS, "--lm-head", "w4", "--embeddings", "w4", "--adapter-rank", "4"),
+    "obq": ("model", *GROUPS, "--algo", "let+obq", "--let-iters", "5"),
     "experts": ("experts", *GROUPS, "--min-expert-tokens", "100"),
     "at once": ("experts", *GROUPS, "--algo", "rtn", "--expert-calibration", "all"),
 }
@@ -259,8 +260,10 @@ def test_codes_are_those_of_one_process(servers: list[ForkedPtq], room: Path, wa
     if way in LEARNED:  # gradients of parts of a batch are added up in float32
         assert alike(room / f"{name}-1", room / f"{name}-2")
     else:
-        here, there = (load_file(room / f"{name}-{number}" / "model.safetensors") for number in (1, 2))
-        assert [key for key in here if not torch.equal(here[key], there[key])] == []
+        here, there = (room / f"{name}-{number}" for number in (1, 2))
+        files = [path.relative_to(here) for path in here.rglob("*.safetensors")]
+        assert len(files) == (2 if "--adapter-rank" in line else 1)
+        assert [file for file in files if (here / file).read_bytes() != (there / file).read_bytes()] == []
     reports = [read_report(room / f"{name}-{number}") for number in (1, 2)]
     kept = ("name", "scheme", "bits_per_weight", "tokens", "pooled", "inputs_all_zero")
     layers, others = ([{key: layer[key] for key in kept} for layer in report["layers"]] for report in reports)
@@ -302,6 +305,21 @@ def test_a_line_that_is_not_understood_is_told_once(servers: list[ForkedPtq], ro
     assert [answer.code for answer in answers] == [2, 2]
     assert "--nsample" in answers[0].err
     assert answers[1].err == ""
+
+
+def test_a_rehearsal_is_that_of_the_first(servers: list[ForkedPtq], room: Path) -> None:
+    answers = together(servers, room, [["quantize", "model", *GROUPS, *WINDOWS, "--dry-run", "--json", "--output", "dry"]] * 2)
+    assert [answer.code for answer in answers] == [0, 0]
+    assert json.loads(answers[0].out)["output"].endswith("dry")
+    assert answers[1].out + answers[1].err == ""
+
+
+def test_one_that_does_not_find_the_others(servers: list[ForkedPtq], room: Path) -> None:
+    line = ("quantize", "model", *WINDOWS, "--output", "none")
+    answer = servers[0](*line, folder=room, RANK="0", WORLD_SIZE="2")
+    assert answer.code == 1
+    assert answer.err.startswith("error: process 0 of 2 does not find the others: ")
+    assert "MASTER_ADDR" in answer.err
 
 
 @pytest.mark.parametrize(

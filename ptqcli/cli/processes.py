@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 JOIN_SECONDS = 600.0  # within which all processes have to come
 TOLD_SECONDS = 3.0  # for the first process to hear of what has happened in another, and for the others to hear of it
 LEAVE_SECONDS = 10.0  # for the others to end, when the first has
-STUCK_SECONDS = 20.0  # for a process to come out of whatever waits for one that has died
+STUCK_SECONDS = 10.0  # for a process to come out of whatever waits for one that has died
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 INTERRUPTED = 130
 
@@ -192,13 +192,13 @@ def _joined(
     from ptqcli.pipeline.ranks import Group
 
     own = device_of(device, place)
-    clean_up_first()
     end = _End(place.rank)
     try:
         if store is None:
             store = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))[0]
     except (RuntimeError, ValueError) as error:
         raise PTQError(f"process {place.rank} of {place.size} does not find the others: {error}") from error
+    clean_up_first()  # not before: a signal is to end what waits for processes that do not come
     alive = Alive(
         store.clone(),
         place.rank,
