@@ -349,7 +349,7 @@ def test_it_comes_as_close_as_the_best_scale_of_a_grid() -> None:
     tried = [error_with(block, torch.where(torch.arange(8) == 3, 2.0 ** (power / 8), 1.0)) for power in range(-16, 88)]
     plain, measured = block.error(MinMax()), block.error(SquaredError())
     assert min(tried) < 0.2 * plain, "a scale has to help"
-    (note,) = LET(iters=300).apply(block)
+    (note,) = LET(iters=1000).apply(block)
     assert block.error(MinMax()) <= 1.05 * min(tried)
     assert note.error == pytest.approx(block.error(SquaredError()) / measured)
     assert note.choice == "scales"
