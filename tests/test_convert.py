@@ -20,7 +20,7 @@ from ptqcli.errors import UsageError
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.pipeline.card import write_measured
 from ptqcli.pipeline.output import check_output
-from ptqcli.pipeline.report import REPORT_NAME, read_report
+from ptqcli.pipeline.report import LOGS, REPORT_NAME, read_report
 from ptqcli.runtime import load_quantized
 
 DEMO = Path(ptqcli.__file__).parent / "demo"
@@ -47,7 +47,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Everything in a checkpoint but what tells of the run."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in (REPORT_NAME, "README.md")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in (REPORT_NAME, "README.md", *LOGS)
+    }
 
 
 def numbers(folder: Path) -> dict[str, tuple[Any, ...]]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ptqcli.pipeline.log import PastRuns
 
 MOST_REASONS = 3
-TIMED_COLUMNS = (*LAYER_COLUMNS[:-1], "seconds", "memory", LAYER_COLUMNS[-1])
 
 
 @click.command(epilog=examples("ptq inspect", "ptq inspect small --verify", "ptq inspect small --plot", "ptq inspect small --json"))
@@ -68,8 +67,7 @@ def command(checkpoint: str | None, verify: bool, plot: bool, svg: Path | None, 
     output.facts([*_facts(folder, config, size, layers, report), *_log_facts(log)])
     if layers:
         output.table("Schemes", ("scheme", "linears", "weights", "size", "bits/weight"), _scheme_rows(layers))
-        columns, row = (TIMED_COLUMNS, _timed_row) if timed else (LAYER_COLUMNS, layer_row)
-        output.table(f"Layers (error: relative, {error_kind})", columns, map(row, layers))
+        output.table(f"Layers (error: relative, {error_kind})", LAYER_COLUMNS, map(_timed_row, layers))
     if report.get("folds"):
         output.table("Folds", ("producer", "linears that read it", "choice"), (fold_row(fold) for fold in report["folds"]))
     if plot:
@@ -101,9 +99,10 @@ def _log_facts(log: PastRuns | None) -> list[tuple[str, str]]:
 
 
 def _timed_row(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    """As ``layer_row``, with the time that it took among the remarks."""
     *row, remarks = layer_row(layer)
-    seconds, peak = layer.get("seconds"), layer.get("peak_memory_bytes")
-    return (*row, "" if seconds is None else f"{seconds:.1f}", "" if peak is None else size_text(peak), remarks)
+    took = f"{layer['seconds']:.1f} s" if "seconds" in layer else ""
+    return (*row, ", ".join(filter(None, (took, remarks))))
 
 
 def _layers(packed: PackedCheckpoint, report: Mapping[str, Any]) -> list[dict[str, Any]]:
