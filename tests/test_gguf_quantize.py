@@ -28,6 +28,7 @@ from ptqcli.numerics.ranges import SquaredError, WeightedBlocks
 from ptqcli.numerics.scheme import BLOCKS, Scheme
 from ptqcli.numerics.weight import QuantizedWeight, round_to_nearest
 from ptqcli.pipeline.prepare import plan_run
+from ptqcli.pipeline.report import LOGS
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
 from ptqcli.runtime.models import load_model
@@ -259,7 +260,7 @@ def test_it_is_replaced_when_it_is_asked_for_and_deterministic(made: Path, ptq: 
 
 def test_the_folder_is_published_and_its_card_takes_what_was_measured(made: Path, ptq: Ptq, tmp_path: Path) -> None:
     shown = json.loads(ptq("push", made, "me/demo", "--dry-run", "--json").out)
-    assert sorted(shown["files"]) == sorted(path.name for path in made.iterdir())
+    assert sorted(shown["files"]) == sorted(path.name for path in made.iterdir() if path.name not in LOGS)
     alone = tmp_path / "alone.gguf"
     alone.write_bytes((made / "demo-Q4_K_M.gguf").read_bytes())
     assert list(json.loads(ptq("push", alone, "me/demo", "--dry-run", "--json").out)["files"]) == ["alone.gguf"]

@@ -280,7 +280,7 @@ def test_signals_and_a_terminal_that_goes_away(ptq: Ptq, room: Path, tmp_path: P
         (tmp_path / name).mkdir()
         running[name] = subprocess.Popen(
             command, stdin=follower if name == "terminal" else None, stdout=stream, stderr=stream, start_new_session=True,
-            preexec_fn=controlling if name == "terminal" else None,
+            preexec_fn=controlling if name == "terminal" else listening,
         )  # fmt: skip
     os.close(follower)
     for name, process in running.items():
@@ -299,11 +299,18 @@ def test_signals_and_a_terminal_that_goes_away(ptq: Ptq, room: Path, tmp_path: P
         goes_on(ptq, room, tmp_path / name / "out")
 
 
+def listening() -> None:
+    """Signals come through, even if whoever started the tests lets them be ignored, as nohup and a shell's background do."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 def controlling() -> None:
     """The terminal of standard input becomes that of the process, which gets SIGHUP when it goes away."""
     import fcntl
     import termios
 
+    listening()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
