@@ -182,13 +182,8 @@ def run_work(recipe: Recipe, linears: Sequence[PlannedLinear], skeleton: Skeleto
     if not needs_calibration(recipe, linears):
         return sum(counted)
     widths = {linear.name: linear.site.in_features for linear in linears}
-    inputs = [
-        widths[f"{skeleton.block_prefix(index)}.{stage[0]}"]
-        for index, shape in enumerate(skeleton.shapes)
-        for stage in shape.stages
-        if f"{skeleton.block_prefix(index)}.{stage[0]}" in widths
-    ]
-    return sum(counted) + skeleton.pass_work(tokens) + tokens * sum(width**2 for width in inputs)
+    firsts = (f"{skeleton.block_prefix(index)}.{stage[0]}" for index, shape in enumerate(skeleton.shapes) for stage in shape.stages)
+    return sum(counted) + skeleton.pass_work(tokens) + tokens * sum(widths.get(name, 0) ** 2 for name in firsts)
 
 
 def finish_work(skeleton: Skeleton, windows: int, seqlen: int) -> float:

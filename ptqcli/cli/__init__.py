@@ -146,7 +146,9 @@ def run(arguments: Sequence[str], session: Session | None = None) -> int:
     except Exception as error:  # noqa: BLE001  the last resort: a defect must end in one line, too
         if was_interrupted():
             return _interrupted(session, None)
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # of torch, which need not be imported
+        from ptqcli.resources import ran_out  # imports torch, which is only needed where something went wrong
+
+        if ran_out(error):
             return _out_of_memory(session, error)
         _tell(session, f"internal error: {type(error).__name__}: {error}; run `ptq --debug ...` to see where")
         return 1

@@ -106,7 +106,6 @@ def _quantized(
     """The report of the run, None for a dry one, whose plan is shown. words: None in a process that says nothing."""
     from ptqcli.estimate import run_work
     from ptqcli.formats.sources import open_source
-    from ptqcli.model.declared import is_declared
     from ptqcli.pipeline.clock import Clock
     from ptqcli.pipeline.pipeline import quantize, seconds_needed
     from ptqcli.pipeline.prepare import prepare
@@ -122,12 +121,11 @@ def _quantized(
         if not dry_run:
             return quantize(source, asked, target, restart=restart, on_event=on_event, **run)
         ready = prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)
-        declared = is_declared(folder)
-        seconds = None if declared else seconds_needed(ready, run["progress"])
+        seconds = seconds_needed(ready, run["progress"])
         work = run_work(ready.plan.recipe, ready.plan.linears, ready.skeleton, ready.plan.texts.windows * ready.plan.seqlen)
         if seconds is not None:
             words.facts([("time needed", f"about {time_text(seconds)}, as the first block tells")])
-        elif declared and work is not None:
+        elif ready.declared and work is not None:
             words.facts([("time needed", f"about {time_text(work / 1e12)} for each TFLOP/s that the machine reaches")])
         words.result({**plan_as_json(ready), "seconds": seconds, "floating_operations": work})
     return None

@@ -128,7 +128,7 @@ def seconds_needed(ready: Prepared, progress: Progress) -> float | None:
     None where there is nothing to measure: the weights are not there, or the text that the model would write.
     """
     plan, skeleton, found = ready.plan, ready.skeleton, ready.calibration
-    if plan.needs_calibration and (found is None or len(found.windows) < plan.texts.windows):
+    if ready.declared or (plan.needs_calibration and (found is None or len(found.windows) < plan.texts.windows)):
         return None
     start = time.perf_counter()
     log = RunLog(progress, skeleton.where, ready.resources.device)

@@ -41,7 +41,7 @@ Output = Path | Callable[[Plan], Path]
 class Prepared:
     """A run that can begin. inputs: files and folders that it reads beside the model. calibration: None when nothing looks at it.
 
-    resources: with the activation budget that the plan has found.
+    resources: with the activation budget that the plan has found. declared: only config.json is there, so it cannot begin here.
     """
 
     skeleton: Skeleton
@@ -50,6 +50,7 @@ class Prepared:
     inputs: list[Path]
     calibration: CalibrationSet | None
     resources: Resources
+    declared: bool = False
 
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
@@ -129,7 +130,7 @@ def prepare(
     output = ranks.from_first(lambda: _checked(output, plan, folder, overwrite, inputs))
     progress.planned(plan, output)
     if declared:
-        return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=None, resources=resources)
+        return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=None, resources=resources, declared=True)
     resources = replace(resources, activation_budget=plan.activation_budget)
     if ranks.first:
         check_room(output, plan.disk_bytes)
