@@ -216,9 +216,11 @@ def _tensor_bytes(
     if solver.needs.pairs:
         solving += pairs_bytes(max(linear.site.in_features for linear in linears), features)
     if recipe.transforms():
-        # the block in float32, its readers on trial, and what each of its modules returned on the excerpt
+        # the block in float32; where choices are tried out, its readers on trial and what each of its modules returned on the excerpt
+        tries = any(each.tries for each in recipe.transforms())
         outputs = max(sum(site.out_features for site in skeleton.linears if site.block == index) for index in range(len(in_blocks)))
-        solving += 3 * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * (outputs + 3 * features + 2 * widest) * 4
+        returned = (outputs if tries else 0) + 3 * features + 2 * widest
+        solving += (3 if tries else 1) * max(in_blocks) * 4 + max(TRIED_TOKENS, seqlen) * 2 * returned * 4
         most = _largest_block(linears, skeleton, features)
         matrix = largest.in_features * largest.out_features
         solving += max(each.learning_bytes(most[0], matrix, most[1], max(TRIED_TOKENS, seqlen)) for each in recipe.transforms())

@@ -41,6 +41,11 @@ class BlockTransform(Protocol):
         """Choose what depends on the weights as all transforms have left them; as it stands, nothing."""
         return
 
+    @property
+    def tries(self) -> bool:
+        """Whether it tries choices out on the excerpt, for which it keeps what each module returned; as it stands, it does."""
+        return True
+
     def learning_bytes(self, weights: int, largest: int, features: int, tokens: int) -> int:
         """Memory to learn from a block, beside the block in float32 and what its modules return; as it stands, none.
 

@@ -35,6 +35,11 @@ class Equalize(BlockTransform):
     name: ClassVar[str] = "equalize"
     summary: ClassVar[str] = "equalised columns: one mean magnitude for all columns behind a norm, without data"
 
+    @property
+    def tries(self) -> bool:
+        """What it does follows from the weights."""
+        return False
+
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Scale the columns behind every norm that a linear to quantize reads."""
         return [_equalize(block, fold) for fold in block.folds if block.readers(fold) and fold.offsets]

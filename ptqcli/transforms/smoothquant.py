@@ -69,6 +69,11 @@ class SmoothQuant(BlockTransform):
             return plain
         return replace(plain, group_size=WHOLE_MATRIX, act_scales=LEVELS[self.level], fixed_by=f"smooth level {self.level}")
 
+    @property
+    def tries(self) -> bool:
+        """Where alpha is searched for."""
+        return self.alpha == AUTO
+
     def apply(self, block: FoldedBlock) -> list[FoldNote]:
         """Smooth every fold that has a linear to quantize."""
         return [self._smooth(block, fold) for fold in block.folds if block.readers(fold)]
