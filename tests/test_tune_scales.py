@@ -414,6 +414,13 @@ def test_the_memory_that_is_told_is_the_peak_of_the_process(tmp_path: Path, voca
     assert 0.85 * peak < told < 1.5 * peak, (before, told, peak)
 
 
+def test_memory_that_does_not_do_is_told_before_the_work(made: Path, ptq: Ptq) -> None:
+    answer = ptq("tune-scales", made / "out", "--memory", "1MiB", "--output", made / "never", "--calib", made / "text.txt")
+    assert "allowed by --memory; give fewer or shorter windows" in one_line(answer)
+    assert answer.code == 1
+    assert not (made / "never").exists()
+
+
 def test_scales_keep_their_signs(made: Path) -> None:
     tuning = tuning_of(made, lr=0.5, steps=3)
     before = {name: tuned.rounded() for name, tuned in tuning.student.scales.items()}

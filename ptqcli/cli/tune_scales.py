@@ -13,7 +13,7 @@ from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output, path_text, size_text, time_text
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import NamedPath, json_option, quiet_option
+from ptqcli.cli.options import NamedPath, json_option, processes_option, quiet_option
 from ptqcli.cli.progress import track
 from ptqcli.cli.quantize import given_flags, resources_of
 from ptqcli.cli.quantize_flags import CALIBRATION, FLAGS, MACHINE, OVERWRITE_FLAG, SEQLEN_FLAG, with_flags
@@ -60,7 +60,7 @@ class TuningProgress(QuantizeProgress):
 @click.option(
     "--seqlen", type=int, metavar="N", show_default=f"what the model allows, at most {LONGEST_WINDOW}", help="Tokens in a window."
 )
-@with_flags(FLAGS[MACHINE])
+@with_flags([flag for flag in FLAGS[MACHINE] if flag is not processes_option])
 @click.option(
     "--output",
     type=NamedPath(),
@@ -82,6 +82,7 @@ def command(
     device: str,
     dtype: str,
     batch_size: int | None,
+    memory: int | None,
     activation_budget: float | None,
     output: Path | None,
     overwrite: bool,
@@ -101,7 +102,7 @@ def command(
 
     words = Output(as_json=as_json, quiet=quiet)
     options, request = TuneScales(steps=steps, lr=lr, norms=norms), load_recipe(None, {"algo": "rtn", **given_flags(windows)})
-    resources = resources_of(device, dtype, batch_size, activation_budget)
+    resources = resources_of(device, dtype, batch_size, activation_budget, memory)
     folder = find_checkpoint(checkpoint)
     silence_transformers()
     with track("step", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:

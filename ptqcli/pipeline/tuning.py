@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ptqcli.checkpoint.checksums import write_checksums
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.checkpoint.tensors import INDEX_FILE, SafetensorsFolder
 from ptqcli.checkpoint.writer import safetensors_pieces, write_json
-from ptqcli.errors import UsageError
+from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import LIBRARY_BYTES, TEXT_READER_BYTES
 from ptqcli.finishing.estimate import tuning_bytes
 from ptqcli.finishing.student import Student, check_tunable
@@ -38,6 +38,7 @@ from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.report import REPORT_NAME, TuningReport, read_report, read_source
 from ptqcli.pipeline.texts import TextMaker
+from ptqcli.plan_memory import allowed_bytes, with_budget
 from ptqcli.plan_notes import check_finish
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts
 from ptqcli.recipe import Recipe
@@ -49,7 +50,7 @@ CONFIG_FILES = ("config.json", "quantize_config.json", INDEX_FILE)
 
 @dataclass(frozen=True, kw_only=True)
 class TuningPlan:
-    """What is about to be done. original: what the checkpoint is tuned to. vectors: gains and biases that are tuned, too."""
+    """What is about to be done. original: what the checkpoint is tuned to. activation_budget: bytes of activations held in memory."""
 
     checkpoint: Path
     original: Path
@@ -61,6 +62,7 @@ class TuningPlan:
     scales: int
     disk_bytes: int
     memory_bytes: int
+    activation_budget: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ def tune_scales(
     if on_plan is not None:
         on_plan(plan)
     check_room(output, plan.disk_bytes)
+    resources = replace(resources, activation_budget=plan.activation_budget)
     calibration = maker.make(plan.texts, plan.seqlen, rehearsal=False)
     windows, bos = calibration.windows, calibration.bos
     with growing(output, origin, overwrite, plan.disk_bytes, inputs) as folder, torch.no_grad():
@@ -198,6 +201,9 @@ def _plan(
         raise UsageError(f"seqlen {seqlen} is longer than the model's {longest} positions; use --seqlen {longest} or less")
     texts = choose_texts(seqlen)
     specs = [packed.spec(name) for name in packed.schemes]
+    resources = with_budget(resources, lambda tried: _memory(specs, skeleton, texts.windows, seqlen, tried))
+    needed = max(texts.memory_bytes, _memory(specs, skeleton, texts.windows, seqlen, resources))
+    _check_fits(needed, resources)
     return TuningPlan(
         checkpoint=packed.folder,
         original=origin,
@@ -208,8 +214,16 @@ def _plan(
         seqlen=seqlen,
         scales=sum(spec.out_features * spec.scheme.group_count(spec.in_features) for spec in specs),
         disk_bytes=packed.tensors.total_bytes,
-        memory_bytes=max(texts.memory_bytes, _memory(specs, skeleton, texts.windows, seqlen, resources)),
+        memory_bytes=needed,
+        activation_budget=resources.budget,
     )
+
+
+def _check_fits(needed: int, resources: Resources) -> None:
+    allowed = allowed_bytes(resources)
+    if needed > allowed:
+        room = f"{allowed / 2**30:.2f} GiB are {'allowed by --memory' if resources.memory is not None else 'free'}"
+        raise PTQError(f"tuning takes about {needed / 2**30:.2f} GiB of memory, and {room}; give fewer or shorter windows (--seqlen)")
 
 
 def _memory(specs: Sequence[LinearSpec], skeleton: Skeleton, nsamples: int, seqlen: int, resources: Resources) -> int:
