@@ -63,8 +63,9 @@ ALLOWED = {
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN | {"finishing"},
+    "trials": PLAN | {"recipe_file", "recipe_loading", "runtime", "evaluation", "pipeline"},
     "api": PLAN | {"recipe_loading", "runtime", "evaluation", "finishing", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline"},
+    "cli": PLAN | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline", "trials"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.

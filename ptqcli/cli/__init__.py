@@ -34,6 +34,7 @@ COMMANDS = {
     "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
+    "tune": ("tune", "Find the smallest checkpoint of MODEL that keeps a goal."),
     "tune-scales": ("tune_scales", "Tune the scales of CHECKPOINT to the original, end to end."),
     "convert": ("convert", "Write CHECKPOINT in the format of another program."),
     "push": ("push", "Put CHECKPOINT into a repository of the hub."),

@@ -141,7 +141,7 @@ class _Growing:
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             raise PTQError(f"{self.work}: is in the way and no folder; move it away, or choose another --output") from error
-        _lock(self.folder)
+        lock(self.folder)
         self._settle()
         if self.parent.identity_of(self.name) == self.folder.identity:
             goes_on = self._clear_leftovers()
@@ -166,7 +166,7 @@ class _Growing:
         try:
             marker = Marker.read(placed, self.output.name)
             if marker is not None and not marker.into:
-                _lock(placed)
+                lock(placed)
                 self._remove_replaced(placed, marker.replaces)
                 _remove_notes(placed)
         finally:
@@ -219,9 +219,9 @@ class _Growing:
             raise PTQError(f"{self.output}: has changed while the run was at work, and is left as it is")
         if self._replaces is None:
             self.parent.rename(self.name, name)
-        elif _exchange(self.parent, self.name, name):
+        elif exchange(self.parent, self.name, self.parent, name):
             if self.parent.identity_of(self.name) != self._replaces:  # since the look above
-                _exchange(self.parent, self.name, name)
+                exchange(self.parent, self.name, self.parent, name)
                 raise PTQError(f"{self.output}: has changed while the run was at work, and is left as it is")
         elif not self._is_placed():
             self._move(self.parent, name, self.folder, REPLACED)
@@ -322,15 +322,14 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, (PTQError, OSError)) else f"{type(error).__name__} {error}".strip()
 
 
-def _exchange(parent: Directory, one: str, other: str) -> bool:
-    """Let two names in ``parent`` change places in one step; False where that cannot be done."""
+def exchange(home: Directory, name: str, other: Directory, its_name: str) -> bool:
+    """Let ``name`` in one folder and ``its_name`` in another change places in one step; False where that cannot be done."""
     library = ctypes.CDLL(None)
     call = getattr(library, "renameat2", None) or getattr(library, "renameatx_np", None)
-    descriptor = parent.descriptor
-    return call is not None and call(descriptor, os.fsencode(one), descriptor, os.fsencode(other), EXCHANGE) == 0
+    return call is not None and call(home.descriptor, os.fsencode(name), other.descriptor, os.fsencode(its_name), EXCHANGE) == 0
 
 
-def _lock(folder: Directory) -> None:
+def lock(folder: Directory) -> None:
     """Lock ``folder`` for as long as it is open; the lock ends with the process, however it ends."""
     import fcntl
 

@@ -301,7 +301,7 @@ def test_a_run_that_begins_while_another_removes_the_old_folder_is_not_touched(r
 
 def test_a_run_that_is_refused_leaves_the_marker_of_the_one_at_work(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has opened the working folder, which becomes the output before it finds that it is locked."""
-    lock, seen = ptqcli.pipeline.folder._lock, []
+    lock, seen = ptqcli.pipeline.folder.lock, []
 
     class Second(NoProgress):
         def block_done(self, index: int, count: int) -> None:
@@ -310,7 +310,7 @@ def test_a_run_that_is_refused_leaves_the_marker_of_the_one_at_work(room: Path, 
                 lock(folder)
 
             with monkeypatch.context() as context:
-                context.setattr(ptqcli.pipeline.folder, "_lock", late)
+                context.setattr(ptqcli.pipeline.folder, "lock", late)
                 with pytest.raises(PTQError, match="another run is writing there"):
                     quantize(room / "model", PLAIN, room / "new")
             seen.append(sorted(os.listdir(room / "new")))

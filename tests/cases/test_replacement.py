@@ -50,7 +50,7 @@ def tree(folder: Path) -> Tree:
 
 @pytest.fixture
 def _in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folder_module, "exchange", lambda *_: False)
 
 
 # All steps and faults: scripts/kill_overwrite.py
@@ -100,7 +100,7 @@ def test_the_output_never_goes(original: Path, out: Path, monkeypatch: pytest.Mo
 
     for name in ("rename", "unlink", "rmdir", "fsync"):
         monkeypatch.setattr(os, name, looked(getattr(os, name)))
-    monkeypatch.setattr(folder_module, "_exchange", looked(folder_module._exchange))
+    monkeypatch.setattr(folder_module, "exchange", looked(folder_module.exchange))
     quantize(original / "model", NEW, out, overwrite=True)
     monkeypatch.undo()
     old, new = tree(original / "old"), tree(original / "new")
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_another_took_the_place_of_meanwhile_is_not_replaced(o
 
 
 def test_nor_is_one_that_comes_between_the_last_look_and_the_exchange(original: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exchange, calls = folder_module._exchange, []
+    exchange, calls = folder_module.exchange, []
 
     def late(*given: Any) -> bool:
         if not calls:
@@ -198,7 +198,7 @@ def test_nor_is_one_that_comes_between_the_last_look_and_the_exchange(original: 
         calls.append(given)
         return exchange(*given)
 
-    monkeypatch.setattr(folder_module, "_exchange", late)
+    monkeypatch.setattr(folder_module, "exchange", late)
     with pytest.raises(PTQError, match="out: has changed while the run was at work"):
         quantize(original / "model", NEW, out, overwrite=True)
     assert len(calls) == 2
@@ -209,7 +209,8 @@ def test_the_systems_exchange(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text(name)
-    if not folder_module._exchange(Directory(tmp_path), "a", "b"):
+    folder = Directory(tmp_path)
+    if not folder_module.exchange(folder, "a", folder, "b"):
         pytest.skip("this system has none")
     assert [os.listdir(tmp_path / name) for name in "ab"] == [["b"], ["a"]]
-    assert not folder_module._exchange(Directory(tmp_path), "a", "c")
+    assert not folder_module.exchange(folder, "a", folder, "c")
