@@ -4,6 +4,7 @@ encoders.py     what takes the place of both for an encoder, and accuracy on lab
 
 windows.py      how a text is cut into windows, and which of their tokens are scored
 perplexity.py   one pass over the windows; the mean loss and its exponential
-divergence.py   the same pass with two models: KL divergence and agreement of the most likely token
+divergence.py   the same pass with two models: KL divergence and agreement of the most likely tokens
+uncertainty.py  the standard errors of these numbers
 measure.py      both of them on any number of texts
 """

@@ -1,18 +1,20 @@
 """How far a quantized model has moved from the original, on the scored tokens of the perplexity windows.
 
-Perplexity asks only for the token that came next in the text, so gains on some tokens hide losses on others. Two numbers that
-hide nothing, with P the original's distribution over the next token and Q the quantized model's:
+Perplexity asks only for the token that came next in the text, so gains on some tokens hide losses on others. Numbers that hide nothing,
+with P the original's distribution over the next token and Q the quantized model's:
 
     KL divergence      KL(P || Q) = sum over the vocabulary of p (log p - log q), in nats, 0 where nothing changed
     top-1 agreement    the share of tokens for which both find the same one most likely
+    top-5 agreement    how many of the original's TOP likeliest tokens are among the model's, as a share of TOP, mean over the tokens
 
-Both models run over each batch of windows once; nothing is kept between batches. Log probabilities are float32 and sums over
-tokens float64.
+Both models run over each batch of windows once. Five numbers of each token are kept, float32: 20 bytes, whatever the vocabulary; so
+quantiles are exact, errors are those of ``uncertainty``, and two models that were measured one after the other can be compared token by
+token. Log probabilities are float32, sums over the vocabulary and over tokens float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +22,42 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptqcli.errors import UsageError
-from ptqcli.evaluation.perplexity import PerplexityResult, Progress, result, sum_over_windows, token_losses
+from ptqcli.evaluation.perplexity import PerplexityResult, Progress, measure_tokens, result, token_losses
+from ptqcli.evaluation.uncertainty import Clusters
 from ptqcli.evaluation.windows import plan_windows
+
+TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenScores:
+    """What is kept of each scored token of a text, in the order of the text: float32 [tokens].
+
+    losses: -log p of the model, in nats. baseline_losses, kl, same_top, shared_top: beside the baseline, None without one; same_top is 1
+    where both find the same token most likely, shared_top the share of the baseline's TOP likeliest that are among the model's.
+    """
+
+    clusters: Clusters
+    losses: Tensor
+    baseline_losses: Tensor | None = None
+    kl: Tensor | None = None
+    same_top: Tensor | None = None
+    shared_top: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A model beside its baseline on the same windows.
 
-    mean_kl: KL(baseline || model) in nats, mean over the scored tokens. top1_agreement: share of the scored tokens, 0 to 1.
+    mean_kl: KL(baseline || model) in nats, mean over the scored tokens. top1_agreement: share of the scored tokens, 0 to 1. scores: what
+    the means are of.
     """
 
     model: PerplexityResult
     baseline: PerplexityResult
     mean_kl: float
     top1_agreement: float
+    scores: TokenScores = field(compare=False, repr=False)
 
 
 def compare(
@@ -47,7 +70,7 @@ def compare(
     on_progress: Progress | None = None,
     bos: int | None = None,
 ) -> Comparison:
-    """Perplexity of both models, KL divergence and top-1 agreement, in one pass over the text.
+    """Perplexity of both models, KL divergence and agreements, in one pass over the text.
 
     The arguments are those of ``perplexity``, and so are the two perplexities. The models may differ in device and dtype.
 
@@ -60,16 +83,21 @@ def compare(
             "give the baseline that the model was made from"
         )
     windows = plan_windows(len(ids), seqlen, stride, bos is not None)
-    sums = sum_over_windows(_measure, [model, baseline], ids, windows, batch_size, on_progress, bos)
-    loss, baseline_loss, divergence, agreeing = sums
-    of_model = result(loss, windows, seqlen, stride, bos)
-    of_baseline = result(baseline_loss, windows, seqlen, stride, bos)
-    return Comparison(model=of_model, baseline=of_baseline, mean_kl=divergence / of_model.tokens, top1_agreement=agreeing / of_model.tokens)
+    losses, baseline_losses, kl, same, shared = measure_tokens(_measure, [model, baseline], ids, windows, batch_size, on_progress, bos)
+    clusters = Clusters.of(windows)
+    return Comparison(
+        model=result(float(losses.double().sum()), windows, seqlen, stride, bos),
+        baseline=result(float(baseline_losses.double().sum()), windows, seqlen, stride, bos),
+        mean_kl=clusters.mean(kl).value,
+        top1_agreement=clusters.mean(same).value,
+        scores=TokenScores(clusters=clusters, losses=losses, baseline_losses=baseline_losses, kl=kl, same_top=same, shared_top=shared),
+    )
 
 
 def _measure(targets: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Loss of the model, loss of the baseline, KL and agreements, summed over the rows: float64 [4]."""
+    """Loss of the model, loss of the baseline, KL and both agreements: float64 [5, rows]."""
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1, dtype=torch.float64)
     agreeing = (log_q.argmax(-1) == log_p.argmax(-1)).double()
-    rows = [token_losses(targets, log_q), token_losses(targets, log_p), divergence, agreeing]
-    return torch.stack(rows).sum(1)  # [4]
+    top_q, top_p = (each.topk(min(TOP, each.shape[-1])).indices for each in (log_q, log_p))  # [rows, TOP]
+    shared = (top_p[:, :, None] == top_q[:, None, :]).any(-1).double().mean(-1)
+    return torch.stack([token_losses(targets, log_q), token_losses(targets, log_p), divergence, agreeing, shared])

@@ -9,7 +9,7 @@ The layers of a packed model run as they do on many tokens, however many run at 
 for the order of sums. Schemes that take a number from all tokens of a call (a scale for the tensor, outlier columns) are run window by
 window.
 
-Losses are computed in float32, whatever the dtype of the model, and summed in float64. The float32 copy of the logits is made
+Losses are computed and kept in float32, whatever the dtype of the model, and summed in float64. The float32 copy of the logits is made
 for some rows at a time: for one window of 2,048 tokens and a vocabulary of 128,000 it would take 1 GB.
 """
 
@@ -76,12 +76,13 @@ def perplexity(
     does not work; PTQError for ids that the model does not have and for a loss that is not finite.
     """
     windows = plan_windows(len(ids), seqlen, stride, bos is not None)
-    [loss] = sum_over_windows(_loss, [model], ids, windows, batch_size, on_progress, bos)
-    return result(loss, windows, seqlen, stride, bos)
+    [losses] = measure_tokens(only_losses, [model], ids, windows, batch_size, on_progress, bos)
+    return result(float(losses.double().sum()), windows, seqlen, stride, bos)
 
 
-def _loss(targets: Tensor, log_probs: Tensor) -> Tensor:
-    return token_losses(targets, log_probs).sum()[None]  # [1]
+def only_losses(targets: Tensor, log_probs: Tensor) -> Tensor:
+    """The numbers that ``measure_tokens`` takes of one model: its losses, [1, rows]."""
+    return token_losses(targets, log_probs)[None]
 
 
 def token_losses(targets: Tensor, log_probs: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def token_losses(targets: Tensor, log_probs: Tensor) -> Tensor:
     return -log_probs.gather(1, targets[:, None])[:, 0].double()
 
 
-def sum_over_windows(
+def measure_tokens(
     measure: Callable[..., Tensor],
     models: list[PreTrainedModel],
     ids: Tensor,
@@ -97,11 +98,11 @@ def sum_over_windows(
     batch_size: int | None,
     on_progress: Progress | None,
     bos: int | None,
-) -> list[float]:
-    """Sums of numbers of the scored tokens, over all windows, with all models run over the same batch.
+) -> Tensor:
+    """Numbers of each scored token, float32 [numbers, tokens], with all models run over the same batch.
 
-    measure: gets targets, int64 [rows], and for each model log probabilities, float32 [rows, vocabulary]; gives one sum over
-    the rows for each number, float64 [numbers].
+    measure: gets targets, int64 [rows], and for each model log probabilities, float32 [rows, vocabulary]; gives [numbers, rows]. A batch's
+    logits are gone when the next begins, so what is kept does not grow with the vocabulary.
 
     Raises UsageError and PTQError as ``perplexity`` does.
     """
@@ -112,17 +113,16 @@ def sum_over_windows(
         batch_size = 1 if any(map(mixes_tokens, models)) else max(1, TOKENS_PER_BATCH // longest)
     elif batch_size < 1:
         raise UsageError(f"a batch of {batch_size} windows does not work; give 1 or more")
-    sums: list[Tensor] = []
+    found: list[Tensor] = []
     done = 0
     with evaluating(models):
         for batch in batches(ids, windows, batch_size, bos):
             logits = [_scored_logits(model, batch) for model in models]
-            sums.append(_finite(torch.stack([measure(*rows) for rows in _row_chunks(batch, logits)]).sum(0), batch))
+            found.append(_finite(torch.cat([measure(*rows).float() for rows in _row_chunks(batch, logits)], dim=1), batch).cpu())
             done += len(batch.windows)
             if on_progress:
                 on_progress(done, len(windows))
-    totals: list[float] = torch.stack(sums).sum(0).tolist()
-    return totals
+    return torch.cat(found, dim=1)
 
 
 def result(loss: float, windows: list[Window], seqlen: int, stride: int | None, bos: int | None = None) -> PerplexityResult:
@@ -189,11 +189,11 @@ def _row_chunks(batch: Batch, logits: list[Tensor]) -> Iterator[list[Tensor]]:
             yield [targets[rows].to(device), *log_probs]
 
 
-def _finite(sums: Tensor, batch: Batch) -> Tensor:
-    if not sums.isfinite().all():
+def _finite(numbers: Tensor, batch: Batch) -> Tensor:
+    if not numbers.isfinite().all():
         first, last = batch.windows[0].start, batch.windows[-1].start + batch.windows[-1].length - 1
         raise PTQError(
             f"perplexity is not finite: for tokens {first} to {last} of the text the logits hold nan or infinity; "
             "the weights are damaged or overflow their dtype, so quantize again or load the model in another dtype"
         )
-    return sums
+    return numbers

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptqcli.calibration.shingles import text_fingerprint
 from ptqcli.checkpoint.directory import Directory
 from ptqcli.estimate import windows_per_batch
 from ptqcli.finishing.tune_scales import TuneScales
@@ -305,6 +306,7 @@ class _Quantization:
             texts=[text_report(share, found.known.get(share)) for share in found.shares],
             sampling=found.sampling,
             halved_at=self.batches.halved_at,
+            fingerprint=text_fingerprint(found.windows, found.bos),
         )
 
     def _record(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import ptqcli
+from ptqcli.calibration.fingerprint import Fingerprint
 from ptqcli.errors import PTQError
 from ptqcli.formats import Reader
 from ptqcli.untrusted import read_json, shown
@@ -105,7 +106,8 @@ class CalibrationReport:
 
     seqlen: tokens in a window. bos: whether each begins with the beginning-of-sequence token. skipped_rows: rows of tables that hold no
     text. batch_size: windows in one forward pass, at the end. halved_at: how many blocks were finished each time that it was halved, since
-    memory ran out. dtype: of the passes. texts: what auto became, too. sampling: how the model wrote.
+    memory ran out. dtype: of the passes. texts: what auto became, too. sampling: how the model wrote. fingerprint: by which the text is
+    known again, None of windows that are too short for it.
     """
 
     seqlen: int
@@ -116,6 +118,7 @@ class CalibrationReport:
     texts: list[TextReport] = field(default_factory=list)
     sampling: dict[str, float] | None = None
     halved_at: list[int] = field(default_factory=list)
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ class TuningReport:
 
     steps, lr, norms: its options. calib, nsamples, seqlen, bos, seed: the windows, of which held_out were not trained on. kl_before,
     kl_after: mean KL to the original on these, in nats a token. best_step: the step whose scales are kept, 0 where none was better than
-    the start. batch_size: windows run at once. dtype: in which the model ran.
+    the start. batch_size: windows run at once. dtype: in which the model ran. fingerprint: as in ``CalibrationReport``.
     """
 
     steps: int
@@ -141,6 +144,7 @@ class TuningReport:
     best_step: int
     batch_size: int
     dtype: str
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

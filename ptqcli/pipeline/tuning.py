@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ptqcli
+from ptqcli.calibration.shingles import text_fingerprint
 from ptqcli.calibration.sources import read_calib
 from ptqcli.calibration.text import source_path
 from ptqcli.checkpoint.auxiliary import auxiliary_files, belongs_to_a_checkpoint, copy_auxiliary_files
@@ -262,6 +263,7 @@ def _report(
         best_step=outcome.best_step,
         batch_size=batch,
         dtype=str(dtype).removeprefix("torch."),
+        fingerprint=text_fingerprint(windows, bos),
     )
 
 
