@@ -106,10 +106,11 @@ def _outcome(trial: Trial) -> str:
 def _losses(trial: Trial) -> str:
     """Its losses on the worst of the texts."""
     measured, parts = trial.measured, []
-    if measured.get("rise"):
-        parts.append(f"rise {max(measured['rise'].values()):+.2%}")
-    if measured.get("kl"):
-        parts.append(f"KL {max(measured['kl'].values()):.5f}")
+    for key, name, form in (("rise", "rise", "+.2%"), ("kl", "KL", ".5f")):
+        if measured.get(key):
+            text, value = max(measured[key].items(), key=lambda pair: pair[1])
+            error = measured.get(f"{key}_error", {}).get(text)
+            parts.append(f"{name} {value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}"))
     parts += [f"{name} {score:.2%}" for name, score in measured.get("scores", {}).items()]
     return ", ".join(parts)
 

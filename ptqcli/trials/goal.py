@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ptqcli.errors import UsageError
 from ptqcli.untrusted import shown
@@ -19,13 +19,15 @@ class Measured:
 
     rise: of the perplexity over the original's, 0.01 for one percent, by text; of masked words for an encoder. kl: mean KL divergence from
     the original in nats, by text; empty for an encoder. scores: (task, metric) -> score. perplexity: by text.
-    rise_error: standard error of each rise, where there is one.
+    rise_error, kl_error: their standard errors, as far as there are any, see ``evaluation.uncertainty``.
     """
 
     rise: Mapping[str, float]
     kl: Mapping[str, float]
     perplexity: Mapping[str, float]
     scores: Mapping[str, float]
+    rise_error: Mapping[str, float] = field(default_factory=dict)
+    kl_error: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

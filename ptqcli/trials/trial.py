@@ -109,6 +109,8 @@ class Examiner:
             kl={each.text: _known(each.mean_kl) for each in found},
             perplexity={each.text: each.perplexity for each in found},
             scores={},
+            rise_error={each.text: each.perplexity_ratio_error for each in found if each.perplexity_ratio_error is not None},
+            kl_error={each.text: each.mean_kl_error for each in found if each.mean_kl_error is not None},
         )
 
     def _seqlen(self, model: Any) -> int:

@@ -14,6 +14,8 @@ import torch
 import transformers
 
 import ptqcli
+from ptqcli.calibration.sources import read_calib
+from ptqcli.calibration.text import source_path
 from ptqcli.errors import MachineError, PTQError, UsageError
 from ptqcli.formats.sources import open_source
 from ptqcli.model.skeleton import Skeleton
@@ -149,12 +151,20 @@ def _asked(model: Path, request: Request, resources: Resources, data_dir: Path |
         "start": str(request.start),
         **{f"flag {key}": str(value) for key, value in request.flags.items()},
         **{f"measuring: {key}": str(value) for key, value in asdict(request.examination).items()},
+        **{f"text {path}": [path.stat().st_size, path.stat().st_mtime_ns] for path in _texts(request)},
         "data folder": str(data_dir),
         "batch size": resources.batch_size,
         "dtype": str(resources.dtype),
         "device": resources.device.type,
         "versions": f"ptqcli {ptqcli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def _texts(request: Request) -> list[Path]:
+    """The files and folders of text that are named."""
+    named = [share.source for share in read_calib(str(request.flags.get("calib", "auto")))]
+    paths = [source_path(name) for name in (*named, *request.examination.texts)]
+    return [path for path in paths if path is not None and path.exists()]
 
 
 class _Search:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -92,10 +93,10 @@ class Workshop:
             if names:
                 raise PTQError(f"{self.path}: is in the way and holds {names[0]}; move it away, or choose another --output")
             return self._begun(asked)
-        if restart:
+        record = Record({}) if restart else Record.read(content, self.path / RECORD)
+        if not record.trials:
             self.clear()
             return self._begun(asked)
-        record = Record.read(content, self.path / RECORD)
         if record.placed is not None and self.identity_of_output() != record.placed and not self._holds(record.placed):
             self.clear()  # that search is finished, and its result has gone elsewhere
             return self._begun(asked)
@@ -114,8 +115,14 @@ class Workshop:
         return record
 
     def close(self) -> None:
-        """Give the lock back."""
-        self.folder.close()
+        """Give the lock back. A search that was refused before its first trial leaves nothing."""
+        try:
+            if not self.record.trials:
+                self.clear()
+                with suppress(OSError):  # somebody has put something there
+                    os.rmdir(self.path)
+        finally:
+            self.folder.close()
 
     # Trials
 
