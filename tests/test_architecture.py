@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ptqcli"
 KERNELS = ROOT / "kernels" / "ptq_kernels"
 
-BASE = {"errors", "arguments", "untrusted", "temporary", "patterns", "numerics", "suggest"}
+BASE = {"errors", "arguments", "untrusted", "temporary", "patterns", "numerics", "suggest", "yaml_file"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
 PLAN = ROOMS | {"plan", "plan_memory", "plan_notes", "plan_texts", "estimate", "adapters"}
 
@@ -32,7 +32,8 @@ ALLOWED = {
     "temporary": set(),
     "arguments": {"errors"},
     "options": {"errors", "suggest"},
-    "recipe_file": {"errors", "untrusted"},
+    "yaml_file": {"errors", "untrusted"},
+    "recipe_file": {"errors", "yaml_file"},
     "shipped": {"errors", "suggest"},
     "quality": {"errors", "suggest"},
     "numerics": {"errors", "suggest"},

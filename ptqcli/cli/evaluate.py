@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ptqcli.cli import completion, examples
 from ptqcli.cli.console import Output
 from ptqcli.cli.evaluate_encoder import measure_folder
+from ptqcli.cli.evaluate_tasks import TaskFlags, task_options
 from ptqcli.cli.evaluate_text import measure_texts
 from ptqcli.cli.load import silence_transformers
 from ptqcli.cli.locate import find_checkpoint
@@ -32,6 +34,7 @@ class AdapterPath(NamedPath):
         "ptq eval                        # the newest checkpoint here, on builtin text",
         "ptq eval small --ppl wikitext2 --ppl notes.txt",
         "ptq eval small --ppl c4 --baseline ~/models/Llama-3.2-1B --json",
+        "ptq eval small --tasks questions.jsonl --tasks arc_easy",
         "ptq eval small --adapter        # with the adapter that --adapter-rank wrote",
     )
 )
@@ -77,14 +80,7 @@ class AdapterPath(NamedPath):
     shell_complete=completion.model,
     help="Compare with this model.",
 )
-@click.option(
-    "--task",
-    "tasks",
-    multiple=True,
-    type=NamedPath(),
-    metavar="FILE.jsonl",
-    help='Of an encoder with a head for labels: accuracy on rows {"text": ..., "label": ...}; may be given several times.',
-)
+@task_options
 @click.option("--write-card", is_flag=True, help="Put the numbers into the model card of CHECKPOINT.")
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
 @data_dir_option
@@ -100,7 +96,7 @@ def command(
     bos: str,
     adapter: Path | bool | None,
     baseline: str | None,
-    tasks: tuple[Path, ...],
+    asked: TaskFlags,
     write_card: bool,
     no_baseline: bool,
     data_dir: Path | None,
@@ -113,7 +109,7 @@ def command(
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id; left out, it is the newest one here.
     Its packed weights are used as they are. An encoder is measured on masked words, by the cosine of its embeddings with the original's,
-    and on labelled texts (--task).
+    and on labelled texts (--tasks).
     """
     output = Output(as_json=as_json, quiet=quiet)
     if baseline and no_baseline:
@@ -121,15 +117,17 @@ def command(
     silence_transformers()
     place = open_device(device)
     folder = find_checkpoint(checkpoint)
-    causal = _is_causal(folder, bool(tasks), write_card, stride is not None or bos != "auto")
+    causal = _is_causal(folder, write_card, stride is not None or bos != "auto", asked)
     reference = None if no_baseline else baseline_of(folder, baseline, output)
     if not causal:
-        measure_folder(folder, reference, texts, tasks, seqlen, data_dir, place, kernel, adapter, output)
+        measure_folder(folder, reference, texts, [Path(name) for name in asked.names], seqlen, data_dir, place, kernel, adapter, output)
         return
-    measure_texts(folder, reference, texts, seqlen, stride, bos, data_dir, place, kernel, adapter, write_card, output)
+    if asked.names and click.get_current_context().get_parameter_source("texts") is ParameterSource.DEFAULT:
+        texts = ()
+    measure_texts(folder, reference, texts, asked, seqlen, stride, bos, data_dir, place, kernel, adapter, write_card, output)
 
 
-def _is_causal(folder: Path, task: bool, write_card: bool, windows_chosen: bool) -> bool:
+def _is_causal(folder: Path, write_card: bool, windows_chosen: bool, asked: TaskFlags) -> bool:
     """Whether a model writes text. Raises UsageError for what is asked for and its kind has not."""
     from ptqcli.model.config import load_config
     from ptqcli.model.kinds import is_encoder
@@ -137,10 +135,12 @@ def _is_causal(folder: Path, task: bool, write_card: bool, windows_chosen: bool)
     from ptqcli.pipeline.report import folder_of
 
     causal = not is_encoder(load_config(folder))
-    if task and causal:
-        raise UsageError(f"--task takes an encoder with a head for labels, and {folder} is a model that writes; leave it out")
     if not causal and (write_card or windows_chosen):
         raise UsageError(f"{folder}: is an encoder, which is measured without --write-card, --stride and --bos; leave them out")
+    if not causal and asked.for_writers:
+        raise UsageError(f"{folder}: is an encoder, whose --tasks have labels and no other flags; leave {asked.for_writers} out")
+    if write_card and asked.names:
+        raise UsageError("--write-card is for perplexity; leave --tasks out")
     if write_card:
         check_card(folder_of(folder))
     return causal

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptqcli.cli.console import Output, path_text
+from ptqcli.cli.evaluate_tasks import TaskFlags, ask_tasks
 from ptqcli.cli.load import tell_decoded
 from ptqcli.cli.progress import Tracker, track
 from ptqcli.errors import PTQError
@@ -25,6 +26,7 @@ def measure_texts(
     folder: Path,
     reference: Path | None,
     texts: Iterable[str],
+    asked: TaskFlags,
     seqlen: int | None,
     stride: int | None,
     bos: str,
@@ -35,17 +37,18 @@ def measure_texts(
     write_card: bool,
     output: Output,
 ) -> None:
-    """Measure the model in ``folder`` on ``texts``, beside that in ``reference`` if there is one, and tell the results."""
+    """Measure the model in ``folder`` on ``texts``, beside that in ``reference`` if there is one, ask tasks, and tell the results."""
     from ptqcli.calibration.bos import window_bos
     from ptqcli.evaluation.measure import measure
     from ptqcli.pipeline.card import write_measured
     from ptqcli.pipeline.report import folder_of
     from ptqcli.runtime.models import load_model, load_tokenizer
 
+    tasks = asked.read()
     tokenizer = load_tokenizer(folder)
     begin = window_bos(tokenizer, bos)
     rows = _read(texts, tokenizer, data_dir, output)  # a text that is not there is told before models are loaded
-    if reference and _reads_otherwise(reference, tokenizer, rows.values()):
+    if reference and rows and _reads_otherwise(reference, tokenizer, rows.values()):
         output.say(f"{reference}: its tokenizer is another one; both models are measured on the tokens of the checkpoint's")
     tell_decoded(folder, output)
     model = load_model(folder, place, kernel, adapter or False)
@@ -55,13 +58,14 @@ def measure_texts(
         results = [{key: value for key, value in asdict(each).items() if value is not None} for each in measured]
     output.say(f"checkpoint  {path_text(folder)}{'' if adapter is None else ' with an adapter'}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
-    _show(results, output)
+    if results:
+        _show(results, output)
+    answers = ask_tasks(tasks, asked, model, original, tokenizer, output) if tasks else None
     if write_card:
         write_measured(folder_of(folder), results, adapter is not None)
         output.say(f"written     {path_text(folder / CARD_NAME)}")
-    output.result(
-        {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
-    )
+    found = {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None}
+    output.result({**found, "results": results, **({"tasks": answers} if tasks else {})})
 
 
 def _read(texts: Iterable[str], tokenizer: Any, data_dir: Path | None, output: Output) -> dict[str, Tensor]:

@@ -169,12 +169,16 @@ def evaluating(models: list[PreTrainedModel]) -> Iterator[None]:
             model.train(mode)
 
 
-def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The logits that predict the batch's targets, [windows, scored, vocabulary], in the model's dtype."""
+def placed(model: Any, ids: Tensor) -> Tensor:
+    """``ids`` where the model looks up its words."""
     table: Any = model.get_input_embeddings()
     embeddings: Tensor = next(chain(table.parameters(), table.buffers()))
-    inputs = batch.inputs if embeddings.is_meta else batch.inputs.to(embeddings.device)  # on the disk, accelerate brings the two together
-    logits = model(input_ids=inputs, use_cache=False).logits  # [windows, length, vocabulary]
+    return ids if embeddings.is_meta else ids.to(embeddings.device)  # on the disk, accelerate brings the two together
+
+
+def _scored_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits that predict the batch's targets, [windows, scored, vocabulary], in the model's dtype."""
+    logits = model(input_ids=placed(model, batch.inputs), use_cache=False).logits  # [windows, length, vocabulary]
     return logits[:, -batch.targets.shape[1] - 1 : -1]
 
 
