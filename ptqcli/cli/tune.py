@@ -121,11 +121,19 @@ def _losses(trial: Trial) -> str:
         "ptq tune ~/models/Llama-3.2-1B --max-kl 0.02 --ppl wikitext2 --ppl code.txt --calib c4",
         "ptq tune ~/models/Llama-3.2-1B --max-rise 2% --space space.yaml --strategy exhaustive --max-time 2h",
         "ptq tune ~/models/Llama-3.2-1B --max-rise 1% --format gguf",
+        "ptq tune ~/models/Llama-3.2-1B --task 'questions.jsonl:accuracy>=0.7'",
     )
 )
 @click.argument("model", required=False, shell_complete=completion.model)
 @click.option("--max-rise", metavar="SHARE", help="What the perplexity may rise by, such as 1%, on each text.")
 @click.option("--max-kl", type=float, metavar="NATS", help="What the mean KL divergence from the original may be, on each text.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="TASK:METRIC>=SHARE",
+    help="What a task of `ptq eval --tasks` may not fall below, such as questions.jsonl:accuracy>=0.7; may be given several times.",
+)
 @click.option(
     "--space",
     type=click.Path(path_type=Path),
@@ -171,6 +179,7 @@ def command(
     model: str | None,
     max_rise: str | None,
     max_kl: float | None,
+    tasks: tuple[str, ...],
     space: Path | None,
     strategy: str,
     max_trials: int,
@@ -202,7 +211,7 @@ def command(
     is nearest to it, and the exit code is 1. A search that was ended goes on with the same command.
     """
     from ptqcli.shipped import find_recipe
-    from ptqcli.trials.goal import Goal, read_share
+    from ptqcli.trials.goal import Goal, read_share, read_tasks
     from ptqcli.trials.space import read_space
     from ptqcli.trials.trial import Examination
     from ptqcli.trials.tune import Request, tune
@@ -210,7 +219,7 @@ def command(
     words = Output(as_json=as_json, quiet=quiet)
     given = {name: value for name, value in given_flags(flags).items() if value != {}}
     request = Request(
-        goal=Goal(max_rise=None if max_rise is None else read_share(max_rise, "--max-rise"), max_kl=max_kl),
+        goal=Goal(max_rise=None if max_rise is None else read_share(max_rise, "--max-rise"), max_kl=max_kl, tasks=read_tasks(tasks)),
         points=read_space(space, given),
         start=None if recipe is None else find_recipe(recipe),
         flags=given,
@@ -258,10 +267,8 @@ def command(
 def _plan_rows(model: Path, target: Path, request: Request) -> Iterator[tuple[str, str]]:
     yield "model", path_text(model)
     yield "output", path_text(target)
-    yield (
-        "goal",
-        f"{request.goal.words()}, on {', '.join(request.examination.texts)} ({request.examination.tokens:,} tokens at most of each)",
-    )
+    texts = f"{', '.join(request.examination.texts)}, {request.examination.tokens:,} tokens at most of each"
+    yield "goal", request.goal.words() + (f", on {texts}" if request.goal.of_texts else "")
     yield "space", f"{len(request.points)} recipes: {_listed([point.words for point in request.points])}"
     within = "" if request.seconds is None else f", within {time_text(request.seconds)}"
     yield "strategy", f"{request.strategy}, {request.trials} trials at most{within}"

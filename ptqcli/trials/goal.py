@@ -62,6 +62,11 @@ class Goal:
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{flag} {value:g} is no goal; give a number above 0")
 
+    @property
+    def of_texts(self) -> bool:
+        """Whether texts have to be measured."""
+        return self.max_rise is not None or self.max_kl is not None
+
     def excess(self, measured: Mapping[str, object] | Measured) -> float:
         """The largest of the losses, each as a share of what is allowed: at most 1 where the goal is kept; infinite for NaN."""
         found = measured if isinstance(measured, Measured) else Measured(**measured)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ LINES = {
     "quantize model --group-size 32 --dry-run": {"recipe", "linears", "memory_bytes"},
     "eval done --ppl text.txt --seqlen 64": {"checkpoint", "results"},
     "bench --shapes 128x32 --tokens 1 --seconds 0.0001": {"kernels", "machine"},
+    "tune model --max-kl 9 --algo rtn --group-size 32 --ppl text.txt --tokens 64 --max-trials 1 --output goal": {"best", "trials", "holds"},
     "tune-scales done --calib text.txt --nsamples 4 --seqlen 16 --steps 1 --output tuned": {"output", "tuning"},
     "convert done --to gptq --requantize w4a16-g32 --output converted": {"output", "relative_error"},
     "push done owner/name --dry-run": {"repository", "files"},

@@ -20,6 +20,10 @@ LINES = {
     "quantize": ("quantize model --algo rtn --group-size 32 --output new --overwrite", "writtennew"),
     "eval": ("eval done --ppl text.txt --seqlen 64 --no-baseline", "checkpointdone"),
     "bench": ("bench --shapes 128x32 --tokens 1 --seconds 0.0001", "w4a16-g128:mediantimeofacall"),
+    "tune": (
+        "tune model --max-kl 9 --algo rtn --group-size 32 --ppl text.txt --tokens 64 --max-trials 1 --output goal --overwrite",
+        "writtengoal",
+    ),
     "tune-scales": (
         "tune-scales done --model model --calib text.txt --nsamples 2 --seqlen 16 --steps 1 --output tuned --overwrite",
         "writtentuned",
@@ -46,7 +50,7 @@ TERMINALS = {
     "dumb": (80, {"TERM": "dumb"}),
     "ascii": (80, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
 }
-ONLY_KEPT = {"quantize", "tune-scales", "convert"}  # what these make lies in a folder; the others' result is what they show
+ONLY_KEPT = {"quantize", "tune", "tune-scales", "convert"}  # what these make lies in a folder; the others' result is what they show
 
 
 @pytest.fixture(scope="module")
