@@ -52,7 +52,10 @@ def large(groups: int, seed: int) -> Groups:
     for _ in range(groups):
         weights, sensitivity = dice.choice([576 * 960, 576 * 576, 576 * 3072, 1536 * 576]), math.exp(dice.gauss(0, 1.5))
         made.append(
-            [Choice(weights * bits // 8 + weights // 64, sensitivity * 4.0**-bits * math.exp(dice.gauss(0, 0.3))) for bits in (2, 3, 4, 5, 8)]
+            [
+                Choice(weights * bits // 8 + weights // 64, sensitivity * 4.0**-bits * math.exp(dice.gauss(0, 0.3)))
+                for bits in (2, 3, 4, 5, 8)
+            ]
         )
     return made
 
