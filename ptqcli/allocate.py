@@ -6,11 +6,12 @@ group g's candidates
     minimise  sum_g l[g, x_g]    subject to  sum_g b[g, x_g] <= budget
 
 solved exactly by dynamic programming over groups. After some groups the states are pairs (bytes, loss) of what can be chosen for them, of
-which only the Pareto front is kept: a state that takes no fewer bytes and loses no less than another leads to nothing better. Bytes are
-counted above each group's smallest candidate and in units of their greatest common divisor. A state is dropped, too, if the best that can
-follow it loses more than a choice that is known already. Both sides of that come from the linear relaxation of the groups that are left,
-in which a group may be part one candidate and part the next on the lower convex hull of its points: its steps are taken in the order of what
-each saves for a byte (Sinha & Zoltners 1979). That bound is compared with room for the last digits of sums of floats, so no optimum is lost.
+which only the Pareto front is kept: a state that takes no fewer bytes and loses no less than another leads to nothing better. Bytes
+are counted above each group's smallest candidate and in units of their greatest common divisor. A state is dropped, too, if the best that
+can follow it loses more than a choice that is known already. Both sides of that come from the linear relaxation of the groups that are
+left, in which a group may be part one candidate and part the next on the lower convex hull of its points: its steps are taken in the order
+of what each saves for a byte (Sinha & Zoltners 1979). That bound is compared with room for the last digits of sums of floats, so no optimum
+is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ptqcli.errors import UsageError
 
@@ -145,7 +146,7 @@ def _rests(fronts: Sequence[Sequence[tuple[int, float]]]) -> list[_Rest]:
         start += hull[0][1]
         steps += [
             ((after[1] - before[1]) / (after[0] - before[0]), after[0] - before[0], after[1] - before[1])
-            for before, after in zip(hull, hull[1:], strict=False)
+            for before, after in pairwise(hull)
         ]
         steps.sort()
         units = list(accumulate((step[1] for step in steps), initial=0))

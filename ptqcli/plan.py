@@ -23,23 +23,24 @@ from ptqcli.estimate import (
     memory_bytes,
     needs_calibration,
 )
-from ptqcli.formats import Format, LinearSpec, Reader, find_format, other_codes
+from ptqcli.formats import Format, Reader, find_format
 from ptqcli.model.discovery import PROBE_TOKENS, PROBE_WINDOWS, listed
 from ptqcli.model.linears import LinearSite
 from ptqcli.model.positions import most_tokens
 from ptqcli.model.skeleton import Skeleton
-from ptqcli.numerics.ranges import takes_sign
 from ptqcli.numerics.scheme import Scheme
 from ptqcli.patterns import Hits, found
 from ptqcli.plan_experts import check_experts, expert_notes, routing_reason, unread_experts, with_refusal
-from ptqcli.plan_groups import check_groups, group_notes, too_narrow
+from ptqcli.plan_groups import check_groups, group_notes, standing_in, too_narrow
 from ptqcli.plan_memory import with_budget
 from ptqcli.plan_notes import check_kind, kept_notes, known_readers
 from ptqcli.plan_outside import check_patterns_match, linears_outside, outside_notes, planned_outside
 from ptqcli.plan_parallel import check_parallel, resolved_for_parts
+from ptqcli.plan_specs import spec_in, unstorable
 from ptqcli.plan_texts import ChooseTexts, PlannedTexts, texts_as_asked
 from ptqcli.recipe import Recipe
 from ptqcli.resources import Resources
+from ptqcli.sensitivity.allocation import Allocation
 from ptqcli.solvers.per_matrix import PerMatrix, as_block_solver
 
 DEFAULT_SEQLEN = 2048
@@ -62,6 +63,7 @@ class Plan:
     readers: how other programs load the result, or why they do not; of an encoder what transformers does. writes: whether the model does.
     disk_bytes, memory_bytes: estimates of the room that the run needs, and of the peak of the whole process, on a GPU of what is there.
     activation_budget: bytes of activations that are held in memory. activations_on_disk: bytes of those that are not.
+    allocation: what became of a budget, None without one.
     """
 
     recipe: Recipe
@@ -84,6 +86,7 @@ class Plan:
     readers: tuple[Reader, ...] = ()
     adapter_bytes: int = 0
     writes: bool = True
+    allocation: Allocation | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -103,6 +106,7 @@ class Plan:
         schemes = ", ".join(f"{scheme} x {count}" for scheme, count in self.schemes().items())
         rows = [("algorithm", recipe.algo), *(("rewritten", done) for done in self.rewrites)]
         rows += [("linears", schemes), ("blocks", str(len(self.stages)))]
+        rows += [] if self.allocation is None else self.allocation.rows()
         if self.skipped:
             rows.append(("left as they are", _by_reason(self.skipped)))
         if self.needs_calibration:
@@ -200,38 +204,17 @@ def _choose(
     if unknown:
         raise UsageError(f"a scheme is assigned to {unknown[0]}, which is no linear of the model's blocks")
     linears, skipped = [], []
-    solver = as_block_solver(recipe.solver())
     for site in skeleton.linears:
         scheme, reason = _scheme_for(recipe, site.name, hits)
-        scheme = assigned.get(site.name, scheme)
+        scheme = assigned.get(site.name) or (scheme if recipe.budget is None else standing_in(scheme, site.in_features))
         reason = reason or _obstacle(site, skeleton) or routing_reason(site, skeleton, recipe, hits) or too_narrow(scheme, site)
         if reason is not None:
             skipped.append((site.name, reason))
             continue
         scheme = resolved_for_parts(scheme, site, skeleton, recipe.for_tensor_parallel)
-        refused = _refused(recipe, scheme) or solver.refusal(scheme)
-        if refused is not None:
-            raise UsageError(f"{site.name}: {refused}")
-        dtype = skeleton.dtype(f"{site.name}.weight")
-        spec = LinearSpec(
-            name=site.name,
-            scheme=scheme,
-            out_features=site.out_features,
-            in_features=site.in_features,
-            scale_dtype=chosen.scale_dtype(dtype, scheme),
-            kind=site.kind,
-            moving_groups=solver.moves_groups(scheme),
-            signed_scales=takes_sign(scheme, solver.ranges.signed),
-            aliases=skeleton.aliases(site.name),
-            weight_dtype=dtype,
-        )
-        linears.append(PlannedLinear(site, spec, dtype))
+        spec = spec_in(scheme, site, recipe, chosen, skeleton)
+        linears.append(PlannedLinear(site, spec, skeleton.dtype(f"{site.name}.weight")))
     return linears, skipped
-
-
-def _refused(recipe: Recipe, scheme: Scheme) -> str | None:
-    """Why a transform does not suit linears in ``scheme``, or None."""
-    return next((reason for transform in recipe.transforms() if (reason := transform.refusal(scheme)) is not None), None)
 
 
 def _obstacle(site: LinearSite, skeleton: Skeleton) -> str | None:
@@ -270,7 +253,7 @@ def _check_solver(recipe: Recipe) -> None:
 def _check_format(chosen: Format, linears: Sequence[PlannedLinear], plain: Sequence[str], skeleton: Skeleton) -> None:
     stored = set(skeleton.source.tensors.names)
     for linear in linears:
-        reason = other_codes(chosen, linear.scheme) or chosen.refusal(linear.spec)
+        reason = unstorable(linear.spec, chosen)
         if reason is not None:
             raise UsageError(f"{linear.name}: {reason}")
         weight = skeleton.stored_name(f"{linear.name}.weight")
@@ -358,7 +341,7 @@ def _calibration_notes(recipe: Recipe, linears: Sequence[PlannedLinear], windows
     asked = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != usual[name]]
     if needs_calibration(recipe, linears):
         return as_block_solver(recipe.solver()).notes(windows)
-    if not asked:
+    if not asked or recipe.budget is not None:
         return []
     return [f"{recipe.algo} looks at no calibration text, so {', '.join(asked)} {'has' if len(asked) == 1 else 'have'} no effect"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ptqcli.budget import fitted
 from ptqcli.errors import UsageError
 from ptqcli.estimate import PlannedLinear
 from ptqcli.model.discovery import listed
@@ -26,6 +27,15 @@ def too_narrow(scheme: Scheme, site: LinearSite) -> str | None:
         return str(error)
     fits = scheme.group_size > 0 and columns % scheme.group_size == 0
     return f"has {columns} input features only" if columns < AUTO_GROUPS[-1] and not fits else None
+
+
+def standing_in(scheme: Scheme, columns: int) -> Scheme:
+    """What stands for a candidate while a budget is not shared out: with groups that divide the columns; where none do, ``too_narrow`` says
+    so."""
+    try:
+        return fitted(scheme, columns)
+    except UsageError:
+        return scheme if scheme.blocks is not None else replace(scheme, group_size=AUTO_GROUP)
 
 
 def check_groups(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) -> None:
@@ -67,7 +77,7 @@ def _group_advice(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) 
 def group_notes(linears: Sequence[PlannedLinear], recipe: Recipe, hits: Hits) -> list[str]:
     """Where the group size that is chosen by itself is not the usual one."""
     widths: dict[int, set[int]] = {}
-    for linear in linears:
+    for linear in linears if recipe.budget is None else ():  # which says what its candidates become
         if recipe.default_scheme.group_size == AUTO_GROUP and _group_source(recipe, linear.name, hits) is None:
             widths.setdefault(linear.scheme.group_size, set()).add(linear.site.in_features)
     usual = recipe.default_scheme.auto_groups[0]

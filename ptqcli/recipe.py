@@ -8,19 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, get_type_hints
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from ptqcli.algorithms import Algorithm, find_algorithm, joined_defaults, parts
+from ptqcli.algorithms import Algorithm, find_algorithm, joined_defaults
+from ptqcli.budget import BLOCK_CANDIDATES, DEFAULT_CANDIDATES, TARGETS, Budget, parse_candidates, read_budget, widest
 from ptqcli.calibration.bos import check_bos
 from ptqcli.calibration.sources import check_calib
 from ptqcli.errors import UsageError
 from ptqcli.formats import DEFAULT_FORMAT, find_format
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, ActivationScheme, OutlierSplit, Scheme
-from ptqcli.options import SchemeDefaults, fits, kind_text
+from ptqcli.options import SchemeDefaults
 from ptqcli.patterns import check_pattern
+from ptqcli.recipe_checks import PartOptions, check_options, check_types
 from ptqcli.suggest import did_you_mean
-from ptqcli.untrusted import shown
 
 if TYPE_CHECKING:
     from ptqcli.solvers import MatrixSolver
@@ -50,8 +51,6 @@ SCHEME_FIELDS = ("wbits", "group_size", "symmetric", "abits", "act_scales", "out
 
 SHORT_SCHEME = re.compile(r"[wW]\d+")  # W8 for w8a16
 OUTSIDE_EXAMPLES = "give one such as W8, W4 or w4a16-g64-asym"
-
-PartOptions = Mapping[str, Mapping[str, object]]  # part -> option -> value
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class Recipe:
     lm_head, embeddings: a scheme for the output head and the embedding, w8a16-g64 or short as W8 and W4; None leaves them in 16 bit.
     expert_calibration: routed takes the statistics of an expert from the tokens that are routed to it, all from every token.
     min_expert_tokens: one that saw fewer gets the statistics of its block's experts together, see ``calibration.routed``; 0 for never.
+    target_bits, target_size, candidates, sensitivity: how large the result may be, in place of what the numbers are, see ``budget``.
     ignore: patterns of linears to leave alone. overrides: other schemes for some linears, see ``Override``. format: how the
     checkpoint is stored, one of ``ptqcli.formats.format_names``. gguf_type: a mix of block types, such as q4_k_m, in place of bits and
     groups, of the format gguf (None: q4_k_m, unless bits or a scheme are given). for_tensor_parallel: GPUs that a server will cut
@@ -153,11 +153,16 @@ class Recipe:
     blocks: str | None = None
     adapter_rank: int = 0
     finish: str = "none"
+    target_bits: float | None = None
+    target_size: str | int | None = None
+    candidates: str | None = None
+    sensitivity: str | None = None
 
     def __post_init__(self) -> None:
         check_types(Recipe, vars(self), "recipe")
         check_options(self.options, self.algorithm)
         self._check_order()
+        self._check_budget()
         scheme = self.default_scheme
         if scheme.outliers is None and self.outlier_threshold is not None:
             raise UsageError(
@@ -181,6 +186,27 @@ class Recipe:
             raise UsageError(f"seed {self.seed} is too large; give one of at most 18 digits")
         for pattern in self.patterns:
             check_pattern(pattern)
+
+    def _check_budget(self) -> None:
+        """A budget chooses what the numbers are."""
+        if self.budget is None:
+            return
+        target = next(name for name in TARGETS if getattr(self, name) is not None)
+        for name in ("scheme", *SCHEME_FIELDS, "gguf_type"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"{target} chooses the scheme of each linear among candidates, so leave {name} out")
+        if joined_defaults(self._built.values()) != SchemeDefaults():
+            raise UsageError(f"{target} chooses among schemes of weights alone, and {self.algo} has one of its own; use --algo gptq")
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        """How large the result may be, None where the request says what the numbers are."""
+        return read_budget(self.target_bits, self.target_size, self.candidates, self.sensitivity)
+
+    @property
+    def usual_candidates(self) -> str:
+        """The candidates where a budget names none, as they are written."""
+        return BLOCK_CANDIDATES if find_format(self.format).blocks else DEFAULT_CANDIDATES
 
     def _check_afterwards(self) -> None:
         """What is done when the codes stand."""
@@ -267,6 +293,8 @@ class Recipe:
         """The scheme of every linear that no override changes. Raises UsageError for one that does not exist."""
         defaults = joined_defaults(self._built.values())
         mix = self.mix
+        if self.budget is not None:
+            return widest(self.budget.candidates or parse_candidates(self.usual_candidates))
         if mix is not None:
             return find_format(self.format).usual_scheme(mix)
         if self.scheme is not None:
@@ -289,7 +317,7 @@ class Recipe:
         said = [name for name in ("scheme", *SCHEME_FIELDS) if getattr(self, name) is not None]
         if said and self.gguf_type is not None:
             raise UsageError(f"gguf type {self.gguf_type} says what the numbers are, so leave {said[0]} out")
-        if said or joined_defaults(self._built.values()) != SchemeDefaults():
+        if said or self.budget is not None or joined_defaults(self._built.values()) != SchemeDefaults():
             return None
         return self.gguf_type or find_format(self.format).usual_mix
 
@@ -352,29 +380,3 @@ def _group_number(given: int | str, activations: ActivationScheme | None) -> int
     if isinstance(given, str) or given < WHOLE_ROW:
         raise UsageError(f"group size {given} is not valid; give auto, a positive number, or -1 for whole rows")
     return given
-
-
-def check_options(options: PartOptions, algorithm: Algorithm, where: str = "") -> None:
-    """Refuse what names no part of the algorithm, no option of its part, or has another type than the option."""
-    mine = {part.name: part for part in algorithm.parts}
-    for name, values in options.items():
-        if name not in parts():
-            raise UsageError(f"{where}there is no part '{name}'; the parts are {', '.join(parts())}{did_you_mean(name, parts())}")
-        for key, value in values.items():
-            if name not in mine:
-                raise UsageError(f"{where}{name}.{key} belongs to {name}, not to {algorithm.name}; leave it out")
-            known = {option.name: option for option in mine[name].options}
-            if key not in known:
-                listed = f"its options are {', '.join(known)}" if known else "it has none"
-                raise UsageError(f"{where}{name} has no option '{key}'; {listed}{did_you_mean(key, known)}")
-            if not fits(value, known[key].hint):
-                raise UsageError(f"{where}'{name}.{key}' must be {kind_text(known[key].hint)}, not {shown(value)}")
-
-
-_hints = cache(get_type_hints)  # of a recipe with thousands of overrides
-
-
-def check_types(kind: type, values: Mapping[str, object], where: str) -> None:
-    for key, hint in _hints(kind).items():
-        if key in values and not fits(values[key], hint):
-            raise UsageError(f"{where}: '{key}' must be {kind_text(hint)}, not {shown(values[key])}")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ptqcli.algorithms import Algorithm, Declaration, declarations, find_algorithm, parts
+from ptqcli.budget import TARGETS
 from ptqcli.errors import UsageError
 from ptqcli.quality import find_quality
-from ptqcli.recipe import SCHEME_FIELDS, Override, Recipe, check_options, check_types
+from ptqcli.recipe import SCHEME_FIELDS, Override, Recipe
+from ptqcli.recipe_checks import check_options, check_types
 from ptqcli.recipe_file import read_recipe_file
 from ptqcli.suggest import did_you_mean
 from ptqcli.untrusted import shown
@@ -27,6 +29,8 @@ def load_recipe(start: Path | Recipe | None = None, flags: Mapping[str, object] 
     written = _with_quality(written, given)
     if "scheme" in given:
         written = {key: value for key, value in written.items() if key not in SCHEME_FIELDS}
+    if not given.keys().isdisjoint(TARGETS):  # say in another way what the numbers are
+        written = {key: value for key, value in written.items() if key not in ("scheme", *SCHEME_FIELDS, "gguf_type", *TARGETS)}
     where = str(start) if isinstance(start, Path) else "recipe"
     values = {key: value for key, value in {**written, **given}.items() if key in _fields()}
     values["overrides"] = tuple(_override(entry, where) for entry in _as_list(values.get("overrides", ()), "overrides", where))

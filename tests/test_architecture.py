@@ -19,7 +19,18 @@ KERNELS = ROOT / "kernels" / "ptq_kernels"
 
 BASE = {"errors", "arguments", "untrusted", "temporary", "patterns", "numerics", "suggest", "yaml_file"}
 ROOMS = BASE | {"checkpoint", "model", "calibration", "transforms", "solvers", "algorithms", "formats", "recipe", "resources"}
-PLAN = ROOMS | {"plan", "plan_memory", "plan_notes", "plan_texts", "estimate", "adapters"}
+PLAN = ROOMS | {
+    "plan",
+    "plan_candidates",
+    "plan_memory",
+    "plan_notes",
+    "plan_texts",
+    "estimate",
+    "adapters",
+    "allocate",
+    "budget",
+    "sensitivity",
+}
 
 # Room -> what it may import of ptqcli. A dotted name allows that one module of a room. Below a line stands what is above it.
 ALLOWED = {
@@ -48,18 +59,37 @@ ALLOWED = {
     # which modules are linears, and how they lie in memory; what a rewritten tensor is made of
     # let learns OmniQuant's clipping beside its scales
     "transforms": BASE | {"options", "calibration.statistics", "model", "checkpoint.tensors", "solvers.omniquant", "solvers.rounding"},
+    "allocate": {"errors"},
+    "budget": BASE,
     "algorithms": BASE | {"options"},  # parts are named there, and imported when they are used
-    "recipe": BASE | {"options", "algorithms", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources"},
-    "recipe_loading": BASE | {"algorithms", "quality", "recipe", "recipe_file"},
+    "recipe_checks": BASE | {"options", "algorithms"},
+    "recipe": BASE
+    | {"options", "algorithms", "budget", "recipe_checks", "formats", "solvers", "transforms", "calibration.bos", "calibration.sources"},
+    "recipe_loading": BASE | {"algorithms", "budget", "quality", "recipe", "recipe_checks", "recipe_file"},
     "plan_texts": ROOMS,
     "estimate": ROOMS | {"adapters", "finishing", "plan_texts"},
     "plan_notes": ROOMS,
-    "plan_groups": ROOMS | {"estimate"},
+    "plan_groups": ROOMS | {"budget", "estimate"},
     "plan_experts": ROOMS | {"estimate"},
     "plan_outside": ROOMS | {"estimate"},
     "plan_parallel": ROOMS | {"estimate"},
+    "plan_specs": ROOMS,
+    "plan_candidates": ROOMS | {"budget", "estimate", "plan", "plan_parallel", "plan_specs", "sensitivity"},
+    "sensitivity": ROOMS | {"budget"},
     "plan_memory": ROOMS,
-    "plan": ROOMS | {"estimate", "plan_experts", "plan_groups", "plan_memory", "plan_notes", "plan_outside", "plan_parallel", "plan_texts"},
+    "plan": ROOMS
+    | {
+        "estimate",
+        "plan_experts",
+        "plan_groups",
+        "plan_memory",
+        "plan_notes",
+        "plan_outside",
+        "plan_parallel",
+        "plan_specs",
+        "plan_texts",
+        "sensitivity.allocation",
+    },
     "runtime": BASE | {"adapters", "formats", "checkpoint", "model", "resources"},
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
@@ -76,6 +106,7 @@ QUICK_MODULES = (
     "ptqcli.formats",
     "ptqcli.__version__",
     "ptqcli.suggest",
+    "ptqcli.budget",
     "ptqcli.quality",
     "ptqcli.model.locate",
     "ptqcli.pipeline.report",

@@ -28,7 +28,8 @@ from ptqcli.cli import COMMANDS, app, doctor, run
 from ptqcli.cli.console import size_text, time_text
 from ptqcli.cli.progress import LineTracker, track
 from ptqcli.cli.quantize import command as quantize_command
-from ptqcli.cli.quantize_flags import FLAGS, parse_override
+from ptqcli.cli.quantize_flags import FLAGS
+from ptqcli.cli.quantize_values import parse_override
 from ptqcli.model.locate import UNWANTED_FILES, WANTED_FILES, find_model
 from ptqcli.numerics.scheme import AUTO_GROUP, WHOLE_ROW, Scheme
 from ptqcli.pipeline.prepare import plan_run

@@ -160,7 +160,7 @@ def _record_batch(skeleton: Skeleton, model: nn.Module, ids: Tensor) -> tuple[Te
 
     def recorder(index: int, shape: BlockShape) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            key = _hidden_key(args, kwargs)
+            key = hidden_key(args, kwargs)
             hidden = args[key] if isinstance(key, int) else kwargs[key]
             if len(calls) != index or (first and not _same(hidden, first[0])):
                 raise PTQError(
@@ -214,7 +214,8 @@ def _named_errors(what: str) -> Iterator[None]:
         raise PTQError(f"{what} ({type(error).__name__}: {one_line(error)}); {WAY_OUT}") from error
 
 
-def _hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+def hidden_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    """Position or name under which a block is called with hidden states. Raises PTQError if it is not."""
     if "hidden_states" in kwargs:
         return "hidden_states"
     for position, value in enumerate(args):

@@ -1,8 +1,9 @@
 """The folder that ``ptq quantize`` writes when none is named: MODEL-ALGO-SCHEME, the algorithm's options that are not the usual ones, the
 finish.
 
-A scheme is the mix, or the one of all linears, group size included; where they differ, it is the one that was asked for, with ``mixed``
-behind it if overrides are the reason. What stands in no name (the calibration text, say) is told when such a folder is there already.
+A scheme is the budget, such as 3.5bit, the mix, or the one of all linears, group size included; where they differ, it is the one that was
+asked for, with ``mixed`` behind it if overrides are the reason. What stands in no name (the calibration text, say) is told when such a
+folder is there already.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ def default_output(model: str | None, folder: Path, plan: Plan, *, overwrite: bo
     model: as it was asked for, None for the demo model. folder: where it lies.
     Raises UsageError for a folder that another request has filled, saying what differs, unless it is to be overwritten.
     """
-    schemes = list(plan.schemes())
     words = [
         "demo" if model is None else _model_name(model),
         plan.recipe.algo,
-        plan.recipe.mix or str(schemes[0] if len(schemes) == 1 else plan.recipe.default_scheme),
+        _numbers(plan),
         *(["mixed"] if plan.recipe.overrides or plan.recipe.ignore else []),
         *_unusual_options(plan.recipe),
         *([] if plan.recipe.finish == "none" else [f"finish-{plan.recipe.finish}"]),
@@ -44,6 +44,14 @@ def default_output(model: str | None, folder: Path, plan: Plan, *, overwrite: bo
     if not overwrite:
         _refuse_other_request(target, plan.recipe)
     return target
+
+
+def _numbers(plan: Plan) -> str:
+    """What the numbers are: the budget that they keep, the mix, or a scheme."""
+    schemes, budget = list(plan.schemes()), plan.recipe.budget
+    if budget is not None:
+        return f"{budget.bits:g}bit" if budget.bits is not None else str(plan.recipe.target_size)
+    return plan.recipe.mix or str(schemes[0] if len(schemes) == 1 else plan.recipe.default_scheme)
 
 
 def _model_name(model: str) -> str:

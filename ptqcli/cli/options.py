@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ptqcli import budget
 from ptqcli.cli import completion
+from ptqcli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,10 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
     """Bytes: a number with a unit, such as 8GiB, 500MB or 8G, or without one."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
-    if found is None:
-        raise click.BadParameter(f"{value!r} is not a size; give one such as 8GiB", ctx, param)
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    try:
+        return budget.parse_size(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
 
 
 data_dir_option = click.option(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptqcli.cli import completion, examples
+from ptqcli.cli.budget_report import show_allocation
 from ptqcli.cli.console import Output, time_text
 from ptqcli.cli.folder_name import default_output
 from ptqcli.cli.load import silence_transformers
@@ -121,6 +122,8 @@ def _quantized(
         if not dry_run:
             return quantize(source, asked, target, restart=restart, on_event=on_event, **run)
         ready = prepare(source, asked, target, clock=Clock(), rehearsal=True, **run)
+        if ready.plan.allocation is not None:
+            show_allocation(ready.plan.allocation, words)
         seconds = seconds_needed(ready, run["progress"])
         work = run_work(ready.plan.recipe, ready.plan.linears, ready.skeleton, ready.plan.texts.windows * ready.plan.seqlen)
         if seconds is not None:

@@ -103,6 +103,7 @@ def plan_as_json(ready: Prepared) -> dict[str, Any]:
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
         "notes": plan.notes,
+        "allocation": None if plan.allocation is None else asdict(plan.allocation),
     }
 
 
@@ -200,6 +201,7 @@ def show_report(report: Report, words: Output) -> None:
             *_outliers(report),
             *_adapter(report),
             *_tuning(report),
+            *([] if report.allocation is None else report.allocation.rows()),
             *_handled(report),
             ("time", time_text(report.seconds)),
             ("peak memory", size_text(report.peak_memory_bytes)),

@@ -27,15 +27,16 @@ def whole(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> Itera
 
 
 @contextmanager
-def given_hidden(skeleton: Skeleton, hidden: Tensor) -> Iterator[None]:
-    """While inside, every block gives ``hidden`` [windows, tokens, features], whatever it receives."""
-    for block, shape in zip(skeleton.blocks, skeleton.shapes, strict=True):
+def given_hidden(skeleton: Skeleton, hidden: Tensor, count: int | None = None) -> Iterator[None]:
+    """While inside, the first ``count`` blocks, all if None, give ``hidden`` [windows, tokens, features], whatever they receive."""
+    blocks = skeleton.blocks[:count]
+    for block, shape in zip(blocks, skeleton.shapes[:count], strict=True):
         states = handed(hidden, shape.stack)
         block.forward = _giving(states if shape.container is None else shape.container([states, *[None] * shape.extra_outputs]))
     try:
         yield
     finally:
-        for block in skeleton.blocks:
+        for block in blocks:
             del block.forward
 
 

@@ -25,6 +25,7 @@ from ptqcli.formats import Reader
 from ptqcli.model.locate import hub_id, model_name
 from ptqcli.pipeline.report import REPORT_NAME, Report, TuningReport
 from ptqcli.plan import Plan
+from ptqcli.sensitivity.allocation import Allocation
 
 CARD_NAME = "README.md"
 FOLDER = "path/to/this/folder"  # in what a reader is told to write
@@ -73,6 +74,7 @@ def model_card(plan: Plan, report: Report, source: Path | None) -> str:
         WORST,
         "",
         *_worst_layers(report),
+        *([] if report.allocation is None else _budget(report.allocation)),
     ]
     if plan.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in plan.notes)]
@@ -293,6 +295,15 @@ def _worst_layers(report: Report) -> Iterator[str]:
     yield from ("", "| layer | scheme | error |", "|---|---|---|")
     for layer in sorted(report.layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]:
         yield f"| `{layer.name}` | {layer.scheme} | {layer.relative_error:.4f} |"
+
+
+def _budget(allocation: Allocation) -> Iterator[str]:
+    """How the schemes were chosen, and how many groups of linears got each."""
+    yield from ("", "## Bits under a budget", "")
+    yield from (f"- {what}: {value}" for what, value in allocation.rows())
+    for scheme in allocation.candidates:
+        groups = [group for group in allocation.groups if group.scheme == scheme]
+        yield f"- {scheme}: {len(groups)} of {len(allocation.groups)} groups, {sum(group.weights for group in groups):,} weights"
 
 
 def _recipe(plan: Plan) -> str:

@@ -17,6 +17,7 @@ from ptqcli.model.declared import DeclaredModel, is_declared
 from ptqcli.model.rewritten import Rewrite
 from ptqcli.model.skeleton import Skeleton
 from ptqcli.model.source import ModelSource
+from ptqcli.pipeline.budget import Allocated, allocate_bits, check_kept, journal_beside
 from ptqcli.pipeline.clock import Clock
 from ptqcli.pipeline.folder import check_room
 from ptqcli.pipeline.memory import return_freed_memory
@@ -24,7 +25,7 @@ from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.outside import untied, untied_note
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.ranks import Ranks
-from ptqcli.pipeline.rewriting import proof_bytes, rewritten
+from ptqcli.pipeline.rewriting import Rewritten, proof_bytes, rewritten
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan, make_plan
 from ptqcli.plan_memory import check_memory
@@ -55,22 +56,49 @@ class Prepared:
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
     """Open the model and decide everything that can be decided without its weights."""
-    return _planned(open_skeleton(model, recipe), recipe, resources)
+    opened = _rewritten(open_skeleton(model, recipe), recipe)
+    return opened.skeleton, _planned(opened, recipe, resources)
 
 
-def _planned(opened: Skeleton, recipe: Recipe, resources: Resources, choose_texts: ChooseTexts | None = None) -> tuple[Skeleton, Plan]:
-    """The model as transforms of the whole model rewrite it, and its plan."""
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A model as the file has it, with a head and an embedding of its own where one of them is quantized, and as transforms of the whole
+    model rewrite it."""
+
+    opened: Skeleton
+    untied: Skeleton
+    found: Rewritten
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """What is quantized."""
+        return self.found.skeleton
+
+
+def _rewritten(opened: Skeleton, recipe: Recipe) -> _Opened:
     original = untied(opened, recipe)
-    found = rewritten(original, recipe)
-    linears, of_mix = (
-        {site.name for site in found.skeleton.linears},
-        recipe.schemes_of_mix(found.skeleton.config, found.skeleton.tensor_shapes),
-    )
+    return _Opened(opened=opened, untied=original, found=rewritten(original, recipe))
+
+
+def _planned(
+    model: _Opened,
+    recipe: Recipe,
+    resources: Resources,
+    choose_texts: ChooseTexts | None = None,
+    allocation: Allocated | None = None,
+) -> Plan:
+    """The plan of the model as it is rewritten. allocation: what became of a budget."""
+    opened, skeleton = model.opened, model.skeleton
+    linears, of_mix = {site.name for site in skeleton.linears}, recipe.schemes_of_mix(skeleton.config, skeleton.tensor_shapes)
     assigned = {name: scheme for name, scheme in of_mix.items() if name in linears}
-    plan = make_plan(recipe, found.skeleton, resources, assigned, choose_texts)
-    notes = () if original is opened else (untied_note(find_format(recipe.format), plan, opened, found.skeleton),)
-    plan = replace(plan, bytes_before=opened.total_bytes, notes=(*found.left_out, *notes, *plan.notes))
-    return found.skeleton, _with_rewrites(plan, opened, found.skeleton, found.rewrites, resources) if found.rewrites else plan
+    if allocation is not None:
+        assigned |= allocation.schemes
+    plan = make_plan(recipe, skeleton, resources, assigned, choose_texts)
+    notes = () if model.untied is opened else (untied_note(find_format(recipe.format), plan, opened, skeleton),)
+    plan = replace(plan, bytes_before=opened.total_bytes, notes=(*model.found.left_out, *notes, *plan.notes))
+    if allocation is not None:
+        plan = replace(plan, allocation=allocation.told, notes=(*allocation.notes, *plan.notes))
+    return _with_rewrites(plan, opened, skeleton, model.found.rewrites, resources) if model.found.rewrites else plan
 
 
 def _with_rewrites(plan: Plan, original: Skeleton, skeleton: Skeleton, rewrites: Sequence[Rewrite], resources: Resources) -> Plan:
@@ -107,9 +135,9 @@ def prepare(
 ) -> Prepared:
     """Plan the run, see that ``output`` can be written, and read the calibration text.
 
-    rehearsal: the run will not follow, so the model writes no text, and one of which only config.json is there is planned for a machine
-    that is not this one. ranks: the processes that share the run, of which the first decides about the output and the
-    text.
+    rehearsal: the run will not follow, so the model writes no text, unless a budget is to be shared out, and one of which only config.json
+    is there is planned for a machine that is not this one. ranks: the processes that share the run, of which the first decides about the
+    output, the text and the budget.
     Raises UsageError for a request that cannot work and PTQError for inputs that cannot be read.
     """
     ranks = ranks or Ranks()
@@ -123,11 +151,19 @@ def prepare(
         source = DeclaredModel(model) if declared and isinstance(model, Path) else model
         original = open_skeleton(source, recipe)
         maker = TextMaker(recipe=recipe, skeleton=original, resources=resources, data_dir=data_dir, progress=progress)
-        skeleton, plan = _planned(
-            original, recipe, resources, None if declared else lambda seqlen: ranks.from_first(lambda: maker.choose(seqlen))
-        )
+        opened = _rewritten(original, recipe)
+        plan = _planned(opened, recipe, resources, None if declared else lambda seqlen: ranks.from_first(lambda: maker.choose(seqlen)))
+        skeleton = opened.skeleton
         _check_shared(plan, skeleton, ranks.size)
     output = ranks.from_first(lambda: _checked(output, plan, folder, overwrite, inputs))
+    if recipe.budget is not None:
+        if declared:
+            raise UsageError(f"{model}: a budget is shared out by what rounding the weights costs, and only config.json is there")
+        with clock.measure("sensitivity"):
+            kept = None if rehearsal else journal_beside(output)
+            allocation = ranks.from_first(lambda: allocate_bits(plan, skeleton, maker, resources, progress, kept))
+        plan = _planned(opened, recipe, resources, lambda _: plan.texts, allocation)
+        check_kept(plan, recipe.budget)
     progress.planned(plan, output)
     if declared:
         return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=None, resources=resources, declared=True)
@@ -135,17 +171,21 @@ def prepare(
     if ranks.first:
         check_room(output, plan.disk_bytes)
         _check_fits(plan, skeleton, resources)
-    calibration = None
-    if plan.needs_calibration:
-        with clock.measure("text"):
-            calibration = ranks.from_first(lambda: maker.make(plan.texts, plan.seqlen, rehearsal))
-            return_freed_memory()  # a tokenizer's work on a long text takes many times the text
-        if calibration.skipped_rows:
-            progress.phase(f"{recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
-        for share, known in calibration.known.items():
-            if known is not None and known.foreign:
-                progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
+    with clock.measure("text"):
+        calibration = _read_texts(plan, maker, progress, rehearsal, ranks) if plan.needs_calibration else None
     return Prepared(skeleton=skeleton, plan=plan, output=output, inputs=inputs, calibration=calibration, resources=resources)
+
+
+def _read_texts(plan: Plan, maker: TextMaker, progress: Progress, rehearsal: bool, ranks: Ranks) -> CalibrationSet:
+    """The calibration windows of the first process, with what a person should know of them."""
+    calibration = ranks.from_first(lambda: maker.make(plan.texts, plan.seqlen, rehearsal))
+    return_freed_memory()  # a tokenizer's work on a long text takes many times the text
+    if calibration.skipped_rows:
+        progress.phase(f"{plan.recipe.calib}: {calibration.skipped_rows:,} rows without text are left out")
+    for share, known in calibration.known.items():
+        if known is not None and known.foreign:
+            progress.remark(f"{share.source} is foreign to the model: {known}; give text of the kind that it will see")
+    return calibration
 
 
 def _checked(output: Output, plan: Plan, folder: Path | None, overwrite: bool, inputs: Sequence[Path]) -> Path:

@@ -12,6 +12,7 @@ import ptqcli
 from ptqcli.calibration.fingerprint import Fingerprint
 from ptqcli.errors import PTQError
 from ptqcli.formats import Reader
+from ptqcli.sensitivity.allocation import Allocation
 from ptqcli.untrusted import read_json, shown
 
 if TYPE_CHECKING:  # the commands that show a report must not wait for torch
@@ -156,7 +157,7 @@ class Report:
     bytes_before, bytes_after: of the weights. bits_per_weight: mean over the quantized linears, scales and the like included.
     error_kind: output or weight, see ``LayerReport``. folds: what transforms of blocks did. rewritten: what those of the whole model did,
     None without one. calibration: None where there was none. tuning: None for scales that are as the solver left them; the errors of the
-    layers are those before it.
+    layers are those before it. allocation: what became of a budget, None without one.
     readers: how other programs load the checkpoint, which its model card tells. files: what is in the folder beside the report and the
     card; anything else in it is not ours to replace.
     output, seconds, peak_memory_bytes, seconds_by_step describe the run, not the checkpoint, and are not stored in it; nor are readers, and
@@ -178,6 +179,7 @@ class Report:
     files: list[str] = field(default_factory=list)
     calibration: CalibrationReport | None = None
     tuning: TuningReport | None = None
+    allocation: Allocation | None = None
     output: str = ""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -217,6 +219,7 @@ def make_report(
         readers=plan.readers,
         writes=plan.writes,
         calibration=calibration,
+        allocation=plan.allocation,
     )
 
 

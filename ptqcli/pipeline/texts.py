@@ -71,6 +71,7 @@ class TextMaker:
     resources: Resources
     data_dir: Path | None
     progress: Progress
+    _made: dict[tuple[tuple[Share, ...], int, bool], CalibrationSet] = field(default_factory=dict)
 
     # What is taken
 
@@ -150,6 +151,12 @@ class TextMaker:
 
         Raises UsageError and PTQError for texts that cannot be had, that are too short, or that the model writes badly.
         """
+        key = (texts.shares, seqlen, rehearsal)
+        if key not in self._made:
+            self._made[key] = self._make(texts, seqlen, rehearsal)
+        return self._made[key]
+
+    def _make(self, texts: PlannedTexts, seqlen: int, rehearsal: bool) -> CalibrationSet:
         read = {share: self._read(share, seqlen) for share in texts.shares if share.source != SELF}
         known = {share: texts.known or self._known(windows) for share, windows in read.items()}
         tokens = 0 if rehearsal else own_tokens(texts.shares, seqlen)
