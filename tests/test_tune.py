@@ -13,16 +13,21 @@ from typing import Any
 
 import pytest
 from commandline import Ptq, one_line
+from test_encoders import make_encoder, write_rows
 from tiny import make_model, write_text
 
 import ptqcli
 from ptqcli.cli import tune as command
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.pipeline.prepare import plan_run
+from ptqcli.pipeline.progress import NoProgress
 from ptqcli.recipe_loading import load_recipe
+from ptqcli.resources import Resources
 from ptqcli.trials import strategies
 from ptqcli.trials.goal import Goal, Measured, TaskGoal, read_share, read_tasks
 from ptqcli.trials.mixtures import Group
 from ptqcli.trials.space import USUAL, Candidate, Point, read_space
+from ptqcli.trials.traces import traces
 from ptqcli.trials.trial import USUAL_TOKENS, Examination, Trial
 from ptqcli.trials.tune import MOST_TRIALS, Request, TrialProgress, tune
 from ptqcli.trials.workshop import RECORD, Workshop
@@ -331,6 +336,61 @@ def test_the_result_keeps_the_goal_and_is_smaller_than_what_does_in_one_scheme(r
     report = json.loads((tmp_path / "out" / "ptq_report.json").read_text())
     assert len({layer["scheme"] for layer in report["layers"]}) == 2
     assert sorted(os.listdir(tmp_path / "out.trials")) == [RECORD]
+
+
+@pytest.mark.parametrize("strategy", ["basic", "hawq", pytest.param("random", marks=pytest.mark.slow)])
+def test_other_strategies_keep_the_goal_too(room: Path, tmp_path: Path, strategy: str) -> None:
+    flags = {**ROUNDING, "calib": str(room / "text.txt"), "nsamples": 4, "seqlen": 32}
+    found = tune(room / "model", tmp_path / "out", request_of(room, strategy=strategy, flags=flags, trials=6))
+    assert found.holds
+    assert kl_of(room, tmp_path / "out") <= 0.02
+
+
+def test_the_traces_are_those_of_the_sensitivities(room: Path, tmp_path: Path) -> None:
+    """The same numbers as a budget of bits finds, whose own tests compare them with the Hessian."""
+    flags = {**ROUNDING, "wbits": 3, "calib": str(room / "text.txt"), "nsamples": 4, "seqlen": 32}
+    skeleton, plan = plan_run(room / "model", load_recipe(flags=flags), Resources())
+    found = traces(plan, skeleton, Resources(), None, NoProgress())
+    shared = ptqcli.quantize(
+        room / "model",
+        output=tmp_path / "out",
+        target_bits=4.5,
+        candidates="w2g16,w3g16",
+        sensitivity="hawq",
+        **{key: value for key, value in flags.items() if key not in ("wbits", "group_size")},
+    ).allocation
+    assert shared is not None
+    for group in shared.groups:
+        [local] = {found[name] for name in found if name.startswith(group.name.split("|")[0])}
+        assert local == pytest.approx(group.losses[1], rel=1e-5)
+
+
+def test_a_task_can_be_the_goal(room: Path, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    rows = [{"question": "the model of", "choices": [" the", " zero"], "answer": number % 2} for number in range(4)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    request = request_of(room, goal=Goal(tasks=read_tasks([f"{file}:accuracy>=0.5"])), strategy="exhaustive", trials=1)
+    found = tune(room / "model", tmp_path / "out", request)
+    assert found.best.measured["scores"] == {f"{file}:accuracy": 0.5}, "the same question with each answer once"
+    assert found.best.measured["kl"] == {}
+    assert found.holds
+    with pytest.raises(UsageError, match="has no foo; it has acc, acc_norm, accuracy"):
+        tune(room / "model", tmp_path / "foo", replace(request, goal=Goal(tasks=read_tasks([f"{file}:foo>=0.5"]))))
+
+
+def test_an_encoder_is_held_to_its_masked_words(tmp_path: Path) -> None:
+    make_encoder(tmp_path / "model", "BertForMaskedLM")
+    text = str(write_rows(tmp_path / "rows.jsonl"))
+    examination = Examination(texts=(text,), seqlen=32, tokens=100_000)
+    points = [Point({"wbits": bits}) for bits in (3, 8)]
+    request = request_of(tmp_path, goal=Goal(max_rise=0.02), points=points, examination=examination, trials=2)
+    found = tune(tmp_path / "model", tmp_path / "out", request)
+    [result] = ptqcli.evaluate(tmp_path / "out", text, baseline=tmp_path / "model", seqlen=32)
+    assert found.holds
+    assert found.best.measured["rise"].keys() == {text}
+    assert result.masked_perplexity / result.baseline_masked_perplexity - 1 <= 0.02  # type: ignore[union-attr,operator]
+    with pytest.raises(UsageError, match="is an encoder, which has no next word"):
+        tune(tmp_path / "model", tmp_path / "kl", replace(request, goal=Goal(max_kl=0.1)))
 
 
 def test_a_goal_that_cannot_be_kept_ends_with_the_nearest(room: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from ptqcli.trials.goal import Goal
 from ptqcli.trials.mixtures import Group, groups_of, overrides
 from ptqcli.trials.space import Candidate, Point
 from ptqcli.trials.strategies import STRATEGIES, BudgetSpent
+from ptqcli.trials.traces import traces
 from ptqcli.trials.trial import Examination, Examiner, Trial
 from ptqcli.trials.workshop import Workshop
 
@@ -319,7 +320,8 @@ class _Search:
 
     def traces(self, low: Candidate) -> Mapping[str, float]:
         """See ``strategies.Search``."""
-        raise UsageError("strategy hawq is not there yet")
+        skeleton, plan = self._plan(low)
+        return traces(plan, skeleton, self.resources, self.data_dir, self.progress)
 
     # The end
 
