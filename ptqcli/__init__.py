@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqcli.api import convert, evaluate, quantize, solve, tune_scales
+    from ptqcli.api import convert, evaluate, measure_sensitivity, quantize, solve, tune_scales
     from ptqcli.errors import PTQError, UsageError
     from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.numerics.scheme import Scheme
@@ -34,6 +34,7 @@ __all__ = [
     "convert",
     "evaluate",
     "load_quantized",
+    "measure_sensitivity",
     "open_checkpoint",
     "quantize",
     "solve",
@@ -50,6 +51,7 @@ _HOMES = {
     "convert": "ptqcli.api",
     "evaluate": "ptqcli.api",
     "load_quantized": "ptqcli.runtime",
+    "measure_sensitivity": "ptqcli.api",
     "open_checkpoint": "ptqcli.formats.packed_checkpoint",
     "quantize": "ptqcli.api",
     "solve": "ptqcli.api",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptqcli.algorithms import find_algorithm
 from ptqcli.arguments import as_path, check_argument
+from ptqcli.budget import METHODS, MOST_BITS
 from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
@@ -30,11 +31,13 @@ from ptqcli.pipeline.converting import Converted
 from ptqcli.pipeline.exporting import GGUF, Exported
 from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.pipeline.report import Report, read_source
+from ptqcli.pipeline.sensitivities import measure_sensitivities
 from ptqcli.pipeline.tuning import TunedCheckpoint
 from ptqcli.recipe import Recipe
 from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources, open_device
 from ptqcli.runtime.models import load_model, load_tokenizer
+from ptqcli.sensitivity.table import SensitivityTable
 from ptqcli.shipped import find_recipe
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
 from ptqcli.solvers.per_matrix import PerMatrix, StageWork, as_block_solver, statistics_for
@@ -90,6 +93,47 @@ def quantize(
         ),
         data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
         progress=progress,
+    )
+
+
+def measure_sensitivity(
+    model: str | Path | PreTrainedModel,
+    methods: str | Sequence[str] | None = None,
+    *,
+    candidates: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    memory: int | None = None,
+    data_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> SensitivityTable:
+    """What each scheme costs each group of linears of ``model``, as `ptq sensitivity` measures it; nothing is quantized.
+
+    model, tokenizer: as in ``quantize``.
+    methods: gradient, kl, hawq or output, one or several; None for the usual one. What ``table.write(path)`` writes is a ``sensitivity`` of
+    ``quantize``.
+    candidates: schemes, separated by commas, such as ``w2g64,w3g128,w4g128,w8``; None for those that go with the format.
+    device, dtype, batch_size, memory: see ``Resources``.
+    data_dir, progress: as in ``quantize``.
+    changes: keys as in a YAML file: ``calib="c4"``, ``nsamples=32``, ``ignore=["layers.0"]``, ``format="gptq"``.
+
+    Raises UsageError for a request that cannot work and PTQError for work that failed.
+    """
+    named = [] if methods is None else [methods] if isinstance(methods, str) else list(methods)
+    for name in named:
+        if name not in METHODS:
+            raise UsageError(f"sensitivity {name!r} is unknown; use {', '.join(METHODS)}")
+    asked = {"algo": "rtn", "target_bits": MOST_BITS, **({} if candidates is None else {"candidates": candidates}), **changes}
+    return measure_sensitivities(
+        _source(model, tokenizer, allow_requantize=False),
+        load_recipe(None, asked),
+        named,
+        resources=Resources(device=open_device(device), dtype=dtype, batch_size=batch_size, memory=memory),
+        data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
+        progress=progress or NoProgress(),
     )
 
 

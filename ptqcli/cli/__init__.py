@@ -32,6 +32,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 # Command -> (module of this package, first line of its help). They stand here so that the list of commands needs no module.
 COMMANDS = {
     "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
+    "sensitivity": ("sensitivity", "Show what each scheme costs each group of MODEL's linears."),
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "tune": ("tune", "Find the smallest checkpoint of MODEL that keeps a goal."),

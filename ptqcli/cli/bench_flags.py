@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -57,12 +57,13 @@ def _refuse_given(ctx: click.Context, flags: Mapping[str, str], why: str) -> Non
             raise click.UsageError(f"{flag} {why}")
 
 
-def check_plot(file: Path, overwrite: bool) -> None:
-    """Raise UsageError, or PTQError where matplotlib is missing, unless a picture can be written to ``file``."""
+def check_plot(file: Path, overwrite: bool, endings: Sequence[str] = (".png",)) -> None:
+    """Raise UsageError, or PTQError where matplotlib is missing, unless a picture of such an ending can be written to ``file``."""
     from ptqcli.bench.roofline import check_installed
 
-    if file.suffix.lower() != ".png":
-        raise UsageError(f"--plot {file}: only PNG is written; name a file that ends in .png")
+    if file.suffix.lower() not in endings:
+        forms = " and ".join(ending.removeprefix(".").upper() for ending in endings)
+        raise UsageError(f"--plot {file}: only {forms} is written; name a file that ends in {' or '.join(endings)}")
     if file.is_dir():
         raise UsageError(f"--plot {file}: is a folder; name a file in it")
     if not file.parent.is_dir():

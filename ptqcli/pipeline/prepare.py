@@ -56,12 +56,18 @@ class Prepared:
 
 def plan_run(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Skeleton, Plan]:
     """Open the model and decide everything that can be decided without its weights."""
+    opened, plan = plan_opened(model, recipe, resources)
+    return opened.skeleton, plan
+
+
+def plan_opened(model: Path | ModelSource, recipe: Recipe, resources: Resources) -> tuple[Opened, Plan]:
+    """As ``plan_run``, with the model as it was before transforms of the whole model."""
     opened = _rewritten(open_skeleton(model, recipe), recipe)
-    return opened.skeleton, _planned(opened, recipe, resources)
+    return opened, _planned(opened, recipe, resources)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Opened:
+class Opened:
     """A model as the file has it, with a head and an embedding of its own where one of them is quantized, and as transforms of the whole
     model rewrite it."""
 
@@ -75,13 +81,13 @@ class _Opened:
         return self.found.skeleton
 
 
-def _rewritten(opened: Skeleton, recipe: Recipe) -> _Opened:
+def _rewritten(opened: Skeleton, recipe: Recipe) -> Opened:
     original = untied(opened, recipe)
-    return _Opened(opened=opened, untied=original, found=rewritten(original, recipe))
+    return Opened(opened=opened, untied=original, found=rewritten(original, recipe))
 
 
 def _planned(
-    model: _Opened,
+    model: Opened,
     recipe: Recipe,
     resources: Resources,
     choose_texts: ChooseTexts | None = None,
