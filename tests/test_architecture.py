@@ -63,8 +63,10 @@ ALLOWED = {
     "evaluation": ROOMS | {"runtime"},
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN | {"finishing"},
-    "api": PLAN | {"recipe_loading", "runtime", "evaluation", "finishing", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline"},
+    "comparing": ROOMS | {"runtime", "evaluation", "bench", "pipeline.report"},
+    "api": PLAN | {"recipe_loading", "runtime", "evaluation", "finishing", "pipeline", "shipped", "comparing"},
+    "cli": PLAN
+    | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline", "comparing"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
@@ -77,6 +79,7 @@ QUICK_MODULES = (
     "ptqcli.quality",
     "ptqcli.model.locate",
     "ptqcli.pipeline.report",
+    "ptqcli.comparing.words",
 )
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 
