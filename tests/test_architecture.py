@@ -95,8 +95,10 @@ ALLOWED = {
     "bench": ROOMS | {"runtime"},
     "pipeline": PLAN | {"finishing"},
     "trials": PLAN | {"recipe_file", "recipe_loading", "runtime", "evaluation", "pipeline"},
-    "api": PLAN | {"recipe_loading", "runtime", "evaluation", "finishing", "pipeline", "shipped"},
-    "cli": PLAN | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline", "trials"},
+    "comparing": ROOMS | {"runtime", "evaluation", "bench", "pipeline.report"},
+    "api": PLAN | {"recipe_loading", "runtime", "evaluation", "finishing", "pipeline", "shipped", "comparing"},
+    "cli": PLAN
+    | {"options", "quality", "recipe_loading", "finishing", "shipped", "runtime", "evaluation", "bench", "pipeline", "comparing", "trials"},
 }
 KERNEL_LIBRARIES = {"ptq_kernels", "torch", "triton"} | sys.stdlib_module_names
 # What a command may import before it is called: `ptq --help` and `ptq COMMAND --help` wait for all of it.
@@ -110,6 +112,7 @@ QUICK_MODULES = (
     "ptqcli.quality",
     "ptqcli.model.locate",
     "ptqcli.pipeline.report",
+    "ptqcli.comparing.words",
 )
 QUICK_LIBRARIES = {"click", "rich", "packaging", "yaml"} | sys.stdlib_module_names
 

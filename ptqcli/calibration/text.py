@@ -117,10 +117,14 @@ def evaluation_ids(source: str, tokenizer: PreTrainedTokenizerBase, data_dir: Pa
     The documents are joined with blank lines and tokenized at once, without special tokens, which windows have (``bos.py``).
     rows: as in ``documents``, whose errors are raised here, too.
     """
-    rows = rows or Rows(write_chat=chat_writer(tokenizer))
-    text = "\n\n".join(documents(source, "evaluation", data_dir, rows))
+    text = evaluation_text(source, data_dir, rows or Rows(write_chat=chat_writer(tokenizer)))
     # Not verbose: the text is longer than the model's context by intent, and the tokenizer would warn about it.
     return torch.tensor(read_tokens(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def evaluation_text(source: str, data_dir: Path | None, rows: Rows) -> str:
+    """The evaluation text of a source, its documents joined with blank lines. Raises what ``documents`` raises."""
+    return "\n\n".join(documents(source, "evaluation", data_dir, rows))
 
 
 def _unknown_source(source: str, names: list[str]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from ptqcli.errors import PTQError, UsageError
+from ptqcli.cli.output_file import check_file
+from ptqcli.errors import UsageError
 
 MODEL_FLAGS = {"batch": "--batch", "prompt": "--prompt", "new_tokens": "--new-tokens", "baseline": "--baseline or --no-baseline"}
 KERNEL_FLAGS = {"tokens": "--tokens", "peers": "--peers", "plot": "--plot", "shapes": "--shapes"}
@@ -61,15 +61,5 @@ def check_plot(file: Path, overwrite: bool, endings: Sequence[str] = (".png",)) 
     """Raise UsageError, or PTQError where matplotlib is missing, unless a picture of such an ending can be written to ``file``."""
     from ptqcli.bench.roofline import check_installed
 
-    if file.suffix.lower() not in endings:
-        forms = " and ".join(ending.removeprefix(".").upper() for ending in endings)
-        raise UsageError(f"--plot {file}: only {forms} is written; name a file that ends in {' or '.join(endings)}")
-    if file.is_dir():
-        raise UsageError(f"--plot {file}: is a folder; name a file in it")
-    if not file.parent.is_dir():
-        raise UsageError(f"--plot {file}: there is no folder {file.parent}; make it first")
-    if file.exists() and not overwrite:
-        raise UsageError(f"--plot {file}: already exists; give --overwrite to replace it")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PTQError(f"--plot {file}: cannot write there; name a file in a folder of yours")
+    check_file("--plot", file, overwrite, *endings)
     check_installed()

@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ptqcli.cli import completion, examples
+from ptqcli.cli.compare_flags import check_files, measuring_flags, refuse_for_encoders, settings_of
+from ptqcli.cli.compare_job import common_baseline, find_checkpoints
 from ptqcli.cli.console import Output
 from ptqcli.cli.evaluate_encoder import measure_folder
 from ptqcli.cli.evaluate_tasks import TaskFlags, task_options
 from ptqcli.cli.evaluate_text import measure_texts
 from ptqcli.cli.load import silence_transformers
-from ptqcli.cli.locate import find_checkpoint
-from ptqcli.cli.options import NamedPath, data_dir_option, device_option, json_option, kernel_option, open_device, quiet_option
+from ptqcli.cli.options import NamedPath, open_device
 from ptqcli.cli.report import baseline_of
 from ptqcli.errors import UsageError
-
-PUBLISHED_SEQLEN = 2048  # of ptqcli.evaluation.measure, whose import takes torch along; a test compares the two
 
 
 class AdapterPath(NamedPath):
@@ -31,39 +29,15 @@ class AdapterPath(NamedPath):
 
 @click.command(
     epilog=examples(
-        "ptq eval                        # the newest checkpoint here, on builtin text",
+        "ptq eval                        # the newest checkpoint here, on the texts that are here",
         "ptq eval small --ppl wikitext2 --ppl notes.txt",
         "ptq eval small --ppl c4 --baseline ~/models/Llama-3.2-1B --json",
         "ptq eval small --tasks questions.jsonl --tasks arc_easy",
         "ptq eval small --adapter        # with the adapter that --adapter-rank wrote",
+        "ptq eval small --ppl wikitext2 --tokens 20000 --html small.html",
     )
 )
-@click.argument("checkpoint", required=False, shell_complete=completion.checkpoint)
-@click.option(
-    "--ppl",
-    "texts",
-    multiple=True,
-    default=["builtin"],
-    show_default=True,
-    metavar="wikitext2|c4|builtin|PATH",
-    shell_complete=completion.texts("evaluation"),
-    help="Text to measure perplexity on, of a table FILE:COLUMN too; may be given several times.",
-)
-@click.option(
-    "--seqlen",
-    type=int,
-    metavar="N",
-    show_default=f"{PUBLISHED_SEQLEN}, or the model's positions if fewer",
-    help="Tokens in a window.",
-)
-@click.option("--stride", type=int, metavar="N", show_default="seqlen: no overlap", help="Tokens from one window to the next.")
-@click.option(
-    "--bos",
-    metavar="auto|yes|no",
-    default="auto",
-    show_default=True,
-    help="Whether windows begin with the beginning-of-sequence token; auto: if the tokenizer puts it in front of a text by itself.",
-)
+@click.argument("checkpoints", nargs=-1, metavar="[CHECKPOINT]...", shell_complete=completion.checkpoint)
 @click.option(
     "--adapter",
     type=AdapterPath(),
@@ -83,48 +57,42 @@ class AdapterPath(NamedPath):
 @task_options
 @click.option("--write-card", is_flag=True, help="Put the numbers into the model card of CHECKPOINT.")
 @click.option("--no-baseline", is_flag=True, help="Measure the checkpoint alone.")
-@data_dir_option
-@kernel_option
-@device_option
-@json_option
-@quiet_option
+@measuring_flags
 def command(
-    checkpoint: str | None,
-    texts: tuple[str, ...],
-    seqlen: int | None,
-    stride: int | None,
-    bos: str,
+    checkpoints: tuple[str, ...],
     adapter: Path | bool | None,
     baseline: str | None,
     asked: TaskFlags,
     write_card: bool,
     no_baseline: bool,
-    data_dir: Path | None,
-    kernel: str,
-    device: str,
-    as_json: bool,
-    quiet: bool,
+    **flags: Any,
 ) -> None:
     """Measure how good CHECKPOINT is, beside the original.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id; left out, it is the newest one here.
-    Its packed weights are used as they are. An encoder is measured on masked words, by the cosine of its embeddings with the original's,
-    and on labelled texts (--tasks).
+    Its packed weights are used as they are. Several are measured on the same tokens, as by `ptq compare`. An encoder is measured on masked
+    words, by the cosine of its embeddings with the original's, and on labelled texts (--tasks).
     """
-    output = Output(as_json=as_json, quiet=quiet)
+    output = Output(as_json=flags["as_json"], quiet=flags["quiet"])
     if baseline and no_baseline:
         raise click.UsageError("--baseline and --no-baseline exclude each other")
+    check_files(flags)
     silence_transformers()
-    place = open_device(device)
-    folder = find_checkpoint(checkpoint)
-    causal = _is_causal(folder, write_card, stride is not None or bos != "auto", asked)
-    reference = None if no_baseline else baseline_of(folder, baseline, output)
-    if not causal:
-        measure_folder(folder, reference, texts, [Path(name) for name in asked.names], seqlen, data_dir, place, kernel, adapter, output)
+    folders = find_checkpoints(checkpoints)
+    windows_chosen = flags["stride"] is not None or flags["bos"] != "auto"
+    causal = [_is_causal(folder, write_card, windows_chosen, asked) for folder in folders.values()]
+    if all(causal):
+        settings = settings_of(flags, asked, adapter or False)
+        reference = None if no_baseline else common_baseline(folders, baseline, output)
+        measure_texts(folders, reference, settings, flags, asked, write_card, output)
         return
-    if asked.names and click.get_current_context().get_parameter_source("texts") is ParameterSource.DEFAULT:
-        texts = ()
-    measure_texts(folder, reference, texts, asked, seqlen, stride, bos, data_dir, place, kernel, adapter, write_card, output)
+    if len(folders) > 1:
+        raise UsageError("an encoder is measured by itself; name one checkpoint")
+    [folder] = folders.values()
+    refuse_for_encoders(flags)
+    reference = None if no_baseline else baseline_of(folder, baseline, output)
+    texts, tasks, place = flags["texts"] or ("builtin",), [Path(name) for name in asked.names], open_device(flags["device"])
+    measure_folder(folder, reference, texts, tasks, flags["seqlen"], flags["data_dir"], place, flags["kernel"], adapter, output)
 
 
 def _is_causal(folder: Path, write_card: bool, windows_chosen: bool, asked: TaskFlags) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,13 @@ import click
 from ptqcli.cli import completion
 from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.options import NamedPath
-from ptqcli.cli.progress import Tracker, track
 from ptqcli.errors import PTQError, UsageError
 
 if TYPE_CHECKING:
-    from ptqcli.evaluation.answers import Flips, TaskResult
+    from ptqcli.comparing.run import Ask, Step
+    from ptqcli.evaluation.answers import TaskResult
     from ptqcli.evaluation.tasks import Task
 
-SECONDS_BETWEEN_LINES = 15.0
 USUAL_NEW_TOKENS = 32  # of ptqcli.evaluation.task_files, whose import takes torch along; a test compares the two
 
 OPTIONS = (
@@ -94,57 +93,25 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
-def ask_tasks(tasks: Iterable[Task], flags: TaskFlags, model: Any, baseline: Any, tokenizer: Any, output: Output) -> list[dict[str, Any]]:
-    """Ask, show a table, write the answers, and give them back as values for JSON. baseline: None for none."""
-    with track("request", output.quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        asked = [pair for task in tasks for pair in _ask(task, model, baseline, tokenizer, tracker)]
-    if flags.answers is not None:
-        _write(asked, flags.answers)
-    _show(asked, output)
-    if flags.answers is not None:
-        output.say(f"answers     {path_text(flags.answers)}")
-    return [_as_json(*pair) for pair in asked]
+def asker(tasks: Sequence[Task]) -> Ask | None:
+    """What puts ``tasks`` to a model, None for none."""
+
+    def ask(model: Any, tokenizer: Any, step: Step) -> dict[str, TaskResult]:
+        asked = (task.ask(model, tokenizer, lambda done, total, name=task.name: step(done, total, name)) for task in tasks)  # type: ignore[misc]
+        return {result.task: result for results in asked for result in results}
+
+    return ask if tasks else None
 
 
-def _ask(task: Task, model: Any, baseline: Any, tokenizer: Any, tracker: Tracker) -> Iterable[tuple[TaskResult, TaskResult | None]]:
-    def step(done: int, total: int) -> None:
-        tracker.step(done, total, task.name)
-
-    tracker.say(f"asking {task.name}")
-    results = task.ask(model, tokenizer, step)
-    if baseline is None:
-        return [(result, None) for result in results]
-    tracker.say(f"asking the original {task.name}")
-    return zip(results, task.ask(baseline, tokenizer, step), strict=True)
+def write_answers(checkpoints: Sequence[Mapping[str, Any]], file: Path, output: Output) -> None:
+    """Every answer to every question as JSON lines. checkpoints: as ``comparing.results`` has them."""
+    names = [{"checkpoint": each["name"]} if len(checkpoints) > 1 else {} for each in checkpoints]
+    pairs = ((named, task) for named, each in zip(names, checkpoints, strict=True) for task in each["tasks"])
+    _write(({**named, "task": task["task"], **row} for named, task in pairs for row in task["answers"]), file)
+    output.say(f"answers     {path_text(file)}")
 
 
-def _flips(result: TaskResult, original: TaskResult | None) -> Flips | None:
-    from ptqcli.evaluation.answers import flips
-
-    return None if original is None else flips(result, original)
-
-
-def _as_json(result: TaskResult, original: TaskResult | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"task": result.task, "kind": result.kind, "questions": len(result.right)}
-    found["scores"] = {name: asdict(score) for name, score in result.scores.items()}
-    if original is not None:
-        found["baseline_scores"] = {name: asdict(score) for name, score in original.scores.items()}
-    if (flips := _flips(result, original)) is not None:
-        found["flips"] = asdict(flips)
-    found["answers"] = list(_answers(result, original))
-    return found
-
-
-def _answers(result: TaskResult, original: TaskResult | None) -> Iterable[dict[str, Any]]:
-    for number, (answer, expected, right) in enumerate(zip(result.answers, result.expected, result.right, strict=True)):
-        row: dict[str, Any] = {"question": number, "expected": expected, "answer": answer, "right": right}
-        if original is not None:
-            row |= {"baseline_answer": original.answers[number], "baseline_right": original.right[number]}
-        yield row
-
-
-def _write(asked: Sequence[tuple[TaskResult, TaskResult | None]], file: Path) -> None:
-    rows = ({"task": result.task, **row} for result, original in asked for row in _answers(result, original))
+def _write(rows: Iterable[Mapping[str, Any]], file: Path) -> None:
     try:
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(f"{json.dumps(row)}\n" for row in rows)
@@ -152,11 +119,12 @@ def _write(asked: Sequence[tuple[TaskResult, TaskResult | None]], file: Path) ->
         raise PTQError(f"--answers {file}: cannot be written: {error.strerror}") from error
 
 
-def _show(asked: Sequence[tuple[TaskResult, TaskResult | None]], output: Output) -> None:
-    beside = any(original is not None for _, original in asked)
+def show_tasks(tasks: Sequence[Mapping[str, Any]], output: Output) -> None:
+    """The scores of one checkpoint, and what flipped. tasks: as ``evaluation.answers.answered`` has them."""
+    beside = any("baseline_scores" in task for task in tasks)
     columns = ("task", "questions", "score", *(("original",) if beside else ()), "checkpoint")
-    output.table("Answers, with standard errors", columns, (row for pair in asked for row in _score_rows(*pair)))
-    flipped = [(result.task, flips) for result, original in asked if (flips := _flips(result, original)) is not None]
+    output.table("Answers, with standard errors", columns, (row for task in tasks for row in _score_rows(task)))
+    flipped = [(task["task"], task["flips"]) for task in tasks if "flips" in task]
     if flipped:
         output.table(
             "Beside the original, on the same questions",
@@ -165,11 +133,12 @@ def _show(asked: Sequence[tuple[TaskResult, TaskResult | None]], output: Output)
         )
 
 
-def _score_rows(result: TaskResult, original: TaskResult | None) -> Iterable[list[str]]:
-    for name, score in result.scores.items():
-        count = f"{len(result.right):,}" if result.right else ""
-        before = [] if original is None else [_score_text(asdict(original.scores[name]))] if name in original.scores else [""]
-        yield [result.task, count, name, *before, _score_text(asdict(score))]
+def _score_rows(task: Mapping[str, Any]) -> Iterable[list[str]]:
+    baseline = task.get("baseline_scores")
+    for name, score in task["scores"].items():
+        count = f"{task['questions']:,}" if task["questions"] else ""
+        before = [] if baseline is None else [_score_text(baseline[name])] if name in baseline else [""]
+        yield [task["task"], count, name, *before, _score_text(score)]
 
 
 def _score_text(score: Mapping[str, Any]) -> str:
@@ -177,6 +146,13 @@ def _score_text(score: Mapping[str, Any]) -> str:
     return f"{score['value']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _flip_row(name: str, flips: Flips) -> list[str]:
-    error = f" ± {flips.standard_error:.4f}" if flips.standard_error is not None else ""
-    return [name, str(flips.lost), str(flips.won), str(flips.changed), f"{flips.difference:+.4f}{error}", f"{flips.p_value:.3g}"]
+def _flip_row(name: str, flips: Mapping[str, Any]) -> list[str]:
+    error = f" ± {flips['standard_error']:.4f}" if flips["standard_error"] is not None else ""
+    return [
+        name,
+        str(flips["lost"]),
+        str(flips["won"]),
+        str(flips["changed"]),
+        f"{flips['difference']:+.4f}{error}",
+        f"{flips['p_value']:.3g}",
+    ]

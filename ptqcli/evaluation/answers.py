@@ -12,8 +12,9 @@ tail of min(b, c) among b + c, at most 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,24 @@ def mcnemar(lost: int, won: int) -> float:
         term = term * (both - successes) // (successes + 1)
         tail += term
     return min(1.0, (2 * tail) / (1 << both))
+
+
+def answered(result: TaskResult, baseline: TaskResult | None = None) -> dict[str, Any]:
+    """One model on one task, beside its baseline if there is one, as plain values: scores, flips, and every answer."""
+    found: dict[str, Any] = {"task": result.task, "kind": result.kind, "questions": len(result.right)}
+    found["scores"] = {name: asdict(score) for name, score in result.scores.items()}
+    if baseline is not None:
+        found["baseline_scores"] = {name: asdict(score) for name, score in baseline.scores.items()}
+        counted = flips(result, baseline)
+        if counted is not None:
+            found["flips"] = asdict(counted)
+    found["answers"] = list(_answers(result, baseline))
+    return found
+
+
+def _answers(result: TaskResult, baseline: TaskResult | None) -> Iterator[dict[str, Any]]:
+    for number, (answer, expected, right) in enumerate(zip(result.answers, result.expected, result.right, strict=True)):
+        row: dict[str, Any] = {"question": number, "expected": expected, "answer": answer, "right": right}
+        if baseline is not None:
+            row |= {"baseline_answer": baseline.answers[number], "baseline_right": baseline.right[number]}
+        yield row
