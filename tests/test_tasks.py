@@ -112,10 +112,10 @@ def test_a_context_that_is_too_long_loses_its_left_end(model: Any, tokenizer: An
 def test_the_likeliest_choice_is_the_answer(model: Any, tokenizer: Any) -> None:
     """acc by the sum, acc_norm by the sum for each character."""
     source = numpy.random.default_rng(0)
-    words = ["yes", "no", "perhaps it is", "a much longer choice than that", "é"]
-    questions = [choice("".join(source.choice(list("abc "), 8)), words, int(source.integers(5))) for _ in range(20)]
+    words = ["yes", "no", "perhaps it is", "ééééé and ééééé and ééééé", "éééé"]
+    questions = [choice("".join(source.choice(list("abc "), 8)), words, int(source.choice([0, 1, 2, 3, 4, 4, 4, 4]))) for _ in range(20)]
     found = answer_choices("t", questions, model, tokenizer)
-    plain, normed = [], []
+    plain, normed, of_bytes = [], [], []
     for question in questions:
         sums = [
             by_single_tokens(model, *pair)
@@ -123,11 +123,13 @@ def test_the_likeliest_choice_is_the_answer(model: Any, tokenizer: Any) -> None:
         ]
         plain.append(max(range(5), key=lambda index: sums[index]))
         normed.append(max(range(5), key=lambda index: sums[index] / len(words[index])))
+        of_bytes.append(max(range(5), key=lambda index: sums[index] / len(words[index].encode())))
     assert found.answers == [words[index] for index in plain]
     assert found.right == [index == question.right for index, question in zip(plain, questions, strict=True)]
     assert found.accuracy == found.scores["acc"].value == sum(found.right) / 20
     right_normed = [index == question.right for index, question in zip(normed, questions, strict=True)]
     assert found.scores["acc_norm"].value == sum(right_normed) / 20
+    assert sum(right_normed) != sum(index == question.right for index, question in zip(of_bytes, questions, strict=True))
     assert normed != plain
 
 
@@ -164,9 +166,10 @@ def test_what_does_not_count_in_an_answer() -> None:
 
 
 def test_a_prompt_leaves_room_for_the_answer(model: Any, tokenizer: Any) -> None:
-    prompt = "x" * 200 + "abc"
-    [long] = [OpenQuestion(prompt=prompt, expected=["x"], most_tokens=8, where="here")]
-    assert greedy_answers(model, tokenizer, [long]) == [written(model, tokenizer, prompt[-(tiny.POSITIONS - 8) :], 8)]
+    prompts = ["".join(numpy.random.default_rng(seed).choice(list("abcdefg"), 200)) for seed in range(6)]
+    questions = [OpenQuestion(prompt=prompt, expected=["x"], most_tokens=8, where="here") for prompt in prompts]
+    whole, cut = ([written(model, tokenizer, prompt[-room:], 8) for prompt in prompts] for room in (tiny.POSITIONS, tiny.POSITIONS - 8))
+    assert greedy_answers(model, tokenizer, questions) == cut != whole
     with pytest.raises(PTQError, match="here: an answer may have 128 tokens and the model 128 positions; allow fewer"):
         greedy_answers(model, tokenizer, [OpenQuestion(prompt="a", expected=["x"], most_tokens=128, where="here")])
 

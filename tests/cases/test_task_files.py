@@ -37,9 +37,11 @@ def test_a_task_without_code_is_taken_with_its_data(tmp_path: Path) -> None:
 
 
 def test_included_files_are_read_here_too(tmp_path: Path) -> None:
-    written(tmp_path, "base.yaml", task=...)
-    (tmp_path / "task.yaml").write_text("include: base.yaml\ntask: other\n", encoding="utf-8")
-    assert [config["task"] for config in task_configs(tmp_path)] == ["other"]
+    written(tmp_path, "base.yaml", task=..., description="base")
+    (tmp_path / "task.yaml").write_text("include: base.yaml\ntask: other\ndescription: own\n", encoding="utf-8")
+    assert [(config["task"], config["description"], config["doc_to_choice"]) for config in task_configs(tmp_path)] == [
+        ("other", "own", "choices")
+    ]
     (tmp_path / "base.yaml").write_text("include: base.yaml\n", encoding="utf-8")
     with pytest.raises(PTQError, match="is it a circle"):
         task_configs(tmp_path / "task.yaml")
