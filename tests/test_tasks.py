@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from commandline import Ptq, one_line
 from questions import next_lines, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ptqcli
 from ptqcli.cli import evaluate_tasks
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation import exact_match, task_files
 from ptqcli.evaluation.answers import TaskResult, flips, mcnemar, share
 from ptqcli.evaluation.choices import ChoiceQuestion, answer_choices, encode_pairs, log_likelihoods
 from ptqcli.evaluation.exact_match import OpenQuestion, answer_openly, comparable, greedy_answers
+from ptqcli.evaluation.harness_files import task_configs
 from ptqcli.evaluation.task_files import read_questions
 from ptqcli.evaluation.tasks import TaskOptions, read_tasks
 
-DEMO = Path(ptqcli.__file__).parent / "demo"
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "ptqcli" / "demo"
 CHAT = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 
 
@@ -305,6 +307,19 @@ def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         read(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
         read_questions(tmp_path / "nowhere.jsonl")
+
+
+def test_the_examples_of_the_docs_are_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    choices, open_ones = re.findall(r"^```json\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "choices.jsonl").write_text(choices, encoding="utf-8")
+    (tmp_path / "open.jsonl").write_text(open_ones, encoding="utf-8")
+    assert [question.choices[question.right] for question in read_questions(tmp_path / "choices.jsonl")] == ["honey", "Paris", "Mars"]  # type: ignore[union-attr]
+    assert [question.expected[0] for question in read_questions(tmp_path / "open.jsonl")] == ["Paris", "8"]  # type: ignore[union-attr]
+    [task] = re.findall(r"^```yaml\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "task.yaml").write_text(task, encoding="utf-8")
+    write_rows([{"question": "Q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}], tmp_path / "arc200.jsonl")
+    assert [config["task"] for config in task_configs(tmp_path / "task.yaml")] == ["my_task"]
 
 
 # The command
