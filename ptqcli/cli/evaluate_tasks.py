@@ -148,11 +148,5 @@ def _score_text(score: Mapping[str, Any]) -> str:
 
 def _flip_row(name: str, flips: Mapping[str, Any]) -> list[str]:
     error = f" ± {flips['standard_error']:.4f}" if flips["standard_error"] is not None else ""
-    return [
-        name,
-        str(flips["lost"]),
-        str(flips["won"]),
-        str(flips["changed"]),
-        f"{flips['difference']:+.4f}{error}",
-        f"{flips['p_value']:.3g}",
-    ]
+    counts = [str(flips[key]) for key in ("lost", "won", "changed")]
+    return [name, *counts, f"{flips['difference']:+.4f}{error}", f"{flips['p_value']:.3g}"]

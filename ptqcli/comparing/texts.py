@@ -73,6 +73,8 @@ def reads_otherwise(folder: Path, tokenizer: Any, texts: Iterable[Text]) -> bool
     except PTQError:  # it needs none
         return False
     beginnings = [str(tokenizer.decode(text.ids[:COMPARED_TOKENS])) for text in texts]
+    if not beginnings:
+        return False
     own, its = (read_tokens(each, beginnings, add_special_tokens=False, verbose=False)["input_ids"] for each in (tokenizer, other))
     return bool(own != its)
 
