@@ -29,7 +29,7 @@ from ptqcli.trials.mixtures import Group
 from ptqcli.trials.space import USUAL, Candidate, Point, read_space
 from ptqcli.trials.traces import traces
 from ptqcli.trials.trial import USUAL_TOKENS, Examination, Trial
-from ptqcli.trials.tune import MOST_TRIALS, Request, TrialProgress, tune
+from ptqcli.trials.tune import MOST_TRIALS, NoTrialProgress, Request, tune
 from ptqcli.trials.workshop import RECORD, Workshop
 
 
@@ -401,7 +401,7 @@ def test_a_goal_that_cannot_be_kept_ends_with_the_nearest(room: Path, tmp_path: 
     assert json.loads((tmp_path / "out" / "ptq_report.json").read_text())["recipe"]["wbits"] == 4
 
 
-class Ending(TrialProgress):
+class Ending(NoTrialProgress):
     """Ends a search as Ctrl-C does, at a moment."""
 
     def __init__(self, trial: int, moment: str) -> None:

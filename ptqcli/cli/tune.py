@@ -177,6 +177,49 @@ def _losses(trial: Trial) -> str:
 @quiet_option
 def command(
     model: str | None,
+    output: Path | None,
+    overwrite: bool,
+    restart: bool,
+    allow_requantize: bool,
+    device: str,
+    dtype: str,
+    batch_size: int | None,
+    memory: int | None,
+    activation_budget: float | None,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    """Find the smallest checkpoint of MODEL that keeps a goal.
+
+    Recipes are tried one after the other: quantized, and measured beside the original. What all of them have is said with the flags of
+    `ptq quantize`, what is tried with --space. The best checkpoint gets the output's name; where none keeps the goal that is the one that
+    is nearest to it, and the exit code is 1. A search that was ended goes on with the same command.
+    """
+    from ptqcli.trials.tune import tune
+
+    words, data_dir = Output(as_json=as_json, quiet=quiet), flags["data_dir"]
+    request = _request(**flags)
+    resources = resources_of(device, dtype, batch_size, activation_budget, memory)
+    folder = find_model(model)
+    silence_transformers()
+    target = output.expanduser() if output else Path(f"{folder.resolve().name.removesuffix('.gguf')}{SUFFIX}")
+    words.facts(_plan_rows(folder, target, request))
+    how: dict[str, Any] = {"allow_requantize": allow_requantize, "overwrite": overwrite, "restart": restart, "data_dir": data_dir}
+    with track("trial", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
+        found = tune(folder, target, request, resources=resources, progress=_Progress(folder, words, tracker), **how)
+    click.get_current_context().obj.result_kept = not as_json
+    _show(found, words)
+    words.result(found.to_json())
+    if not found.holds:
+        raise PTQError(
+            f"none of {len(found.trials)} trials keeps the goal ({found.goal}); the nearest is in {path_text(target)}: {found.best.words}, "
+            f"{found.best.distance:.3g} times what is allowed; allow more, or other recipes (--space)"
+        )
+
+
+def _request(
+    *,
     max_rise: str | None,
     max_kl: float | None,
     tasks: tuple[str, ...],
@@ -189,36 +232,21 @@ def command(
     tokens: int,
     eval_seqlen: int | None,
     recipe: str | None,
-    output: Path | None,
-    overwrite: bool,
-    restart: bool,
-    allow_requantize: bool,
     data_dir: Path | None,
-    device: str,
-    dtype: str,
-    batch_size: int | None,
-    memory: int | None,
-    activation_budget: float | None,
     kernel: str,
-    as_json: bool,
-    quiet: bool,
     **flags: Any,
-) -> None:
-    """Find the smallest checkpoint of MODEL that keeps a goal.
-
-    Recipes are tried one after the other: quantized, and measured beside the original. What all of them have is said with the flags of
-    `ptq quantize`, what is tried with --space. The best checkpoint gets the output's name; where none keeps the goal that is the one that
-    is nearest to it, and the exit code is 1. A search that was ended goes on with the same command.
-    """
+) -> Request:
+    """What the flags ask for. Raises UsageError for what cannot work."""
     from ptqcli.shipped import find_recipe
     from ptqcli.trials.goal import Goal, read_share, read_tasks
     from ptqcli.trials.space import read_space
     from ptqcli.trials.trial import Examination
-    from ptqcli.trials.tune import Request, tune
+    from ptqcli.trials.tune import Request
 
-    words = Output(as_json=as_json, quiet=quiet)
     given = {name: value for name, value in given_flags(flags).items() if value != {}}
-    request = Request(
+    bos = given.get("bos", "auto")
+    named = tuple(dict.fromkeys(texts))
+    return Request(
         goal=Goal(max_rise=None if max_rise is None else read_share(max_rise, "--max-rise"), max_kl=max_kl, tasks=read_tasks(tasks)),
         points=read_space(space, given),
         start=None if recipe is None else find_recipe(recipe),
@@ -228,40 +256,8 @@ def command(
         seconds=max_time,
         seed=given.get("seed", 0),
         keep=keep_trials,
-        examination=Examination(
-            texts=tuple(dict.fromkeys(texts)),
-            seqlen=eval_seqlen,
-            tokens=tokens,
-            bos=given.get("bos", "auto"),
-            data_dir=data_dir,
-            kernel=kernel,
-        ),
+        examination=Examination(texts=named, seqlen=eval_seqlen, tokens=tokens, bos=bos, data_dir=data_dir, kernel=kernel),
     )
-    resources = resources_of(device, dtype, batch_size, activation_budget, memory)
-    folder = find_model(model)
-    silence_transformers()
-    target = output.expanduser() if output else Path(f"{folder.resolve().name.removesuffix('.gguf')}{SUFFIX}")
-    words.facts(_plan_rows(folder, target, request))
-    with track("trial", quiet, pause=SECONDS_BETWEEN_LINES) as tracker:
-        found = tune(
-            folder,
-            target,
-            request,
-            allow_requantize=allow_requantize,
-            overwrite=overwrite,
-            restart=restart,
-            resources=resources,
-            data_dir=data_dir,
-            progress=_Progress(folder, words, tracker),  # type: ignore[arg-type]
-        )
-    click.get_current_context().obj.result_kept = not as_json
-    _show(found, words)
-    words.result(found.to_json())
-    if not found.holds:
-        raise PTQError(
-            f"none of {len(found.trials)} trials keeps the goal ({found.goal}); the nearest is in {path_text(target)}: {found.best.words}, "
-            f"{found.best.distance:.3g} times what is allowed; allow more, or other recipes (--space)"
-        )
 
 
 def _plan_rows(model: Path, target: Path, request: Request) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,8 @@ def conditions_text(found: Mapping[str, Any]) -> str:
     kernels = ", ".join(dict.fromkeys(f"{name} x {count}" for each in found["checkpoints"] for name, count in each["kernels"].items()))
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     windows = f"windows of {conditions['seqlen']} tokens, {conditions['stride']} from one to the next, {begun}; "
-    return f"{windows if conditions['seqlen'] else ''}{dtypes} on {conditions['device']}, kernel {conditions['kernel']}{f' ({kernels})' if kernels else ''}; {versions}"
+    kernel = f"kernel {conditions['kernel']}{f' ({kernels})' if kernels else ''}"
+    return f"{windows if conditions['seqlen'] else ''}{dtypes} on {conditions['device']}, {kernel}; {versions}"
 
 
 def overlap_lines(found: Mapping[str, Any], least: float = 0.01) -> Iterator[str]:

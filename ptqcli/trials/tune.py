@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.output import check_output
 from ptqcli.pipeline.pipeline import quantize
 from ptqcli.pipeline.prepare import plan_run
-from ptqcli.pipeline.progress import NoProgress
+from ptqcli.pipeline.progress import NoProgress, Progress
 from ptqcli.plan import Plan
 from ptqcli.recipe import Recipe
 from ptqcli.recipe_loading import load_recipe
@@ -89,8 +89,8 @@ class Tuned:
         return {**asdict(self), "holds": self.holds}
 
 
-class TrialProgress(NoProgress):
-    """What a search tells: as every run, and of trials."""
+class TrialProgress(Progress, Protocol):
+    """Who wants to know how far a search is: of each run in it, and of trials."""
 
     def trial_begun(self, number: int, most: int, words: str) -> None:
         """Trial ``number``, from 1 on, of at most so many begins."""
@@ -100,6 +100,19 @@ class TrialProgress(NoProgress):
 
     def trial_done(self, number: int, trial: Trial, known: bool) -> None:
         """What came out; known: an earlier run of the search had done it."""
+
+
+class NoTrialProgress(NoProgress):
+    """One that ignores everything."""
+
+    def trial_begun(self, number: int, most: int, words: str) -> None:
+        pass
+
+    def measuring(self, text: str, done: int, total: int) -> None:
+        pass
+
+    def trial_done(self, number: int, trial: Trial, known: bool) -> None:
+        pass
 
 
 def tune(
@@ -120,7 +133,7 @@ def tune(
     Raises UsageError for a request that cannot work and PTQError for work that failed; ``output`` is then as it was, and the trials are
     kept beside it.
     """
-    progress, resources = progress or TrialProgress(), resources or Resources()
+    progress, resources = progress or NoTrialProgress(), resources or Resources()
     with closing(Workshop(output, _asked(model, request, resources, data_dir), restart)) as workshop:
         if workshop.record.placed is None or workshop.record.placed != workshop.identity_of_output():
             check_output(output, model, overwrite)
