@@ -39,6 +39,7 @@ class Gradient(Method):
 
     name: ClassVar[str] = "gradient"
     unit: ClassVar[str] = "nats a token"
+    at_once: ClassVar[bool] = True
 
     def needed_bytes(self, work: Work) -> int:
         """The model, a number in float32 for each weight on trial, the gradient of one, and what one window leaves for going back."""

@@ -94,13 +94,14 @@ class Work:
 class Method:
     """A way to measure. name: as it is asked for. unit: of its losses. whole: whether the whole model is in memory.
 
-    causal: whether it needs a model that gives the next word.
+    causal: whether it needs a model that gives the next word. at_once: whether all losses are found together, at the end.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
     whole: ClassVar[bool] = True
     causal: ClassVar[bool] = True
+    at_once: ClassVar[bool] = False
 
     @abstractmethod
     def needed_bytes(self, work: Work) -> int:

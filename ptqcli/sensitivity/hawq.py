@@ -33,6 +33,7 @@ class HAWQ(Method):
 
     name: ClassVar[str] = "hawq"
     unit: ClassVar[str] = "mean trace times squared error"
+    at_once: ClassVar[bool] = True
 
     def needed_bytes(self, work: Work) -> int:
         """The model, gradients, signs and products with the Hessian of all weights, and what a window leaves for going back twice."""

@@ -42,16 +42,14 @@ def measured(method: Method, work: Work, journal: Journal) -> tuple[list[Losses]
     counts = [len(group.options) for group in work.groups]
     found = journal.losses(method.name, counts)
     before, start = journal.seconds(method.name), time.perf_counter()
-    if len(found) < len(counts):
-        at_once = method.name in ("gradient", "hawq")
-        for number, losses in method.losses(work, set(found)):
-            _check(method, work, number, losses)
-            found[number] = losses
-            if not at_once:
-                journal.note(method.name, found, before + time.perf_counter() - start)
-    seconds = before + time.perf_counter() - start
-    journal.note(method.name, found, seconds)
-    return [found[number] for number in range(len(counts))], seconds
+    for number, losses in method.losses(work, set(found)) if len(found) < len(counts) else ():
+        _check(method, work, number, losses)
+        found[number] = losses
+        if not method.at_once:
+            journal.note(method.name, found, before + time.perf_counter() - start)
+    if len(journal.losses(method.name, counts)) < len(counts):
+        journal.note(method.name, found, before + time.perf_counter() - start)
+    return [found[number] for number in range(len(counts))], journal.seconds(method.name)
 
 
 def _check(method: Method, work: Work, number: int, losses: Losses) -> None:

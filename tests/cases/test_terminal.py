@@ -18,6 +18,10 @@ from ptqcli.cli import COMMANDS
 # command -> a line of it, and what it shows at every width, blanks left out
 LINES = {
     "quantize": ("quantize model --algo rtn --group-size 32 --output new --overwrite", "writtennew"),
+    "sensitivity": (
+        "sensitivity model --candidates w2g32,w4g32 --sensitivity output --calib text.txt --nsamples 2 --seqlen 16",
+        "Lossesbyoutput,relativesquarederror",
+    ),
     "eval": ("eval done --ppl text.txt --seqlen 64 --no-baseline", "checkpointdone"),
     "bench": ("bench --shapes 128x32 --tokens 1 --seconds 0.0001", "w4a16-g128:mediantimeofacall"),
     "tune": (
