@@ -18,6 +18,8 @@ LINES = {
     "quantize model --algo rtn --group-size 32 --output new": {"recipe", "layers", "output"},
     "quantize model --group-size 32 --dry-run": {"recipe", "linears", "memory_bytes"},
     "eval done --ppl text.txt --seqlen 64": {"checkpoint", "results"},
+    "eval done --ppl text.txt --seqlen 64 --tokens 128": {"checkpoint", "conditions", "calibration_overlap"},
+    "compare done --ppl text.txt --seqlen 64": {"baseline", "conditions", "checkpoints", "pairs", "fronts", "failures"},
     "bench --shapes 128x32 --tokens 1 --seconds 0.0001": {"kernels", "machine"},
     "tune-scales done --calib text.txt --nsamples 4 --seqlen 16 --steps 1 --output tuned": {"output", "tuning"},
     "convert done --to gptq --requantize w4a16-g32 --output converted": {"output", "relative_error"},

@@ -19,6 +19,7 @@ from ptqcli.cli import COMMANDS
 LINES = {
     "quantize": ("quantize model --algo rtn --group-size 32 --output new --overwrite", "writtennew"),
     "eval": ("eval done --ppl text.txt --seqlen 64 --no-baseline", "checkpointdone"),
+    "compare": ("compare done --ppl text.txt --seqlen 64", "model(baseline)"),
     "bench": ("bench --shapes 128x32 --tokens 1 --seconds 0.0001", "w4a16-g128:mediantimeofacall"),
     "tune-scales": (
         "tune-scales done --model model --calib text.txt --nsamples 2 --seqlen 16 --steps 1 --output tuned --overwrite",
