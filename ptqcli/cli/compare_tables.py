@@ -50,7 +50,7 @@ def _show_text(index: int, text: str, found: Mapping[str, Any], output: Output) 
         output.table(f"{text}: KL over the tokens, and agreement", KL_COLUMNS, (kl_row(each["name"], result) for each, result in results))
     nearest = [pair for pair in found["pairs"] if pair["text"] == text and _are_neighbours(pair, checkpoints)]
     if nearest:
-        columns = ("one, other", "loss of the other, more by", "KL of the other, more by")
+        columns = ("one, other", "loss of the other, more by", *(["KL of the other, more by"] if beside else []))
         output.table(f"{text}: token by token, neighbours in size", columns, map(_pair_row, nearest))
 
 
@@ -83,12 +83,9 @@ def kl_row(name: str, result: Mapping[str, Any]) -> list[str]:
 
 
 def _pair_row(pair: Mapping[str, Any]) -> list[str]:
-    kl = pair["kl_difference"]
-    return [
-        f"{pair['one']}, {pair['other']}",
-        with_error(pair["loss_difference"], pair["loss_difference_error"], sign=True),
-        "" if kl is None else with_error(kl, pair["kl_difference_error"], sign=True),
-    ]
+    kinds = [kind for kind in ("loss", "kl") if pair[f"{kind}_difference"] is not None]
+    numbers = (with_error(pair[f"{kind}_difference"], pair[f"{kind}_difference_error"], sign=True) for kind in kinds)
+    return [f"{pair['one']}, {pair['other']}", *numbers]
 
 
 def _speed_row(checkpoint: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ found is always what ``Compared.to_json`` gives. A checkpoint has its colour and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -182,6 +183,6 @@ def error_map(checkpoint: Mapping[str, Any]) -> str | None:
     for column, block in enumerate(blocks):
         if column % step == 0:
             parts.append(element("text", str(block), class_="tick", x=side + column * CELL + 8, y=LINE, text_anchor="middle"))
-    width, height = side + len(blocks) * CELL + 8, len(kinds) * CELL + LINE + 10
+    width, height = float(math.ceil(side + len(blocks) * CELL + 8)), float(math.ceil(len(kinds) * CELL + LINE + 10))
     description = f"{len(kinds)} kinds of linears in {len(blocks)} blocks; the largest error is {worst:.4g}"
     return picture(parts, f"Errors of {checkpoint['name']}", description, width, height, fixed=True)

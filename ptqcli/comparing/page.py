@@ -96,7 +96,7 @@ def _quality_table(text: str, results: Sequence[tuple[Mapping[str, Any], Mapping
     first, baseline, rows = results[0][1], found["baseline"], []
     beside = "mean_kl" in first
     if beside:
-        columns += ["rise", "mean KL, nats", "median KL", "99 % KL", "largest KL", "same top-1", "shared top-5", "on the front"]
+        columns += ["rise", "mean KL, nats", "median KL", "99 % KL", "largest KL", "same top-1", "shared top-5", "front"]
     if baseline is not None:
         original = with_error(first["baseline_perplexity"], first.get("baseline_perplexity_error"))
         rows.append([f"{baseline['name']} (baseline)", size_text(baseline["bytes"]), "", original, *[""] * (len(columns) - 4)])
@@ -115,15 +115,16 @@ def _kl_cells(result: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs_table(text: str, pairs: Sequence[Mapping[str, Any]]) -> str:
+    beside = all(pair["kl_difference"] is not None for pair in pairs)
+    kinds = {"loss": "log loss, nats", "kl": "mean KL, nats"} if beside else {"loss": "log loss, nats"}
     rows = [
         [
             f"{pair['other']} less {pair['one']}",
-            with_error(pair["loss_difference"], pair["loss_difference_error"], sign=True),
-            "" if pair["kl_difference"] is None else with_error(pair["kl_difference"], pair["kl_difference_error"], sign=True),
+            *(with_error(pair[f"{kind}_difference"], pair[f"{kind}_difference_error"], sign=True) for kind in kinds),
         ]
         for pair in pairs
     ]
-    inner = table(f"Differences on {text}, token by token", ("pair", "log loss, nats", "mean KL, nats"), rows)
+    inner = table(f"Differences on {text}, token by token", ("pair", *kinds.values()), rows)
     return element("details", element("summary", text_of(f"Every two checkpoints on {text}")) + inner)
 
 
@@ -133,7 +134,7 @@ def _layers(found: Mapping[str, Any]) -> Iterator[str]:
     if chart is None:
         return
     yield element("h2", "Error by layer and block")
-    kinds = ", ".join(dict.fromkeys(each["error_kind"] for each in found["checkpoints"] if each["layers"]))
+    kinds = " or ".join(dict.fromkeys(each["error_kind"] for each in found["checkpoints"] if each["layers"]))
     note = f"Relative error of each linear when it was quantized, of its {kinds}; errors of weights and of outputs do not compare."
     yield element("div", _figure("Mean over the linears of a block", chart, note), class_="charts")
     for each in found["checkpoints"]:

@@ -19,6 +19,8 @@ LINES = {
     "quantize model --group-size 32 --dry-run": {"recipe", "linears", "memory_bytes"},
     "sensitivity model --candidates w2g32,w4g32 --calib text.txt --nsamples 2 --seqlen 16": {"groups", "candidates", "seconds"},
     "eval done --ppl text.txt --seqlen 64": {"checkpoint", "results"},
+    "eval done --ppl text.txt --seqlen 64 --tokens 128": {"checkpoint", "conditions", "calibration_overlap"},
+    "compare done --ppl text.txt --seqlen 64": {"baseline", "conditions", "checkpoints", "pairs", "fronts", "failures"},
     "bench --shapes 128x32 --tokens 1 --seconds 0.0001": {"kernels", "machine"},
     "tune model --max-kl 9 --algo rtn --group-size 32 --ppl text.txt --tokens 64 --max-trials 1 --output goal": {"best", "trials", "holds"},
     "tune-scales done --calib text.txt --nsamples 4 --seqlen 16 --steps 1 --output tuned": {"output", "tuning"},

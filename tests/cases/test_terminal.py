@@ -23,6 +23,7 @@ LINES = {
         "Lossesbyoutput,relativesquarederror",
     ),
     "eval": ("eval done --ppl text.txt --seqlen 64 --no-baseline", "checkpointdone"),
+    "compare": ("compare done --ppl text.txt --seqlen 64", "model(baseline)"),
     "bench": ("bench --shapes 128x32 --tokens 1 --seconds 0.0001", "w4a16-g128:mediantimeofacall"),
     "tune": (
         "tune model --max-kl 9 --algo rtn --group-size 32 --ppl text.txt --tokens 64 --max-trials 1 --output goal --overwrite",
