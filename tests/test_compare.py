@@ -8,6 +8,7 @@ import io
 import json
 import math
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from ptqcli.calibration.text import evaluation_ids
 from ptqcli.cli import compare_flags, run
 from ptqcli.comparing import run as comparing
 from ptqcli.comparing import texts
-from ptqcli.comparing.flips import count_flips, mcnemar
+from ptqcli.comparing.flips import count_flips
 from ptqcli.comparing.identity import PARTIAL, checkpoint_digest
 from ptqcli.comparing.results import front
 from ptqcli.comparing.run import Settings, compare_checkpoints
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.evaluation.answers import TaskResult, mcnemar, share
 from ptqcli.evaluation.measure import score
 from ptqcli.model.locate import demo_model
 from ptqcli.runtime.models import load_model
@@ -303,33 +305,56 @@ def test_the_csv_has_every_number(ptq: Ptq, at_work: Path, tmp_path: Path) -> No
 # Answers
 
 
+def answers_of(right: Sequence[bool], task: str = "task") -> TaskResult:
+    given = ["yes" if each else "no" for each in right]
+    return TaskResult(task=task, kind="choices", answers=given, expected=["yes"] * len(right), right=right, scores={"acc": share(right)})
+
+
 def test_flips_and_their_test() -> None:
     """Against SciPy's numbers for McNemar's exact test: 2 lost and 8 gained, p = 0.109375; 1 and 9, 0.021484375."""
     assert (mcnemar(2, 8), mcnemar(9, 1), mcnemar(0, 0), mcnemar(5, 5)) == (0.109375, 0.021484375, 1.0, 1.0)
     before = [True] * 60 + [False] * 40
     now = [True] * 58 + [False] * 2 + [True] * 8 + [False] * 32
-    [found] = count_flips({"task": now, "unasked": [True]}, {"task": before})
+    [found] = count_flips({"task": answers_of(now), "unasked": answers_of([True])}, {"task": answers_of(before)})
     assert (found.changed, found.lost, found.gained, found.p_value) == (10, 2, 8, 0.109375)
-    assert (found.accuracy, found.baseline_accuracy, found.accuracy_rise) == (0.66, 0.6, 0.06)
+    assert (found.accuracy, found.baseline_accuracy) == (0.66, 0.6)
     differences = np.array(now, dtype=float) - np.array(before, dtype=float)
-    assert found.accuracy_rise_error == pytest.approx(differences.std() / 10)
-    [choices] = count_flips({"task": [0, 1, 2, 3]}, {"task": [0, 1, 3, 2]})
-    assert (choices.changed, choices.lost, choices.p_value) == (2, None, None)
-    with pytest.raises(PTQError, match="task t: 1 answers of the checkpoint and 2 of the baseline cannot be compared"):
-        count_flips({"t": [True]}, {"t": [True, False]})
+    assert found.accuracy_rise == pytest.approx(0.06)
+    assert found.accuracy_rise_error == pytest.approx(differences.std(ddof=1) / 10)
+    with pytest.raises(PTQError, match="task t: the checkpoint and the baseline were not asked the same questions"):
+        count_flips({"t": answers_of([True], "t")}, {"t": answers_of([True, False], "t")})
 
 
 def test_questions_are_put_to_each_model(workshop: Path) -> None:
     asked = []
 
-    def ask(model: Any, tokenizer: Any) -> dict[str, list[bool]]:
+    def ask(model: Any, tokenizer: Any, step: Any) -> dict[str, TaskResult]:
         asked.append(model)
-        return {"task": [True, len(asked) == 1]}
+        step(1, 2, "task")
+        return {"task": answers_of([True, len(asked) == 1])}
 
     settings = Settings(texts=[str(workshop / "text.txt")], seqlen=32, device=CPU, ask=ask)
     compared = compare_checkpoints({"w8": workshop / "w8", "w2": workshop / "w2"}, workshop / "model", settings)
     assert [[(flip.changed, flip.lost) for flip in each.flips] for each in compared.measured] == [[(1, 1)], [(1, 1)]]
     assert len(asked) == 3
+    [task] = compared.to_json()["checkpoints"][0]["tasks"]
+    assert task["flips"]["lost"] == 1
+    assert [row["baseline_right"] for row in task["answers"]] == [True, True]
+
+
+def test_questions_of_a_file_need_no_text(workshop: Path, tmp_path: Path, ptq: Ptq) -> None:
+    rows = [{"question": "the model of", "choices": [" the", " zero"], "answer": number % 2} for number in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--baseline", workshop / "model", "--tasks", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl", "--json")
+    answer = ptq("compare", workshop / "w8", workshop / "w2", *flags)
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert [each["flips"][0]["accuracy"] for each in found["checkpoints"]] == [0.5, 0.5]
+    assert [each["results"] for each in found["checkpoints"]] == [[], []]
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [(line["checkpoint"], line["question"]) for line in lines] == [
+        (str(workshop / name), number) for name in ("w8", "w2") for number in range(4)
+    ]
 
 
 def test_an_encoder_is_not_compared(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
