@@ -14,6 +14,8 @@ from ptqcli.arguments import as_path, check_argument
 from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
 from ptqcli.calibration.text import evaluation_ids
+from ptqcli.comparing.results import Compared
+from ptqcli.comparing.run import Settings, common_source, compare_checkpoints
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.encoders import EncoderEvaluation, measured_encoder
 from ptqcli.evaluation.measure import Evaluation, measure
@@ -238,6 +240,58 @@ def evaluate(
     if not causal:
         return measured_encoder(loaded, names, tokenizer, seqlen, original, searched)
     return list(measure(loaded, rows, original, seqlen, stride, bos=begin))
+
+
+def compare(
+    checkpoints: Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path] | None = None,
+    *,
+    baseline: str | Path | None = None,
+    tokens: int | None = None,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    bos: str = "auto",
+    speed: bool = False,
+    device: str | torch.device = "cpu",
+    kernel: str = "auto",
+    data_dir: str | Path | None = None,
+) -> Compared:
+    """Several ``checkpoints`` on the same tokens, beside the model that they came from, as `ptq compare` does; one at a time is in memory.
+
+    checkpoints: folders, GGUF files or hub ids, each called in the result what it is called here.
+    texts: as in ``evaluate``; None for builtin, and those of wikitext2 and c4 that this machine has.
+    baseline: what they are compared with; None for the model that their reports name.
+    tokens: of each text, from its front; None for all of it, and for 131,072 where no text is named.
+    seqlen, stride, bos, device, kernel, data_dir: as in ``evaluate``.
+    speed: whether tokens a second are measured, too.
+
+    What failed is among the ``failures`` of the result, unless only one checkpoint is asked for. Its ``to_json()`` is what
+    ``comparing.page.as_page`` makes a page of.
+    Raises UsageError for a request that cannot work and PTQError for a baseline or a text that cannot be read.
+    """
+    check_argument(checkpoints, "checkpoints", Sequence)
+    for name, number in (("tokens", tokens), ("seqlen", seqlen), ("stride", stride)):
+        check_argument(number, name, int, optional=True)
+    check_argument(speed, "speed", bool)
+    sources = [texts] if isinstance(texts, (str, Path)) else texts
+    folders = {str(name): find_model(str(as_path(name, "a checkpoint"))) for name in checkpoints}
+    if isinstance(checkpoints, str) or not folders:
+        raise UsageError("checkpoints are a list of folders; give one or more")
+    reference = common_source(folders) if baseline is None else find_model(str(as_path(baseline, "baseline")))
+    if reference is None or not reference.exists():
+        raise UsageError(f"{next(iter(folders))}: which model it came from is not known, or it is gone; name it with baseline=")
+    settings = Settings(
+        texts=None if sources is None else list(map(str, sources)),
+        tokens=tokens,
+        seqlen=seqlen,
+        stride=stride,
+        bos=bos,
+        data_dir=None if data_dir is None else as_path(data_dir, "data_dir"),
+        device=open_device(device),
+        kernel=kernel,
+        speed=speed,
+    )
+    return compare_checkpoints(folders, reference, settings)
 
 
 def solve(
