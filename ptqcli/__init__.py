@@ -4,6 +4,7 @@
 
     report = ptqcli.quantize("model", "w4a16-gptq", output="small")       # a folder, a hub id, or a model in memory
     [result] = ptqcli.evaluate("small", "wikitext2")                       # perplexity, KL divergence from the original
+    ptqcli.compare(["small", "smaller"]).to_json()                          # several, on the same tokens, with errors
     model = ptqcli.load_quantized("small", device="cuda")                  # a transformers model on this package's kernels
 
 ``open_checkpoint`` looks into a quantized folder without loading it, ``solve`` chooses codes for a single matrix. Requests are made of
@@ -17,7 +18,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptqcli.api import convert, evaluate, measure_sensitivity, quantize, solve, tune_scales
+    from ptqcli.api import convert, measure_sensitivity, quantize, solve, tune_scales
+    from ptqcli.api_measuring import compare, evaluate
     from ptqcli.errors import PTQError, UsageError
     from ptqcli.formats.packed_checkpoint import open_checkpoint
     from ptqcli.numerics.scheme import Scheme
@@ -31,6 +33,7 @@ __all__ = [
     "Report",
     "Scheme",
     "UsageError",
+    "compare",
     "convert",
     "evaluate",
     "load_quantized",
@@ -48,8 +51,9 @@ _HOMES = {
     "Report": "ptqcli.pipeline.report",
     "Scheme": "ptqcli.numerics.scheme",
     "UsageError": "ptqcli.errors",
+    "compare": "ptqcli.api_measuring",
     "convert": "ptqcli.api",
-    "evaluate": "ptqcli.api",
+    "evaluate": "ptqcli.api_measuring",
     "load_quantized": "ptqcli.runtime",
     "measure_sensitivity": "ptqcli.api",
     "open_checkpoint": "ptqcli.formats.packed_checkpoint",

@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 from ptqcli.algorithms import find_algorithm
+from ptqcli.api_measuring import check_model, refuse_tokenizer
 from ptqcli.arguments import as_path, check_argument
 from ptqcli.budget import METHODS, MOST_BITS
-from ptqcli.calibration.bos import window_bos
 from ptqcli.calibration.statistics import InputStatistics
-from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError, UsageError
-from ptqcli.evaluation.encoders import EncoderEvaluation, measured_encoder
-from ptqcli.evaluation.measure import Evaluation, measure
 from ptqcli.finishing.tune_scales import TuneScales
 from ptqcli.formats.sources import open_source
-from ptqcli.model.config import load_config
-from ptqcli.model.kinds import is_encoder
 from ptqcli.model.locate import find_model
 from ptqcli.model.source import ModelInMemory, ModelSource
 from ptqcli.numerics.scheme import Scheme
@@ -30,13 +25,12 @@ from ptqcli.pipeline import converting, exporting, pipeline, tuning
 from ptqcli.pipeline.converting import Converted
 from ptqcli.pipeline.exporting import GGUF, Exported
 from ptqcli.pipeline.progress import NoProgress, Progress
-from ptqcli.pipeline.report import Report, read_source
+from ptqcli.pipeline.report import Report
 from ptqcli.pipeline.sensitivities import measure_sensitivities
 from ptqcli.pipeline.tuning import TunedCheckpoint
 from ptqcli.recipe import Recipe
 from ptqcli.recipe_loading import load_recipe
 from ptqcli.resources import Resources, open_device
-from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.sensitivity.table import SensitivityTable
 from ptqcli.shipped import find_recipe
 from ptqcli.solvers import LinearTask, Stage, ignore_progress
@@ -222,68 +216,6 @@ def convert(
     )
 
 
-def evaluate(
-    model: str | Path | PreTrainedModel,
-    texts: str | Path | Sequence[str | Path] = "builtin",
-    *,
-    baseline: str | Path | PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    seqlen: int | None = None,
-    stride: int | None = None,
-    bos: str = "auto",
-    device: str | torch.device = "cpu",
-    kernel: str = "auto",
-    adapter: str | Path | bool = False,
-    data_dir: str | Path | None = None,
-) -> list[Evaluation] | list[EncoderEvaluation]:
-    """How good ``model`` is on each of ``texts``: perplexity and, beside a baseline, KL divergence and agreement of the likeliest token;
-    of an encoder masked perplexity and the cosine of embeddings, see ``evaluation.encoders``.
-
-    model: a checkpoint folder, any model folder or hub id, or a model in memory, which then needs ``tokenizer``.
-    texts: builtin, wikitext2, c4 or a path; one or several.
-    baseline: what it is compared with; None for the model that the checkpoint was made from, if that is still there.
-    tokenizer: of a model in memory; a folder has its own.
-    seqlen, stride: tokens in a window and from one to the next, see ``evaluation.windows``.
-    bos: whether every window begins with the beginning-of-sequence token: yes, no, or auto, which is what the tokenizer does.
-    device: where folders are loaded; a model in memory stays where it is.
-    kernel, adapter: what packed weights are multiplied by, and what is added to them, see ``load_quantized``.
-    data_dir: where files of known corpora are looked for first.
-
-    Raises UsageError and PTQError for what cannot be loaded, read or measured.
-    """
-    for name, number in (("seqlen", seqlen), ("stride", stride)):
-        check_argument(number, name, int, optional=True)
-    sources = [texts] if isinstance(texts, (str, Path)) else texts
-    check_argument(sources, "texts", str, Path, Sequence)
-    for source in sources:
-        check_argument(source, "a text", str, Path)
-    searched = None if data_dir is None else as_path(data_dir, "data_dir")
-    folder = find_model(str(model)) if isinstance(model, (str, Path)) else None
-    for given in (model, baseline):
-        if not isinstance(given, (str, Path)) and (given is not None or given is model):
-            _check_model(given)
-    if baseline is None and folder is not None:
-        origin = read_source(folder)
-        baseline = origin if origin is not None and origin.exists() else None
-    if folder is not None:
-        _refuse(tokenizer)
-        tokenizer = load_tokenizer(folder)
-    elif adapter is not False:
-        raise UsageError("adapter belongs to a checkpoint folder; a model in memory has it added by whoever loads it")
-    elif tokenizer is None:
-        raise UsageError("a model in memory is evaluated with its tokenizer; give tokenizer=")
-    place = open_device(device)
-    causal = not is_encoder(model.config if folder is None else load_config(folder))  # type: ignore[union-attr]
-    begin, names = window_bos(tokenizer, bos), list(map(str, sources))
-    # A text that is not there is told before models are loaded.
-    rows = {name: evaluation_ids(name, tokenizer, searched) for name in names} if causal else {}
-    loaded = model if folder is None else load_model(folder, place, kernel, adapter)
-    original = load_model(find_model(str(baseline)), place) if isinstance(baseline, (str, Path)) else baseline
-    if not causal:
-        return measured_encoder(loaded, names, tokenizer, seqlen, original, searched)
-    return list(measure(loaded, rows, original, seqlen, stride, bos=begin))
-
-
 def solve(
     weight: Tensor,
     scheme: Scheme | str = "w4a16",
@@ -336,22 +268,10 @@ def solve(
 
 def _source(model: Any, tokenizer: Any, allow_requantize: bool) -> ModelSource:
     if isinstance(model, (str, Path)):
-        _refuse(tokenizer)
+        refuse_tokenizer(tokenizer)
         return open_source(find_model(str(model)), allow_requantize)
-    _check_model(model)
+    check_model(model)
     return ModelInMemory(model, tokenizer)
-
-
-def _check_model(model: Any) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"a model is a folder, a hub id or a model of transformers, not {type(model).__name__}")
-
-
-def _refuse(tokenizer: Any) -> None:
-    if tokenizer is not None:
-        raise UsageError("tokenizer belongs to a model in memory; a folder has its own")
 
 
 def _check_matrix(weight: Tensor, inputs: Tensor | None) -> None:

@@ -170,6 +170,13 @@ def test_eval_without_a_baseline_compares_perplexities(ptq: Ptq, at_work: Path) 
     assert facts["pairs"][0]["loss_difference_error"] > 0
 
 
+def test_the_function_says_what_the_command_does(ptq: Ptq, at_work: Path) -> None:
+    shown = json.loads(ptq("compare", "w8", "w4", *LINE, "--tokens", "640", "--json").out)
+    assert json.loads(json.dumps(ptqcli.compare(["w8", "w4"], "text.txt", tokens=640, seqlen=32).to_json())) == shown
+    with pytest.raises(UsageError, match="model: which model it came from is not known, or it is gone; name it with baseline="):
+        ptqcli.compare(["model"])
+
+
 # Which texts
 
 

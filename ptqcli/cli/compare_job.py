@@ -10,10 +10,8 @@ from ptqcli.cli.console import Output, path_text
 from ptqcli.cli.load import tell_decoded
 from ptqcli.cli.locate import find_checkpoint
 from ptqcli.cli.progress import Tracker, track
-from ptqcli.cli.report import baseline_of
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.model.locate import find_model
-from ptqcli.pipeline.report import read_source
 
 if TYPE_CHECKING:
     from ptqcli.comparing.results import Compared, Measured
@@ -38,18 +36,13 @@ def common_baseline(folders: Mapping[str, Path], wanted: str | None, output: Out
 
     Raises UsageError where they name several.
     """
-    if wanted is not None:
-        return find_model(wanted)
-    named = {name: source for name, folder in folders.items() if (source := read_source(folder)) is not None}
-    if len(set(named.values())) > 1:
-        (one, first), (other, second) = ((name, named[name]) for name in _different(named))
-        raise UsageError(f"{one} was made from {first} and {other} from {second}; name the model to compare with by --baseline")
-    return baseline_of(folders[next(iter(named), next(iter(folders)))], None, output)
+    from ptqcli.comparing.run import common_source
 
-
-def _different(named: Mapping[str, Path]) -> tuple[str, str]:
-    first = next(iter(named))
-    return first, next(name for name in named if named[name] != named[first])
+    named = find_model(wanted) if wanted is not None else common_source(folders)
+    if named is not None and not named.exists():
+        output.say(f"{named}, which the checkpoint came from, is gone; name it with --baseline to compare")
+        return None
+    return named
 
 
 class _Told:

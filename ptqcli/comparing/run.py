@@ -30,7 +30,7 @@ from ptqcli.evaluation.answers import TaskResult
 from ptqcli.evaluation.measure import default_seqlen, score
 from ptqcli.model.config import load_config
 from ptqcli.model.kinds import is_encoder
-from ptqcli.pipeline.report import read_report
+from ptqcli.pipeline.report import read_report, read_source
 from ptqcli.runtime import kernels_in
 from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.untrusted import one_line
@@ -93,6 +93,18 @@ class Silent:
 
     def found(self, measured: Measured) -> None:
         pass
+
+
+def common_source(checkpoints: Mapping[str, Path]) -> Path | None:
+    """The model that checkpoints were made from, as their reports tell; None where none tells. Raises UsageError where they differ."""
+    named = {name: source for name, folder in checkpoints.items() if (source := read_source(folder)) is not None}
+    first = next(iter(named), None)
+    other = next((name for name in named if first is not None and named[name] != named[first]), None)
+    if first is not None and other is not None:
+        raise UsageError(
+            f"{first} was made from {named[first]} and {other} from {named[other]}; name the model to compare with by --baseline"
+        )
+    return None if first is None else named[first]
 
 
 def compare_checkpoints(

@@ -13,6 +13,8 @@ from ptqcli.formats.gguf import open_tensors
 from ptqcli.formats.packed_checkpoint import open_checkpoint
 from ptqcli.model.config import load_config
 from ptqcli.model.gguf import is_gguf
+from ptqcli.model.quantized import scaled_floats
+from ptqcli.model.source import ModelFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ def stored_size(model: Path) -> StoredSize:
             bits_per_weight=sum(map(tensors.block_bytes, names)) * 8 / weights if weights else None,
             schemes=Counter(map(tensors.block_type, names)),
         )
-    if getattr(load_config(model), "quantization_config", None) is None:
+    quantized = getattr(load_config(model), "quantization_config", None) is not None
+    if not quantized or scaled_floats(ModelFolder(model)) is not None:  # FP8 and the like run as numbers
         return StoredSize(bytes=SafetensorsFolder(model).total_bytes)
     packed = open_checkpoint(model)
     specs = [packed.spec(name) for name in packed.schemes]
