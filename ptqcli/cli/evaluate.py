@@ -87,6 +87,8 @@ def command(
     settings = settings_of(flags, adapter or False)
     windows_chosen = settings.stride is not None or settings.bos != "auto"
     causal = [_is_causal(folder, bool(tasks), write_card, windows_chosen) for folder in folders.values()]
+    if isinstance(adapter, Path) and len(folders) > 1:
+        raise UsageError(f"--adapter {adapter}: belongs to one checkpoint; name that alone, or give the flag without a folder")
     if all(causal):
         reference = None if no_baseline else common_baseline(folders, baseline, output)
         measure_texts(folders, reference, settings, flags, write_card, output)
