@@ -237,6 +237,7 @@ REFUSED = [
     ("compare w8 --ppl text.txt --tokens 20 --seqlen 32", 2, "the text has 20 tokens, less than one window of 32"),
     ("compare w8 --ppl text.txt --seqlen 129", 2, "128 positions"),
     ("eval w8 w4 --baseline model --no-baseline", 2, "exclude each other"),
+    ("eval w8 w4 --adapter model", 2, "--adapter model: belongs to one checkpoint"),
 ]
 
 

@@ -310,7 +310,9 @@ def test_the_command_line_of_encoders(ptq: Ptq, tmp_path: Path) -> None:
     said = ptq("quantize", tmp_path / "model", *options)
     assert said.code == 0
     assert "ptq generate" not in said.out + said.err + (out / "README.md").read_text()
-    found = json.loads(ptq("eval", out, "--ppl", text, "--task", task, "--json").out)["results"]
+    facts = json.loads(ptq("eval", out, "--ppl", text, "--task", task, "--json").out)
+    assert facts["conditions"]["sha256_of"] == "SHA256SUMS"
+    found = facts["results"]
     assert set(found[0]) == {"text", "tokens", "windows", "seqlen", "embedding_cosine", "lowest_cosine"}
     assert 0.9 < found[0]["embedding_cosine"] < 1
     assert found[1]["accuracy"] in (0.0, 0.5, 1.0)

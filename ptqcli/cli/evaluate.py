@@ -81,6 +81,8 @@ def command(
     folders = find_checkpoints(checkpoints)
     windows_chosen = flags["stride"] is not None or flags["bos"] != "auto"
     causal = [_is_causal(folder, write_card, windows_chosen, asked) for folder in folders.values()]
+    if isinstance(adapter, Path) and len(folders) > 1:
+        raise UsageError(f"--adapter {adapter}: belongs to one checkpoint; name that alone, or give the flag without a folder")
     if all(causal):
         settings = settings_of(flags, asked, adapter or False)
         reference = None if no_baseline else common_baseline(folders, baseline, output)

@@ -29,6 +29,7 @@ def measure_folder(
     output: Output,
 ) -> None:
     """Measure the encoder in ``folder``, beside that in ``reference`` if there is one, and tell the results."""
+    from ptqcli.comparing.identity import checkpoint_digest, versions
     from ptqcli.evaluation.encoders import default_windows, encoder_windows, measure_encoder, read_task
     from ptqcli.runtime.models import load_model, load_tokenizer
 
@@ -46,9 +47,10 @@ def measure_folder(
     output.say(f"checkpoint  {path_text(folder)}{'' if adapter is None else ' with an adapter'}")
     output.say(f"baseline    {path_text(reference) if reference else 'none'}")
     _show(results, output)
-    output.result(
-        {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None, "results": results}
-    )
+    facts = {"checkpoint": str(folder), "adapter": adapter is not None, "baseline": str(reference) if reference else None}
+    digest = checkpoint_digest(folder)
+    conditions = {"device": str(place), "kernel": kernel, "versions": versions(), "sha256": digest.sha256, "sha256_of": digest.of}
+    output.result({**facts, "results": results, "conditions": conditions})
 
 
 def _show(results: Sequence[Mapping[str, Any]], output: Output) -> None:
