@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from commandline import Ptq, one_line
@@ -431,7 +431,7 @@ class Ending(NoTrialProgress):
 def test_a_search_that_was_ended_goes_on_to_the_same_bytes(room: Path, tmp_path: Path, moment: str) -> None:
     request = request_of(room, trials=6)
     whole = tune(room / "model", tmp_path / "a" / "out", request)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"[23] trials, .* are kept in .*out\.trials: the same command goes on"):
         tune(room / "model", tmp_path / "b" / "out", request, progress=Ending(3, moment))
     assert not (tmp_path / "b" / "out").exists()
     listener = Ending(0, "")
@@ -441,6 +441,28 @@ def test_a_search_that_was_ended_goes_on_to_the_same_bytes(room: Path, tmp_path:
     assert [(trial.key, trial.excess) for trial in again.trials] == [(trial.key, trial.excess) for trial in whole.trials]
     assert tree(tmp_path / "a" / "out") == tree(tmp_path / "b" / "out")
     assert sorted(os.listdir(tmp_path / "b")) == ["out", "out.trials"]
+
+
+def test_the_first_trial_goes_on_behind_its_last_finished_block(room: Path, tmp_path: Path) -> None:
+    request = request_of(room, trials=1)
+
+    class EndingInTheSecond(NoTrialProgress):
+        def block_started(self, index: int, count: int) -> None:
+            if index:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="0 trials, and what is finished of the next"):
+        tune(room / "model", tmp_path / "out", request, progress=EndingInTheSecond())
+    assert (tmp_path / "out.trials" / "000" / "out.partial" / ".ptq-progress.json").is_file()
+
+    class Blocks(NoTrialProgress):
+        begun: ClassVar[list[int]] = []
+
+        def block_started(self, index: int, count: int) -> None:
+            self.begun.append(index)
+
+    tune(room / "model", tmp_path / "out", request, progress=Blocks())
+    assert Blocks.begun == [1], "the first of two blocks was finished"
 
 
 def test_one_that_was_asked_for_otherwise_is_refused_and_restart_begins_anew(room: Path, tmp_path: Path) -> None:

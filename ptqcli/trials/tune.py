@@ -138,8 +138,12 @@ def tune(
         if workshop.record.placed is None or workshop.record.placed != workshop.identity_of_output():
             check_output(output, model, overwrite)
         search = _Search(model, request, workshop, allow_requantize, resources, data_dir, progress)
-        spent = search.through()
-        best = search.finish(overwrite)
+        try:
+            spent = search.through()
+            best = search.finish(overwrite)
+        except KeyboardInterrupt as interruption:
+            kept = f"{len(workshop.record.trials)} trials, and what is finished of the next, are kept in {workshop.path}"
+            raise KeyboardInterrupt(f"{kept}: the same command goes on from there, with --restart it begins anew") from interruption
         trials = list(workshop.record.trials.values())
     return Tuned(
         output=str(output),

@@ -94,7 +94,7 @@ class Workshop:
                 raise PTQError(f"{self.path}: is in the way and holds {names[0]}; move it away, or choose another --output")
             return self._begun(asked)
         record = Record({}) if restart else Record.read(content, self.path / RECORD)
-        if not record.trials:
+        if not record.trials and record.asked != asked:
             self.clear()
             return self._begun(asked)
         if record.placed is not None and self.identity_of_output() != record.placed and not self._holds(record.placed):
@@ -115,9 +115,9 @@ class Workshop:
         return record
 
     def close(self) -> None:
-        """Give the lock back. A search that was refused before its first trial leaves nothing."""
+        """Give the lock back. A search that was refused before its first trial began leaves nothing."""
         try:
-            if not self.record.trials:
+            if not self.record.trials and not any(map(NUMBER.fullmatch, self.folder.names())):
                 self.clear()
                 with suppress(OSError):  # somebody has put something there
                     os.rmdir(self.path)
