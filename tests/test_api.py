@@ -44,7 +44,7 @@ from ptqcli.solvers.rtn import RTN
 PACKAGE = Path(ptqcli.__file__).parent
 SHORT = {"nsamples": 4, "seqlen": 48}
 CLASSES = {"PTQError", "UsageError", "Recipe", "Report", "Scheme"}
-PUBLIC = CLASSES | {"convert", "evaluate", "load_quantized", "open_checkpoint", "quantize", "solve", "tune_scales"}
+PUBLIC = CLASSES | {"convert", "evaluate", "load_quantized", "measure_sensitivity", "open_checkpoint", "quantize", "solve", "tune_scales"}
 
 
 @dataclass

@@ -221,6 +221,7 @@ def test_overrides_are_kept_and_counted(workshop: Path, tmp_path: Path) -> None:
     [
         ({"format": "awq", "candidates": "w4g32,w4g64"}, "a budget mixes schemes: awq has one group size for all linears"),
         ({"format": "awq"}, "awq holds 4-bit weights"),
+        ({"format": "awq", "candidates": None}, "awq holds 4-bit weights"),
         ({"candidates": "w4g48,w5g48", "target_bits": 6}, ""),
         ({"candidates": "w4,q6_k"}, "not blocks of q6_k"),
         ({"nsamples": 1}, "nsamples 1 is too few for a budget"),
@@ -232,6 +233,13 @@ def test_what_does_not_go_with_a_budget(workshop: Path, tmp_path: Path, changes:
         return
     with pytest.raises(UsageError, match=message):
         quantized(workshop, tmp_path / "out", **{"target_bits": 5.0, **changes})
+
+
+def test_usual_candidates_are_those_that_the_format_holds(workshop: Path, tmp_path: Path) -> None:
+    report = quantized(workshop, tmp_path / "out", target_bits=4.8, candidates=None, format="gptq")
+    assert report.allocation.candidates == ["w2a16-g64", "w3a16-g128", "w4a16-g128", "w8a16"]
+    with pytest.raises(UsageError, match=r"candidate w5a16-g32: .* not 5; give .* leave it out of --candidates"):
+        quantized(workshop, tmp_path / "no", target_bits=4.8, candidates="w4g32,w5g32,w8", format="gptq")
 
 
 def test_blocks_of_a_gguf_file_are_mixed_like_any_scheme(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan
-from ptqcli.plan_candidates import bytes_of, candidate_groups, fitting_notes, free_linears
+from ptqcli.plan_candidates import bytes_of, candidate_groups, fitting_notes, free_linears, usable_candidates
 from ptqcli.plan_memory import allowed_bytes
 from ptqcli.resources import Resources, process_bytes
 from ptqcli.sensitivity.allocation import AllocatedGroup, Allocation, ComparedUniform
@@ -124,16 +124,16 @@ def make_setting(
     resources: Resources,
     progress: Progress,
     journal: Path | None = None,
-    candidates: Sequence[Scheme] | None = None,
 ) -> Setting:
-    """What measuring the model of ``plan`` needs. candidates: None for those of its recipe's budget.
+    """What measuring the model of ``plan`` needs.
 
     Raises UsageError for candidates that do not suit it, and for fewer than two windows.
     """
     recipe = plan.recipe
     asked = None if recipe.budget is None else recipe.budget.candidates
-    candidates = candidates or asked or parse_candidates(recipe.usual_candidates)
-    groups = candidate_groups(free_linears(plan, skeleton), skeleton, recipe, candidates)
+    linears = free_linears(plan, skeleton)
+    candidates = asked or usable_candidates(linears, skeleton, recipe, parse_candidates(recipe.usual_candidates))
+    groups = candidate_groups(linears, skeleton, recipe, candidates)
     measured_on, held_out = _split(calibration.windows, recipe.seed)
     return Setting(
         plan=plan,
