@@ -15,7 +15,7 @@ from gguf_models import make_case
 from mixtures import MIXTURES
 from safetensors import safe_open
 from test_encoders import make_encoder
-from tiny import ARCHITECTURES, make_model, token_ids, write_text
+from tiny import ARCHITECTURES, byte_tokenizer, make_model, token_ids, write_text
 from transformers import AutoModelForCausalLM
 
 import ptqcli
@@ -198,6 +198,17 @@ def test_the_same_request_gives_the_same_bytes(workshop: Path, tmp_path: Path) -
         quantized(workshop, tmp_path / name, target_bits=4.2)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_model_in_memory_takes_a_budget(workshop: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(workshop / "model", dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    asked: dict[str, Any] = {"algo": "rtn", "calib": str(workshop / "text.txt"), "candidates": CANDIDATES, "target_bits": 4.2, **SHORT}
+    ptqcli.quantize(model, tokenizer=byte_tokenizer(), output=tmp_path / "memory", **asked)
+    ptqcli.quantize(workshop / "model", output=tmp_path / "folder", **asked)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "folder"))
+    assert one == other
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_overrides_are_kept_and_counted(workshop: Path, tmp_path: Path) -> None:

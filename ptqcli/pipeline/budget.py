@@ -4,7 +4,7 @@ uniform candidates that keep the budget, on windows that nothing was measured on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptqcli.allocate import Choice, allocate
 from ptqcli.budget import Budget, parse_candidates
+from ptqcli.calibration.sources import read_calib
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import LIBRARY_BYTES
 from ptqcli.formats import Format, LinearSpec, find_format
@@ -101,9 +102,13 @@ def allocate_bits(
 
 
 def windows_of(plan: Plan, maker: TextMaker) -> CalibrationSet:
-    """The windows of the run, or those that it would have if it calibrated."""
-    texts = plan.texts if plan.needs_calibration else maker.choose(plan.seqlen)
-    return maker.make(texts, plan.seqlen, rehearsal=False)
+    """The windows of the run or, where it does not calibrate, as many as are looked at."""
+    if plan.needs_calibration:
+        return maker.make(plan.texts, plan.seqlen, rehearsal=False)
+    recipe, seqlen = plan.recipe, plan.recipe.seqlen or min(plan.seqlen, LONGEST_WINDOW)
+    if recipe.nsamples is None and not any(share.windows for share in read_calib(recipe.calib)):
+        maker = replace(maker, recipe=replace(recipe, nsamples=MOST_HELD_OUT + max(TOKENS.values()) // seqlen))
+    return maker.make(maker.choose(seqlen), seqlen, rehearsal=False)
 
 
 def journal_beside(output: Path) -> Path:
@@ -275,6 +280,7 @@ def allocated(setting: Setting, budget: Budget) -> Allocated:
         bits=_bits(setting, _bytes_taken(setting, taken)),
         expected_loss=sum(row[number] or 0.0 for row, number in zip(rows, taken, strict=True)),
         divergence=mixed,
+        measure="KL" if setting.skeleton.kind.causal else "relative squared error",
         uniform=compared,
         kept=kept,
         groups=_allocated_groups(setting, taken, rows),
