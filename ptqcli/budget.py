@@ -20,7 +20,9 @@ from ptqcli.suggest import did_you_mean
 METHODS = ("gradient", "kl", "hawq", "output")
 TARGETS = ("target_bits", "target_size")
 
-DEFAULT_CANDIDATES = "w2g64,w3g128,w4g128,w8"
+# Measured on the demo model (KL, rounded to nearest): 5 and 6 bits beside 2, 3, 4 and 8 lower it from .0375 to .0292 at 4.0 bits and from
+# .0145 to .0072 at 5.0; groups of 32 beside those of 64 and 128 change little.
+DEFAULT_CANDIDATES = "w2g64,w3g128,w4g128,w5g128,w6g128,w8"
 BLOCK_CANDIDATES = "q2_k,q3_k,q4_k,q5_k,q6_k,q4_0,q5_0,q8_0"  # of a file of blocks; a width that no super-block divides has the last three
 MOST_CANDIDATES = 16
 MOST_BITS = 16.0

@@ -61,6 +61,24 @@ def candidate_groups(linears: Sequence[PlannedLinear], skeleton: Skeleton, recip
     return groups
 
 
+def usable_candidates(linears: Sequence[PlannedLinear], skeleton: Skeleton, recipe: Recipe, candidates: Sequence[Scheme]) -> list[Scheme]:
+    """Those of ``candidates``, which nobody asked for, that some linear can have. Raises UsageError where nothing is left to choose."""
+    chosen, sites = find_format(recipe.format), [linear.site for linear in linears]
+    found = [scheme for scheme in candidates if any(_can_be(scheme, site, recipe, chosen, skeleton) for site in sites)]
+    if len(found) < 2:
+        held = f"{found[0]} alone" if found else "none"
+        raise UsageError(f"format {recipe.format} holds {held} of {', '.join(map(str, candidates))}; give --candidates that it holds")
+    return found
+
+
+def _can_be(scheme: Scheme, site: LinearSite, recipe: Recipe, chosen: Format, skeleton: Skeleton) -> bool:
+    try:
+        _spec(scheme, site, recipe, chosen, skeleton)
+    except UsageError:
+        return False
+    return True
+
+
 def fitting_notes(groups: Sequence[Group], candidates: Sequence[Scheme]) -> list[str]:
     """What a candidate becomes where its groups do not divide a linear, and where it cannot be had."""
     notes = []

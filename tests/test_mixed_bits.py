@@ -15,7 +15,7 @@ from gguf_models import make_case
 from mixtures import MIXTURES
 from safetensors import safe_open
 from test_encoders import make_encoder
-from tiny import ARCHITECTURES, make_model, token_ids, write_text
+from tiny import ARCHITECTURES, byte_tokenizer, make_model, token_ids, write_text
 from transformers import AutoModelForCausalLM
 
 import ptqcli
@@ -200,6 +200,17 @@ def test_the_same_request_gives_the_same_bytes(workshop: Path, tmp_path: Path) -
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_a_model_in_memory_takes_a_budget(workshop: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(workshop / "model", dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    asked: dict[str, Any] = {"algo": "rtn", "calib": str(workshop / "text.txt"), "candidates": CANDIDATES, "target_bits": 4.2, **SHORT}
+    ptqcli.quantize(model, tokenizer=byte_tokenizer(), output=tmp_path / "memory", **asked)
+    ptqcli.quantize(workshop / "model", output=tmp_path / "folder", **asked)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "folder"))
+    assert one == other
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_overrides_are_kept_and_counted(workshop: Path, tmp_path: Path) -> None:
     report = quantized(
         workshop,
@@ -221,6 +232,7 @@ def test_overrides_are_kept_and_counted(workshop: Path, tmp_path: Path) -> None:
     [
         ({"format": "awq", "candidates": "w4g32,w4g64"}, "a budget mixes schemes: awq has one group size for all linears"),
         ({"format": "awq"}, "awq holds 4-bit weights"),
+        ({"format": "awq", "candidates": None}, "awq holds 4-bit weights"),
         ({"candidates": "w4g48,w5g48", "target_bits": 6}, ""),
         ({"candidates": "w4,q6_k"}, "not blocks of q6_k"),
         ({"nsamples": 1}, "nsamples 1 is too few for a budget"),
@@ -232,6 +244,13 @@ def test_what_does_not_go_with_a_budget(workshop: Path, tmp_path: Path, changes:
         return
     with pytest.raises(UsageError, match=message):
         quantized(workshop, tmp_path / "out", **{"target_bits": 5.0, **changes})
+
+
+def test_usual_candidates_are_those_that_the_format_holds(workshop: Path, tmp_path: Path) -> None:
+    report = quantized(workshop, tmp_path / "out", target_bits=4.8, candidates=None, format="gptq")
+    assert report.allocation.candidates == ["w2a16-g64", "w3a16-g128", "w4a16-g128", "w8a16"]
+    with pytest.raises(UsageError, match=r"candidate w5a16-g32: .* not 5; give .* leave it out of --candidates"):
+        quantized(workshop, tmp_path / "no", target_bits=4.8, candidates="w4g32,w5g32,w8", format="gptq")
 
 
 def test_blocks_of_a_gguf_file_are_mixed_like_any_scheme(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

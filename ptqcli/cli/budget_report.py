@@ -19,7 +19,7 @@ def show_allocation(allocation: Allocation, words: Output) -> None:
     words.table(f"Schemes for {allocation.target}; losses by {allocation.method}, {allocation.unit}", columns, _rows(allocation))
     if allocation.uniform:
         rows = ([each.scheme, f"{each.bits:.3f}", size_text(each.nbytes), f"{each.divergence:.4g}"] for each in allocation.uniform)
-        words.table("Uniform schemes that keep the budget, rounded to nearest", ("scheme", "bits/weight", "size", "distance"), rows)
+        words.table("Uniform schemes that keep the budget, rounded to nearest", ("scheme", "bits/weight", "size", allocation.measure), rows)
 
 
 def _rows(allocation: Allocation) -> Iterator[Sequence[str]]:

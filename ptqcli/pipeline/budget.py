@@ -4,7 +4,7 @@ uniform candidates that keep the budget, on windows that nothing was measured on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ptqcli.allocate import Choice, allocate
 from ptqcli.budget import Budget, parse_candidates
+from ptqcli.calibration.sources import read_calib
 from ptqcli.errors import PTQError, UsageError
 from ptqcli.estimate import LIBRARY_BYTES
 from ptqcli.formats import Format, LinearSpec, find_format
@@ -22,7 +23,7 @@ from ptqcli.pipeline.memory import return_freed_memory
 from ptqcli.pipeline.progress import Progress
 from ptqcli.pipeline.texts import CalibrationSet, TextMaker
 from ptqcli.plan import Plan
-from ptqcli.plan_candidates import bytes_of, candidate_groups, fitting_notes, free_linears
+from ptqcli.plan_candidates import bytes_of, candidate_groups, fitting_notes, free_linears, usable_candidates
 from ptqcli.plan_memory import allowed_bytes
 from ptqcli.resources import Resources, process_bytes
 from ptqcli.sensitivity.allocation import AllocatedGroup, Allocation, ComparedUniform
@@ -101,9 +102,13 @@ def allocate_bits(
 
 
 def windows_of(plan: Plan, maker: TextMaker) -> CalibrationSet:
-    """The windows of the run, or those that it would have if it calibrated."""
-    texts = plan.texts if plan.needs_calibration else maker.choose(plan.seqlen)
-    return maker.make(texts, plan.seqlen, rehearsal=False)
+    """The windows of the run or, where it does not calibrate, as many as are looked at."""
+    if plan.needs_calibration:
+        return maker.make(plan.texts, plan.seqlen, rehearsal=False)
+    recipe, seqlen = plan.recipe, plan.recipe.seqlen or min(plan.seqlen, LONGEST_WINDOW)
+    if recipe.nsamples is None and not any(share.windows for share in read_calib(recipe.calib)):
+        maker = replace(maker, recipe=replace(recipe, nsamples=MOST_HELD_OUT + max(TOKENS.values()) // seqlen))
+    return maker.make(maker.choose(seqlen), seqlen, rehearsal=False)
 
 
 def journal_beside(output: Path) -> Path:
@@ -124,16 +129,16 @@ def make_setting(
     resources: Resources,
     progress: Progress,
     journal: Path | None = None,
-    candidates: Sequence[Scheme] | None = None,
 ) -> Setting:
-    """What measuring the model of ``plan`` needs. candidates: None for those of its recipe's budget.
+    """What measuring the model of ``plan`` needs.
 
     Raises UsageError for candidates that do not suit it, and for fewer than two windows.
     """
     recipe = plan.recipe
     asked = None if recipe.budget is None else recipe.budget.candidates
-    candidates = candidates or asked or parse_candidates(recipe.usual_candidates)
-    groups = candidate_groups(free_linears(plan, skeleton), skeleton, recipe, candidates)
+    linears = free_linears(plan, skeleton)
+    candidates = asked or usable_candidates(linears, skeleton, recipe, parse_candidates(recipe.usual_candidates))
+    groups = candidate_groups(linears, skeleton, recipe, candidates)
     measured_on, held_out = _split(calibration.windows, recipe.seed)
     return Setting(
         plan=plan,
@@ -275,6 +280,7 @@ def allocated(setting: Setting, budget: Budget) -> Allocated:
         bits=_bits(setting, _bytes_taken(setting, taken)),
         expected_loss=sum(row[number] or 0.0 for row, number in zip(rows, taken, strict=True)),
         divergence=mixed,
+        measure="KL" if setting.skeleton.kind.causal else "relative squared error",
         uniform=compared,
         kept=kept,
         groups=_allocated_groups(setting, taken, rows),

@@ -33,11 +33,12 @@ class ComparedUniform:
 class Allocation:
     """Bits under a budget.
 
-    target: ``3.5 bits`` or ``4,294,967,296 bytes``. method, unit, seconds: how losses were measured. candidates: as asked for. texts:
-    what the windows are from. windows, tokens: of measuring. held_out: windows of the comparison. bits: average of a quantized weight.
+    target: ``3.5 bits`` or ``4,294,967,296 bytes``. method, unit, seconds: how losses were measured. candidates: as asked for. texts: what
+    the windows are from. windows, tokens: of measuring. held_out: windows of the comparison. bits: average of a quantized weight.
     expected_loss: sum over the groups. divergence: of the mixed schemes, rounded to nearest, from the model as it is, on the windows that
-    were held out: KL at the logits in nats a token or, of an encoder, relative squared error behind the last block. uniform: the
-    candidates that keep the budget by themselves. kept: None for the mixed schemes, or the uniform one that was better and is written.
+    were held out. measure: what that is, KL at the logits in nats a token or, of an encoder, relative squared error behind the last
+    block. uniform: the candidates that keep the budget by themselves. kept: None for the mixed schemes, or the uniform one that was better
+    and is written.
     """
 
     target: str
@@ -52,6 +53,7 @@ class Allocation:
     bits: float
     expected_loss: float
     divergence: float
+    measure: str
     uniform: list[ComparedUniform]
     kept: str | None
     groups: list[AllocatedGroup]
@@ -65,14 +67,15 @@ class Allocation:
         """(what, value) pairs for people: what was asked for, how it was measured, what came out."""
         looked_at = f"{self.windows} windows of {self.tokens} tokens from {self.texts}"
         expected = f"{self.bits:.3f} bits a weight, expected {self.expected_loss:.4g} {self.unit}"
-        return [("budget", f"{self.target}, shared out by {self.method} on {looked_at}; {expected}"), ("distance", self.verdict())]
+        return [("budget", f"{self.target}, shared out by {self.method} on {looked_at}; {expected}"), ("beside uniform", self.verdict())]
 
     def verdict(self) -> str:
         """What came out, in a line for people."""
-        best, mixed = self.best_uniform, f"{self.divergence:.4g} with mixed schemes, rounded to nearest"
+        best, mixed = self.best_uniform, f"{self.measure} {self.divergence:.4g} with mixed schemes"
+        how = f"rounded to nearest, on {self.held_out} windows held out"
         if best is None:
-            return f"{mixed}; no candidate keeps {self.target} alone"
+            return f"{mixed}, {how}; no candidate keeps {self.target} alone"
         beside = f"{best.divergence:.4g} with {best.scheme} alone ({best.bits:.3f} bits)"
         if self.kept is None:
-            return f"{mixed}; {beside}"
-        return f"{mixed}, which is more than {beside}: {best.scheme} is written for all linears, NOT the mixed schemes"
+            return f"{mixed}, {beside}, {how}"
+        return f"{mixed}, only {beside}, {how}: {best.scheme} is written for all linears, NOT the mixed schemes"
