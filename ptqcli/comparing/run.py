@@ -29,6 +29,7 @@ from ptqcli.errors import PTQError, UsageError
 from ptqcli.evaluation.measure import default_seqlen, score
 from ptqcli.model.config import load_config
 from ptqcli.model.kinds import is_encoder
+from ptqcli.model.locate import model_name
 from ptqcli.pipeline.report import read_report, read_source
 from ptqcli.runtime import kernels_in
 from ptqcli.runtime.models import load_model, load_tokenizer
@@ -159,7 +160,7 @@ class _Work:
         self.original = None if baseline is None else load_model(baseline, settings.device)
         self.original_answers = self._answers(self.original)
         self.compared = Compared(
-            baseline=None if baseline is None else self._identity(baseline.name, baseline, self.original),
+            baseline=None if baseline is None else self._identity(model_name(baseline), baseline, self.original),
             texts=texts,
             device=settings.device,
             kernel=settings.kernel,
@@ -184,6 +185,8 @@ class _Work:
         foreign = folder != self.folders[0] and reads_otherwise(folder, self.tokenizer, self.texts)
         if foreign:
             listener.say(f"{name}: its tokenizer is another one; it is measured on the tokens of the first checkpoint's")
+        report = read_report(folder)  # a damaged one is told before the work
+        shares = {} if foreign else overlaps(folder, report, self.texts)
         listener.stage(f"loading {name}")
         model = load_model(folder, settings.device, settings.kernel, settings.adapter)
         if self.seqlen is None:
@@ -195,7 +198,6 @@ class _Work:
             listener.step(done, total, text)
 
         scored = list(score(model, rows, self.original, self.seqlen, settings.stride, step, self.bos))
-        report = read_report(folder)
         layers = (report or {}).get("layers", ())
         return Measured(
             identity=self._identity(name, folder, model),
@@ -203,7 +205,7 @@ class _Work:
             kernels=kernels_in(model),
             evaluations=[evaluation for evaluation, _ in scored],
             scores={evaluation.text: scores for evaluation, scores in scored},
-            overlaps={} if foreign else overlaps(report, self.texts),
+            overlaps=shares,
             layers=[(layer["name"], layer["relative_error"]) for layer in layers if layer.get("relative_error") is not None],
             error_kind=(report or {}).get("error_kind", "unknown"),
             flips=count_flips(self._answers(model), self.original_answers),
