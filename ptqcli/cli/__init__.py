@@ -33,7 +33,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 COMMANDS = {
     "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
-    "compare": ("compare", "Measure several checkpoints on the same tokens, side by side."),
+    "compare": ("compare", "Measure checkpoints on the same tokens, beside their model."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "tune-scales": ("tune_scales", "Tune the scales of CHECKPOINT to the original, end to end."),
     "convert": ("convert", "Write CHECKPOINT in the format of another program."),
