@@ -218,6 +218,18 @@ def test_a_text_that_was_calibrated_on_is_named(ptq: Ptq, at_work: Path, tmp_pat
     assert "nothing tells which text it was calibrated on" in foreign.err
 
 
+def test_a_damaged_fingerprint_names_the_checkpoint(ptq: Ptq, at_work: Path, tmp_path: Path) -> None:
+    line = ("quantize", "model", "--calib", "text.txt", "--nsamples", "8", "--seqlen", "32", "--group-size", "32", "--algo", "gptq")
+    assert ptq(*line, "--output", tmp_path / "small").code == 0
+    report = tmp_path / "small" / "ptq_report.json"
+    facts = json.loads(report.read_text())
+    facts["calibration"]["fingerprint"]["hashes"] = "x"
+    report.write_text(json.dumps(facts))
+    answer = ptq("eval", tmp_path / "small", *LINE)
+    assert answer.code == 1
+    assert f"{tmp_path / 'small'}: the fingerprint of the calibration text is damaged; delete ptq_report.json" in one_line(answer)
+
+
 # What cannot be
 
 

@@ -34,7 +34,7 @@ COMMANDS = {
     "quantize": ("quantize", "Turn MODEL into a packed checkpoint folder."),
     "sensitivity": ("sensitivity", "Show what each scheme costs each group of MODEL's linears."),
     "eval": ("evaluate", "Measure how good CHECKPOINT is, beside the original."),
-    "compare": ("compare", "Measure several checkpoints on the same tokens, beside the model that they came from."),
+    "compare": ("compare", "Measure checkpoints on the same tokens, beside their model."),
     "bench": ("bench", "Measure how fast CHECKPOINT is, beside the original."),
     "tune": ("tune", "Find the smallest checkpoint of MODEL that keeps a goal."),
     "tune-scales": ("tune_scales", "Tune the scales of CHECKPOINT to the original, end to end."),

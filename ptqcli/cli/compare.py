@@ -34,7 +34,7 @@ from ptqcli.errors import UsageError
 @task_options
 @measuring_flags
 def command(checkpoints: tuple[str, ...], baseline: str | None, asked: TaskFlags, **flags: Any) -> None:
-    """Measure several checkpoints on the same tokens, beside the model that they came from.
+    """Measure checkpoints on the same tokens, beside their model.
 
     CHECKPOINT is a folder that `ptq quantize` wrote, or any model folder, GGUF file or hub id. One at a time is in memory beside the
     baseline. One that fails does not keep the others from being measured; the exit code is 1 then.

@@ -30,6 +30,7 @@ from ptqcli.evaluation.answers import TaskResult
 from ptqcli.evaluation.measure import default_seqlen, score
 from ptqcli.model.config import load_config
 from ptqcli.model.kinds import is_encoder
+from ptqcli.model.locate import model_name
 from ptqcli.pipeline.report import read_report, read_source
 from ptqcli.runtime import kernels_in
 from ptqcli.runtime.models import load_model, load_tokenizer
@@ -161,7 +162,7 @@ class _Work:
         self.original = None if baseline is None else load_model(baseline, settings.device)
         self.original_answers = self._answers("the baseline", self.original)
         self.compared = Compared(
-            baseline=None if baseline is None else self._identity(baseline.name, baseline, self.original),
+            baseline=None if baseline is None else self._identity(model_name(baseline), baseline, self.original),
             texts=texts,
             device=settings.device,
             kernel=settings.kernel,
@@ -186,6 +187,8 @@ class _Work:
         foreign = folder != self.folders[0] and reads_otherwise(folder, self.tokenizer, self.texts)
         if foreign:
             listener.say(f"{name}: its tokenizer is another one; it is measured on the tokens of the first checkpoint's")
+        report = read_report(folder)  # a damaged one is told before the work
+        shares = {} if foreign else overlaps(folder, report, self.texts)
         listener.stage(f"loading {name}")
         model = load_model(folder, settings.device, settings.kernel, settings.adapter)
         if self.seqlen is None:
@@ -197,7 +200,7 @@ class _Work:
             listener.step(done, total, text)
 
         scored = list(score(model, rows, self.original, self.seqlen, settings.stride, step, self.bos))
-        answers, report = self._answers(name, model), read_report(folder)
+        answers = self._answers(name, model)
         layers = (report or {}).get("layers", ())
         return Measured(
             identity=self._identity(name, folder, model),
@@ -205,7 +208,7 @@ class _Work:
             kernels=kernels_in(model),
             evaluations=[evaluation for evaluation, _ in scored],
             scores={evaluation.text: scores for evaluation, scores in scored},
-            overlaps={} if foreign else overlaps(report, self.texts),
+            overlaps=shares,
             tasks=answers,
             baseline_tasks=self.original_answers,
             layers=[(layer["name"], layer["relative_error"]) for layer in layers if layer.get("relative_error") is not None],

@@ -20,6 +20,7 @@ from ptqcli.calibration.text import evaluation_text
 from ptqcli.calibration.tokens import read_tokens
 from ptqcli.comparing.identity import ids_digest, text_digest
 from ptqcli.errors import PTQError
+from ptqcli.pipeline.report import REPORT_NAME
 from ptqcli.runtime.models import load_tokenizer
 
 USUAL_TOKENS = 1 << 17  # of each text, where nobody named one
@@ -79,13 +80,19 @@ def reads_otherwise(folder: Path, tokenizer: Any, texts: Iterable[Text]) -> bool
     return bool(own != its)
 
 
-def overlaps(report: Mapping[str, Any] | None, texts: Iterable[Text]) -> dict[str, Overlap]:
+def overlaps(checkpoint: Path, report: Mapping[str, Any] | None, texts: Iterable[Text]) -> dict[str, Overlap]:
     """How much of each text stood in what a checkpoint was calibrated or tuned on, as the fingerprints in its report tell; the texts of
-    which they tell nothing are left out. What was made without a text has none of any."""
+    which they tell nothing are left out. What was made without a text has none of any.
+
+    Raises PTQError for a fingerprint that is damaged.
+    """
     if report is not None and report.get("error_kind") == "weight" and not report.get("tuning"):
         return {text.name: Overlap(0.0, 0.0, 0) for text in texts}
     marks = list(_fingerprints(report or {}))
-    found = {text.name: [each for mark in marks if (each := overlap(mark, text.ids)) is not None] for text in texts}
+    try:
+        found = {text.name: [each for mark in marks if (each := overlap(mark, text.ids)) is not None] for text in texts}
+    except PTQError as error:
+        raise PTQError(f"{checkpoint}: {error}; delete {REPORT_NAME}, or quantize again") from error
     return {name: max(each, key=lambda overlap: overlap.share) for name, each in found.items() if each}
 
 
