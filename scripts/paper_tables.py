@@ -46,7 +46,6 @@ from ptqcli.calibration.text import evaluation_ids
 from ptqcli.errors import PTQError
 from ptqcli.evaluation.perplexity import perplexity
 from ptqcli.model.config import load_config
-from ptqcli.model.positions import most_tokens
 from ptqcli.runtime.models import load_model, load_tokenizer
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -294,7 +293,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
     try:
         model, why = recognised(options.model, options.named)
-        positions = most_tokens(load_model(options.model))
+        positions = getattr(load_config(options.model).get_text_config(), "max_position_embeddings", None)
     except PTQError as error:
         raise SystemExit(f"error: {error}") from error
     protocol = Protocol(

@@ -68,6 +68,12 @@ def texts(part: str) -> Complete:
     return complete
 
 
+def task(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completes a file of questions, a task file or a folder; where there is none, any path."""
+    entries = (path for path, entry in _entries(incomplete) if entry.is_dir() or entry.name.endswith((".jsonl", ".json", ".yaml")))
+    return _items(entries, incomplete) or [CompletionItem(incomplete, type="file")]
+
+
 def algorithm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Completes the last part of parts joined by +, which ends with a solver."""
     from ptqcli.algorithms import parts

@@ -30,7 +30,7 @@ OPTIONS = (
         "names",
         multiple=True,
         metavar="FILE.jsonl|NAME|FOLDER",
-        shell_complete=completion.texts("evaluation"),
+        shell_complete=completion.task,
         help="Questions to ask: of JSON lines, of lm-evaluation-harness by name (with the extra eval), of your own task files for it; of "
         'an encoder with a head for labels, rows {"text": ..., "label": ...}. May be given several times, and needs no --ppl.',
     ),

@@ -13,6 +13,7 @@ import copy
 import importlib.util
 import io
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -42,8 +43,9 @@ def read_harness(name: str, chat: bool = False, limit: int | None = None, trust_
     """A task that the harness knows, or those of a user's file or folder. Raises UsageError for a name that it does not know, and where it
     is not installed; PTQError for what it cannot read and for what would run code."""
     path = Path(name)
-    own = path.exists() or path.suffix in (".yaml", ".yml")
-    if own and not path.exists():
+    there = os.path.exists(path)  # where Path would raise if no file can have that name
+    own = there or path.suffix in (".yaml", ".yml")
+    if own and not there:
         raise UsageError(f"--tasks {name}: no such file; give a task in YAML, JSON lines, or the name of a task")
     configs = task_configs(path) if own and not trust_code else []
     if importlib.util.find_spec("lm_eval") is None:
@@ -190,9 +192,11 @@ def _check_metrics(name: str, configs: Sequence[Mapping[str, Any]], functions: b
 
     for config in configs:
         own = bool(config.get("process_results"))  # then the names of metrics are only names
-        for entry in () if own else config.get("metric_list") or ():
-            metric = entry.get("metric") if isinstance(entry, Mapping) and not entry.get("hf_evaluate") else None
-            if metric not in METRIC_REGISTRY and not (functions and "/" in str(metric)):
+        entries = [] if own else config.get("metric_list") or []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            known = isinstance(entry, Mapping) and not entry.get("hf_evaluate")
+            metric = str(entry.get("metric")) if known else ""
+            if metric not in METRIC_REGISTRY and not (functions and "/" in metric):
                 raise PTQError(f"--tasks {name}: has the metric {shown(entry)}, a program from the hub, which is never run")
         if config.get("unsafe_code"):
             raise PTQError(f"--tasks {name}: would run what the model writes as a program, which is never done")

@@ -5,6 +5,7 @@ In that library's files code hides in several places, and it runs what it finds:
     !function module.name       imports Python that lies beside the file
     {{ templates }}             of Jinja, outside its sandbox, in which calls of what objects carry reach anything
     metric: name                one that it does not know is a program from the hub, or from a folder of that name
+    generation_kwargs           name code that transformers' generate takes from the hub
     class, use_prompt           a class, a library of prompts
     unsafe_code                 what the model writes is run
 
@@ -18,6 +19,7 @@ that the harness does not open the file again. Templates may read fields, use Ji
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,10 @@ KEYS = (
     *("fewshot_config", "should_decontaminate", "doc_to_decontamination_query"),
 )
 CODE = ("process_results", "process_docs", "doc_to_image", "doc_to_audio", "use_prompt", "class", "unsafe_code")
+GENERATION = (
+    *("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p"),
+    *("num_beams", "repetition_penalty"),
+)
 READERS = {"json": "from_json", "csv": "from_csv", "parquet": "from_parquet", "text": "from_text"}  # of datasets.Dataset
 
 METHODS = (
@@ -55,10 +61,10 @@ NO_FILTERS = {"attr", "map", "select", "reject", "selectattr", "rejectattr", "gr
 def task_configs(path: Path) -> list[dict[str, Any]]:
     """The tasks of a file, or of all files in a folder, as values to hand on. Raises PTQError, naming the file, for one that is wrong or
     would run code, UsageError for a folder without tasks."""
-    files = [path] if path.is_file() else sorted(path.glob("**/*.yaml"))[: MOST_FILES + 1]
+    files = [path] if os.path.isfile(path) else sorted(path.glob("**/*.yaml"))[: MOST_FILES + 1]
     if len(files) > MOST_FILES:
         raise PTQError(f"{path}: holds more than {MOST_FILES:,} task files; name one of them")
-    configs = [config for file in files if "task" in (config := _read(file)) or file == path]
+    configs = [config for file in files if "task" in (config := _read(file))]
     if not configs:
         raise UsageError(f"--tasks {path}: holds no task, which is a file *.yaml with a line 'task: NAME'; give another folder")
     return configs
@@ -74,6 +80,9 @@ def _read(file: Path) -> dict[str, Any]:
             raise PTQError(f"{file}: '{key}' is for code; {ADVICE}")
     if unknown := sorted(set(map(str, config)) - set(KEYS)):
         raise PTQError(f"{file}: '{unknown[0]}' is no key of a task; correct it{did_you_mean(unknown[0], KEYS)}")
+    generation = config.get("generation_kwargs") or {}
+    if not isinstance(generation, dict) or set(generation) - set(GENERATION):
+        raise PTQError(f"{file}: 'generation_kwargs' is {shown(generation)}, of which only {', '.join(GENERATION)} are taken; {ADVICE}")
     for text in _texts(config):
         if (reason := template_flaw(text)) is not None:
             raise PTQError(f"{file}: the template {shown(text)} {reason}; {ADVICE}")
@@ -151,7 +160,7 @@ def _with_local_data(config: dict[str, Any], file: Path) -> dict[str, Any]:
     given = config.get("dataset_kwargs") or {}
     if not isinstance(given, dict) or given.get("trust_remote_code"):
         raise PTQError(f"{file}: 'dataset_kwargs' is {shown(given)}; remote code is never run, leave it out")
-    reader = READERS.get(config.get("dataset_path"))  # type: ignore[arg-type]
+    reader = READERS.get(str(config.get("dataset_path")))
     if reader is None:
         return config
     stored = given.get("data_files")
@@ -165,7 +174,9 @@ def _data_files(names: Any, file: Path) -> list[str]:
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or not name:
             raise PTQError(f"{file}: 'dataset_kwargs' needs data_files, a path or one for each split, not {shown(name)}")
-        place = next((each for each in (file.parent / name, Path(name)) if each.is_file()), None)
+        place = next(
+            (each for each in (file.parent / name, Path(name)) if os.path.isfile(each)), None
+        )  # False, too, for what no file can be called
         if place is None:
             raise PTQError(f"{file}: data_files names {shown(name)}, which is no file in its folder or the working directory")
         if place.stat().st_size > MOST_DATA_BYTES:

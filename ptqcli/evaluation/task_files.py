@@ -25,6 +25,7 @@ All rows of a file are of one kind. Other keys are left alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def read_questions(path: Path, limit: int | None = None, most_tokens: int = USUA
 
     Raises UsageError for a file that does not exist; PTQError, naming the line, for a row that is no question, and for too many.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # where Path would raise if no file can have that name
         raise UsageError(f"--tasks {path}: no such file; give one of JSON lines, with a question a line")
     found: list[Any] = []
     characters = 0

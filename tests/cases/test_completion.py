@@ -58,6 +58,7 @@ def offered(line: str) -> list[str]:
         ("ptq quantize --calib ", ["auto", "self", *CORPORA, "builtin", "corpus.jsonl.gz", "notes.txt"]),
         ("ptq quantize --calib deep/", ["<file>"]),
         ("ptq eval --ppl n", ["notes.txt"]),
+        ("ptq eval --tasks m", ["mine.yaml", "model-a", "model-b"]),
         ("ptq quantize --recipe w8a16", [name for name in shipped_recipes() if name.startswith("w8a16")]),
         ("ptq quantize --recipe m", ["mixed-w4-w8-gptq", "mine.yaml"]),
         ("ptq quantize --scheme w3a16-g1", ["w3a16-g128", "w3a16-g128-asym"]),

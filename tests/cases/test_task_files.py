@@ -72,6 +72,7 @@ def test_python_is_refused_wherever_it_hides(where: str, tmp_path: Path) -> None
         ({"dataset_kwargs": {"data_files": "nowhere.jsonl"}}, "no file in its folder"),
         ({"dataset_kwargs": {"data_files": "https://example.com/rows.jsonl"}}, "no file in its folder"),
         ({"dataset_kwargs": {}}, "needs data_files"),
+        ({"generation_kwargs": {"custom_generate": "owner/name"}}, "'generation_kwargs' is {'custom_generate': 'owner/name'}"),
         ({"description": "{{ ''.__class__ }}"}, "the template \"{{ ''.__class__ }}\" reads __class__"),
         ({"fewshot_config": {"doc_to_text": "{{ lipsum }}"}}, "uses lipsum"),
     ],

@@ -35,6 +35,8 @@ from ptqcli.checkpoint.tensors import MemoryTensors, SafetensorsFolder
 from ptqcli.checkpoint.unfinished import JOURNAL, MARKER, unfinished_run
 from ptqcli.cli import run
 from ptqcli.errors import PTQError
+from ptqcli.evaluation.harness_files import task_configs
+from ptqcli.evaluation.task_files import read_questions
 from ptqcli.formats import find_format, format_of
 from ptqcli.formats.compressed_tensors import COMPRESSED_TENSORS
 from ptqcli.formats.gguf import open_tensors
@@ -454,6 +456,39 @@ def overrides(folder: Path, random: mutate.Source) -> object:
     return {pattern: sorted(names) for pattern, names in hits.items()}
 
 
+QUESTIONS = [
+    {"question": "What do bees make?", "choices": ["milk", "honey"], "answer": 1},
+    {"context": "Which?", "choices": {"text": ["Mars", "Pluto"], "label": ["A", "B"]}, "answerKey": "A"},
+    {"prompt": "The capital of France is", "answer": ["Paris", "paris"], "max_new_tokens": 5},
+]
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: rows.jsonl}
+output_type: multiple_choice
+doc_to_text: "{% for each in choices %}{{ loop.index }}. {{ each.strip() }}{% endfor %}"
+doc_to_choice: "{{ choices['text'] }}"
+generation_kwargs: {until: ["x"], do_sample: false}
+metric_list:
+  - {metric: acc, aggregation: mean}
+"""
+
+
+def questions(folder: Path, random: mutate.Source) -> object:
+    row = random.choice(QUESTIONS)
+    line = mutate.json_bytes(row, random) if random.random() < 0.7 else mutate.raw_bytes(json.dumps(row).encode(), random)
+    (folder / "rows.jsonl").write_bytes(line)
+    return [asdict(question) for question in read_questions(folder / "rows.jsonl")]
+
+
+def task_file(folder: Path, random: mutate.Source) -> object:
+    (folder / "rows.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    changed = (
+        mutate.text(TASK, random).encode("utf-8", "surrogatepass") if random.random() < 0.7 else mutate.raw_bytes(TASK.encode(), random)
+    )
+    (folder / "task.yaml").write_bytes(changed)
+    return [sorted(map(str, config)) for config in task_configs(folder / "task.yaml")]
+
+
 # Text
 
 
@@ -549,6 +584,8 @@ READERS = [
     Reader("log", 4, (LOG_JSON,), log),
     Reader("recipe", 6, ("recipe.yaml", "pattern", "regular expression", "override", "group size", "nsamples", "seed", "'"), recipe),
     Reader("overrides", 10, ("pattern", "regular expression", "override"), overrides),
+    Reader("questions", 6, ("rows.jsonl",), questions),
+    Reader("task file", 6, ("task.yaml",), task_file),
     *(Reader(f"calibration .{kind}", 2 if "csv" in kind else 4, (f"a.{kind}",), functools.partial(calibration, kind)) for kind in KINDS),
     Reader("calibration folder", 4, ("/",), saved),
 ]
