@@ -129,15 +129,16 @@ def make_setting(
     resources: Resources,
     progress: Progress,
     journal: Path | None = None,
+    candidates: Sequence[Scheme] | None = None,
 ) -> Setting:
-    """What measuring the model of ``plan`` needs.
+    """What measuring the model of ``plan`` needs. candidates: None for those of its recipe, or the usual ones.
 
     Raises UsageError for candidates that do not suit it, and for fewer than two windows.
     """
     recipe = plan.recipe
     asked = None if recipe.budget is None else recipe.budget.candidates
     linears = free_linears(plan, skeleton)
-    candidates = asked or usable_candidates(linears, skeleton, recipe, parse_candidates(recipe.usual_candidates))
+    candidates = candidates or asked or usable_candidates(linears, skeleton, recipe, parse_candidates(recipe.usual_candidates))
     groups = candidate_groups(linears, skeleton, recipe, candidates)
     measured_on, held_out = _split(calibration.windows, recipe.seed)
     return Setting(
