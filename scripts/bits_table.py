@@ -101,17 +101,27 @@ def draw(name: str, records: dict[str, dict[str, Any]], methods: Sequence[str], 
 
     matplotlib.use("svg" if file.suffix == ".svg" else "agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    matplotlib.rcParams["svg.hashsalt"] = "bits"  # the same bytes for the same numbers
     text = next(iter(next(iter(records.values()))["texts"]))
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for label in ("one scheme", *methods):
-        own = [each for key, each in records.items() if (key.endswith(f", {label}") if label in methods else " bits, " not in key)]
-        points = sorted((each["bits"], each["texts"][text]["kl"]) for each in own)
-        style = {"marker": "o", "linestyle": "none" if label == "one scheme" else "-", "color": "gray" if label == "one scheme" else None}
-        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
-    axes.set(xlabel="bits a weight, scales included", ylabel=f"mean KL on {text}, nats", yscale="log", title=name)
+    for key, record in records.items():
+        if " bits, " not in key:
+            place = record["bits"], record["texts"][text]["kl"]
+            axes.plot(*place, marker="o", color="gray")
+            axes.annotate(key, place, xytext=(6, 4), textcoords="offset points", color="gray")
+    for method in methods:
+        points = sorted((each["bits"], each["texts"][text]["kl"]) for key, each in records.items() if key.endswith(f", {method}"))
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"bits shared out by {method}")
+    axes.set(xlabel="bits a weight, scales included", ylabel=f"mean KL on {text}, nats", title=f"{name}; gray: one scheme for all")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.margins(x=0.2, y=0.12)
     axes.legend()
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def arguments() -> argparse.Namespace:
