@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SECONDS = 60.0  # for an answer
+SECONDS = 300.0  # for an answer; a busy machine takes its time
 
 
 def find_chromium() -> str | None:
