@@ -212,6 +212,7 @@ class _Search:
 
     def _space(self) -> list[Candidate]:
         """The recipes of the space that can work, from the smallest on. Raises UsageError if none can."""
+        load_recipe(self.request.start)  # a file that is wrong is wrong for all of them
         found: dict[str, Candidate] = {}
         for point in self.request.points:
             try:
