@@ -324,6 +324,14 @@ def test_the_next_command_takes_what_is_in_the_cache(work: Work, tmp_path: Path)
     assert again.losses("output", [4] * 8) == dict(enumerate(whole))
 
 
+def test_a_model_that_is_rewritten_is_measured_by_itself(llama: Path, text: Path, tmp_path: Path) -> None:
+    kept = Resources(cache=tmp_path, batch_size=2)
+    tables = [measure_all(setting_of(llama, text, kept, algo=algo), ["output"]) for algo in ("rtn", "rotate+rtn", "rtn")]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert tables[0] == tables[2]
+    assert tables[0].groups[0].losses != tables[1].groups[0].losses
+
+
 def test_a_table_comes_back_from_its_file(llama: Path, text: Path, tmp_path: Path) -> None:
     table = measure_all(setting_of(llama, text), ["output", "gradient"])
     table.write(tmp_path / "table.json")

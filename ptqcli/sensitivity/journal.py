@@ -117,8 +117,11 @@ def replace_file(path: Path, text: str) -> None:
             raise
 
 
-def fingerprint(work: Work, candidates: list[str]) -> str | None:
-    """A hash of all that the losses depend on; None for a model in memory, which is gone with the process."""
+def fingerprint(work: Work, settled: list[str]) -> str | None:
+    """A hash of all that the losses depend on; None for a model in memory, which is gone with the process.
+
+    settled: what ``work`` does not tell, such as transforms that the model has gone through.
+    """
     folder = work.skeleton.source.folder
     if folder is None:
         return None
@@ -129,7 +132,7 @@ def fingerprint(work: Work, candidates: list[str]) -> str | None:
         "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found],
         "windows": _tokens_digest(work.windows),
         "shape": list(work.windows.shape),
-        "candidates": candidates,
+        "settled": settled,
         "groups": [
             [group.linears, [None if specs is None else [str(spec) for spec in specs] for specs in group.options]] for group in work.groups
         ],
