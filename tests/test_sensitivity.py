@@ -306,6 +306,17 @@ def test_what_another_request_found_counts_for_nothing(work: Work, tmp_path: Pat
     assert Journal(file, None, asked).losses("kl", [4, 4]) == {}
 
 
+def test_what_a_killed_process_left_goes(work: Work, tmp_path: Path) -> None:
+    file, left = tmp_path / "found.json", tmp_path / ".found.json.tmp"
+    left.write_text("half of")
+    journal = Journal(file, None, fingerprint(work, []))
+    journal.note("kl", {0: [1.0]}, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+    left.write_text("half of")
+    journal.finish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_somebody_else_is_not_replaced(work: Work, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text('{"mine": 1}')
