@@ -196,7 +196,7 @@ def test_a_table_of_something_else_is_refused(workshop: Path, tmp_path: Path, ch
 def test_the_same_request_gives_the_same_bytes(workshop: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         quantized(workshop, tmp_path / name, target_bits=4.2)
-    for file in ("model.safetensors", "config.json"):
+    for file in sorted(path.name for path in (tmp_path / "one").iterdir() if not path.name.startswith("ptq_log")):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 

@@ -306,6 +306,17 @@ def test_what_another_request_found_counts_for_nothing(work: Work, tmp_path: Pat
     assert Journal(file, None, asked).losses("kl", [4, 4]) == {}
 
 
+def test_what_a_killed_process_left_goes(work: Work, tmp_path: Path) -> None:
+    file, left = tmp_path / "found.json", tmp_path / ".found.json.tmp"
+    left.write_text("half of")
+    journal = Journal(file, None, fingerprint(work, []))
+    journal.note("kl", {0: [1.0]}, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+    left.write_text("half of")
+    journal.finish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_somebody_else_is_not_replaced(work: Work, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text('{"mine": 1}')
@@ -322,6 +333,14 @@ def test_the_next_command_takes_what_is_in_the_cache(work: Work, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     again = Journal(tmp_path / "other.json", tmp_path / "cache", asked)
     assert again.losses("output", [4] * 8) == dict(enumerate(whole))
+
+
+def test_a_model_that_is_rewritten_is_measured_by_itself(llama: Path, text: Path, tmp_path: Path) -> None:
+    kept = Resources(cache=tmp_path, batch_size=2)
+    tables = [measure_all(setting_of(llama, text, kept, algo=algo), ["output"]) for algo in ("rtn", "rotate+rtn", "rtn")]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert tables[0] == tables[2]
+    assert tables[0].groups[0].losses != tables[1].groups[0].losses
 
 
 def test_a_table_comes_back_from_its_file(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def measure_all(setting: Setting, methods: Sequence[str]) -> SensitivityTable:
     """
     losses: dict[str, list[Losses]] = {}
     windows, seconds = {}, {}
-    settled = [*map(str, setting.candidates), *(f"{name} {count}" for name, count in TOKENS.items())]
+    rewrites = [repr(transform) for transform in setting.plan.recipe.model_transforms()]
+    settled = [*map(str, setting.candidates), *(f"{name} {count}" for name, count in TOKENS.items()), *setting.plan.rewrites, *rewrites]
     journal = Journal(setting.journal, setting.resources.cache, fingerprint(setting.work(setting.measured_on, ""), settled))
     for name in methods:
         work = setting.work(_enough(setting.measured_on, TOKENS[name]), f"sensitivities by {name}")

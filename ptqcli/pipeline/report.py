@@ -192,7 +192,8 @@ class Report:
     def stored(self) -> dict[str, Any]:
         """What is written beside the checkpoint: the same bytes for the same work."""
         volatile = ("readers", "writes", "output", "seconds", "peak_memory_bytes", "seconds_by_step")
-        return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}}
+        allocation = {} if self.allocation is None else {"allocation": self.allocation.stored()}
+        return {"ptqcli": ptqcli.__version__, **{k: v for k, v in self.to_json().items() if k not in volatile}, **allocation}
 
 
 def make_report(

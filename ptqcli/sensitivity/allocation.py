@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +34,17 @@ class ComparedUniform:
 class Allocation:
     """Bits under a budget.
 
-    target: ``3.5 bits`` or ``4,294,967,296 bytes``. method, unit, seconds: how losses were measured. candidates: as asked for. texts: what
-    the windows are from. windows, tokens: of measuring. held_out: windows of the comparison. bits: average of a quantized weight.
-    expected_loss: sum over the groups. divergence: of the mixed schemes, rounded to nearest, from the model as it is, on the windows that
-    were held out. measure: what that is, KL at the logits in nats a token or, of an encoder, relative squared error behind the last
-    block. uniform: the candidates that keep the budget by themselves. kept: None for the mixed schemes, or the uniform one that was better
-    and is written.
+    target: ``3.5 bits`` or ``4,294,967,296 bytes``. method, unit: how losses were measured, in so many seconds. candidates: as asked for.
+    texts: what the windows are from. windows, tokens: of measuring. held_out: windows of the comparison. bits: average of a quantized
+    weight. expected_loss: sum over the groups. divergence: of the mixed schemes, rounded to nearest, from the model as it is, on the
+    windows that were held out. measure: what that is, KL at the logits in nats a token or, of an encoder, relative squared error behind the
+    last block. uniform: the candidates that keep the budget by themselves. kept: None for the mixed schemes, or the uniform one that was
+    better and is written.
     """
 
     target: str
     method: str
     unit: str
-    seconds: float
     candidates: list[str]
     texts: str
     windows: int
@@ -57,6 +57,11 @@ class Allocation:
     uniform: list[ComparedUniform]
     kept: str | None
     groups: list[AllocatedGroup]
+    seconds: float = 0.0
+
+    def stored(self) -> dict[str, Any]:
+        """What is written beside the checkpoint: all but the seconds, which no two runs take alike."""
+        return {key: value for key, value in asdict(self).items() if key != "seconds"}
 
     @property
     def best_uniform(self) -> ComparedUniform | None:

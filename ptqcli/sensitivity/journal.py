@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,7 @@ class Journal:
                 self._write(self._cached)
         if self._path is not None and self._path != self._cached:
             self._path.unlink(missing_ok=True)
+            _unfinished(self._path).unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         values = read_json(path, MOST_BYTES)
@@ -103,22 +103,32 @@ class Journal:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Make ``text`` the content of a file: whole or not at all. Raises OSError where the folder cannot be written to."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", suffix=".tmp", delete=False, encoding="utf-8") as file:
-        try:
+    """Make ``text`` the content of a file: whole or not at all. What a killed process leaves has one name, and goes with the next one.
+
+    Raises OSError where the folder cannot be written to.
+    """
+    unfinished = _unfinished(path)
+    unfinished.unlink(missing_ok=True)
+    try:
+        with open(unfinished, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
-def fingerprint(work: Work, candidates: list[str]) -> str | None:
-    """A hash of all that the losses depend on; None for a model in memory, which is gone with the process."""
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def fingerprint(work: Work, settled: list[str]) -> str | None:
+    """A hash of all that the losses depend on; None for a model in memory, which is gone with the process.
+
+    settled: what ``work`` does not tell, such as transforms that the model has gone through.
+    """
     folder = work.skeleton.source.folder
     if folder is None:
         return None
@@ -129,7 +139,7 @@ def fingerprint(work: Work, candidates: list[str]) -> str | None:
         "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found],
         "windows": _tokens_digest(work.windows),
         "shape": list(work.windows.shape),
-        "candidates": candidates,
+        "settled": settled,
         "groups": [
             [group.linears, [None if specs is None else [str(spec) for spec in specs] for specs in group.options]] for group in work.groups
         ],
