@@ -114,7 +114,7 @@ class Steps:
         with ExitStack() as stack:
             for name in CALLS:
                 stack.enter_context(mock.patch.object(os, name, self._watched(name, getattr(os, name))))
-            stack.enter_context(mock.patch.object(folder_module, "_exchange", self._watched("exchange", folder_module._exchange)))
+            stack.enter_context(mock.patch.object(folder_module, "exchange", self._watched("exchange", folder_module.exchange)))
             yield
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +187,7 @@ class Workshop:
             stack.enter_context(kept_signals())
             stack.enter_context(mock.patch.object(tempfile, "tempdir", str(self.place)))  # what a killed run leaves there goes with it
             if not scenario.exchange:
-                stack.enter_context(mock.patch.object(folder_module, "_exchange", return_value=False))
+                stack.enter_context(mock.patch.object(folder_module, "exchange", return_value=False))
             if scenario.fails:
                 stack.enter_context(mock.patch.object(written_module, "open_checkpoint", refuse))
             growing = forking(pipeline_module.growing, self._trials(scenario, wanted, found), self.place / "told")

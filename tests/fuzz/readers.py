@@ -475,7 +475,8 @@ metric_list:
 
 def questions(folder: Path, random: mutate.Source) -> object:
     row = random.choice(QUESTIONS)
-    line = mutate.json_bytes(row, random) if random.random() < 0.7 else mutate.raw_bytes(json.dumps(row).encode(), random)
+    changed = json.dumps(mutate.json_value(row, random)).encode() if random.random() < 0.7 else None
+    line = mutate.raw_bytes(json.dumps(row).encode(), random) if changed is None else changed
     (folder / "rows.jsonl").write_bytes(line)
     return [asdict(question) for question in read_questions(folder / "rows.jsonl")]
 
