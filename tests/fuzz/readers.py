@@ -475,8 +475,8 @@ metric_list:
 
 def questions(folder: Path, random: mutate.Source) -> object:
     row = random.choice(QUESTIONS)
-    changed = json.dumps(mutate.json_value(row, random)).encode() if random.random() < 0.7 else None
-    line = mutate.raw_bytes(json.dumps(row).encode(), random) if changed is None else changed
+    written = json.dumps(row).encode()
+    line = mutate.json_bytes(row, random).replace(b"\n", b" ") if random.random() < 0.7 else mutate.raw_bytes(written, random)
     (folder / "rows.jsonl").write_bytes(line)
     return [asdict(question) for question in read_questions(folder / "rows.jsonl")]
 
