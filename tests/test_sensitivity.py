@@ -215,6 +215,7 @@ def test_the_comparison_is_that_of_copies(llama: Path, work: Work) -> None:
     assert divergences(work, versions) == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_methods_rank_groups_of_a_trained_model_alike() -> None:
     table = ptqcli.measure_sensitivity(DEMO, ["gradient", "kl", "output", "hawq"], calib="builtin", nsamples=8, seqlen=64)
     columns = {method: [loss for group in table.groups for loss in group.losses[method]] for method in table.methods}
