@@ -19,6 +19,7 @@ from tiny import make_model, write_text
 import ptqcli
 from ptqcli.cli import tune as command
 from ptqcli.errors import PTQError, UsageError
+from ptqcli.model.locate import demo_model
 from ptqcli.pipeline.prepare import plan_run
 from ptqcli.pipeline.progress import NoProgress
 from ptqcli.recipe_loading import load_recipe
@@ -28,7 +29,7 @@ from ptqcli.trials.goal import Goal, Measured, TaskGoal, read_share, read_tasks
 from ptqcli.trials.mixtures import Group
 from ptqcli.trials.space import USUAL, Candidate, Point, read_space
 from ptqcli.trials.traces import traces
-from ptqcli.trials.trial import USUAL_TOKENS, Examination, Trial
+from ptqcli.trials.trial import USUAL_TOKENS, Examination, Examiner, Trial
 from ptqcli.trials.tune import MOST_TRIALS, NoTrialProgress, Request, tune
 from ptqcli.trials.workshop import RECORD, Workshop
 
@@ -532,6 +533,35 @@ def test_a_budget_of_time_begins_no_trial_that_would_end_later(room: Path, tmp_p
     found = tune(room / "model", tmp_path / "out", request_of(room, seconds=1e-3))
     assert len(found.trials) == 1
     assert "--max-time" in found.spent
+
+
+def test_gguf_files_are_tried_by_their_mixes(room: Path, tmp_path: Path) -> None:
+    points = [Point({"gguf_type": mix}) for mix in ("q4_0", "q8_0")]
+    request = request_of(room, points=points, flags={"algo": "rtn", "format": "gguf"}, goal=Goal(max_kl=1e-9))
+    found = tune(demo_model(), tmp_path / "out", request)
+    assert [(trial.words, trial.error) for trial in found.trials] == [("q4_0", None), ("q8_0", None)]
+    assert found.best.words == "q8_0", "the nearest of the two"
+    assert found.left_out == ["q8_0 cannot be mixed with 16 bit: format gguf chooses the type of each linear"]
+    [file] = (tmp_path / "out").glob("*.gguf")
+    [result] = ptqcli.evaluate(file, str(room / "text.txt"), baseline=demo_model(), seqlen=64)
+    assert result.mean_kl == pytest.approx(found.best.measured["kl"][str(room / "text.txt")], rel=0.5), "of a part of the text"
+
+
+def test_a_trial_that_failed_is_tried_again(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(room, trials=2, strategy="exhaustive", goal=Goal(max_kl=1e-9))
+
+    def failing(*_: Any) -> Measured:
+        raise PTQError("no numbers")
+
+    monkeypatch.setattr(Examiner, "measure", failing)
+    with pytest.raises(PTQError, match=r"no trial gave a checkpoint that can be measured; .*no numbers"):
+        tune(room / "model", tmp_path / "out", request)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    listener = Ending(0, "")
+    found = tune(room / "model", tmp_path / "out", request, progress=listener)
+    assert listener.known == [False, False]
+    assert [trial.error for trial in found.trials] == [None, None]
 
 
 def test_recipes_that_cannot_work_are_left_out_and_told(room: Path, tmp_path: Path) -> None:

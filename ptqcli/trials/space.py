@@ -66,6 +66,8 @@ def _text(key: str, value: Any) -> str:
         return str(value)
     if key == "wbits":
         return f"w{value}"
+    if key == "target_bits":
+        return f"{value} bits"
     if isinstance(value, Mapping):
         return " ".join(_text(f"{key}.{name}", each) for name, each in value.items())
     return f"{key}={value if isinstance(value, (str, int, float)) else json.dumps(value, default=str)}"

@@ -20,6 +20,7 @@ from ptqcli.evaluation.measure import default_seqlen, measure
 from ptqcli.evaluation.tasks import TaskOptions, read_tasks
 from ptqcli.model.config import load_config
 from ptqcli.model.kinds import is_encoder
+from ptqcli.model.locate import only_file
 from ptqcli.resources import Resources
 from ptqcli.runtime.models import load_model, load_tokenizer
 from ptqcli.trials.goal import Goal, Measured, TaskGoal
@@ -106,7 +107,7 @@ class Examiner:
     def measure(self, checkpoint: Path, step: Callable[[str, int, int], None]) -> Measured:
         """``checkpoint`` beside the original. Raises PTQError for one that does not give finite numbers."""
         device = self.resources.device
-        model, original = load_model(checkpoint, device, self.how.kernel), load_model(self.original, device)
+        model, original = load_model(only_file(checkpoint) or checkpoint, device, self.how.kernel), load_model(self.original, device)
         if self.encoder:
             return self._of_encoder(model, original, step)
         bos = window_bos(self.tokenizer, self.how.bos)

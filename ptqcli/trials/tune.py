@@ -250,6 +250,8 @@ class _Search:
         asked_before = candidate.key in self._told
         if asked_before and known is not None:
             return known
+        if known is not None and known.error is not None:
+            known = None  # it failed in an earlier run, and what was wrong may be mended
         self._check_budget(known)
         self._done += 1
         self._told.add(candidate.key)
@@ -323,6 +325,8 @@ class _Search:
         scheme = "16 bit" if high is None else high.words
         words = f"{low.words}, {len(raised)} of {len(raised) + len(lowered)} groups {scheme}"
         try:
+            if base.recipe.mix is not None:
+                raise UsageError(f"format {base.recipe.format} chooses the type of each linear")
             made = overrides(raised, schemes) if high is None else overrides(lowered, self._schemes(low))
             recipe = replace(base.recipe, overrides=(*base.recipe.overrides, *made))
             return self._planned(recipe, words)
