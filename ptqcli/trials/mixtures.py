@@ -24,11 +24,6 @@ class Group:
     linears: tuple[str, ...]
     kind: str  # the last parts of the names of its linears, the same in every block
 
-    @property
-    def name(self) -> str:
-        """For people: the first linear, and how many more there are."""
-        return self.linears[0] + (f" and {len(self.linears) - 1} more" if len(self.linears) > 1 else "")
-
 
 def groups_of(plan: Plan, skeleton: Skeleton) -> list[Group]:
     """The groups of all quantized linears in the blocks, in running order."""
