@@ -482,9 +482,16 @@ def test_a_larger_budget_goes_on(room: Path, tmp_path: Path) -> None:
     assert first.spent
     assert len(first.trials) == 3
     listener = Ending(0, "")
+    before = tree(tmp_path / "out")
+    with pytest.raises(UsageError, match="already exists"):
+        tune(room / "model", tmp_path / "out", request_of(room, trials=5))
+    assert tree(tmp_path / "out") == before
     second = tune(room / "model", tmp_path / "out", request_of(room, trials=5), overwrite=True, progress=listener)
     assert listener.known[:3] == [True, True, True]
     assert len(second.trials) == 5
+    assert second.best.key != first.best.key
+    assert kl_of(room, tmp_path / "out") == pytest.approx(second.best.measured["kl"][str(room / "text.txt")], rel=1e-6)
+    assert tune(room / "model", tmp_path / "out", request_of(room, trials=5)).best == second.best, "nothing is left to do"
 
 
 def test_a_result_is_replaced_only_if_asked(room: Path, tmp_path: Path) -> None:

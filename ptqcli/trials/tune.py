@@ -135,12 +135,12 @@ def tune(
     """
     progress, resources = progress or NoTrialProgress(), resources or Resources()
     with closing(Workshop(output, _asked(model, request, resources, data_dir), restart)) as workshop:
-        if workshop.record.placed is None or workshop.record.placed != workshop.identity_of_output():
+        if not workshop.is_placed:
             check_output(output, model, overwrite)
-        search = _Search(model, request, workshop, allow_requantize, resources, data_dir, progress)
+        search = _Search(model, request, workshop, allow_requantize, overwrite, resources, data_dir, progress)
         try:
             spent = search.through()
-            best = search.finish(overwrite)
+            best = search.finish()
         except KeyboardInterrupt as interruption:
             kept = f"{len(workshop.record.trials)} trials, and what is finished of the next, are kept in {workshop.path}"
             raise KeyboardInterrupt(f"{kept}: the same command goes on from there, with --restart it begins anew") from interruption
@@ -194,12 +194,14 @@ class _Search:
         request: Request,
         workshop: Workshop,
         allow_requantize: bool,
+        overwrite: bool,
         resources: Resources,
         data_dir: Path | None,
         progress: TrialProgress,
     ) -> None:
         self.model, self.request, self.workshop, self.resources, self.data_dir = model, request, workshop, resources, data_dir
         self.source = open_source(model, allow_requantize=True) if allow_requantize else model
+        self.overwrite = overwrite
         self.progress, self.seed, self.left_out = progress, request.seed, list[str]()
         self.examiner = Examiner(model, request.goal, request.examination, resources)
         self._recipes: dict[str, Recipe] = {}
@@ -269,6 +271,7 @@ class _Search:
             raise BudgetSpent(f"the next trial may end behind the {most:.0f} seconds that are allowed (--max-time)")
 
     def _tried(self, candidate: Candidate) -> Trial:
+        check_output(self.workshop.output, self.model, self.overwrite)  # the result of a search that ended may lie there
         self.progress.trial_begun(self._done, self.request.trials, candidate.words)
         start, key = time.perf_counter(), candidate.key
         path = self.workshop.checkpoint(key)
@@ -319,7 +322,7 @@ class _Search:
 
     def mixture(self, low: Candidate, high: Candidate | None, raised: Sequence[Group]) -> Candidate | None:
         """See ``strategies.Search``. Between two recipes the solver is that of the larger one, which kept the goal."""
-        base, schemes = (low, {}) if high is None else (high, self._schemes(high))
+        base = high or low
         names = {name for group in raised for name in group.linears}
         lowered = [group for group in self.groups(low) if not names & set(group.linears)]
         scheme = "16 bit" if high is None else high.words
@@ -327,7 +330,7 @@ class _Search:
         try:
             if base.recipe.mix is not None:
                 raise UsageError(f"format {base.recipe.format} chooses the type of each linear")
-            made = overrides(raised, schemes) if high is None else overrides(lowered, self._schemes(low))
+            made = overrides(raised, {}) if high is None else overrides(lowered, self._schemes(low))
             recipe = replace(base.recipe, overrides=(*base.recipe.overrides, *made))
             return self._planned(recipe, words)
         except UsageError as error:
@@ -355,21 +358,21 @@ class _Search:
             return str(spent)
         return ""
 
-    def finish(self, overwrite: bool) -> Trial:
+    def finish(self) -> Trial:
         """Put the best checkpoint into its place. Raises PTQError if no trial gave one."""
         best = self.best()
         if best is None:
             failed = self._own()[-1]
             raise PTQError(f"no trial gave a checkpoint that can be measured; the last one ({failed.words}): {failed.error}")
-        placed = self.workshop.record.placed
-        if placed is not None and placed == self.workshop.identity_of_output():
-            self.workshop.keep_only(best.key if self.request.keep else None)
+        if self.workshop.is_placed and self.workshop.record.placed_key == best.key:
+            if not self.request.keep:
+                self.workshop.keep_only(None)
             return best
         path = self.workshop.checkpoint(best.key)
         if not path.exists():  # it was not the best when a run was ended that knew less; the same bytes again
             recipe = self._recipes[best.key]
             quantize(self.source, recipe, path, resources=self.resources, data_dir=self.data_dir, progress=self.progress)
-        self.workshop.place(best.key, self.model, overwrite)
+        self.workshop.place(best.key, self.model, self.overwrite)
         if not self.request.keep:
             self.workshop.keep_only(None)
         return best

@@ -35,15 +35,17 @@ MOST_DIFFERENCES = 3
 @dataclass
 class Record:
     """What is known. asked: for what; two searches with the same are one. trials: by their keys, in order. placed: device and inode of the
-    checkpoint that gets, or has got, the output's name."""
+    checkpoint that gets, or has got, the output's name; placed_key: of its trial."""
 
     asked: dict[str, Any]
     trials: dict[str, Trial] = field(default_factory=dict)
     placed: tuple[int, int] | None = None
+    placed_key: str | None = None
 
     def text(self) -> bytes:
         """As a file."""
-        values = {"asked": self.asked, "trials": [trial.to_json() for trial in self.trials.values()], "placed": self.placed}
+        values: dict[str, Any] = {"asked": self.asked, "trials": [trial.to_json() for trial in self.trials.values()]}
+        values |= {"placed": self.placed, "placed_key": self.placed_key}
         about = "the trials of `ptq tune`; the same command goes on from them"
         return json.dumps({"about": about, "sha256": _digest(values), **values}, indent=1).encode()
 
@@ -52,12 +54,14 @@ class Record:
         """Raises PTQError for a damaged one."""
         try:
             values = json.loads(content)
-            found = {key: values[key] for key in ("asked", "trials", "placed")}
+            found = {key: values[key] for key in ("asked", "trials", "placed", "placed_key")}
             if values["sha256"] != _digest(found):
                 raise ValueError("another digest")
             trials = [Trial(**trial) for trial in found["trials"]]
             placed = None if found["placed"] is None else (int(found["placed"][0]), int(found["placed"][1]))
-            return cls(asked=dict(found["asked"]), trials={trial.key: trial for trial in trials}, placed=placed)
+            return cls(
+                asked=dict(found["asked"]), trials={trial.key: trial for trial in trials}, placed=placed, placed_key=found["placed_key"]
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PTQError(f"{path}: is damaged, so the search cannot go on from it; --restart begins anew") from error
 
@@ -97,7 +101,7 @@ class Workshop:
         if not record.trials and record.asked != asked:
             self.clear()
             return self._begun(asked)
-        if record.placed is not None and self.identity_of_output() != record.placed and not self._holds(record.placed):
+        if record.placed is not None and _identity(self.output) != record.placed and not self._holds(record.placed):
             self.clear()  # that search is finished, and its result has gone elsewhere
             return self._begun(asked)
         differ = [key for key in {**record.asked, **asked} if record.asked.get(key) != asked.get(key)]
@@ -181,9 +185,10 @@ class Workshop:
 
     # The result
 
-    def identity_of_output(self) -> tuple[int, int] | None:
-        """Device and inode of what has the output's name."""
-        return _identity(self.output)
+    @property
+    def is_placed(self) -> bool:
+        """Whether a result of this search has the output's name."""
+        return self.record.placed is not None and self.record.placed == _identity(self.output)
 
     def _holds(self, identity: tuple[int, int]) -> bool:
         places = [name[:-1] for name in self.folder.names() if NUMBER.fullmatch(name)]
@@ -196,7 +201,7 @@ class Workshop:
         name = self.output.name
         try:
             check_output(self.output, model, overwrite)
-            self.record.placed = source.identity_of(name)
+            self.record.placed, self.record.placed_key = source.identity_of(name), key
             self.folder.replace(RECORD, [self.record.text()])
             replaced = parent.identity_of(name)
             if replaced is not None and any(Directory(name, parent).names()):
