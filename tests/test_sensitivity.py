@@ -189,7 +189,7 @@ def test_products_with_the_hessian_are_differences_of_gradients(text: Path, tmp_
 
 def test_hawq_weighs_squared_errors_with_mean_traces(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     traces = {site.name: float(number + 1) for number, site in enumerate(site for group in work.groups for site in group.sites)}
-    monkeypatch.setattr(HAWQ, "_traces", lambda self, work, model: traces)
+    monkeypatch.setattr(HAWQ, "found", lambda self, work, model: traces)
     found = losses(HAWQ(), work)
     group = work.groups[0]
     wanted = 0.0

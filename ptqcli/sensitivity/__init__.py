@@ -6,4 +6,6 @@ One file a method. All round the weights on trial to nearest, on grids of least 
     kl        KL divergence at the logits, with one group rounded at a time
     hawq      mean trace of the Hessian times squared error
     output    error of the output of the group's block: one block in memory at a time
+
+squared_errors.py is what gradient and hawq share.
 """

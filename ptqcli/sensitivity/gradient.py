@@ -19,52 +19,34 @@ one at a time was .998 for both, within one width .962 to .997 here and .959 to 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ptqcli.formats import LinearSpec
-from ptqcli.model.linears import linear_weight, rows_first
-from ptqcli.model.whole import whole
-from ptqcli.sensitivity.groups import Group, Losses, Method, Work, largest_weight_bytes, logits_bytes, model_bytes
+from ptqcli.model.linears import rows_first
+from ptqcli.sensitivity.groups import Work
+from ptqcli.sensitivity.squared_errors import SquaredErrors
 from ptqcli.untrusted import foreign
 
-LOGITS_COPIES = 5  # logits, logarithms of probabilities, probabilities, and their gradients
 
-
-class Gradient(Method):
+class Gradient(SquaredErrors):
     """See the module."""
 
     name: ClassVar[str] = "gradient"
     unit: ClassVar[str] = "nats a token"
-    at_once: ClassVar[bool] = True
+    kept: ClassVar[int] = 2
+    logits_copies: ClassVar[int] = 5  # logits, logarithms of probabilities, probabilities, and their gradients
 
-    def needed_bytes(self, work: Work) -> int:
-        """The model, a number in float32 for each weight on trial, the gradient of one, and what one window leaves for going back."""
-        weights = sum(group.weights for group in work.groups)
-        tokens = work.windows.shape[1]
-        features = sum(2 * (site.in_features + site.out_features) for site in work.skeleton.linears)
-        inside = tokens * features * work.dtype.itemsize + logits_bytes(work, tokens, LOGITS_COPIES)
-        return model_bytes(work) + 4 * weights + largest_weight_bytes(work) + inside
+    def bytes_of_weight(self, work: Work) -> int:
+        """A number in float32."""
+        return 4
 
-    def losses(self, work: Work, known: Collection[int]) -> Iterator[tuple[int, Losses]]:
-        """All groups at the end."""
-        with whole(work.skeleton, work.device, work.dtype) as model:
-            fisher = self._fisher(work, model)
-            for number, group in enumerate(work.groups):
-                yield number, [None if specs is None else self._loss(work, group, specs, fisher) for specs in group.options]
+    def loss(self, found: Tensor, error: Tensor) -> float:
+        """In nats a token."""
+        return float((found * error.square()).sum(dtype=torch.float64)) / 2
 
-    @staticmethod
-    def _loss(work: Work, group: Group, specs: Sequence[LinearSpec], fisher: Mapping[str, Tensor]) -> float:
-        total = 0.0
-        for site, spec in zip(group.sites, specs, strict=True):
-            error = work.rounded(site, spec).float() - linear_weight(work.module(site)).detach().float()
-            total += float((fisher[site.name] * error.square()).sum(dtype=torch.float64))
-        return total / 2
-
-    def _fisher(self, work: Work, model: nn.Module) -> dict[str, Tensor]:
+    def found(self, work: Work, model: nn.Module) -> dict[str, Tensor]:
         """The diagonal for each weight on trial, float32 [out, in], by the linear's path: mean over the tokens."""
         sums: dict[str, Tensor] = {}
         handles: list[Any] = []

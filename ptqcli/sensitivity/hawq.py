@@ -10,55 +10,39 @@ does where the loss is near a minimum, counts as zero.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ptqcli.formats import LinearSpec
-from ptqcli.model.linears import linear_weight
-from ptqcli.model.whole import whole
-from ptqcli.sensitivity.groups import Group, Losses, Method, Work, largest_weight_bytes, logits_bytes, model_bytes
+from ptqcli.sensitivity.groups import Work
+from ptqcli.sensitivity.squared_errors import SquaredErrors
 from ptqcli.untrusted import foreign
 
 DRAWS = 2  # of signs for each window
 TOKENS = 128  # of a window that are looked at, at most: all that is between input and loss is held twice
-LOGITS_COPIES = 12
 
 
-class HAWQ(Method):
+class HAWQ(SquaredErrors):
     """See the module."""
 
     name: ClassVar[str] = "hawq"
     unit: ClassVar[str] = "mean trace times squared error"
-    at_once: ClassVar[bool] = True
+    kept: ClassVar[int] = 6
+    logits_copies: ClassVar[int] = 12
+    tokens: ClassVar[int | None] = TOKENS
 
-    def needed_bytes(self, work: Work) -> int:
-        """The model, gradients, signs and products with the Hessian of all weights, and what a window leaves for going back twice."""
-        weights = sum(group.weights for group in work.groups) * work.dtype.itemsize
-        tokens = min(TOKENS, work.windows.shape[1])
-        features = sum(6 * (site.in_features + site.out_features) for site in work.skeleton.linears)
-        inside = tokens * features * work.dtype.itemsize + logits_bytes(work, tokens, LOGITS_COPIES)
-        return model_bytes(work) + 4 * weights + largest_weight_bytes(work) + inside
+    def bytes_of_weight(self, work: Work) -> int:
+        """A gradient, a sign, and products with the Hessian."""
+        return 4 * work.dtype.itemsize
 
-    def losses(self, work: Work, known: Collection[int]) -> Iterator[tuple[int, Losses]]:
-        """All groups at the end."""
-        with whole(work.skeleton, work.device, work.dtype) as model:
-            traces = self._traces(work, model)
-            for number, group in enumerate(work.groups):
-                yield number, [None if specs is None else self._loss(work, group, specs, traces) for specs in group.options]
+    def loss(self, found: float, error: Tensor) -> float:
+        """Of the trace of the linear's part of the Hessian."""
+        return found / error.numel() * float(error.square().sum(dtype=torch.float64))
 
-    @staticmethod
-    def _loss(work: Work, group: Group, specs: Sequence[LinearSpec], traces: dict[str, float]) -> float:
-        total = 0.0
-        for site, spec in zip(group.sites, specs, strict=True):
-            error = work.rounded(site, spec).float() - linear_weight(work.module(site)).detach().float()
-            total += traces[site.name] / error.numel() * float(error.square().sum(dtype=torch.float64))
-        return total
-
-    def _traces(self, work: Work, model: nn.Module) -> dict[str, float]:
+    def found(self, work: Work, model: nn.Module) -> dict[str, float]:
         """Of each linear's part of the Hessian, by its path."""
         sites = [site for group in work.groups for site in group.sites]
         weights = [work.module(site).get_parameter("weight") for site in sites]
